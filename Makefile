@@ -1,0 +1,53 @@
+# make demo · test · bench · lint: each from nothing. They make .venv and install what they need into it.
+
+# Another PyTorch: make test TORCH=torch==2.10.0
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+# A stamp a set of extras; each also installs the package itself, compiled and editable.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test bench lint format clean
+
+demo: $(INSTALLED)-examples
+	$(VENV)/bin/python examples/train_digits.py
+
+test: $(INSTALLED)-test-keras-examples
+	$(VENV)/bin/python -m pytest
+
+bench: $(INSTALLED)-bench
+	$(VENV)/bin/python benchmarks/dense_step.py
+
+lint: $(INSTALLED)-lint-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
+
+format: $(INSTALLED)-lint-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -type f)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info torch_adadelta/*.so
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the library is compiled against it.
+$(INSTALLED): $(VENV)/bin/python $(SOURCES)
+	$(PIP) "setuptools>=77" ninja $(TORCH)
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+comma := ,
+empty :=
+space := $(empty) $(empty)
+$(INSTALLED)-%: $(INSTALLED)
+	$(PIP) --no-build-isolation --editable ".[$(subst -,$(comma),$*)]"
+	touch $@

@@ -1,0 +1,38 @@
+// The update of one element: the only statement of the formula in C++, for the host and the device.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define ADADELTA_INLINE __host__ __device__ __forceinline__
+#else
+#define ADADELTA_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace torch_adadelta {
+
+// The hyperparameters of one step in the arithmetic type T: float for 16-bit and float32 parameters, else double.
+template <typename T>
+struct Hyperparameters {
+  T lr;
+  T rho;
+  T omr;  // 1 - rho, subtracted in T: float gives 0.050000012f for rho = 0.95, not 0.05f
+  T eps;
+
+  ADADELTA_INLINE Hyperparameters(double lr_, double rho_, double eps_)
+      : lr(static_cast<T>(lr_)), rho(static_cast<T>(rho_)), omr(T(1) - rho), eps(static_cast<T>(eps_)) {}
+};
+
+// a: square_avg, u: acc_delta, p: the parameter, d: the step before the learning rate.
+//
+// Every operation is rounded to T on its own, in the order of the for-loop in update.py. Compile with
+// -ffp-contract=off (nvcc: --fmad=false) and IEEE division and square root: a fused multiply-add changes the bits.
+template <typename T>
+ADADELTA_INLINE void adadelta_element(T g, T& a, T& u, T& p, const Hyperparameters<T>& h) {
+  a = a * h.rho + (g * g) * h.omr;
+  const T d = std::sqrt(u + h.eps) * (T(1) / std::sqrt(a + h.eps)) * g;
+  u = u * h.rho + (d * d) * h.omr;
+  p = p - d * h.lr;
+}
+
+}  // namespace torch_adadelta

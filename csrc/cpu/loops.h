@@ -1,0 +1,47 @@
+// The innermost loops on the CPU, over contiguous memory. They are compiled once for each instruction set (loops_*.cpp)
+// and one set is chosen at run time; every set computes the same bits.
+#pragma once
+
+#include "../adadelta.h"
+
+#include <cstdint>
+
+namespace torch_adadelta::cpu {
+
+// Updates `count` elements; with `negate`, along -grad. Item is what memory holds, T what the arithmetic runs in; the
+// 16-bit formats cross as their bits.
+template <typename Item, typename T>
+using UpdateLoop = void (*)(
+    Item* param,
+    const Item* grad,
+    Item* square_avg,
+    Item* acc_delta,
+    int64_t count,
+    bool negate,
+    const Hyperparameters<T>& h
+);
+
+template <typename To, typename From>
+using CastLoop = void (*)(To* to, const From* from, int64_t count);
+
+struct Loops {
+  UpdateLoop<float, float> update_float;
+  UpdateLoop<double, double> update_double;
+  UpdateLoop<uint16_t, float> update_half;
+  UpdateLoop<uint16_t, float> update_bfloat16;
+  CastLoop<float, uint16_t> float_from_half;
+  CastLoop<float, uint16_t> float_from_bfloat16;
+  CastLoop<float, double> float_from_double;
+  CastLoop<double, float> double_from_float;
+  CastLoop<uint16_t, float> half_from_float;
+  CastLoop<uint16_t, float> bfloat16_from_float;
+};
+
+extern const Loops loops_default;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ADADELTA_CPU_DISPATCH 1
+extern const Loops loops_avx2;
+extern const Loops loops_avx512;
+#endif
+
+}  // namespace torch_adadelta::cpu

@@ -1,0 +1,26 @@
+// The loops for AVX2, with F16C for float16.
+#include "loops.h"
+
+#ifdef ADADELTA_CPU_DISPATCH
+#include <immintrin.h>
+
+#include <torch/headeronly/util/Half.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+#define ADADELTA_AVX2
+#include "loops_body.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace torch_adadelta::cpu {
+const Loops loops_avx2 = kLoops;
+}
+#endif

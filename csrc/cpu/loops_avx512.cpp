@@ -1,0 +1,26 @@
+// The loops for AVX-512 as every server processor with it has it (F, BW, DQ, VL).
+#include "loops.h"
+
+#ifdef ADADELTA_CPU_DISPATCH
+#include <immintrin.h>
+
+#include <torch/headeronly/util/Half.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c")
+#endif
+#define ADADELTA_AVX512
+#include "loops_body.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace torch_adadelta::cpu {
+const Loops loops_avx512 = kLoops;
+}
+#endif

@@ -1,0 +1,285 @@
+// The definitions behind loops.h, included by each loops_*.cpp under its own instruction set. Everything that is called
+// from here was declared before that set was chosen, and is inlined: no inline function that another file could be
+// given by the linker is compiled for more than the baseline.
+
+namespace {
+
+using torch_adadelta::adadelta_element;
+using torch_adadelta::Hyperparameters;
+
+// ---- Conversions ----------------------------------------------------------------------------------------------------
+
+// Each 16-bit format says how one element is converted, and how a group of kGroup is: compilers do not vectorise the
+// conversions of float16 at all, and those of bfloat16 with needless shuffles. Inside a group the floats may stand in
+// any order, the same for every tensor.
+constexpr int64_t kGroup = 32;
+
+#if defined(ADADELTA_AVX512)
+#define ADADELTA_LANES 16
+#elif defined(ADADELTA_AVX2)
+#define ADADELTA_LANES 8
+#else
+#define ADADELTA_LANES 1
+#endif
+constexpr int64_t kLanes = ADADELTA_LANES;
+
+struct Bfloat16 {
+  static ADADELTA_INLINE float widen(uint16_t item) {
+    const uint32_t bits = static_cast<uint32_t>(item) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof(bits));
+    return value;
+  }
+
+  // Rounds to nearest, ties to even.
+  static ADADELTA_INLINE uint16_t narrow(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+  }
+
+  static ADADELTA_INLINE void widen_lanes(float* to, const uint16_t* from) {
+    for (int64_t k = 0; k < kLanes; ++k) {
+      to[k] = widen(from[k]);
+    }
+  }
+
+  static ADADELTA_INLINE void narrow_lanes(uint16_t* to, const float* from) {
+    for (int64_t k = 0; k < kLanes; ++k) {
+      to[k] = narrow(from[k]);
+    }
+  }
+
+// A 32-bit lane holds two neighbours: one is shifted up to become a float, the other masked.
+#if ADADELTA_LANES == 16
+  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
+    const __m512i pairs = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_slli_epi32(pairs, 16));
+    _mm512_storeu_si512(to + 16, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  // The rounded value in the upper half of each lane.
+  static ADADELTA_INLINE __m512i round(const float* from) {
+    const __m512 values = _mm512_loadu_ps(from);
+    const __m512i bits = _mm512_castps_si512(values);
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    const __m512i half_ulp = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+    return _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half_ulp), is_nan, _mm512_set1_epi32(0x7fc00000));
+  }
+
+  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
+    const __m512i low = _mm512_srli_epi32(round(from), 16);
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, low, round(from + 16)));
+  }
+#elif ADADELTA_LANES == 8
+  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
+    for (int64_t k = 0; k < kGroup; k += 16) {
+      const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), _mm256_slli_epi32(pairs, 16));
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(to + k + 8),
+          _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)))
+      );
+    }
+  }
+
+  static ADADELTA_INLINE __m256i round(const float* from) {
+    const __m256 values = _mm256_loadu_ps(from);
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256 is_nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
+  }
+
+  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
+    for (int64_t k = 0; k < kGroup; k += 16) {
+      const __m256i low = _mm256_srli_epi32(round(from + k), 16);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), _mm256_blend_epi16(low, round(from + k + 8), 0xaa));
+    }
+  }
+#else
+  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
+    for (int64_t k = 0; k < kGroup; ++k) {
+      to[k] = widen(from[k]);
+    }
+  }
+
+  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
+    for (int64_t k = 0; k < kGroup; ++k) {
+      to[k] = narrow(from[k]);
+    }
+  }
+#endif
+};
+
+struct Half {
+  static ADADELTA_INLINE float widen(uint16_t item) { return torch::headeronly::detail::fp16_ieee_to_fp32_value(item); }
+
+  static ADADELTA_INLINE uint16_t narrow(float value) {
+    return torch::headeronly::detail::fp16_ieee_from_fp32_value(value);
+  }
+
+  static ADADELTA_INLINE void widen_lanes(float* to, const uint16_t* from) {
+#if ADADELTA_LANES == 16
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif ADADELTA_LANES == 8
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    *to = widen(*from);
+#endif
+  }
+
+  static ADADELTA_INLINE void narrow_lanes(uint16_t* to, const float* from) {
+#if ADADELTA_LANES == 16
+    const __m256i items = _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), items);
+#elif ADADELTA_LANES == 8
+    const __m128i items = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), items);
+#else
+    *to = narrow(*from);
+#endif
+  }
+
+  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
+    for (int64_t k = 0; k < kGroup; k += kLanes) {
+      widen_lanes(to + k, from + k);
+    }
+  }
+
+  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
+    for (int64_t k = 0; k < kGroup; k += kLanes) {
+      narrow_lanes(to + k, from + k);
+    }
+  }
+};
+
+template <typename Format>
+void widen(float* __restrict__ to, const uint16_t* __restrict__ from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Format::widen_lanes(to + i, from + i);
+  }
+  for (; i < count; ++i) {
+    to[i] = Format::widen(from[i]);
+  }
+}
+
+template <typename Format>
+void narrow(uint16_t* __restrict__ to, const float* __restrict__ from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Format::narrow_lanes(to + i, from + i);
+  }
+  for (; i < count; ++i) {
+    to[i] = Format::narrow(from[i]);
+  }
+}
+
+template <typename To, typename From>
+void cast(To* __restrict__ to, const From* __restrict__ from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<To>(from[i]);
+  }
+}
+
+// ---- Updates --------------------------------------------------------------------------------------------------------
+
+template <bool negate, typename T>
+ADADELTA_INLINE void update_loop(
+    T* __restrict__ param,
+    const T* __restrict__ grad,
+    T* __restrict__ square_avg,
+    T* __restrict__ acc_delta,
+    int64_t count,
+    const Hyperparameters<T> h
+) {
+  for (int64_t i = 0; i < count; ++i) {
+    adadelta_element(negate ? -grad[i] : grad[i], square_avg[i], acc_delta[i], param[i], h);
+  }
+}
+
+template <typename T>
+void update(
+    T* param, const T* grad, T* square_avg, T* acc_delta, int64_t count, bool negate, const Hyperparameters<T>& h
+) {
+  if (negate) {
+    update_loop<true>(param, grad, square_avg, acc_delta, count, h);
+  } else {
+    update_loop<false>(param, grad, square_avg, acc_delta, count, h);
+  }
+}
+
+// A group at a time, which the compiler keeps in registers: the conversions run in the shadow of the square roots.
+// Those leave the processor little room to look ahead, so memory is asked for early (a quarter faster on an AVX-512
+// machine).
+template <typename Format, bool negate>
+ADADELTA_INLINE int64_t update_16bit_groups(
+    uint16_t* __restrict__ param,
+    const uint16_t* __restrict__ grad,
+    uint16_t* __restrict__ square_avg,
+    uint16_t* __restrict__ acc_delta,
+    int64_t count,
+    const Hyperparameters<float> h
+) {
+  constexpr int64_t kAhead = 1024;
+  alignas(64) float p[kGroup], g[kGroup], a[kGroup], u[kGroup];
+  int64_t i = 0;
+  for (; i + kGroup <= count; i += kGroup) {
+    __builtin_prefetch(param + i + kAhead, 1);
+    __builtin_prefetch(grad + i + kAhead, 0);
+    __builtin_prefetch(square_avg + i + kAhead, 1);
+    __builtin_prefetch(acc_delta + i + kAhead, 1);
+    Format::widen_group(g, grad + i);
+    Format::widen_group(a, square_avg + i);
+    Format::widen_group(u, acc_delta + i);
+    Format::widen_group(p, param + i);
+    update_loop<negate>(p, g, a, u, kGroup, h);
+    Format::narrow_group(square_avg + i, a);
+    Format::narrow_group(acc_delta + i, u);
+    Format::narrow_group(param + i, p);
+  }
+  return i;
+}
+
+template <typename Format>
+void update_16bit(
+    uint16_t* param,
+    const uint16_t* grad,
+    uint16_t* square_avg,
+    uint16_t* acc_delta,
+    int64_t count,
+    bool negate,
+    const Hyperparameters<float>& h
+) {
+  int64_t i = negate ? update_16bit_groups<Format, true>(param, grad, square_avg, acc_delta, count, h)
+                     : update_16bit_groups<Format, false>(param, grad, square_avg, acc_delta, count, h);
+  for (; i < count; ++i) {
+    const float g = Format::widen(grad[i]);
+    float a = Format::widen(square_avg[i]);
+    float u = Format::widen(acc_delta[i]);
+    float p = Format::widen(param[i]);
+    adadelta_element(negate ? -g : g, a, u, p, h);
+    square_avg[i] = Format::narrow(a);
+    acc_delta[i] = Format::narrow(u);
+    param[i] = Format::narrow(p);
+  }
+}
+
+constexpr torch_adadelta::cpu::Loops kLoops = {
+    update<float>,
+    update<double>,
+    update_16bit<Half>,
+    update_16bit<Bfloat16>,
+    widen<Half>,
+    widen<Bfloat16>,
+    cast<float, double>,
+    cast<double, float>,
+    narrow<Half>,
+    narrow<Bfloat16>,
+};
+
+}  // namespace

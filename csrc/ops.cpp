@@ -1,0 +1,14 @@
+// The schemas of the ops; their kernels are registered beside their code. Hyperparameters cross as double, rounded
+// already where Keras rounds them, or as a one-element Tensor, which then replaces the number.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(torch_adadelta, m) {
+  m.def(
+      "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, *, "
+      "float lr, float rho, float epsilon, Tensor? lr_tensor=None, Tensor? rho_tensor=None, "
+      "Tensor? epsilon_tensor=None, bool maximize=False) -> ()"
+  );
+  m.def("check_lists(Tensor[] params, Tensor[] grads, Tensor[] square_avgs, Tensor[] acc_deltas) -> ()");
+  m.def("cpu_capability() -> int");
+  m.def("set_cpu_capability(int capability) -> int");
+}

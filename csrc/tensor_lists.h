@@ -1,0 +1,355 @@
+// What an op receives: lists of tensors in which entry i belongs to parameter i. This header reads them through the
+// stable ABI, checks them, and turns each parameter into an Entry that a kernel can run without looking back.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace torch_adadelta {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// The dtypes that the kernels store; a complex tensor is a real one with a trailing dimension of two.
+enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+inline int64_t item_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return 4;
+    case Dtype::kFloat64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+// What PyTorch knows of one tensor. Pointers into its sizes and strides stay valid as long as the tensor lives.
+struct TensorInfo {
+  char* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dim;
+  int64_t numel;
+  int32_t scalar_type;
+  int32_t device_type;
+  int32_t device_index;
+  Dtype dtype;
+  bool is_complex;
+};
+
+// Owns the list that the dispatcher handed over, and so the tensors in it.
+class TensorList {
+ public:
+  explicit TensorList(StableIValue value) : list_(torch::stable::detail::to<StableListHandle>(value)) {}
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+  ~TensorList() { torch_delete_list(list_); }
+
+  size_t size() const {
+    size_t size = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+    return size;
+  }
+
+  // A bare handle instead of torch::stable::Tensor, whose shared_ptr would cost one more allocation a tensor.
+  TensorInfo info(size_t index, const char* list_name, bool written) const {
+    StableIValue value = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, index, &value));
+    const auto handle = torch::stable::detail::to<AtenTensorHandle>(value);
+    struct Deleter {
+      AtenTensorHandle handle;
+      ~Deleter() { aoti_torch_delete_tensor_object(handle); }
+    } deleter{handle};
+
+    TensorInfo info{};
+    int32_t layout = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
+    if (layout != aoti_torch_layout_strided()) {
+      fail(list_name, "[", index, "] is not a dense tensor");
+    }
+    int64_t* sizes = nullptr;
+    int64_t* strides = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &info.dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &info.numel));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &info.scalar_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &info.device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &info.device_index));
+    info.sizes = sizes;
+    info.strides = strides;
+    set_dtype(info, list_name, index);
+    if (written) {
+      void* data = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle, &data));
+      info.data = static_cast<char*>(data);
+    } else {
+      const void* data = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
+      info.data = static_cast<char*>(const_cast<void*>(data));
+    }
+    return info;
+  }
+
+ private:
+  static void set_dtype(TensorInfo& info, const char* list_name, size_t index) {
+    static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
+                         float16 = aoti_torch_dtype_float16(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                         complex32 = aoti_torch_dtype_complex32(), complex64 = aoti_torch_dtype_complex64(),
+                         complex128 = aoti_torch_dtype_complex128();
+    const int32_t type = info.scalar_type;
+    if (type == float32 || type == complex64) {
+      info.dtype = Dtype::kFloat32;
+    } else if (type == float64 || type == complex128) {
+      info.dtype = Dtype::kFloat64;
+    } else if (type == float16 || type == complex32) {
+      info.dtype = Dtype::kFloat16;
+    } else if (type == bfloat16) {
+      info.dtype = Dtype::kBFloat16;
+    } else {
+      fail(list_name, "[", index, "] has a dtype that the kernels do not know (ScalarType ", type, ")");
+    }
+    info.is_complex = type == complex32 || type == complex64 || type == complex128;
+  }
+
+  StableListHandle list_;
+};
+
+// One dimension of a parameter with the strides, in bytes, of its four tensors.
+struct Dimension {
+  int64_t size;
+  int64_t param;
+  int64_t grad;
+  int64_t square_avg;
+  int64_t acc_delta;
+};
+
+// One parameter, ready to be updated. If `dims` is empty, all four tensors hold element i at index i of their memory;
+// otherwise `dims` leads from an index to each address, with the parameter's innermost dimension in memory last.
+struct Entry {
+  char* param;
+  char* grad;
+  char* square_avg;
+  char* acc_delta;
+  int64_t numel;  // of real numbers
+  Dtype dtype;    // of param, square_avg and acc_delta
+  Dtype grad_dtype;
+  bool grad_aliases_param;  // the gradient is the parameter itself: read a block of it before the block is written
+  std::vector<Dimension> dims;
+};
+
+struct Entries {
+  std::vector<Entry> entries;  // empty tensors are left out
+  bool disjoint = true;        // false: some memory belongs to two entries, which must then run in their order
+};
+
+namespace detail {
+
+inline bool same_sizes(const TensorInfo& x, const TensorInfo& y) {
+  return x.dim == y.dim && std::equal(x.sizes, x.sizes + x.dim, y.sizes);
+}
+
+// Whether x and y keep each index at the same place. The stride of a dimension of size one means nothing.
+inline bool same_strides(const TensorInfo& x, const TensorInfo& y) {
+  for (int64_t d = 0; d < x.dim; ++d) {
+    if (x.strides[d] != y.strides[d] && x.sizes[d] != 1) {
+      return false;
+    }
+  }
+  return true;
+}
+
+inline bool is_contiguous(const TensorInfo& x) {
+  int64_t expected = 1;
+  for (int64_t d = x.dim - 1; d >= 0; --d) {
+    if (x.sizes[d] != 1) {
+      if (x.strides[d] != expected) {
+        return false;
+      }
+      expected *= x.sizes[d];
+    }
+  }
+  return true;
+}
+
+// The dimensions of more than one element, outermost in memory first.
+inline std::vector<int64_t> memory_order(const TensorInfo& x) {
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < x.dim; ++d) {
+    if (x.sizes[d] != 1) {
+      order.push_back(d);
+    }
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return x.strides[i] > x.strides[j]; });
+  return order;
+}
+
+// The number of elements from the first to the last in memory, that one included; numel when the tensor is dense.
+inline int64_t span(const TensorInfo& x) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim; ++d) {
+    last += (x.sizes[d] - 1) * x.strides[d];
+  }
+  return last + 1;
+}
+
+// Whether two indices of a tensor may share memory, as in an expanded tensor. PyTorch's own test is as strict.
+inline bool overlaps_itself(const TensorInfo& x) {
+  const auto order = memory_order(x);
+  int64_t extent = 1;
+  for (auto d = order.rbegin(); d != order.rend(); ++d) {
+    if (x.strides[*d] < extent) {
+      return true;
+    }
+    extent = x.strides[*d] * (x.sizes[*d] - 1) + extent;
+  }
+  return false;
+}
+
+inline int64_t element_size(const TensorInfo& x) { return item_size(x.dtype) * (x.is_complex ? 2 : 1); }
+
+inline bool share_memory(const TensorInfo& x, const TensorInfo& y) {
+  return x.data < y.data + span(y) * element_size(y) && y.data < x.data + span(x) * element_size(x);
+}
+
+inline std::vector<Dimension> dimensions(
+    const TensorInfo& param, const TensorInfo& grad, const TensorInfo& square_avg, const TensorInfo& acc_delta
+) {
+  std::vector<Dimension> dims;
+  for (const int64_t d : memory_order(param)) {
+    dims.push_back(
+        {param.sizes[d],
+         param.strides[d] * element_size(param),
+         grad.strides[d] * element_size(grad),
+         square_avg.strides[d] * element_size(square_avg),
+         acc_delta.strides[d] * element_size(acc_delta)}
+    );
+  }
+  if (param.is_complex) {
+    dims.push_back(
+        {2, item_size(param.dtype), item_size(grad.dtype), item_size(square_avg.dtype), item_size(acc_delta.dtype)}
+    );
+  }
+  return dims;
+}
+
+}  // namespace detail
+
+// Checks that each parameter's four tensors can be updated together on `device_type`, and describes them. Throws
+// std::runtime_error before anything is written.
+inline Entries read_entries(
+    const TensorList& params,
+    const TensorList& grads,
+    const TensorList& square_avgs,
+    const TensorList& acc_deltas,
+    int32_t device_type
+) {
+  const size_t count = params.size();
+  if (grads.size() != count || square_avgs.size() != count || acc_deltas.size() != count) {
+    fail(
+        "the lists differ in length: ",
+        count,
+        " params, ",
+        grads.size(),
+        " grads, ",
+        square_avgs.size(),
+        " square_avgs, ",
+        acc_deltas.size(),
+        " acc_deltas"
+    );
+  }
+  Entries result;
+  result.entries.reserve(count);
+  struct Range {
+    const char* begin;
+    const char* end;
+  };
+  std::vector<Range> written;
+  written.reserve(3 * count);
+
+  for (size_t i = 0; i < count; ++i) {
+    const TensorInfo param = params.info(i, "params", true);
+    const TensorInfo grad = grads.info(i, "grads", false);
+    const TensorInfo square_avg = square_avgs.info(i, "square_avgs", true);
+    const TensorInfo acc_delta = acc_deltas.info(i, "acc_deltas", true);
+
+    for (const TensorInfo* tensor : {&param, &grad, &square_avg, &acc_delta}) {
+      if (tensor->device_type != device_type || tensor->device_index != param.device_index) {
+        fail("the tensors of parameter ", i, " are not on one device");
+      }
+      if (!detail::same_sizes(param, *tensor)) {
+        fail("the tensors of parameter ", i, " differ in shape");
+      }
+      if (tensor->is_complex != param.is_complex) {
+        fail("of the tensors of parameter ", i, ", some are complex and some are real");
+      }
+    }
+    if (square_avg.dtype != param.dtype || acc_delta.dtype != param.dtype) {
+      fail("the state of parameter ", i, " has another dtype than the parameter");
+    }
+    if (param.numel == 0) {
+      continue;
+    }
+
+    const bool same_layout = detail::same_strides(param, grad) && detail::same_strides(param, square_avg) &&
+                             detail::same_strides(param, acc_delta);
+    const bool dense = same_layout && (detail::is_contiguous(param) ||
+                                       (detail::span(param) == param.numel && !detail::overlaps_itself(param)));
+    if (!dense) {
+      for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
+        if (detail::overlaps_itself(*tensor)) {
+          fail("a tensor of parameter ", i, " that would be written to overlaps itself in memory");
+        }
+      }
+    }
+    if (detail::share_memory(param, square_avg) || detail::share_memory(param, acc_delta) ||
+        detail::share_memory(square_avg, acc_delta) || detail::share_memory(grad, square_avg) ||
+        detail::share_memory(grad, acc_delta)) {
+      fail("two tensors of parameter ", i, " share memory");
+    }
+    const bool grad_aliases_param = detail::share_memory(grad, param);
+    if (grad_aliases_param &&
+        (grad.data != param.data || grad.dtype != param.dtype || !detail::same_strides(param, grad))) {
+      fail("the gradient of parameter ", i, " shares memory with the parameter at another place");
+    }
+
+    result.entries.push_back(
+        {param.data,
+         grad.data,
+         square_avg.data,
+         acc_delta.data,
+         param.numel * (param.is_complex ? 2 : 1),
+         param.dtype,
+         grad.dtype,
+         grad_aliases_param,
+         {}}
+    );
+    if (!dense) {
+      result.entries.back().dims = detail::dimensions(param, grad, square_avg, acc_delta);
+    }
+    for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
+      written.push_back({tensor->data, tensor->data + detail::span(*tensor) * detail::element_size(*tensor)});
+    }
+  }
+
+  std::sort(written.begin(), written.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
+  for (size_t i = 1; i < written.size(); ++i) {
+    result.disjoint = result.disjoint && written[i - 1].end <= written[i].begin;
+  }
+  return result;
+}
+
+}  // namespace torch_adadelta

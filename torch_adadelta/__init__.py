@@ -1,0 +1,6 @@
+"""The Adadelta of tf.keras for PyTorch: the same numbers, at the speed of the memory bus."""
+
+from torch_adadelta.optimizer import AdadeltaKeras
+from torch_adadelta.version import __version__
+
+__all__ = ["AdadeltaKeras", "__version__"]

@@ -1,0 +1,115 @@
+"""From what the user gave (a number, a NumPy scalar, a Tensor) to the value of one step.
+
+Keras keeps `learning_rate` and `rho` in float32 variables, so a Python number is rounded to float32 before it is cast
+to the arithmetic type; `epsilon` goes there directly. Tensors and NumPy scalars carry a precision of their own and are
+never rounded here.
+"""
+
+import ctypes
+import math
+import sys
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+Value = float | Tensor
+
+DEFAULT_EPSILON: Final = 1e-7
+
+_FLOAT32_MAX: Final = torch.finfo(torch.float32).max
+
+
+class _Rule(NamedTuple):
+    maximum: float
+    text: str
+    rounds_to_float32: bool
+
+
+_RULES: Final = {
+    "learning_rate": _Rule(_FLOAT32_MAX, "a finite number >= 0 that fits float32", True),
+    "rho": _Rule(1.0, "a number in [0, 1]", True),
+    "epsilon": _Rule(sys.float_info.max, "a finite number >= 0", False),
+}
+
+
+def round_to_float32(number: float) -> float:
+    """The float32 nearest to `number`, ties to even; infinity beyond the largest."""
+    return ctypes.c_float(number).value
+
+
+def _number(name: str, value: Any) -> float:
+    """The number behind a Python or NumPy scalar, rounded as Keras rounds it."""
+    is_numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    number = value.item() if is_numpy_scalar else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(
+            f"{name} must be a number or a one-element Tensor, got {value!r} of type {type(value).__name__}"
+        )
+    if is_numpy_scalar or not _RULES[name].rounds_to_float32:
+        return float(number)
+    return round_to_float32(number)
+
+
+def _check_range(name: str, number: float, given: Any) -> None:
+    rule = _RULES[name]
+    if not 0.0 <= number <= rule.maximum:  # nan compares false
+        raise ValueError(f"Invalid {name}: {given!r}; it must be {rule.text}")
+
+
+def validated(name: str, value: Any) -> Any:
+    """What the optimizer keeps for `value`: the value itself, except that an epsilon of None or 0 means 1e-7.
+
+    Args:
+        name: "learning_rate", "rho" or "epsilon".
+        value: a number, a NumPy scalar or a one-element Tensor. Tensors on a device are not read.
+
+    Raises:
+        TypeError: `value` is no number and no Tensor, or a complex or boolean Tensor.
+        ValueError: it is nan, infinite or out of range, or a Tensor without exactly one element.
+    """
+    if name == "epsilon" and (value is None or (not isinstance(value, Tensor) and value == 0)):
+        return DEFAULT_EPSILON
+    if not isinstance(value, Tensor):
+        _check_range(name, _number(name, value), value)
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a one-element Tensor, got a Tensor of shape {tuple(value.shape)}")
+    if value.is_complex() or value.dtype is torch.bool:
+        raise TypeError(f"{name} must be a real number, got a Tensor of {value.dtype}")
+    if value.device.type == "cpu":
+        _check_range(name, float(value.detach()), value)
+    return value
+
+
+def for_step(name: str, value: Any, *, keep_tensor: bool = False) -> Value:
+    """The value that this step uses: a float to be cast to the arithmetic type, or a Tensor to be read where it is.
+
+    A CPU Tensor becomes a float unless `keep_tensor` is set, which lets gradients flow to it. Checks numbers again, for
+    a scheduler or the user may have written anything into a param group.
+    """
+    if type(value) is float:
+        number = round_to_float32(value) if name != "epsilon" else value or DEFAULT_EPSILON
+        _check_range(name, number, value)
+        return number
+    value = validated(name, value)
+    if not isinstance(value, Tensor):
+        return _number(name, value)
+    if keep_tensor or value.device.type != "cpu":
+        return value
+    return float(value.detach())
+
+
+def cast(value: Value, dtype: torch.dtype, device: torch.device) -> Value:
+    """`value` in the arithmetic type: a float that `dtype` holds exactly, or a 0-dim Tensor on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype=dtype, device=device).reshape(())
+    return round_to_float32(value) if dtype is torch.float32 and math.isfinite(value) else value
+
+
+def one_minus(rho: Value, dtype: torch.dtype) -> Value:
+    """1 - rho, subtracted in the arithmetic type: 0.050000012, not 0.05, for the float32 neighbour of 0.95."""
+    if isinstance(rho, Tensor):
+        return 1 - rho
+    # The difference of two float32 numbers rounded to double and then to float32 is the correctly rounded one.
+    return cast(1.0 - rho, dtype, torch.device("cpu"))

@@ -1,0 +1,128 @@
+"""The compiled ops: loading them, typed wrappers, and their fake implementations for tracing.
+
+The library is plain C++ behind LibTorch's stable ABI, without a Python symbol. It is loaded once, on import; where that
+fails, `load_error` says why and the Python paths of `update.py` do the work.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+LIBRARY_PATH: Final = Path(__file__).with_name("_C.so")
+
+CPU_CAPABILITIES: Final = ("default", "AVX2", "AVX512")
+
+
+def _load() -> Exception | None:
+    if not LIBRARY_PATH.exists():
+        return FileNotFoundError(
+            f"{LIBRARY_PATH} does not exist: torch_adadelta was installed where no C++ compiler was found, or with "
+            "TORCH_ADADELTA_NO_EXT=1. Install a C++ compiler and run `pip install --no-build-isolation .` again."
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except Exception as error:  # whatever dlopen or a registration throws: the Python paths need none of it
+        return error
+    return None
+
+
+load_error: Final[Exception | None] = _load()
+is_loaded: Final[bool] = load_error is None
+
+_warned = False
+
+
+def warn_not_loaded() -> None:
+    """Warns, once in a process, that the Python paths run because the library could not be loaded."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"torch_adadelta runs without its compiled library, many times slower: {load_error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def supports_device(device_type: str) -> bool:
+    """Whether the fused update can run on tensors of this device type."""
+    return is_loaded and device_type == "cpu"
+
+
+def adadelta_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    *,
+    lr: float,
+    rho: float,
+    epsilon: float,
+    lr_tensor: Tensor | None = None,
+    rho_tensor: Tensor | None = None,
+    epsilon_tensor: Tensor | None = None,
+    maximize: bool = False,
+) -> None:
+    """Updates every parameter and its state in place, in one pass over memory.
+
+    Entry i of each list belongs to parameter i; the four tensors of a parameter have one shape and one device, its
+    state has its dtype, and the gradient may have another. Numbers are cast to the arithmetic type (float64 for float64
+    parameters, else float32); a Tensor replaces the number of its name.
+
+    Raises RuntimeError, before anything is written, if the tensors do not fit together.
+    """
+    torch.ops.torch_adadelta.adadelta_.default(
+        params,
+        grads,
+        square_avgs,
+        acc_deltas,
+        lr=lr,
+        rho=rho,
+        epsilon=epsilon,
+        lr_tensor=lr_tensor,
+        rho_tensor=rho_tensor,
+        epsilon_tensor=epsilon_tensor,
+        maximize=maximize,
+    )
+    # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
+    if not torch.is_inference_mode_enabled():
+        for tensors in (params, square_avgs, acc_deltas):
+            torch.autograd.graph.increment_version(tensors)
+
+
+def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
+    """Raises what `adadelta_` would raise for these lists, and writes nothing."""
+    torch.ops.torch_adadelta.check_lists.default(params, grads, square_avgs, acc_deltas)
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels use: "default", "AVX2" or "AVX512"."""
+    return CPU_CAPABILITIES[torch.ops.torch_adadelta.cpu_capability.default()]
+
+
+def set_cpu_capability(name: str) -> str:
+    """Chooses another instruction set, for tests and benchmarks, and returns the one before. All give the same bits.
+
+    Raises RuntimeError if the processor does not have it.
+    """
+    index = torch.ops.torch_adadelta.set_cpu_capability.default(CPU_CAPABILITIES.index(name))
+    return CPU_CAPABILITIES[index]
+
+
+if is_loaded:
+
+    @torch.library.register_fake("torch_adadelta::adadelta_")
+    def _adadelta_fake(*_args: object, **_kwargs: object) -> None:
+        return None
+
+    @torch.library.register_fake("torch_adadelta::check_lists")
+    def _check_lists_fake(*_args: object, **_kwargs: object) -> None:
+        return None
+
+    # So that the sets can be compared on a whole program, as PyTorch's ATEN_CPU_CAPABILITY allows for its own kernels.
+    if _wanted := os.environ.get("TORCH_ADADELTA_CPU_CAPABILITY"):
+        set_cpu_capability(_wanted)

@@ -1,0 +1,359 @@
+"""The update of dense parameters: one signature, three implementations, the same bits.
+
+`for_loop` is the reference and states the formula; `foreach` runs it through PyTorch's multi-tensor ops; `fused` runs
+it in one compiled pass. The names of the formula, here and in csrc/adadelta.h:
+
+    g    the gradient, in the arithmetic type T (float64 for float64 parameters, else float32)
+    a, u square_avg and acc_delta       p    the parameter       omr  T(1) - rho
+
+    a = a * rho + (g * g) * omr
+    d = sqrt(u + eps) * (1 / sqrt(a + eps)) * g        the new a, the old u; left to right
+    u = u * rho + (d * d) * omr
+    p = p - d * lr
+
+Every operation is rounded to T on its own. That is why no `addcmul`, `lerp` or `add(alpha=)` appears below: they round
+in another order, or fuse.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_adadelta import ops
+from torch_adadelta.hyperparameters import Value, cast, one_minus
+
+Update = Callable[..., None]
+
+_REAL_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES: Final = frozenset((*_REAL_DTYPES, torch.complex32, torch.complex64, torch.complex128))
+
+# A subclass may mean anything by its operators, and the memory behind it need not hold its elements.
+_PLAIN_TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+# ---- Exact square roots ---------------------------------------------------------------------------------------------
+
+
+def _exact_sqrt_float64(x: Tensor) -> Tensor:
+    """The correctly rounded root of a float64 CPU tensor, from one that may be an ulp off.
+
+    For x = m * 4**k with m in [0.5, 2), y = sqrt(m) is corrected by the sign of m - (y +- ulp / 2)**2. The residual
+    m - y**2 is exact: y is split in two halves whose products fit (Dekker).
+    """
+    mantissa, exponent = torch.frexp(x)
+    exponent = exponent.long()
+    odd = exponent & 1
+    m = torch.where(odd == 1, mantissa * 2, mantissa)
+    y = m.sqrt()
+    square = y * y
+    shifted = y * 134217729.0  # 2**27 + 1
+    high = shifted - (shifted - y)
+    low = y - high
+    error = ((high * high - square) + 2 * high * low) + low * low
+    residual = (m - square) - error
+    above = torch.nextafter(y, torch.full_like(y, torch.inf))
+    below = torch.nextafter(y, torch.zeros_like(y))
+    y = torch.where(residual > y * (above - y), above, torch.where(residual <= -(y * (y - below)), below, y))
+    scale = (((exponent - odd) // 2 + 1023) << 52).view(torch.float64)  # 2**k, by its bits
+    return torch.where(x.isfinite(), y * scale, x.sqrt())
+
+
+def _exact_sqrt_forward(x: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        return x.sqrt()
+    # On x86 CPUs torch.sqrt goes through MKL and may be an ulp off. A float64 root, an ulp off or not, rounds to the
+    # correct float32 root: the exact root of a 24-bit number is never that near to the middle between two others.
+    if x.dtype is torch.float32:
+        return x.double().sqrt().float()
+    return _exact_sqrt_float64(x)
+
+
+class _ExactSqrt(torch.autograd.Function):
+    """Lets gradients pass the correction, which has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        root = _exact_sqrt_forward(x)
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (root,) = ctx.saved_tensors
+        return grads[0] / (2 * root)
+
+
+def exact_sqrt(x: Tensor) -> Tensor:
+    """The square root of a float32 or float64 tensor, correctly rounded, as IEEE 754 has it; differentiable."""
+    return _ExactSqrt.apply(x) if x.requires_grad else _exact_sqrt_forward(x)
+
+
+# ---- The three implementations --------------------------------------------------------------------------------------
+
+
+def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, in the same memory."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def for_loop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    *,
+    lr: Value,
+    rho: Value,
+    epsilon: Value,
+    maximize: bool,
+) -> None:
+    """Updates one parameter after the other with elementwise tensor operations; autograd can record them."""
+    for param, grad, square_avg, acc_delta in zip(params, grads, square_avgs, acc_deltas, strict=True):
+        p, g, a, u = _as_real(param), _as_real(grad), _as_real(square_avg), _as_real(acc_delta)
+        p_out, a_out, u_out = p, a, u
+        T = _arithmetic_dtype(p.dtype)
+        lr_T, rho_T, eps_T = (cast(value, T, p.device) for value in (lr, rho, epsilon))
+        omr = one_minus(rho_T, T)
+
+        p, g, a, u = p.to(T), g.to(T), a.to(T), u.to(T)
+        if torch.is_grad_enabled():
+            a, u = a.clone(), u.clone()  # autograd may need the old values, and a_out and u_out are written in place
+        if maximize:
+            g = -g
+        a = a * rho_T + (g * g) * omr
+        d = exact_sqrt(u + eps_T) * (1 / exact_sqrt(a + eps_T)) * g
+        u = u * rho_T + (d * d) * omr
+        p = p - d * lr_T
+
+        a_out.copy_(a)
+        u_out.copy_(u)
+        p_out.copy_(p)
+
+
+def _foreach_exact_sqrt(tensors: list[Tensor]) -> list[Tensor]:
+    if tensors[0].device.type == "cpu":
+        return [_exact_sqrt_forward(x) for x in tensors]
+    return list(torch._foreach_sqrt(tensors))
+
+
+def foreach(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    *,
+    lr: Value,
+    rho: Value,
+    epsilon: Value,
+    maximize: bool,
+) -> None:
+    """Updates all parameters, which are of one device and dtype, with PyTorch's multi-tensor operations."""
+    if _share_memory(params):
+        # A multi-tensor operation would run each parameter's first half before any second half.
+        for_loop(params, grads, square_avgs, acc_deltas, lr=lr, rho=rho, epsilon=epsilon, maximize=maximize)
+        return
+
+    p_out, a_out, u_out = ([_as_real(x) for x in tensors] for tensors in (params, square_avgs, acc_deltas))
+    T = _arithmetic_dtype(p_out[0].dtype)
+    lr_T, rho_T, eps_T = (cast(value, T, p_out[0].device) for value in (lr, rho, epsilon))
+    omr = one_minus(rho_T, T)
+
+    g: list[Tensor] = [_as_real(x).to(T) for x in grads]
+    if maximize:
+        g = list(torch._foreach_neg(g))
+    # In T already, the state is updated where it is; else in a copy that is rounded back at the end.
+    p, a, u = ([x.to(T) for x in tensors] for tensors in (p_out, a_out, u_out))
+
+    torch._foreach_mul_(a, rho_T)
+    squares = list(torch._foreach_mul(g, g))
+    torch._foreach_mul_(squares, omr)
+    torch._foreach_add_(a, squares)
+    del squares
+
+    d = _foreach_exact_sqrt(list(torch._foreach_add(u, eps_T)))
+    inverse_roots = _foreach_exact_sqrt(list(torch._foreach_add(a, eps_T)))
+    torch._foreach_reciprocal_(inverse_roots)
+    torch._foreach_mul_(d, inverse_roots)
+    torch._foreach_mul_(d, g)
+    del inverse_roots
+
+    torch._foreach_mul_(u, rho_T)
+    squares = list(torch._foreach_mul(d, d))
+    torch._foreach_mul_(squares, omr)
+    torch._foreach_add_(u, squares)
+    del squares
+
+    torch._foreach_mul_(d, lr_T)
+    torch._foreach_sub_(p, d)
+
+    if p_out[0].dtype is not T:
+        torch._foreach_copy_(a_out, a)
+        torch._foreach_copy_(u_out, u)
+        torch._foreach_copy_(p_out, p)
+
+
+def fused(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    *,
+    lr: Value,
+    rho: Value,
+    epsilon: Value,
+    maximize: bool,
+) -> None:
+    """Updates all parameters, which are of one device, in one compiled pass. Raises before it writes anything."""
+    ops.adadelta_(
+        params,
+        grads,
+        square_avgs,
+        acc_deltas,
+        lr=0.0 if isinstance(lr, Tensor) else lr,
+        rho=0.0 if isinstance(rho, Tensor) else rho,
+        epsilon=0.0 if isinstance(epsilon, Tensor) else epsilon,
+        lr_tensor=lr if isinstance(lr, Tensor) else None,
+        rho_tensor=rho if isinstance(rho, Tensor) else None,
+        epsilon_tensor=epsilon if isinstance(epsilon, Tensor) else None,
+        maximize=maximize,
+    )
+
+
+# ---- The choice -----------------------------------------------------------------------------------------------------
+
+
+def are_plain(tensors: list[Tensor]) -> bool:
+    """Whether all are torch.Tensor or Parameter themselves, and not of a subclass."""
+    return _PLAIN_TYPES.issuperset(map(type, tensors))
+
+
+def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
+    """Raises RuntimeError for explicit choices that exclude each other, or that this installation cannot honour."""
+    if foreach and fused:
+        raise RuntimeError("`fused` and `foreach` cannot both be True: choose one, or leave both None for the fastest")
+    for name, wanted in (("fused", fused), ("foreach", foreach)):
+        if wanted and differentiable:
+            raise RuntimeError(
+                f"`{name}` and `differentiable` cannot both be True: autograd records the for-loop only; "
+                f"leave `{name}` None"
+            )
+    if fused and not ops.is_loaded:
+        raise RuntimeError(f"`fused=True` needs the compiled library: {ops.load_error}") from ops.load_error
+
+
+def choose(params: list[Tensor], *, foreach: bool | None, fused: bool | None, differentiable: bool) -> Update:
+    """The implementation for parameters of one device: what was asked for, or else the fastest that applies.
+
+    As in torch.optim, `foreach=False` without a word about `fused` means the for-loop.
+
+    Raises:
+        RuntimeError: an explicit choice cannot run, with the reason.
+    """
+    check_choice(foreach=foreach, fused=fused, differentiable=differentiable)
+    if differentiable:
+        return for_loop
+    device_type = params[0].device.type
+    plain = are_plain(params)
+    for name, wanted in (("fused", fused), ("foreach", foreach)):
+        if wanted and not plain:
+            subclass = next(type(p).__name__ for p in params if type(p) not in _PLAIN_TYPES)
+            raise RuntimeError(f"`{name}=True` needs plain tensors, got a {subclass}; leave `{name}` None")
+    if fused and not ops.supports_device(device_type):
+        raise RuntimeError(f"`fused=True` has no kernel for {device_type} parameters; leave `fused` None")
+    if fused:
+        return _fused
+    if foreach:
+        return _foreach
+    if fused is None and foreach is None and plain:
+        if ops.supports_device(device_type):
+            return _fused
+        if device_type == "cpu":
+            ops.warn_not_loaded()
+    if foreach is None and plain and device_type in _FOREACH_DEVICE_TYPES:
+        return _foreach
+    return for_loop
+
+
+_fused, _foreach = fused, foreach
+
+# On the CPU PyTorch's multi-tensor ops loop over the tensors one by one and only cost memory.
+_FOREACH_DEVICE_TYPES: Final = frozenset(("cuda", "xpu"))
+
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices of a strided tensor may share memory, as in an expanded one."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
+
+
+def _share_memory(tensors: list[Tensor]) -> bool:
+    """Whether some memory may belong to two of the tensors."""
+    ranges = []
+    for tensor in tensors:
+        if tensor.numel() > 0:
+            last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+            begin = tensor.data_ptr()
+            ranges.append((tensor.device.index or 0, begin, begin + (last + 1) * tensor.element_size()))
+    ranges.sort()
+    return any(this[0] == after[0] and after[1] < this[2] for this, after in itertools.pairwise(ranges))
+
+
+def check_param(name: str, param: Tensor) -> None:
+    """Raises TypeError or ValueError, naming the parameter, if it is one that cannot be trained here."""
+    if param.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} has dtype {param.dtype}; Adadelta trains floating-point and complex parameters. Leave it out, as "
+            "in (p for p in model.parameters() if p.requires_grad)"
+        )
+    if param.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {param.layout}; only dense parameters can be trained. Use .to_dense()")
+    if param.is_conj() or param.is_neg():
+        raise ValueError(f"{name} is a lazily conjugated or negated view. Use .resolve_conj().resolve_neg()")
+    if overlaps_itself(param):
+        raise ValueError(
+            f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides {param.stride()}), as an expanded "
+            "tensor does. Use .contiguous()"
+        )
+
+
+def check_row(name: str, param: Tensor, grad: Tensor, square_avg: Any, acc_delta: Any, *, differentiable: bool) -> None:
+    """Raises RuntimeError, naming the parameter, unless its four tensors can be updated together."""
+    check_param(name, param)
+    if differentiable and param.is_leaf and param.requires_grad:
+        raise RuntimeError(f"{name} is a leaf that requires grad: with differentiable=True pass a clone of it")
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name} has a gradient of layout {grad.layout}; only dense gradients can be applied. Use sparse=False in "
+            "the layer that made it, or .to_dense()"
+        )
+    for kind, tensor in (("gradient", grad), ("state square_avg", square_avg), ("state acc_delta", acc_delta)):
+        if not isinstance(tensor, Tensor):
+            raise RuntimeError(f"{name}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
+        if tensor.shape != param.shape:
+            raise RuntimeError(f"{name} has shape {tuple(param.shape)}, but its {kind} has shape {tuple(tensor.shape)}")
+        if tensor.device != param.device:
+            raise RuntimeError(f"{name} is on {param.device}, but its {kind} is on {tensor.device}. Move it there")
+        if tensor.is_complex() != param.is_complex() or tensor.dtype not in DTYPES:
+            raise RuntimeError(f"{name} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
+        if tensor is not grad:
+            if tensor.dtype != param.dtype:
+                raise RuntimeError(
+                    f"{name} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. Convert the state too"
+                )
+            if tensor.layout is not torch.strided or overlaps_itself(tensor):
+                raise RuntimeError(f"{name}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
