@@ -4,9 +4,9 @@
 
 STABLE_TORCH_LIBRARY(torch_adadelta, m) {
   m.def(
-      "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, *, "
-      "float lr, float rho, float epsilon, Tensor? lr_tensor=None, Tensor? rho_tensor=None, "
-      "Tensor? epsilon_tensor=None, bool maximize=False) -> ()"
+      "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, "
+      "float lr, float rho, float epsilon, bool maximize=False, "
+      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None) -> ()"
   );
   m.def("check_lists(Tensor[] params, Tensor[] grads, Tensor[] square_avgs, Tensor[] acc_deltas) -> ()");
   m.def("cpu_capability() -> int");

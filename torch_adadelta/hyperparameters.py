@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Value = float | Tensor
+StepValues = tuple[Value, Value, Value]
 
 DEFAULT_EPSILON: Final = 1e-7
 
@@ -82,22 +83,32 @@ def validated(name: str, value: Any) -> Any:
     return value
 
 
-def for_step(name: str, value: Any, *, keep_tensor: bool = False) -> Value:
-    """The value that this step uses: a float to be cast to the arithmetic type, or a Tensor to be read where it is.
-
-    A CPU Tensor becomes a float unless `keep_tensor` is set, which lets gradients flow to it. Checks numbers again, for
-    a scheduler or the user may have written anything into a param group.
-    """
-    if type(value) is float:
-        number = round_to_float32(value) if name != "epsilon" else value or DEFAULT_EPSILON
-        _check_range(name, number, value)
-        return number
+def _for_step(name: str, value: Any, keep_tensor: bool) -> Value:
     value = validated(name, value)
     if not isinstance(value, Tensor):
         return _number(name, value)
     if keep_tensor or value.device.type != "cpu":
         return value
     return float(value.detach())
+
+
+def for_step(learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = False) -> StepValues:
+    """The values that this step uses: floats to be cast to the arithmetic type, or Tensors to be read where they are.
+
+    A CPU Tensor becomes a float unless `keep_tensor` is set, which lets gradients flow to it. Checks everything again,
+    for a scheduler or the user may have written anything into a param group.
+
+    Raises what `validated` raises.
+    """
+    if type(learning_rate) is float and type(rho) is float and type(epsilon) is float:
+        rounded_lr, rounded_rho = round_to_float32(learning_rate), round_to_float32(rho)
+        if 0.0 <= rounded_lr <= _FLOAT32_MAX and 0.0 <= rounded_rho <= 1.0 and 0.0 < epsilon <= sys.float_info.max:
+            return rounded_lr, rounded_rho, epsilon
+    return (
+        _for_step("learning_rate", learning_rate, keep_tensor),
+        _for_step("rho", rho, keep_tensor),
+        _for_step("epsilon", epsilon, keep_tensor),
+    )
 
 
 def cast(value: Value, dtype: torch.dtype, device: torch.device) -> Value:

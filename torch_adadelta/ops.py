@@ -7,7 +7,7 @@ fails, `load_error` says why and the Python paths of `update.py` do the work.
 import os
 import warnings
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -58,40 +58,30 @@ def adadelta_(
     grads: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    *,
     lr: float,
     rho: float,
     epsilon: float,
+    maximize: bool = False,
     lr_tensor: Tensor | None = None,
     rho_tensor: Tensor | None = None,
     epsilon_tensor: Tensor | None = None,
-    maximize: bool = False,
 ) -> None:
     """Updates every parameter and its state in place, in one pass over memory.
 
     Entry i of each list belongs to parameter i; the four tensors of a parameter have one shape and one device, its
     state has its dtype, and the gradient may have another. Numbers are cast to the arithmetic type (float64 for float64
-    parameters, else float32); a Tensor replaces the number of its name.
+    parameters, else float32); a Tensor of one element replaces the number of its name.
 
     Raises RuntimeError, before anything is written, if the tensors do not fit together.
     """
-    torch.ops.torch_adadelta.adadelta_.default(
-        params,
-        grads,
-        square_avgs,
-        acc_deltas,
-        lr=lr,
-        rho=rho,
-        epsilon=epsilon,
-        lr_tensor=lr_tensor,
-        rho_tensor=rho_tensor,
-        epsilon_tensor=epsilon_tensor,
-        maximize=maximize,
-    )
+    if lr_tensor is rho_tensor is epsilon_tensor is None:
+        _adadelta(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
+    else:
+        _adadelta(
+            params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize, lr_tensor, rho_tensor, epsilon_tensor
+        )
     # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
-    if not torch.is_inference_mode_enabled():
-        for tensors in (params, square_avgs, acc_deltas):
-            torch.autograd.graph.increment_version(tensors)
+    torch.autograd.graph.increment_version(params)
 
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
@@ -114,6 +104,7 @@ def set_cpu_capability(name: str) -> str:
 
 
 if is_loaded:
+    _adadelta: Final[Any] = torch.ops.torch_adadelta.adadelta_.default
 
     @torch.library.register_fake("torch_adadelta::adadelta_")
     def _adadelta_fake(*_args: object, **_kwargs: object) -> None:

@@ -1,6 +1,6 @@
 """AdadeltaKeras: param groups, state and `step()`. How an update is computed is the business of `update.py`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, Final, NamedTuple, overload
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from torch_adadelta import hyperparameters, ops
+from torch_adadelta import hyperparameters
 from torch_adadelta import update as updates
 
 _STATE_KEYS: Final = ("square_avg", "acc_delta")
@@ -21,32 +21,13 @@ _get_grad, _is_cpu = attrgetter("grad"), attrgetter("is_cpu")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
 
 
-class _Rows(NamedTuple):
-    """The parameters of one group that have a gradient, each with what its update needs."""
+class _Bucket(NamedTuple):
+    """Parameters of one group that one call updates, each with its gradient and state, and the call."""
 
     group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    square_avgs: list[Tensor]
-    acc_deltas: list[Tensor]
-
-    def select(self, indices: Sequence[int]) -> "_Rows":
-        return _Rows(self.group, *([tensors[i] for i in indices] for tensors in self[1:]))
-
-
-class _Bucket(NamedTuple):
-    """Rows that one call updates, and the call."""
-
-    rows: _Rows
     update: updates.Update
-    hyperparameters: dict[str, Any]
-
-    @property
-    def is_fused(self) -> bool:
-        return self.update is updates.fused
-
-    def run(self) -> None:
-        self.update(*self.rows[1:], **self.hyperparameters)
+    lists: updates.Lists
+    hyperparameters: hyperparameters.StepValues
 
 
 class AdadeltaKeras(Optimizer):
@@ -158,7 +139,7 @@ class AdadeltaKeras(Optimizer):
             for index, param in enumerate(group["params"]):
                 updates.check_param(_name(len(self.param_groups) - 1, group, index), param)
             if group["fused"] or group["foreach"]:
-                for _, indices in _split_by_device(group["params"]):
+                for indices in _by_device(group["params"]).values():
                     _choose(group, [group["params"][i] for i in indices])
         except Exception:
             self.param_groups.pop()
@@ -274,59 +255,51 @@ class AdadeltaKeras(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(self.defaults["differentiable"])
+        torch._C._set_grad_enabled(self.defaults["differentiable"])  # the function behind torch.set_grad_enabled
         try:
             self._apply()
         finally:
-            torch.set_grad_enabled(grad_enabled)
+            torch._C._set_grad_enabled(grad_enabled)
         return loss
 
     def _apply(self) -> None:
-        new_state: dict[Tensor, dict[str, Tensor]] = {}
         buckets: list[_Bucket] = []
+        new_state: dict[Tensor, dict[str, Tensor]] = {}
         for group in self.param_groups:
-            rows = self._gather(group, new_state)
-            if rows is not None:
-                buckets.extend(_buckets(rows))
+            lists = self._gather(group, new_state)
+            if lists is not None:
+                buckets.extend(_split(group, lists))
         if not buckets:
             return
 
         # A fused call checks its own lists before it writes. All else is checked here, before the first write.
-        if len(buckets) > 1 or new_state or not buckets[0].is_fused:
+        if len(buckets) > 1 or new_state or buckets[0].update is not updates.fused:
             for bucket in buckets:
-                if bucket.is_fused:
-                    self._explaining(ops.check_lists, bucket)
-                else:
-                    self._check(bucket.rows)
+                self._check(bucket)
 
         self.state.update(new_state)
-        first, *rest = buckets
-        if first.is_fused:
-            try:
-                self._explaining(first.update, first, **first.hyperparameters)
-            except RuntimeError:
+        has_written = False
+        try:
+            for bucket in buckets:
+                bucket.update(*bucket.lists, *bucket.hyperparameters, bucket.group["maximize"])
+                has_written = True
+            for group in self.param_groups:
+                group["iterations"] += 1  # in place where it is a Tensor
+        except BaseException as error:
+            if isinstance(error, Exception) and bucket.update is updates.fused and not has_written:
                 for param in new_state:
                     del self.state[param]
-                raise
-        else:
-            rest = buckets
-        try:
-            for bucket in rest:
-                bucket.run()
-            for group in self.param_groups:
-                if isinstance(group["iterations"], Tensor):
-                    group["iterations"].add_(1)
-                else:
-                    group["iterations"] += 1
-        except BaseException as error:
-            what = str(error) or type(error).__name__
-            error.args = (
-                f"{what} (the step is partial: some parameters and state were updated before this, others were not)",
-            )
+                self._explain(bucket)
+            else:
+                what = str(error) or type(error).__name__
+                error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
             raise
 
-    def _gather(self, group: dict[str, Any], new_state: dict[Tensor, dict[str, Tensor]]) -> _Rows | None:
-        """The rows of a group, or None without any; what state they lack is made in `new_state`."""
+    def _gather(self, group: dict[str, Any], new_state: dict[Tensor, dict[str, Tensor]]) -> updates.Lists | None:
+        """The parameters of a group that have a gradient, with it and their state, or None if there are none.
+
+        State that is missing is made and left in `new_state`.
+        """
         params: list[Tensor] = group["params"]
         grads = list(map(_get_grad, params))
         if type(None) in map(type, grads):
@@ -339,12 +312,13 @@ class AdadeltaKeras(Optimizer):
             for index, (param, state) in enumerate(zip(params, states, strict=True)):
                 if not state:
                     if param not in new_state:
+                        updates.check_param(self._name_of(param), param)
                         new_state[param] = {
                             key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in _STATE_KEYS
                         }
                     states[index] = new_state[param]
         try:
-            return _Rows(group, params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states)))
+            return params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states))
         except (KeyError, TypeError):
             for param, state in zip(params, states, strict=True):
                 if not isinstance(state, dict) or not state.keys() >= set(_STATE_KEYS):
@@ -361,59 +335,62 @@ class AdadeltaKeras(Optimizer):
                     return _name(group_index, group, index)
         raise KeyError(param)
 
-    def _check(self, rows: _Rows) -> None:
-        """Raises, naming the parameter, unless every row can be updated."""
-        differentiable = rows.group["differentiable"]
-        for param, *tensors in zip(*rows[1:], strict=True):
-            updates.check_row(self._name_of(param), param, *tensors, differentiable=differentiable)
-
-    def _explaining(self, op: Callable[..., None], bucket: _Bucket, **kwargs: Any) -> None:
-        """Calls an op that checks the lists it is given; should it refuse them, says which parameter is to blame."""
+    def _check(self, bucket: _Bucket) -> None:
+        """Raises, naming the parameter, unless all of the bucket can be updated."""
+        if bucket.update is not updates.fused:
+            self._check_rows(bucket)
+            return
         try:
-            op(*bucket.rows[1:], **kwargs)
-        except (RuntimeError, NotImplementedError):
-            self._check(bucket.rows)
+            updates.check_fused(*bucket.lists)
+        except Exception:
+            self._explain(bucket)
             raise
 
+    def _explain(self, bucket: _Bucket) -> None:
+        """After the compiled op refused a bucket, by the index: raises the same by the name, if it can be found."""
+        try:
+            self._check_rows(bucket)
+        except RuntimeError as explained:
+            raise explained from None
 
-# ---- From rows to buckets -------------------------------------------------------------------------------------------
+    def _check_rows(self, bucket: _Bucket) -> None:
+        differentiable = bucket.group["differentiable"]
+        for param, *tensors in zip(*bucket.lists, strict=True):
+            updates.check_row(self._name_of(param), param, *tensors, differentiable=differentiable)
+
+
+# ---- From lists to buckets ------------------------------------------------------------------------------------------
 
 
 def _choose(group: dict[str, Any], params: list[Tensor]) -> updates.Update:
-    return updates.choose(
-        params, foreach=group["foreach"], fused=group["fused"], differentiable=group["differentiable"]
-    )
+    return updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
 
 
-def _split_by_device(params: list[Tensor]) -> Iterable[tuple[torch.device, Sequence[int]]]:
+def _split(group: dict[str, Any], lists: updates.Lists) -> Iterable[_Bucket]:
+    """Splits the parameters of a group by device and, where the implementation needs it, by dtype."""
+    values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
+    params = lists[0]
     if all(map(_is_cpu, params)):
-        return [(torch.device("cpu"), range(len(params)))] if params else []
+        update = _choose(group, params)
+        if update is not updates.foreach:
+            return (_Bucket(group, update, lists, values),)
+    indices: dict[tuple[torch.device, torch.dtype | None], list[int]] = {}
+    for device, on_device in _by_device(params).items():
+        update = _choose(group, [params[i] for i in on_device])
+        for i in on_device:
+            indices.setdefault((device, params[i].dtype if update is updates.foreach else None), []).append(i)
+    buckets = []
+    for same in indices.values():
+        bucket: Any = tuple([tensors[i] for i in same] for tensors in lists)
+        buckets.append(_Bucket(group, _choose(group, bucket[0]), bucket, values))
+    return buckets
+
+
+def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
     indices: dict[torch.device, list[int]] = {}
     for index, param in enumerate(params):
         indices.setdefault(param.device, []).append(index)
-    return indices.items()
-
-
-def _buckets(rows: _Rows) -> list[_Bucket]:
-    """Splits the rows of a group by device and, where the implementation needs it, by dtype."""
-    group = rows.group
-    values: dict[str, Any] = {
-        key: hyperparameters.for_step(name, group[key], keep_tensor=group["differentiable"])
-        for key, name in _HYPERPARAMETERS.items()
-    }
-    values["maximize"] = group["maximize"]
-    buckets = []
-    for _, indices in _split_by_device(rows.params):
-        on_device = rows if len(indices) == len(rows.params) else rows.select(indices)
-        update = _choose(group, on_device.params)
-        if update is not updates.foreach:
-            buckets.append(_Bucket(on_device, update, values))
-            continue
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for index, param in enumerate(on_device.params):
-            by_dtype.setdefault(param.dtype, []).append(index)
-        buckets.extend(_Bucket(on_device.select(same), update, values) for same in by_dtype.values())
-    return buckets
+    return indices
 
 
 # ---- Param groups and state -----------------------------------------------------------------------------------------
@@ -444,7 +421,7 @@ def _normalise(options: dict[str, Any]) -> None:
     for key in ("foreach", "fused"):
         if options[key] is not None and not isinstance(options[key], bool):
             raise TypeError(f"{key} must be True, False or None, got {options[key]!r}")
-    updates.check_choice(foreach=options["foreach"], fused=options["fused"], differentiable=options["differentiable"])
+    updates.check_choice(options["foreach"], options["fused"], options["differentiable"])
 
 
 def _checked_iterations(value: Any) -> int:

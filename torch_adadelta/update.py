@@ -25,6 +25,9 @@ from torch import Tensor
 from torch_adadelta import ops
 from torch_adadelta.hyperparameters import Value, cast, one_minus
 
+# params, grads, square_avgs and acc_deltas: entry i of each belongs to parameter i.
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
 Update = Callable[..., None]
 
 _REAL_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -108,7 +111,6 @@ def for_loop(
     grads: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    *,
     lr: Value,
     rho: Value,
     epsilon: Value,
@@ -148,7 +150,6 @@ def foreach(
     grads: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    *,
     lr: Value,
     rho: Value,
     epsilon: Value,
@@ -157,7 +158,7 @@ def foreach(
     """Updates all parameters, which are of one device and dtype, with PyTorch's multi-tensor operations."""
     if _share_memory(params):
         # A multi-tensor operation would run each parameter's first half before any second half.
-        for_loop(params, grads, square_avgs, acc_deltas, lr=lr, rho=rho, epsilon=epsilon, maximize=maximize)
+        for_loop(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
         return
 
     p_out, a_out, u_out = ([_as_real(x) for x in tensors] for tensors in (params, square_avgs, acc_deltas))
@@ -204,37 +205,32 @@ def fused(
     grads: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    *,
     lr: Value,
     rho: Value,
     epsilon: Value,
     maximize: bool,
 ) -> None:
     """Updates all parameters, which are of one device, in one compiled pass. Raises before it writes anything."""
-    ops.adadelta_(
-        params,
-        grads,
-        square_avgs,
-        acc_deltas,
-        lr=0.0 if isinstance(lr, Tensor) else lr,
-        rho=0.0 if isinstance(rho, Tensor) else rho,
-        epsilon=0.0 if isinstance(epsilon, Tensor) else epsilon,
-        lr_tensor=lr if isinstance(lr, Tensor) else None,
-        rho_tensor=rho if isinstance(rho, Tensor) else None,
-        epsilon_tensor=epsilon if isinstance(epsilon, Tensor) else None,
-        maximize=maximize,
+    if type(lr) is float and type(rho) is float and type(epsilon) is float:
+        ops.adadelta_(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
+        return
+    (lr, lr_tensor), (rho, rho_tensor), (epsilon, epsilon_tensor) = (
+        (0.0, value) if isinstance(value, Tensor) else (value, None) for value in (lr, rho, epsilon)
     )
+    ops.adadelta_(
+        params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize, lr_tensor, rho_tensor, epsilon_tensor
+    )
+
+
+def check_fused(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
+    """Raises RuntimeError if `fused` would refuse these lists."""
+    ops.check_lists(params, grads, square_avgs, acc_deltas)
 
 
 # ---- The choice -----------------------------------------------------------------------------------------------------
 
 
-def are_plain(tensors: list[Tensor]) -> bool:
-    """Whether all are torch.Tensor or Parameter themselves, and not of a subclass."""
-    return _PLAIN_TYPES.issuperset(map(type, tensors))
-
-
-def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
+def check_choice(foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
     """Raises RuntimeError for explicit choices that exclude each other, or that this installation cannot honour."""
     if foreach and fused:
         raise RuntimeError("`fused` and `foreach` cannot both be True: choose one, or leave both None for the fastest")
@@ -248,7 +244,7 @@ def check_choice(*, foreach: bool | None, fused: bool | None, differentiable: bo
         raise RuntimeError(f"`fused=True` needs the compiled library: {ops.load_error}") from ops.load_error
 
 
-def choose(params: list[Tensor], *, foreach: bool | None, fused: bool | None, differentiable: bool) -> Update:
+def choose(params: list[Tensor], foreach: bool | None, fused: bool | None, differentiable: bool) -> Update:
     """The implementation for parameters of one device: what was asked for, or else the fastest that applies.
 
     As in torch.optim, `foreach=False` without a word about `fused` means the for-loop.
@@ -256,29 +252,26 @@ def choose(params: list[Tensor], *, foreach: bool | None, fused: bool | None, di
     Raises:
         RuntimeError: an explicit choice cannot run, with the reason.
     """
-    check_choice(foreach=foreach, fused=fused, differentiable=differentiable)
-    if differentiable:
-        return for_loop
+    is_plain = _PLAIN_TYPES.issuperset(map(type, params))
     device_type = params[0].device.type
-    plain = are_plain(params)
+    if foreach is None and not differentiable and is_plain and fused is not False and ops.supports_device(device_type):
+        return _fused
+    check_choice(foreach, fused, differentiable)
     for name, wanted in (("fused", fused), ("foreach", foreach)):
-        if wanted and not plain:
+        if wanted and not is_plain:
             subclass = next(type(p).__name__ for p in params if type(p) not in _PLAIN_TYPES)
             raise RuntimeError(f"`{name}=True` needs plain tensors, got a {subclass}; leave `{name}` None")
-    if fused and not ops.supports_device(device_type):
-        raise RuntimeError(f"`fused=True` has no kernel for {device_type} parameters; leave `fused` None")
     if fused:
+        if not ops.supports_device(device_type):
+            raise RuntimeError(f"`fused=True` has no kernel for {device_type} parameters; leave `fused` None")
         return _fused
     if foreach:
         return _foreach
-    if fused is None and foreach is None and plain:
-        if ops.supports_device(device_type):
-            return _fused
-        if device_type == "cpu":
-            ops.warn_not_loaded()
-    if foreach is None and plain and device_type in _FOREACH_DEVICE_TYPES:
-        return _foreach
-    return for_loop
+    if differentiable or foreach is False or not is_plain:
+        return for_loop
+    if fused is None and device_type == "cpu":
+        ops.warn_not_loaded()
+    return _foreach if device_type in _FOREACH_DEVICE_TYPES else for_loop
 
 
 _fused, _foreach = fused, foreach

@@ -300,13 +300,13 @@ void update_entries(
 // adadelta_ in ops.cpp. Boxed, so that each list is read in place instead of becoming a vector of tensor objects.
 void adadelta_(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
-  const auto lr_tensor = to<OptionalTensor>(stack[7]);
-  const auto rho_tensor = to<OptionalTensor>(stack[8]);
-  const auto epsilon_tensor = to<OptionalTensor>(stack[9]);
+  const auto lr_tensor = to<OptionalTensor>(stack[8]);
+  const auto rho_tensor = to<OptionalTensor>(stack[9]);
+  const auto epsilon_tensor = to<OptionalTensor>(stack[10]);
   const double lr = resolve(to<double>(stack[4]), lr_tensor, "lr");
   const double rho = resolve(to<double>(stack[5]), rho_tensor, "rho");
   const double epsilon = resolve(to<double>(stack[6]), epsilon_tensor, "epsilon");
-  const bool maximize = to<bool>(stack[10]);
+  const bool maximize = to<bool>(stack[7]);
   const Entries lists = read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());
   update_entries(lists, maximize, {lr, rho, epsilon}, {lr, rho, epsilon});
 }
