@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -43,12 +44,15 @@ struct TensorInfo {
   const int64_t* strides;
   int64_t dim;
   int64_t numel;
+  int64_t bytes;  // from the first element in memory to the end of the last
   int32_t scalar_type;
   int32_t device_type;
   int32_t device_index;
   Dtype dtype;
   bool is_complex;
 };
+
+inline int64_t element_size(const TensorInfo& x) { return item_size(x.dtype) * (x.is_complex ? 2 : 1); }
 
 // Owns the list that the dispatcher handed over, and so the tensors in it.
 class TensorList {
@@ -92,6 +96,11 @@ class TensorList {
     info.sizes = sizes;
     info.strides = strides;
     set_dtype(info, list_name, index);
+    int64_t last = 0;
+    for (int64_t d = 0; d < info.dim; ++d) {
+      last += (sizes[d] - 1) * strides[d];
+    }
+    info.bytes = (last + 1) * element_size(info);
     if (written) {
       void* data = nullptr;
       STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle, &data));
@@ -137,23 +146,43 @@ struct Dimension {
   int64_t acc_delta;
 };
 
-// One parameter, ready to be updated. If `dims` is empty, all four tensors hold element i at index i of their memory;
-// otherwise `dims` leads from an index to each address, with the parameter's innermost dimension in memory last.
+// The dimensions of a parameter, its innermost dimension in memory last.
+using Layout = std::vector<Dimension>;
+
+// One parameter, ready to be updated. If it is dense, all four tensors hold element i at index i of their memory;
+// otherwise `layout` leads from an index to each address.
 struct Entry {
   char* param;
   char* grad;
   char* square_avg;
   char* acc_delta;
-  int64_t numel;  // of real numbers
-  Dtype dtype;    // of param, square_avg and acc_delta
+  int64_t numel;         // of real numbers
+  int64_t end;           // where its elements end in the concatenation of all entries
+  const Layout* layout;  // nullptr if dense
+  Dtype dtype;           // of param, square_avg and acc_delta
   Dtype grad_dtype;
   bool grad_aliases_param;  // the gradient is the parameter itself: read a block of it before the block is written
-  std::vector<Dimension> dims;
 };
 
 struct Entries {
   std::vector<Entry> entries;  // empty tensors are left out
-  bool disjoint = true;        // false: some memory belongs to two entries, which must then run in their order
+  std::deque<Layout> layouts;
+  bool disjoint = true;  // false: some memory belongs to two entries, which must then run in their order
+
+  // The memory [begin, end) of every tensor that is written.
+  struct Range {
+    const char* begin;
+    const char* end;
+  };
+  std::vector<Range> written;
+
+  int64_t numel() const { return entries.empty() ? 0 : entries.back().end; }
+
+  void clear() {
+    entries.clear();
+    layouts.clear();
+    written.clear();
+  }
 };
 
 namespace detail {
@@ -197,15 +226,6 @@ inline std::vector<int64_t> memory_order(const TensorInfo& x) {
   return order;
 }
 
-// The number of elements from the first to the last in memory, that one included; numel when the tensor is dense.
-inline int64_t span(const TensorInfo& x) {
-  int64_t last = 0;
-  for (int64_t d = 0; d < x.dim; ++d) {
-    last += (x.sizes[d] - 1) * x.strides[d];
-  }
-  return last + 1;
-}
-
 // Whether two indices of a tensor may share memory, as in an expanded tensor. PyTorch's own test is as strict.
 inline bool overlaps_itself(const TensorInfo& x) {
   const auto order = memory_order(x);
@@ -219,16 +239,14 @@ inline bool overlaps_itself(const TensorInfo& x) {
   return false;
 }
 
-inline int64_t element_size(const TensorInfo& x) { return item_size(x.dtype) * (x.is_complex ? 2 : 1); }
-
 inline bool share_memory(const TensorInfo& x, const TensorInfo& y) {
-  return x.data < y.data + span(y) * element_size(y) && y.data < x.data + span(x) * element_size(x);
+  return x.data < y.data + y.bytes && y.data < x.data + x.bytes;
 }
 
-inline std::vector<Dimension> dimensions(
+inline Layout dimensions(
     const TensorInfo& param, const TensorInfo& grad, const TensorInfo& square_avg, const TensorInfo& acc_delta
 ) {
-  std::vector<Dimension> dims;
+  Layout dims;
   for (const int64_t d : memory_order(param)) {
     dims.push_back(
         {param.sizes[d],
@@ -250,7 +268,10 @@ inline std::vector<Dimension> dimensions(
 
 // Checks that each parameter's four tensors can be updated together on `device_type`, and describes them. Throws
 // std::runtime_error before anything is written.
-inline Entries read_entries(
+//
+// The result lives as long as the calling thread and until its next call: to allocate and free so much at every step
+// costs a tenth of the step for a thousand small tensors.
+inline const Entries& read_entries(
     const TensorList& params,
     const TensorList& grads,
     const TensorList& square_avgs,
@@ -271,14 +292,8 @@ inline Entries read_entries(
         " acc_deltas"
     );
   }
-  Entries result;
-  result.entries.reserve(count);
-  struct Range {
-    const char* begin;
-    const char* end;
-  };
-  std::vector<Range> written;
-  written.reserve(3 * count);
+  static thread_local Entries result;
+  result.clear();
 
   for (size_t i = 0; i < count; ++i) {
     const TensorInfo param = params.info(i, "params", true);
@@ -306,8 +321,9 @@ inline Entries read_entries(
 
     const bool same_layout = detail::same_strides(param, grad) && detail::same_strides(param, square_avg) &&
                              detail::same_strides(param, acc_delta);
-    const bool dense = same_layout && (detail::is_contiguous(param) ||
-                                       (detail::span(param) == param.numel && !detail::overlaps_itself(param)));
+    const bool dense =
+        same_layout && (detail::is_contiguous(param) ||
+                        (param.bytes == param.numel * element_size(param) && !detail::overlaps_itself(param)));
     if (!dense) {
       for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
         if (detail::overlaps_itself(*tensor)) {
@@ -326,29 +342,35 @@ inline Entries read_entries(
       fail("the gradient of parameter ", i, " shares memory with the parameter at another place");
     }
 
+    const Layout* layout = nullptr;
+    if (!dense) {
+      layout = &result.layouts.emplace_back(detail::dimensions(param, grad, square_avg, acc_delta));
+    }
+    const int64_t numel = param.numel * (param.is_complex ? 2 : 1);
     result.entries.push_back(
         {param.data,
          grad.data,
          square_avg.data,
          acc_delta.data,
-         param.numel * (param.is_complex ? 2 : 1),
+         numel,
+         result.numel() + numel,
+         layout,
          param.dtype,
          grad.dtype,
-         grad_aliases_param,
-         {}}
+         grad_aliases_param}
     );
-    if (!dense) {
-      result.entries.back().dims = detail::dimensions(param, grad, square_avg, acc_delta);
-    }
     for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
-      written.push_back({tensor->data, tensor->data + detail::span(*tensor) * detail::element_size(*tensor)});
+      result.written.push_back({tensor->data, tensor->data + tensor->bytes});
     }
   }
 
-  std::sort(written.begin(), written.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
-  for (size_t i = 1; i < written.size(); ++i) {
-    result.disjoint = result.disjoint && written[i - 1].end <= written[i].begin;
-  }
+  std::sort(result.written.begin(), result.written.end(), [](const auto& x, const auto& y) {
+    return x.begin < y.begin;
+  });
+  const auto overlap = std::adjacent_find(
+      result.written.begin(), result.written.end(), [](const auto& x, const auto& y) { return y.begin < x.end; }
+  );
+  result.disjoint = overlap == result.written.end();
   return result;
 }
 

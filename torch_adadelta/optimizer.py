@@ -1,8 +1,9 @@
 """AdadeltaKeras: param groups, state and `step()`. How an update is computed is the business of `update.py`."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Final, NamedTuple, overload
 
 import torch
@@ -17,7 +18,7 @@ _STATE_KEYS: Final = ("square_avg", "acc_delta")
 # The hyperparameters by their key in a param group.
 _HYPERPARAMETERS: Final = {"lr": "learning_rate", "rho": "rho", "epsilon": "epsilon"}
 
-_get_grad, _is_cpu = attrgetter("grad"), attrgetter("is_cpu")
+_get_grad = attrgetter("grad")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
 
 
@@ -28,6 +29,10 @@ class _Bucket(NamedTuple):
     update: updates.Update
     lists: updates.Lists
     hyperparameters: hyperparameters.StepValues
+
+
+class _SpansDevices(Exception):
+    """The parameters of a group turned out to be on several devices, before anything was written."""
 
 
 class AdadeltaKeras(Optimizer):
@@ -83,6 +88,9 @@ class AdadeltaKeras(Optimizer):
     ``tensorflow/python/keras/optimizer_v2/adadelta.py``, TensorFlow 2.4.
     """
 
+    # Whether a group was seen whose parameters are on several devices. To ask each one at each step costs too much.
+    _groups_span_devices = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -137,7 +145,7 @@ class AdadeltaKeras(Optimizer):
         try:
             group["iterations"] = _iterations_for(group, group["iterations"])
             for index, param in enumerate(group["params"]):
-                updates.check_param(_name(len(self.param_groups) - 1, group, index), param)
+                updates.check_param(partial(_name, len(self.param_groups) - 1, group, index), param)
             if group["fused"] or group["foreach"]:
                 for indices in _by_device(group["params"]).values():
                     _choose(group, [group["params"][i] for i in indices])
@@ -257,7 +265,11 @@ class AdadeltaKeras(Optimizer):
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self.defaults["differentiable"])  # the function behind torch.set_grad_enabled
         try:
-            self._apply()
+            try:
+                self._apply()
+            except _SpansDevices:
+                self._groups_span_devices = True
+                self._apply()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
         return loss
@@ -268,7 +280,7 @@ class AdadeltaKeras(Optimizer):
         for group in self.param_groups:
             lists = self._gather(group, new_state)
             if lists is not None:
-                buckets.extend(_split(group, lists))
+                buckets.extend(_split(group, lists, self._groups_span_devices))
         if not buckets:
             return
 
@@ -307,26 +319,32 @@ class AdadeltaKeras(Optimizer):
             grads = list(map(_get_grad, params))
         if not grads:
             return None
-        states: list[Any] = list(map(self.state.get, params))
-        if not all(states):  # neither None nor empty
-            for index, (param, state) in enumerate(zip(params, states, strict=True)):
-                if not state:
-                    if param not in new_state:
-                        updates.check_param(self._name_of(param), param)
-                        new_state[param] = {
-                            key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in _STATE_KEYS
-                        }
-                    states[index] = new_state[param]
+        states: Iterable[Any]
+        if len(self.state) == len(params) and all(map(is_, self.state, params)):
+            states = self.state.values()  # in the same order; to hash a thousand parameters takes much longer
+        else:
+            states = list(map(self.state.get, params))
         try:
             return params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states))
-        except (KeyError, TypeError):
-            for param, state in zip(params, states, strict=True):
-                if not isinstance(state, dict) or not state.keys() >= set(_STATE_KEYS):
-                    raise RuntimeError(
-                        f"{self._name_of(param)}: its state holds {sorted(state)}, not square_avg and acc_delta; "
-                        "delete optimizer.state[param] to begin anew"
-                    ) from None
-            raise
+        except (KeyError, TypeError):  # some parameter has no state yet, or an empty one
+            states = [self._complete(p, state, new_state) for p, state in zip(params, states, strict=True)]
+            return params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states))
+
+    def _complete(self, param: Tensor, state: Any, new_state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The state of a parameter: what it has, or else a new one."""
+        if not state:
+            if param not in new_state:
+                updates.check_param(partial(self._name_of, param), param)
+                new_state[param] = {
+                    key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in _STATE_KEYS
+                }
+            return new_state[param]
+        if not isinstance(state, dict) or not state.keys() >= set(_STATE_KEYS):
+            raise RuntimeError(
+                f"{self._name_of(param)}: its state holds {sorted(state)}, not square_avg and acc_delta; delete "
+                "optimizer.state[param] to begin anew"
+            )
+        return state
 
     def _name_of(self, param: Tensor) -> str:
         for group_index, group in enumerate(self.param_groups):
@@ -348,15 +366,21 @@ class AdadeltaKeras(Optimizer):
 
     def _explain(self, bucket: _Bucket) -> None:
         """After the compiled op refused a bucket, by the index: raises the same by the name, if it can be found."""
+        if not self._groups_span_devices and len(_by_device(bucket.lists[0])) > 1:
+            raise _SpansDevices from None
         try:
             self._check_rows(bucket)
-        except RuntimeError as explained:
+        except (RuntimeError, TypeError, ValueError) as explained:
             raise explained from None
 
     def _check_rows(self, bucket: _Bucket) -> None:
-        differentiable = bucket.group["differentiable"]
         for param, *tensors in zip(*bucket.lists, strict=True):
-            updates.check_row(self._name_of(param), param, *tensors, differentiable=differentiable)
+            updates.check_row(
+                partial(self._name_of, param),
+                param,
+                *tensors,
+                differentiable=bucket.group["differentiable"],
+            )
 
 
 # ---- From lists to buckets ------------------------------------------------------------------------------------------
@@ -366,19 +390,21 @@ def _choose(group: dict[str, Any], params: list[Tensor]) -> updates.Update:
     return updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
 
 
-def _split(group: dict[str, Any], lists: updates.Lists) -> Iterable[_Bucket]:
-    """Splits the parameters of a group by device and, where the implementation needs it, by dtype."""
+def _split(group: dict[str, Any], lists: updates.Lists, by_device: bool) -> Iterable[_Bucket]:
+    """Splits the parameters of a group by device and, where the implementation needs it, by dtype.
+
+    Without `by_device`, a group that the fused update can take by its first parameter is taken to be on one device;
+    the update refuses it if it is not.
+    """
     values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
     params = lists[0]
-    if all(map(_is_cpu, params)):
-        update = _choose(group, params)
-        if update is not updates.foreach:
-            return (_Bucket(group, update, lists, values),)
+    if not by_device and _choose(group, params) is updates.fused:
+        return (_Bucket(group, updates.fused, lists, values),)
     indices: dict[tuple[torch.device, torch.dtype | None], list[int]] = {}
     for device, on_device in _by_device(params).items():
-        update = _choose(group, [params[i] for i in on_device])
+        needs_one_dtype = _choose(group, [params[i] for i in on_device]) is updates.foreach
         for i in on_device:
-            indices.setdefault((device, params[i].dtype if update is updates.foreach else None), []).append(i)
+            indices.setdefault((device, params[i].dtype if needs_one_dtype else None), []).append(i)
     buckets = []
     for same in indices.values():
         bucket: Any = tuple([tensors[i] for i in same] for tensors in lists)

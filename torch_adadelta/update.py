@@ -306,47 +306,51 @@ def _share_memory(tensors: list[Tensor]) -> bool:
     return any(this[0] == after[0] and after[1] < this[2] for this, after in itertools.pairwise(ranges))
 
 
-def check_param(name: str, param: Tensor) -> None:
+def check_param(name: Callable[[], str], param: Tensor) -> None:
     """Raises TypeError or ValueError, naming the parameter, if it is one that cannot be trained here."""
     if param.dtype not in DTYPES:
         raise TypeError(
-            f"{name} has dtype {param.dtype}; Adadelta trains floating-point and complex parameters. Leave it out, as "
-            "in (p for p in model.parameters() if p.requires_grad)"
+            f"{name()} has dtype {param.dtype}; Adadelta trains floating-point and complex parameters. Leave it out, "
+            "as in (p for p in model.parameters() if p.requires_grad)"
         )
     if param.layout is not torch.strided:
-        raise ValueError(f"{name} has layout {param.layout}; only dense parameters can be trained. Use .to_dense()")
+        raise ValueError(f"{name()} has layout {param.layout}; only dense parameters can be trained. Use .to_dense()")
     if param.is_conj() or param.is_neg():
-        raise ValueError(f"{name} is a lazily conjugated or negated view. Use .resolve_conj().resolve_neg()")
+        raise ValueError(f"{name()} is a lazily conjugated or negated view. Use .resolve_conj().resolve_neg()")
     if overlaps_itself(param):
         raise ValueError(
-            f"{name} overlaps itself in memory (shape {tuple(param.shape)}, strides {param.stride()}), as an expanded "
-            "tensor does. Use .contiguous()"
+            f"{name()} overlaps itself in memory (shape {tuple(param.shape)}, strides {param.stride()}), as an "
+            "expanded tensor does. Use .contiguous()"
         )
 
 
-def check_row(name: str, param: Tensor, grad: Tensor, square_avg: Any, acc_delta: Any, *, differentiable: bool) -> None:
+def check_row(
+    name: Callable[[], str], param: Tensor, grad: Tensor, square_avg: Any, acc_delta: Any, *, differentiable: bool
+) -> None:
     """Raises RuntimeError, naming the parameter, unless its four tensors can be updated together."""
     check_param(name, param)
     if differentiable and param.is_leaf and param.requires_grad:
-        raise RuntimeError(f"{name} is a leaf that requires grad: with differentiable=True pass a clone of it")
+        raise RuntimeError(f"{name()} is a leaf that requires grad: with differentiable=True pass a clone of it")
     if grad.layout is not torch.strided:
         raise RuntimeError(
-            f"{name} has a gradient of layout {grad.layout}; only dense gradients can be applied. Use sparse=False in "
-            "the layer that made it, or .to_dense()"
+            f"{name()} has a gradient of layout {grad.layout}; only dense gradients can be applied. Use sparse=False "
+            "in the layer that made it, or .to_dense()"
         )
     for kind, tensor in (("gradient", grad), ("state square_avg", square_avg), ("state acc_delta", acc_delta)):
         if not isinstance(tensor, Tensor):
-            raise RuntimeError(f"{name}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
+            raise RuntimeError(f"{name()}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
         if tensor.shape != param.shape:
-            raise RuntimeError(f"{name} has shape {tuple(param.shape)}, but its {kind} has shape {tuple(tensor.shape)}")
+            raise RuntimeError(
+                f"{name()} has shape {tuple(param.shape)}, but its {kind} has shape {tuple(tensor.shape)}"
+            )
         if tensor.device != param.device:
-            raise RuntimeError(f"{name} is on {param.device}, but its {kind} is on {tensor.device}. Move it there")
+            raise RuntimeError(f"{name()} is on {param.device}, but its {kind} is on {tensor.device}. Move it there")
         if tensor.is_complex() != param.is_complex() or tensor.dtype not in DTYPES:
-            raise RuntimeError(f"{name} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
+            raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
         if tensor is not grad:
             if tensor.dtype != param.dtype:
                 raise RuntimeError(
-                    f"{name} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. Convert the state too"
+                    f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. Convert the state too"
                 )
             if tensor.layout is not torch.strided or overlaps_itself(tensor):
-                raise RuntimeError(f"{name}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
+                raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")

@@ -121,7 +121,7 @@ void scatter(char* to, const char* from, int64_t stride, int64_t count) {
 // Calls run(offset in bytes, position in the block, count) for each stretch of the innermost dimension that the
 // elements [begin, begin + count) of a strided tensor consist of.
 template <int64_t Dimension::* stride, typename Run>
-void for_each_run(const std::vector<Dimension>& dims, int64_t begin, int64_t count, const Run& run) {
+void for_each_run(const Layout& dims, int64_t begin, int64_t count, const Run& run) {
   const Dimension& inner = dims.back();
   for (int64_t done = 0; done < count;) {
     int64_t index = begin + done;
@@ -144,8 +144,8 @@ void load_strided(
 ) {
   alignas(64) char items[kBlock * sizeof(double)];
   const int64_t size = item_size(dtype);
-  const int64_t step = entry.dims.back().*stride;
-  for_each_run<stride>(entry.dims, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+  const int64_t step = entry.layout->back().*stride;
+  for_each_run<stride>(*entry.layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
     const auto collect = size == 2 ? gather<uint16_t> : size == 4 ? gather<uint32_t> : gather<uint64_t>;
     collect(items + position * size, base + offset, step, length);
   });
@@ -157,8 +157,8 @@ void store_strided(const Loops& loops, char* base, const T* from, const Entry& e
   alignas(64) char items[kBlock * sizeof(double)];
   store_contiguous(loops, items, entry.dtype, from, count);
   const int64_t size = item_size(entry.dtype);
-  const int64_t step = entry.dims.back().*stride;
-  for_each_run<stride>(entry.dims, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+  const int64_t step = entry.layout->back().*stride;
+  for_each_run<stride>(*entry.layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
     const auto spread = size == 2 ? scatter<uint16_t> : size == 4 ? scatter<uint32_t> : scatter<uint64_t>;
     spread(base + offset, items + position * size, step, length);
   });
@@ -177,7 +177,7 @@ void update_range(
   } else {
     update = loops.update_double;
   }
-  const bool contiguous = entry.dims.empty();
+  const bool contiguous = entry.layout == nullptr;
   if (contiguous && entry.grad_dtype == entry.dtype && !entry.grad_aliases_param) {
     const auto update_in_place = [&](auto loop, auto* param) {
       using Item = std::remove_pointer_t<decltype(param)>;
@@ -279,19 +279,14 @@ void update_entries(
     return;
   }
 
-  std::vector<int64_t> ends;  // of each entry, in the concatenation of all
-  ends.reserve(entries.size());
-  int64_t total = 0;
-  for (const Entry& entry : entries) {
-    total += entry.numel;
-    ends.push_back(total);
-  }
-  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (; begin < end; ++i) {
-      const int64_t start = ends[i] - entries[i].numel;
-      const int64_t stop = std::min(end, ends[i]);
-      update_entry(entries[i], begin - start, stop - start);
+  torch::stable::parallel_for(0, lists.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    auto entry = std::upper_bound(entries.begin(), entries.end(), begin, [](int64_t position, const Entry& e) {
+      return position < e.end;
+    });
+    for (; begin < end; ++entry) {
+      const int64_t start = entry->end - entry->numel;
+      const int64_t stop = std::min(end, entry->end);
+      update_entry(*entry, begin - start, stop - start);
       begin = stop;
     }
   });
@@ -307,7 +302,7 @@ void adadelta_(StableIValue* stack, uint64_t, uint64_t) {
   const double rho = resolve(to<double>(stack[5]), rho_tensor, "rho");
   const double epsilon = resolve(to<double>(stack[6]), epsilon_tensor, "epsilon");
   const bool maximize = to<bool>(stack[7]);
-  const Entries lists = read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());
+  const Entries& lists = read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());
   update_entries(lists, maximize, {lr, rho, epsilon}, {lr, rho, epsilon});
 }
 
