@@ -54,30 +54,37 @@ struct TensorInfo {
 
 inline int64_t element_size(const TensorInfo& x) { return item_size(x.dtype) * (x.is_complex ? 2 : 1); }
 
-// Owns the list that the dispatcher handed over, and so the tensors in it.
+// Owns the tensors of a list that the dispatcher handed over. Bare handles instead of torch::stable::Tensor, whose
+// shared_ptr would cost one more allocation a tensor.
 class TensorList {
  public:
-  explicit TensorList(StableIValue value) : list_(torch::stable::detail::to<StableListHandle>(value)) {}
+  explicit TensorList(StableIValue value) {
+    const auto list = torch::stable::detail::to<StableListHandle>(value);
+    size_t size = 0;
+    bool ok = torch_list_size(list, &size) == AOTI_TORCH_SUCCESS;
+    handles_.resize(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item = 0;
+      ok = torch_list_get_item(list, i, &item) == AOTI_TORCH_SUCCESS && ok;
+      handles_[i] = torch::stable::detail::to<AtenTensorHandle>(item);
+    }
+    torch_delete_list(list);
+    if (!ok) {
+      fail("a list of tensors could not be read");
+    }
+  }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
-  ~TensorList() { torch_delete_list(list_); }
-
-  size_t size() const {
-    size_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
-    return size;
+  ~TensorList() {
+    for (const AtenTensorHandle handle : handles_) {
+      aoti_torch_delete_tensor_object(handle);
+    }
   }
 
-  // A bare handle instead of torch::stable::Tensor, whose shared_ptr would cost one more allocation a tensor.
-  TensorInfo info(size_t index, const char* list_name, bool written) const {
-    StableIValue value = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, index, &value));
-    const auto handle = torch::stable::detail::to<AtenTensorHandle>(value);
-    struct Deleter {
-      AtenTensorHandle handle;
-      ~Deleter() { aoti_torch_delete_tensor_object(handle); }
-    } deleter{handle};
+  size_t size() const { return handles_.size(); }
 
+  TensorInfo info(size_t index, const char* list_name, bool written) const {
+    const AtenTensorHandle handle = handles_[index];
     TensorInfo info{};
     int32_t layout = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
@@ -134,7 +141,7 @@ class TensorList {
     info.is_complex = type == complex32 || type == complex64 || type == complex128;
   }
 
-  StableListHandle list_;
+  std::vector<AtenTensorHandle> handles_;
 };
 
 // One dimension of a parameter with the strides, in bytes, of its four tensors.

@@ -106,13 +106,28 @@ def set_cpu_capability(name: str) -> str:
 if is_loaded:
     _adadelta: Final[Any] = torch.ops.torch_adadelta.adadelta_.default
 
+    def _check_fake(*lists: list[Tensor]) -> None:
+        # PyTorch calls a fake implementation, to trace, with fake tensors of the device they stand for; but also when
+        # some real tensor is on the meta device, and then to return would be to skip the update without a word.
+        if any(tensor.device.type == "meta" for tensors in lists for tensor in tensors):
+            raise RuntimeError("a tensor on the meta device has no elements to update")
+
     @torch.library.register_fake("torch_adadelta::adadelta_")
-    def _adadelta_fake(*_args: object, **_kwargs: object) -> None:
-        return None
+    def _adadelta_fake(
+        params: list[Tensor],
+        grads: list[Tensor],
+        square_avgs: list[Tensor],
+        acc_deltas: list[Tensor],
+        *_hyperparameters: object,
+        **_optional: object,
+    ) -> None:
+        _check_fake(params, grads, square_avgs, acc_deltas)
 
     @torch.library.register_fake("torch_adadelta::check_lists")
-    def _check_lists_fake(*_args: object, **_kwargs: object) -> None:
-        return None
+    def _check_lists_fake(
+        params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]
+    ) -> None:
+        _check_fake(params, grads, square_avgs, acc_deltas)
 
     # So that the sets can be compared on a whole program, as PyTorch's ATEN_CPU_CAPABILITY allows for its own kernels.
     if _wanted := os.environ.get("TORCH_ADADELTA_CPU_CAPABILITY"):

@@ -1,0 +1,162 @@
+"""What many tests share: the paths, dtypes and layouts, gradients of many scales, and the comparison of bits."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from reference.oracle import Oracle
+from torch import Tensor
+from torch.nn import Parameter
+
+from torch_adadelta import AdadeltaKeras, ops, update
+
+REAL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128, torch.complex32)
+DTYPES = REAL_DTYPES + COMPLEX_DTYPES
+
+
+class Path(NamedTuple):
+    """A way to compute a step, as `update.py` and as the optimizer's options have it."""
+
+    name: str
+    update: update.Update
+    options: dict[str, bool]
+    capability: str | None = None
+
+
+PATHS = (
+    Path("for_loop", update.for_loop, {"foreach": False}),
+    Path("foreach", update.foreach, {"foreach": True}),
+    *(
+        Path(f"fused-{name}", update.fused, {"fused": True}, capability=name)
+        for name in (ops.CPU_CAPABILITIES if ops.is_loaded else ("default",))
+    ),
+)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The values as the oracle keeps them: 16-bit ones widened to float32, which is exact."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        if tensor.dtype is torch.complex32:
+            tensor = torch.view_as_complex(torch.view_as_real(tensor).float())
+        return tensor.resolve_conj().numpy()
+    return (tensor.double() if tensor.dtype is torch.float64 else tensor.float()).numpy()
+
+
+def bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The bits of float32, float64 or complex numbers, all nans alike."""
+    reals = np.ascontiguousarray(values).reshape(-1).view(values.real.dtype)
+    return np.where(np.isnan(reals), np.nan, reals).view(f"u{reals.dtype.itemsize}")
+
+
+def assert_same_bits(actual: Tensor, expected: np.ndarray[Any, Any] | Tensor, what: str = "") -> None:
+    if isinstance(expected, Tensor):
+        assert actual.dtype == expected.dtype, what
+        expected = to_numpy(expected)
+    values = to_numpy(actual)
+    assert values.shape == expected.shape, what
+    np.testing.assert_array_equal(bits(values), bits(expected), err_msg=what)
+
+
+def randn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal numbers; drawn in a dtype that every format can be rounded from, as complex32 cannot be drawn."""
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(tuple(shape), dtype=wide, generator=generator).to(dtype)
+
+
+def gradients(shape: Sequence[int], dtype: torch.dtype, steps: int, seed: int = 0) -> list[Tensor]:
+    """Gradients whose elements differ in scale, from 1e-8 to 1e4 (1e-3 to 1e2 in float16), some of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-3, 2) if dtype in (torch.float16, torch.complex32) else (-8, 4)
+    result = []
+    for _ in range(steps):
+        scale = 10.0 ** (torch.rand(tuple(shape), dtype=torch.float64, generator=generator) * (high - low) + low)
+        scale *= torch.rand(tuple(shape), dtype=torch.float64, generator=generator) > 0.05
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        result.append((torch.randn(tuple(shape), dtype=wide, generator=generator) * scale).to(dtype))
+    return result
+
+
+def oracle_of(param: Tensor, **hyperparameters: Any) -> Oracle:
+    return Oracle(to_numpy(param), dtype=dtype_name(param.dtype), **hyperparameters)
+
+
+def assert_like_oracle(param: Tensor, state: dict[str, Tensor], oracle: Oracle, what: str = "") -> None:
+    assert state.keys() == {"square_avg", "acc_delta"}
+    for name, actual, expected in (
+        ("square_avg", state["square_avg"], oracle.square_avg),
+        ("acc_delta", state["acc_delta"], oracle.acc_delta),
+        ("param", param, oracle.p),
+    ):
+        assert_same_bits(actual, expected, f"{name} {what}")
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> Any:
+    """Everything a step may change, copied: to prove that a failed one changed nothing."""
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} | {"ids": [id(p) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    params = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        id(p): {key: (id(value), _copied(value)) for key, value in entry.items()}
+        for p, entry in optimizer.state.items()
+    }
+    return groups, params, state
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and not value.is_meta else value
+
+
+def assert_unchanged(optimizer: torch.optim.Optimizer, before: Any) -> None:
+    groups, params, state = snapshot(optimizer)
+    assert groups == before[0]
+    for now, was in zip(params, before[1], strict=True):
+        torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+    assert state.keys() == before[2].keys()
+    for key, entry in state.items():
+        assert entry.keys() == before[2][key].keys()
+        for name, (identity, value) in entry.items():
+            assert identity == before[2][key][name][0]
+            if isinstance(value, Tensor) and not value.is_meta:
+                torch.testing.assert_close(value, before[2][key][name][1], rtol=0, atol=0, equal_nan=True)
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    """The same values in memory that begins one element after an allocation does."""
+    base = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return base[1:].view(x.shape).copy_(x)
+
+
+def _size_one_strides(x: Tensor) -> Tensor:
+    """The same memory, but with strides in the dimensions of size one that no allocation would give."""
+    strides = [7 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.as_strided(x.shape, strides)
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """The same values with gaps in memory."""
+    base = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+    return base[..., ::2].copy_(x)
+
+
+# How a tensor of four dimensions may lie in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+    "size_one_strides": _size_one_strides,
+    "misaligned": _misaligned,
+    "sliced": _sliced,
+}
+
+
+def optimizer_with(params: Sequence[Tensor], path: Path, **options: Any) -> AdadeltaKeras:
+    return AdadeltaKeras([Parameter(p) for p in params], **options, **path.options)

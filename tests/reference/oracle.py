@@ -1,0 +1,200 @@
+"""The update of `AdadeltaKeras` in NumPy: the slow, plain statement of what every fast path must compute, to the bit.
+
+NumPy rounds after every operation, never fuses two, and its `sqrt` and `/` are those of IEEE 754. Nothing here knows
+torch, so no bug can be shared with it.
+
+Arrays are held in the arithmetic type T of their dtype, with values of that dtype: what NumPy has no type for
+(bfloat16, complex32) is a float32 or complex64 array whose values are rounded already, and so is float16. Widening a
+16-bit tensor to float32 is exact, so comparing after it still compares bits.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+DEFAULT_EPSILON: Final = 1e-7
+
+
+def round_to_T(x: Array) -> Array:
+    """`x` itself, which is in T: storing a float32 or float64 rounds nothing."""
+    return x
+
+
+def round_to_float16(x: Array) -> Array:
+    """The float16 values nearest to a float32 array, ties to even, as float32."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float32)
+
+
+def round_to_bfloat16(x: Array) -> Array:
+    """The bfloat16 values nearest to a float32 array, ties to even, as float32.
+
+    A bfloat16 is the upper half of a float32: adding just under half of its last place, and one more if that place is
+    odd, carries exactly when rounding up is due, into the exponent and up to infinity too. nan must not be carried.
+    """
+    bits = np.asarray(x).view(np.uint32)
+    with np.errstate(over="ignore"):
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+
+
+class _Format(NamedTuple):
+    T: Any  # the arithmetic type
+    store: Callable[[Array], Array]
+    is_complex: bool = False
+
+
+_FORMATS: Final = {
+    "float64": _Format(np.float64, round_to_T),
+    "float32": _Format(np.float32, round_to_T),
+    "float16": _Format(np.float32, round_to_float16),
+    "bfloat16": _Format(np.float32, round_to_bfloat16),
+    "complex128": _Format(np.float64, round_to_T, is_complex=True),
+    "complex64": _Format(np.float32, round_to_T, is_complex=True),
+    "complex32": _Format(np.float32, round_to_float16, is_complex=True),
+}
+
+DTYPES: Final = tuple(_FORMATS)
+
+
+def as_real(x: Array) -> Array:
+    """A complex array as pairs of reals along a new last axis."""
+    return np.stack((x.real, x.imag), axis=-1)
+
+
+def as_complex(x: Array) -> Array:
+    """The inverse of `as_real`. Not `re + 1j * im`, which makes nan of an infinity."""
+    result = np.empty(x.shape[:-1], np.result_type(x.dtype, np.complex64))
+    result.real, result.imag = x[..., 0], x[..., 1]
+    return result
+
+
+class Coefficients(NamedTuple):
+    """The hyperparameters of one step, as NumPy scalars of one type."""
+
+    lr: Any
+    rho: Any
+    omr: Any
+    eps: Any
+
+
+def coefficients(learning_rate: Any, rho: Any, epsilon: Any, T: Any) -> Coefficients:
+    """The hyperparameters in T, as Keras gets them there.
+
+    A Python number for `learning_rate` or `rho` is rounded to float32 on the way, a NumPy scalar is not, and neither is
+    `epsilon`, of which None and 0 mean 1e-7. `1 - rho` is taken in T: float32 gives 0.050000012, not 0.05.
+    """
+    lr, rho = (T(value) if isinstance(value, np.generic) else T(np.float32(value)) for value in (learning_rate, rho))
+    return Coefficients(lr, rho, T(1) - rho, T(epsilon or DEFAULT_EPSILON))
+
+
+class Updated(NamedTuple):
+    """What one update gives, in T; `d` is the step before it is multiplied by lr."""
+
+    p: Array
+    square_avg: Array
+    acc_delta: Array
+    d: Array
+
+
+def update(p: Array, g: Array, square_avg: Array, acc_delta: Array, by: Coefficients) -> Updated:
+    """One update, in which every operation is rounded on its own to the one type T of everything given."""
+    assert all(x.dtype == p.dtype for x in (g, square_avg, acc_delta, *by)), "NumPy would compute in the wider type"
+    one = p.dtype.type(1)
+    lr, rho, omr, eps = by
+    a, u = square_avg, acc_delta
+    with np.errstate(all="ignore"):
+        a = a * rho + (g * g) * omr
+        d = np.sqrt(u + eps) * (one / np.sqrt(a + eps)) * g
+        u = u * rho + (d * d) * omr
+        p = p - d * lr
+    return Updated(p, a, u, d)
+
+
+class Oracle:
+    """One parameter and its state, stepped with the gradients of your choice.
+
+    Args:
+        p: the initial parameter, real or complex; rounded to `dtype`, never written to.
+        learning_rate, rho: a Python number, rounded to float32 before it is cast to T; or a NumPy scalar, cast to T.
+        epsilon: a Python number or NumPy scalar, cast to T; None and 0 mean 1e-7.
+        dtype: the parameter's dtype, a name in `DTYPES`; None for that of `p`.
+        maximize: negate the gradients.
+
+    `p`, `square_avg` and `acc_delta` are arrays in T (see the top of this file), or in complex T. They and the
+    hyperparameters may be assigned to between steps.
+    """
+
+    def __init__(
+        self,
+        p: Array,
+        learning_rate: Any = 0.001,
+        rho: Any = 0.95,
+        epsilon: Any = DEFAULT_EPSILON,
+        *,
+        dtype: str | None = None,
+        maximize: bool = False,
+    ) -> None:
+        p = np.asarray(p)
+        self.format = _FORMATS[p.dtype.name if dtype is None else dtype]
+        self.learning_rate, self.rho, self.epsilon, self.maximize = learning_rate, rho, epsilon, maximize
+        self.p = self._kept(self.format.store(self._in_T(p)))
+        self.square_avg = np.zeros_like(self.p)
+        self.acc_delta = np.zeros_like(self.p)
+
+    def step(self, grad: Array | None) -> None:
+        """Updates parameter and state in place of the old ones. None, no gradient, changes nothing.
+
+        Args:
+            grad: an array of the parameter's shape and any floating (or complex) dtype.
+        """
+        if grad is None:
+            return
+        by = coefficients(self.learning_rate, self.rho, self.epsilon, self.format.T)
+        g = self._in_T(grad)
+        if self.maximize:
+            g = -g
+        new = update(self._in_T(self.p), g, self._in_T(self.square_avg), self._in_T(self.acc_delta), by)
+        store = self.format.store
+        self.p, self.square_avg, self.acc_delta = (self._kept(store(x)) for x in new[:3])
+
+    def _in_T(self, x: Array) -> Array:
+        x = np.asarray(x)
+        if self.format.is_complex:
+            x = as_real(x)
+        elif np.iscomplexobj(x):
+            raise TypeError(f"a complex array of {x.dtype} for a real parameter")
+        with np.errstate(over="ignore"):
+            return np.asarray(x.astype(self.format.T))
+
+    def _kept(self, x: Array) -> Array:
+        return as_complex(x) if self.format.is_complex else np.asarray(x)
+
+
+class Float64Recurrence:
+    """The same recurrence for float32 data, in float64: the truth that float32 implementations are measured against.
+
+    Its coefficients are those of float32, `1 - rho` and `epsilon` included, so that what remains is the rounding of the
+    operations. `path` is the sum of all abs(lr * d), the scale on which errors of `p` are measured.
+    """
+
+    def __init__(self, p: Array, learning_rate: Any = 0.001, rho: Any = 0.95, epsilon: Any = DEFAULT_EPSILON) -> None:
+        self.by = Coefficients(*map(np.float64, coefficients(learning_rate, rho, epsilon, np.float32)))
+        self.p = p.astype(np.float64)
+        self.square_avg, self.acc_delta, self.path = (np.zeros_like(self.p) for _ in range(3))
+
+    def step(self, grad: Array) -> None:
+        """Moves on by one gradient, which is widened to float64."""
+        new = update(self.p, grad.astype(np.float64), self.square_avg, self.acc_delta, self.by)
+        self.p, self.square_avg, self.acc_delta = new[:3]
+        self.path = self.path + np.abs(new.d * self.by.lr)
+
+
+def ulp_error(x: Array, truth: Array) -> Array:
+    """The distance of float32 `x` from float64 `truth`, in units in the last place of the float32 nearest to it."""
+    return np.abs(x.astype(np.float64) - truth) / np.spacing(np.abs(truth.astype(np.float32))).astype(np.float64)

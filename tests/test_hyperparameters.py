@@ -1,0 +1,205 @@
+"""What the user gave, and the value of a step: rounding, Tensors, ranges, and the words of a refusal."""
+
+import math
+from typing import Any
+
+import expecttest
+import numpy as np
+import pytest
+import torch
+from cases import Path, assert_like_oracle, gradients, oracle_of, to_numpy
+from torch.nn import Parameter
+
+from torch_adadelta import AdadeltaKeras, hyperparameters
+
+ROUNDED = float(np.float32(0.001))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (0.001, ROUNDED),
+        (1, 1.0),
+        (np.float64(0.001), 0.001),
+        (np.float32(0.001), ROUNDED),
+        (np.int64(2), 2.0),
+        (torch.tensor(0.001, dtype=torch.float64), 0.001),
+        (torch.tensor([[0.001]], dtype=torch.float32), ROUNDED),
+        (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (torch.tensor(3), 3.0),
+    ],
+)
+def test_only_python_numbers_are_rounded_to_float32(given: Any, expected: float) -> None:
+    learning_rate, rho, epsilon = hyperparameters.for_step(given, 0.95, 1e-7)
+    assert (learning_rate, rho, epsilon) == (expected, float(np.float32(0.95)), 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [np.float64, lambda x: torch.tensor(x, dtype=torch.float64)], ids=["numpy", "Tensor"])
+def test_what_carries_its_own_precision_keeps_it(path: Path, dtype: torch.dtype, kind: Any) -> None:
+    param = Parameter(torch.zeros(50, dtype=dtype))
+    optimizer = AdadeltaKeras([param], kind(0.3), kind(0.95), kind(1e-7), **path.options)
+    oracle = oracle_of(param, learning_rate=np.float64(0.3), rho=np.float64(0.95), epsilon=np.float64(1e-7))
+    for grad in gradients((50,), dtype, steps=5):
+        param.grad = grad
+        oracle.step(to_numpy(grad))
+        optimizer.step()
+    assert_like_oracle(param, optimizer.state[param], oracle)
+
+
+def test_one_minus_rho_is_subtracted_in_the_arithmetic_type() -> None:
+    rho = float(np.float32(0.95))
+    assert hyperparameters.one_minus(rho, torch.float32) == float(np.float32(1) - np.float32(0.95)) != 0.05
+    assert hyperparameters.one_minus(rho, torch.float64) == 1 - rho
+    assert hyperparameters.one_minus(torch.tensor(rho), torch.float32) == np.float32(1) - np.float32(0.95)
+
+
+def test_getters_return_what_was_given() -> None:
+    tensor = torch.tensor(0.5)
+    optimizer = AdadeltaKeras([Parameter(torch.zeros(1))], 0.001, tensor, 1e-5, "mine")
+    assert optimizer.learning_rate == optimizer.lr == 0.001
+    assert optimizer.rho is tensor
+    assert optimizer.epsilon == 1e-5
+    assert optimizer.name == "mine"
+
+
+@pytest.mark.parametrize("epsilon", [None, 0, 0.0])
+def test_no_epsilon_means_that_of_keras(epsilon: float | None) -> None:
+    optimizer = AdadeltaKeras([Parameter(torch.zeros(1))], epsilon=epsilon)
+    assert optimizer.epsilon == 1e-7
+    optimizer.epsilon = 1.0
+    optimizer.param_groups[0]["epsilon"] = epsilon
+    assert hyperparameters.for_step(1.0, 0.5, epsilon)[2] == 1e-7
+
+
+def test_lr_is_an_alias_that_wins() -> None:
+    optimizer = AdadeltaKeras([Parameter(torch.zeros(1))], 0.5, lr=0.25)
+    assert optimizer.learning_rate == 0.25
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "learning_rate": 2.0, "lr": 3.0})
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "learning_rate": 2.0})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 3.0, 2.0]
+    assert "learning_rate" not in optimizer.param_groups[2]
+
+
+def test_assignment_reaches_every_group_and_later_ones() -> None:
+    optimizer = AdadeltaKeras(
+        [{"params": [Parameter(torch.zeros(1))], "lr": 7.0}, {"params": [Parameter(torch.ones(1))]}]
+    )
+    optimizer.learning_rate, optimizer.rho, optimizer.epsilon = 0.1, 0.5, 1e-3
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))]})
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["rho"], group["epsilon"]) == (0.1, 0.5, 1e-3)
+    optimizer.lr = 0.2
+    assert optimizer.learning_rate == 0.2
+
+
+def test_torch_schedulers_reach_numbers_and_tensors(path: Path) -> None:
+    for learning_rate in (1.0, torch.tensor(1.0)):
+        param = Parameter(torch.zeros(9))
+        optimizer = AdadeltaKeras([param], learning_rate, **path.options)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        oracle = oracle_of(param, learning_rate=1.0)
+        for step, grad in enumerate(gradients((9,), torch.float32, steps=4)):
+            oracle.learning_rate = 0.5**step
+            oracle.step(grad.numpy())
+            param.grad = grad
+            optimizer.step()
+            scheduler.step()
+        assert_like_oracle(param, optimizer.state[param], oracle)
+
+
+BAD_NUMBERS = (-1.0, -1e-9, math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "rho", "epsilon"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("value", [*BAD_NUMBERS, "above"])
+def test_numbers_out_of_range(name: str, as_tensor: bool, value: float | str) -> None:
+    if value == "above":
+        value = {"learning_rate": 1e39, "rho": 1.0001, "epsilon": math.inf}[name]
+    given = torch.tensor(value, dtype=torch.float64) if as_tensor else value
+    with pytest.raises(ValueError, match=f"Invalid {name}: "):
+        AdadeltaKeras([Parameter(torch.zeros(1))], **{name: given})
+    optimizer = AdadeltaKeras([Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=f"Invalid {name}: "):
+        setattr(optimizer, name, given)
+    with pytest.raises(ValueError, match=f"Invalid {name}: "):
+        optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], name: given})
+    assert len(optimizer.param_groups) == 1
+    assert (optimizer.learning_rate, optimizer.rho, optimizer.epsilon) == (0.001, 0.95, 1e-7)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "rho", "epsilon"])
+@pytest.mark.parametrize(
+    "value",
+    ["0.1", True, np.bool_(True), 1j, [0.1], {}, torch.tensor(1j), torch.tensor(True), np.array([0.1])],
+    ids=repr,
+)
+def test_values_of_the_wrong_type(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        AdadeltaKeras([Parameter(torch.zeros(1))], **{name: value})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "rho", "epsilon"])
+@pytest.mark.parametrize("value", [torch.tensor([0.1, 0.2]), torch.empty(0)])
+def test_tensors_of_more_or_less_than_one_element(name: str, value: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a number or a one-element Tensor, got a Tensor of shape"):
+        AdadeltaKeras([Parameter(torch.zeros(1))], **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", math.nan), ("rho", 2.0), ("epsilon", -1.0), ("lr", torch.tensor(-1.0))]
+)
+def test_a_group_is_checked_again_at_each_step(path: Path, key: str, value: Any) -> None:
+    param = Parameter(torch.ones(3))
+    optimizer = AdadeltaKeras([param], **path.options)
+    optimizer.param_groups[0][key] = value
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="Invalid"):
+        optimizer.step()
+    assert param.tolist() == [1.0] * 3
+    assert not optimizer.state
+    assert optimizer.iterations == 0
+
+
+class TestMessages(expecttest.TestCase):
+    """The words people see."""
+
+    def message(self, **hyperparameters: Any) -> str:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            AdadeltaKeras([Parameter(torch.zeros(1))], **hyperparameters)
+        return f"{caught.type.__name__}: {caught.value}"
+
+    def test_range(self) -> None:
+        self.assertExpectedInline(
+            self.message(learning_rate=-1.0),
+            """ValueError: Invalid learning_rate: -1.0; it must be a finite number >= 0 that fits float32""",
+        )
+        self.assertExpectedInline(
+            self.message(learning_rate=1e39),
+            """ValueError: Invalid learning_rate: 1e+39; it must be a finite number >= 0 that fits float32""",
+        )
+        self.assertExpectedInline(
+            self.message(rho=1.5), """ValueError: Invalid rho: 1.5; it must be a number in [0, 1]"""
+        )
+        self.assertExpectedInline(
+            self.message(epsilon=torch.tensor(-1.0)),
+            """ValueError: Invalid epsilon: tensor(-1.); it must be a finite number >= 0""",
+        )
+
+    def test_type(self) -> None:
+        self.assertExpectedInline(
+            self.message(learning_rate="fast"),
+            """TypeError: learning_rate must be a number or a one-element Tensor, got 'fast' of type str""",
+        )
+        self.assertExpectedInline(
+            self.message(rho=torch.tensor(True)), """TypeError: rho must be a real number, got a Tensor of torch.bool"""
+        )
+        self.assertExpectedInline(
+            self.message(epsilon=torch.ones(2)),
+            """ValueError: epsilon must be a number or a one-element Tensor, got a Tensor of shape (2,)""",
+        )
+        self.assertExpectedInline(
+            self.message(learning_rat=1.0),
+            """TypeError: AdadeltaKeras.__init__() got an unexpected keyword argument 'learning_rat'""",
+        )
