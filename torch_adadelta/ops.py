@@ -26,7 +26,7 @@ def _load() -> Exception | None:
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except Exception as error:  # whatever dlopen or a registration throws: the Python paths need none of it
-        return error
+        return error.__cause__ if isinstance(error.__cause__, Exception) else error  # torch wraps what dlopen said
     return None
 
 
@@ -74,6 +74,8 @@ def adadelta_(
 
     Raises RuntimeError, before anything is written, if the tensors do not fit together.
     """
+    if not params:  # the dispatcher finds no kernel without a tensor
+        return
     if lr_tensor is rho_tensor is epsilon_tensor is None:
         _adadelta(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
     else:
@@ -86,7 +88,8 @@ def adadelta_(
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
     """Raises what `adadelta_` would raise for these lists, and writes nothing."""
-    torch.ops.torch_adadelta.check_lists.default(params, grads, square_avgs, acc_deltas)
+    if params:
+        torch.ops.torch_adadelta.check_lists.default(params, grads, square_avgs, acc_deltas)
 
 
 def cpu_capability() -> str:

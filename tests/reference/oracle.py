@@ -102,15 +102,30 @@ class Updated(NamedTuple):
     d: Array
 
 
-def update(p: Array, g: Array, square_avg: Array, acc_delta: Array, by: Coefficients) -> Updated:
-    """One update, in which every operation is rounded on its own to the one type T of everything given."""
+def rsqrt(x: Array) -> Array:
+    """1 / sqrt(x), the root rounded, then the quotient."""
+    quotient: Array = x.dtype.type(1) / np.sqrt(x)
+    return quotient
+
+
+def update(
+    p: Array,
+    g: Array,
+    square_avg: Array,
+    acc_delta: Array,
+    by: Coefficients,
+    rsqrt: Callable[[Array], Array] = rsqrt,
+) -> Updated:
+    """One update, in which every operation is rounded on its own to the one type T of everything given.
+
+    `rsqrt` is the one operation that TensorFlow's float32 kernels do otherwise; with theirs, this gives their bits.
+    """
     assert all(x.dtype == p.dtype for x in (g, square_avg, acc_delta, *by)), "NumPy would compute in the wider type"
-    one = p.dtype.type(1)
     lr, rho, omr, eps = by
     a, u = square_avg, acc_delta
     with np.errstate(all="ignore"):
         a = a * rho + (g * g) * omr
-        d = np.sqrt(u + eps) * (one / np.sqrt(a + eps)) * g
+        d = np.sqrt(u + eps) * rsqrt(a + eps) * g
         u = u * rho + (d * d) * omr
         p = p - d * lr
     return Updated(p, a, u, d)

@@ -1,0 +1,232 @@
+"""Building and installing, as users do it, and what the package says of itself where the library is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import expecttest
+import numpy as np
+import pytest
+from reference.oracle import Oracle
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+STEP = """
+import warnings, torch
+from torch_adadelta import AdadeltaKeras
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        optimizer = AdadeltaKeras([torch.nn.Parameter(torch.zeros(2))], 1.0)
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+        optimizer.step()
+print(optimizer.param_groups[0]["params"][0].tolist())
+print([f"{w.category.__name__}: {w.message}" for w in caught])
+try:
+    AdadeltaKeras([torch.nn.Parameter(torch.zeros(2))], fused=True)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def run(*command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        command, env={**os.environ, **environment}, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what a checkout holds, so that building leaves nothing in it."""
+    copy = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".*", "*.so", "build", "dist", "*.egg-info", "__pycache__", "output")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+def build_wheel(tree: Path, **environment: str) -> tuple[Path, str]:
+    pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index")
+    result = run(*pip, "--wheel-dir", str(tree / "wheels"), str(tree), **environment)
+    (wheel,) = (tree / "wheels").iterdir()
+    return wheel, result.stdout + result.stderr
+
+
+def unpack(wheel: Path) -> dict[str, str]:
+    """Where a package was unpacked, for the environment of a Python that is to import it."""
+    target = wheel.parent.parent / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    return {"PYTHONPATH": str(target)}
+
+
+def without_numbers(text: str) -> str:
+    text = re.sub(r"(Python +|PyTorch +|torch_adadelta )[0-9][^ \n]*", r"\1<version>", text)
+    text = re.sub(r"\(Linux \w+\)|\((?:without CUDA|CUDA [\d.]+)\)", "(<build>)", text)
+    text = re.sub(r"\d+ threads", "<n> threads", text)
+    text = re.sub(r"/\S*/installed/", "<path>/", text)
+    return re.sub(r"(CPU kernels +)\w+", r"\1<instruction set>", text)
+
+
+def test_wheel_fits_any_python_and_holds_the_library(tree: Path) -> None:
+    wheel, _ = build_wheel(tree)
+    assert re.fullmatch(r"torch_adadelta-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"torch_adadelta/_C.so", "torch_adadelta/py.typed", "torch_adadelta/__main__.py"} <= names
+    assert not any(name.startswith(("tests", "csrc", "examples", "benchmarks")) for name in names)
+    environment = unpack(wheel)
+
+    class TestDiagnostics(expecttest.TestCase):
+        def runTest(self) -> None:
+            page = run(sys.executable, "-m", "torch_adadelta", **environment).stdout
+            self.assertExpectedInline(
+                without_numbers(page),
+                """\
+torch_adadelta <version>
+Python         <version> (<build>)
+PyTorch        <version> (<build>), <n> threads
+CPU library    <path>/torch_adadelta/_C.so
+CPU kernels    <instruction set>
+
+One step of each path on the CPU, float32, float64, float16 and bfloat16:
+  for-loop  ok, same bits as the for-loop
+  foreach   ok, same bits as the for-loop
+  fused     ok, same bits as the for-loop
+""",
+            )
+
+    TestDiagnostics().runTest()
+    printed = run(sys.executable, "-c", STEP, **environment).stdout.splitlines()
+    assert printed[1] == "[]"
+    assert len(printed) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "warning"),
+    [
+        ({"TORCH_ADADELTA_NO_EXT": "1"}, ""),
+        ({"CXX": "/nowhere/c++"}, "without its compiled library, for there is no C++ compiler (/nowhere/c++)"),
+    ],
+    ids=["no_ext", "no_compiler"],
+)
+def test_without_the_library_the_python_paths_run(tree: Path, environment: dict[str, str], warning: str) -> None:
+    wheel, log = build_wheel(tree, **environment)
+    assert warning in log
+    assert wheel.name.endswith("-py3-none-any.whl")
+    installed = unpack(wheel)
+
+    class TestDiagnostics(expecttest.TestCase):
+        def runTest(self) -> None:
+            page = run(sys.executable, "-m", "torch_adadelta", **installed).stdout
+            self.assertExpectedInline(
+                without_numbers(page),
+                """\
+torch_adadelta <version>
+Python         <version> (<build>)
+PyTorch        <version> (<build>), <n> threads
+CPU library    not loaded: FileNotFoundError: <path>/torch_adadelta/_C.so does not exist: torch_adadelta was installed where no C++ compiler was found, or with TORCH_ADADELTA_NO_EXT=1. Install a C++ compiler and run `pip install --no-build-isolation .` again.
+
+One step of each path on the CPU, float32, float64, float16 and bfloat16:
+  for-loop  ok, same bits as the for-loop
+  foreach   ok, same bits as the for-loop
+  fused     cannot run: the CPU library is not loaded
+""",
+            )
+
+    TestDiagnostics().runTest()
+    param, warnings, fused = run(sys.executable, "-c", STEP, **installed).stdout.splitlines()
+    oracle = Oracle(np.zeros(2, np.float32), learning_rate=1.0)
+    oracle.step(np.ones(2, np.float32))
+    assert param == str(oracle.p.tolist())
+    assert warnings.count("RuntimeWarning: torch_adadelta runs without its compiled library, many times slower:") == 1
+    assert "_C.so does not exist" in warnings
+    assert fused.startswith("`fused=True` needs the compiled library: ")
+
+
+def test_a_library_that_does_not_load(tree: Path) -> None:
+    wheel, _ = build_wheel(tree, TORCH_ADADELTA_NO_EXT="1")
+    installed = unpack(wheel)
+    (Path(installed["PYTHONPATH"]) / "torch_adadelta" / "_C.so").write_bytes(b"\x7fELF nothing more")
+    page = run(sys.executable, "-m", "torch_adadelta", **installed).stdout
+    assert re.search(r"CPU library +not loaded: OSError: .*_C\.so: file too short", page)
+    _, warnings, fused = run(sys.executable, "-c", STEP, **installed).stdout.splitlines()
+    assert "file too short" in warnings
+    assert "file too short" in fused
+
+
+def test_a_build_that_cannot_see_torch_says_what_to_do(tree: Path) -> None:
+    """As in pip's isolated build environment, which holds setuptools alone."""
+    hidden = tree / "hidden"
+    hidden.mkdir()
+    (hidden / "torch.py").write_text("raise ImportError('not here')")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    result = run(*pip, "--wheel-dir", str(tree / "wheels"), str(tree), check=False, PYTHONPATH=str(hidden))
+    assert result.returncode != 0
+    assert "install torch first, then run `pip install --no-build-isolation .`" in " ".join(
+        (result.stdout + result.stderr).split()
+    )
+
+
+def test_a_compile_error_is_not_passed_over(tree: Path) -> None:
+    (tree / "csrc" / "broken.cpp").write_text("this is not C++")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    assert run(*pip, "--wheel-dir", str(tree / "wheels"), str(tree), check=False).returncode != 0
+
+
+CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(CROSS_COMPILER is None, reason="no aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
+def test_cross_compiles_for_aarch64(tmp_path: Path) -> None:
+    from torch.utils.cpp_extension import include_paths
+
+    sys.path.insert(0, str(ROOT))
+    flags = re.search(r"COMPILE_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)
+    assert flags is not None
+    options = re.findall(r'"(-[^"{]+)"', flags[1])
+    objects = []
+    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        includes = [f"-I{path}" for path in include_paths()]
+        define = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+        run(
+            str(CROSS_COMPILER),
+            "-std=c++20",
+            "-fPIC",
+            *options,
+            define,
+            *includes,
+            "-c",
+            str(source),
+            "-o",
+            objects[-1],
+        )
+    run(str(CROSS_COMPILER), "-shared", *objects, "-o", str(tmp_path / "_C.so"))
+    assembly = run(CROSS_COMPILER.replace("g++", "objdump"), "-d", str(tmp_path / "loops_default.o")).stdout
+    assert re.search(r"fsqrt\s+v\d+\.4s", assembly), "the loops are not vectorised"
+    assert not re.search(r"\bfmla\b|\bfmadd\b", assembly), "a multiply-add was fused"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file with objdump")
+def test_loops_are_vectorised_and_never_fused() -> None:
+    """Read from the installed library: square roots of whole registers in each instruction set, and no FMA at all."""
+    from torch_adadelta import ops
+
+    if not ops.is_loaded or os.uname().machine != "x86_64":
+        pytest.skip("needs the compiled library on x86-64")
+    assembly = run("objdump", "-d", "--no-show-raw-insn", str(ops.LIBRARY_PATH)).stdout
+    for pattern in (
+        r"\bsqrtps\s.*%xmm",
+        r"vsqrtps\s.*%ymm",
+        r"vsqrtps\s.*%zmm",
+        r"vsqrtpd\s.*%ymm",
+        r"vsqrtpd\s.*%zmm",
+    ):
+        assert re.search(pattern, assembly), pattern
+    assert not re.search(r"vfn?m(add|sub)", assembly)

@@ -1,0 +1,236 @@
+"""The compiled ops by themselves: schemas, tracing, their checks at the door, and what the library depends on."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, randn
+from torch import Tensor
+
+from torch_adadelta import ops, update
+
+pytestmark = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def lists(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Lists:
+    generator = torch.Generator().manual_seed(0)
+    made = [[LAYOUTS[layout](randn(shape, dtype, generator)) for shape in shapes] for _ in range(4)]
+    return made[0], made[1], [x * x.conj() for x in made[2]], [x * x.conj() for x in made[3]]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=dtype_name)
+def test_opcheck(dtype: torch.dtype, layout: str) -> None:
+    arguments = lists((2, 3, 4, 5), (1, 1, 1, 7), (0, 1, 1, 1), dtype=dtype, layout=layout)
+    torch.library.opcheck(torch.ops.torch_adadelta.adadelta_.default, (*arguments, 1.0, 0.9, 1e-7))
+    torch.library.opcheck(torch.ops.torch_adadelta.check_lists.default, arguments)
+
+
+@pytest.mark.parametrize("tensor_dtype", REAL_DTYPES, ids=dtype_name)
+def test_opcheck_with_tensor_hyperparameters(tensor_dtype: torch.dtype) -> None:
+    values = [torch.tensor(value, dtype=tensor_dtype) for value in (0.5, 0.875, 0.0625)]
+    torch.library.opcheck(torch.ops.torch_adadelta.adadelta_.default, (*lists((5,)), 0.0, 0.0, 0.0, True, *values))
+
+
+@pytest.mark.parametrize("tensor_dtype", REAL_DTYPES, ids=dtype_name)
+def test_a_tensor_replaces_the_number(tensor_dtype: torch.dtype) -> None:
+    values = (0.5, 0.875, 0.0625)  # exact in every dtype
+    by_number, by_tensor = lists((70,)), lists((70,))
+    update.fused(*by_number, *values, False)
+    update.fused(*by_tensor, *(torch.tensor([value], dtype=tensor_dtype) for value in values), False)
+    for one, other in zip(by_number, by_tensor, strict=True):
+        assert_same_bits(one[0], other[0])
+
+
+def test_compiled_call_has_no_graph_break() -> None:
+    eager, compiled = lists((5,), (3, 4)), lists((5,), (3, 4))
+    torch.ops.torch_adadelta.adadelta_(*eager, 1.0, 0.9, 1e-7)
+    torch.compile(torch.ops.torch_adadelta.adadelta_, backend="eager", fullgraph=True)(*compiled, 1.0, 0.9, 1e-7)
+    for one, other in zip(eager, compiled, strict=True):
+        for x, y in zip(one, other, strict=True):
+            assert_same_bits(x, y)
+
+
+def _shorter(made: Lists) -> None:
+    made[2].pop()
+
+
+def _shape(made: Lists) -> None:
+    made[1][-1] = torch.ones(4, 3)
+
+
+def _dims(made: Lists) -> None:
+    made[1][-1] = torch.ones(12)
+
+
+def _state_dtype(made: Lists) -> None:
+    made[3][-1] = made[3][-1].double()
+
+
+def _integers(made: Lists) -> None:
+    made[1][-1] = made[1][-1].long()
+
+
+def _complex(made: Lists) -> None:
+    made[1][-1] = made[1][-1].to(torch.complex64)
+
+
+def _meta(made: Lists) -> None:
+    made[2][-1] = made[2][-1].to("meta")
+
+
+def _expanded_param(made: Lists) -> None:
+    made[0][-1] = torch.ones(1).expand(3, 4)
+
+
+def _expanded_state(made: Lists) -> None:
+    made[2][-1] = torch.ones(3, 1).expand(3, 4)
+
+
+def _overlapping_windows(made: Lists) -> None:
+    made[0][-1] = torch.ones(6).unfold(0, 4, 1)
+
+
+def _state_is_param(made: Lists) -> None:
+    made[3][-1] = made[0][-1]
+
+
+def _state_is_grad(made: Lists) -> None:
+    made[1][-1] = made[2][-1]
+
+
+def _one_state_twice(made: Lists) -> None:
+    made[3][-1] = made[2][-1]
+
+
+def _shifted_grad(made: Lists) -> None:
+    base = torch.ones(13)
+    made[0][-1], made[1][-1] = base[:12].view(3, 4), base[1:].view(3, 4)
+
+
+def _sparse(made: Lists) -> None:
+    made[1][-1] = made[1][-1].to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (_shorter, "the lists differ in length: 3 params, 3 grads, 2 square_avgs, 3 acc_deltas"),
+        (_shape, "the tensors of parameter 2 differ in shape"),
+        (_dims, "the tensors of parameter 2 differ in shape"),
+        (_state_dtype, "the state of parameter 2 has another dtype than the parameter"),
+        (_integers, r"grads\[2\] has a dtype that the kernels do not know"),
+        (_complex, "of the tensors of parameter 2, some are complex and some are real"),
+        (_meta, "a tensor on the meta device has no elements to update"),
+        (_expanded_param, "a tensor of parameter 2 that would be written to overlaps itself in memory"),
+        (_expanded_state, "a tensor of parameter 2 that would be written to overlaps itself in memory"),
+        (_overlapping_windows, "a tensor of parameter 2 that would be written to overlaps itself in memory"),
+        (_state_is_param, "two tensors of parameter 2 share memory"),
+        (_state_is_grad, "two tensors of parameter 2 share memory"),
+        (_one_state_twice, "two tensors of parameter 2 share memory"),
+        (_shifted_grad, "the gradient of parameter 2 shares memory with the parameter at another place"),
+        (_sparse, "adadelta_|check_lists"),
+    ],
+)
+@pytest.mark.parametrize("op", ["adadelta_", "check_lists"])
+def test_lists_that_do_not_fit_are_refused_unwritten(op: str, spoil: Any, error: str) -> None:
+    made = lists((5,), (2, 2), (3, 4))
+    spoil(made)
+    before = [[x if x.is_meta or x.is_sparse else x.clone() for x in tensors] for tensors in made]
+    arguments: tuple[Any, ...] = (*made, 1.0, 0.9, 1e-7) if op == "adadelta_" else made
+    with pytest.raises((RuntimeError, NotImplementedError), match=error):
+        getattr(torch.ops.torch_adadelta, op)(*arguments)
+    for tensors, copies in zip(made, before, strict=True):
+        for tensor, copy in zip(tensors, copies, strict=True):
+            assert tensor is copy or torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error"),
+    [
+        (torch.ones(2), "lr_tensor must be a CPU tensor of one element"),
+        (torch.ones(1, dtype=torch.int64), "lr_tensor must have a floating-point dtype"),
+    ],
+)
+def test_tensor_hyperparameters_that_do_not_fit(tensor: Tensor, error: str) -> None:
+    with pytest.raises(RuntimeError, match=error):
+        torch.ops.torch_adadelta.adadelta_(*lists((5,)), 0.0, 0.9, 1e-7, False, tensor)
+
+
+def test_empty_lists() -> None:
+    update.fused([], [], [], [], 1.0, 0.9, 1e-7, False)
+    update.check_fused([], [], [], [])
+
+
+def test_no_tensor_outlives_a_call() -> None:
+    """Refused calls included: every handle that the op takes is given back."""
+    for spoil in (None, _shape):
+        made = lists((5,), (2, 2), (3, 4))
+        if spoil:
+            spoil(made)
+        counts = [sys.getrefcount(x) for tensors in made for x in tensors]
+        uses = [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for tensors in made for x in tensors]
+        for _ in range(3):
+            try:
+                torch.ops.torch_adadelta.adadelta_(*made, 1.0, 0.9, 1e-7)
+            except RuntimeError:
+                assert spoil
+        assert [sys.getrefcount(x) for tensors in made for x in tensors] == counts
+        assert [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for t in made for x in t] == uses
+
+
+def test_capabilities_can_be_chosen_in_process_and_by_the_environment() -> None:
+    best = ops.cpu_capability()
+    assert ops.set_cpu_capability("default") == best
+    assert ops.cpu_capability() == "default"
+    assert ops.set_cpu_capability(best) == "default"
+    with pytest.raises(RuntimeError, match="this processor has the CPU capabilities 0 to"):
+        torch.ops.torch_adadelta.set_cpu_capability(3)
+    with pytest.raises(ValueError):
+        ops.set_cpu_capability("SSE9")
+    printed = subprocess.run(
+        [sys.executable, "-c", "from torch_adadelta import ops; print(ops.cpu_capability())"],
+        env={**os.environ, "TORCH_ADADELTA_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed.strip() == "default"
+
+
+def test_more_elements_than_an_int32_counts() -> None:
+    """2**31 + 3 of them, in one 16-bit parameter; the last ones as in a short one."""
+    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") < 20 * 2**30:
+        pytest.skip("needs 20 GB of free memory")
+    count = 2**31 + 3
+    long = [[torch.full((count,), value, dtype=torch.bfloat16)] for value in (1.0, 0.5, 0.25, 0.125)]
+    short = [[tensors[0][-7:].clone()] for tensors in long]
+    update.fused(*long, 1.0, 0.9375, 1e-7, False)
+    update.fused(*short, 1.0, 0.9375, 1e-7, False)
+    for one, other in zip(long, short, strict=True):
+        assert_same_bits(one[0][-7:], other[0])
+        assert_same_bits(one[0][:7], other[0])
+
+
+def test_library_needs_no_python_symbol_and_only_the_stable_abi() -> None:
+    """Nothing of libtorch_python, of Python, or of the C++ classes of LibTorch, which change from release to release."""
+    symbols = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", str(ops.LIBRARY_PATH)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+    names = [line.split(maxsplit=1)[1] for line in symbols if line]
+    assert names
+    for name in names:
+        assert not name.startswith(("U Py", "U _Py")), name
+        assert not any(space in name for space in ("at::", "c10::", "torch::", "pybind11")), name
+
+
+def test_complex_dtypes_are_covered() -> None:
+    assert set(DTYPES) == set(REAL_DTYPES) | set(COMPLEX_DTYPES) == update.DTYPES
