@@ -96,15 +96,19 @@ class TensorList {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &info.dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &info.numel));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &info.scalar_type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &info.device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &info.device_index));
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    if (info.device_type != cpu) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &info.device_index));
+    }
     info.sizes = sizes;
     info.strides = strides;
     set_dtype(info, list_name, index);
+    info.numel = 1;
     int64_t last = 0;
     for (int64_t d = 0; d < info.dim; ++d) {
+      info.numel *= sizes[d];
       last += (sizes[d] - 1) * strides[d];
     }
     info.bytes = (last + 1) * element_size(info);

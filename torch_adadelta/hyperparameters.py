@@ -18,6 +18,8 @@ StepValues = tuple[Value, Value, Value]
 
 DEFAULT_EPSILON: Final = 1e-7
 
+_float32: Final = ctypes.c_float
+
 _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
 
 
@@ -36,7 +38,7 @@ _RULES: Final = {
 
 def round_to_float32(number: float) -> float:
     """The float32 nearest to `number`, ties to even; infinity beyond the largest."""
-    return ctypes.c_float(number).value
+    return _float32(number).value
 
 
 def _number(name: str, value: Any) -> float:
@@ -101,7 +103,7 @@ def for_step(learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = Fal
     Raises what `validated` raises.
     """
     if type(learning_rate) is float and type(rho) is float and type(epsilon) is float:
-        rounded_lr, rounded_rho = round_to_float32(learning_rate), round_to_float32(rho)
+        rounded_lr, rounded_rho = _float32(learning_rate).value, _float32(rho).value
         if 0.0 <= rounded_lr <= _FLOAT32_MAX and 0.0 <= rounded_rho <= 1.0 and 0.0 < epsilon <= sys.float_info.max:
             return rounded_lr, rounded_rho, epsilon
     return (

@@ -14,6 +14,8 @@ from torch import Tensor
 
 LIBRARY_PATH: Final = Path(__file__).with_name("_C.so")
 
+_increment_version: Final = torch.autograd.graph.increment_version
+
 CPU_CAPABILITIES: Final = ("default", "AVX2", "AVX512")
 
 
@@ -33,6 +35,9 @@ def _load() -> Exception | None:
 load_error: Final[Exception | None] = _load()
 is_loaded: Final[bool] = load_error is None
 
+# The devices on which the fused update can run.
+DEVICE_TYPES: Final = frozenset(("cpu",) if is_loaded else ())
+
 _warned = False
 
 
@@ -48,42 +53,34 @@ def warn_not_loaded() -> None:
         )
 
 
-def supports_device(device_type: str) -> bool:
-    """Whether the fused update can run on tensors of this device type."""
-    return is_loaded and device_type == "cpu"
-
-
 def adadelta_(
     params: list[Tensor],
     grads: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    lr: float,
-    rho: float,
-    epsilon: float,
+    lr: float | Tensor,
+    rho: float | Tensor,
+    epsilon: float | Tensor,
     maximize: bool = False,
-    lr_tensor: Tensor | None = None,
-    rho_tensor: Tensor | None = None,
-    epsilon_tensor: Tensor | None = None,
 ) -> None:
     """Updates every parameter and its state in place, in one pass over memory.
 
     Entry i of each list belongs to parameter i; the four tensors of a parameter have one shape and one device, its
-    state has its dtype, and the gradient may have another. Numbers are cast to the arithmetic type (float64 for float64
-    parameters, else float32); a Tensor of one element replaces the number of its name.
+    state has its dtype, and the gradient may have another. Hyperparameters are cast to the arithmetic type (float64 for
+    float64 parameters, else float32); a Tensor has one element, on the parameters' device.
 
     Raises RuntimeError, before anything is written, if the tensors do not fit together.
     """
     if not params:  # the dispatcher finds no kernel without a tensor
         return
-    if lr_tensor is rho_tensor is epsilon_tensor is None:
+    if type(lr) is float and type(rho) is float and type(epsilon) is float:
         _adadelta(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
     else:
-        _adadelta(
-            params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize, lr_tensor, rho_tensor, epsilon_tensor
-        )
+        numbers = [0.0 if isinstance(value, Tensor) else value for value in (lr, rho, epsilon)]
+        tensors = [value if isinstance(value, Tensor) else None for value in (lr, rho, epsilon)]
+        _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors)
     # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
-    torch.autograd.graph.increment_version(params)
+    _increment_version(params)
 
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:

@@ -121,6 +121,7 @@ class AdadeltaKeras(Optimizer):
             "optimizer_name": name,
         }
         _normalise(defaults)
+        self._held = updates.HeldTensors()
         super().__init__(params, defaults)
 
     # ---- Param groups -------------------------------------------------------------------------------------------
@@ -173,6 +174,7 @@ class AdadeltaKeras(Optimizer):
             for index, param in enumerate(group["params"]):
                 _check_state(_name(group_index, group, index), param, state["state"].get(param))
         super().__setstate__(state)
+        self._held = updates.HeldTensors()
 
     # ---- Hyperparameters ----------------------------------------------------------------------------------------
 
@@ -283,6 +285,9 @@ class AdadeltaKeras(Optimizer):
                 buckets.extend(_split(group, lists, self._groups_span_devices))
         if not buckets:
             return
+        params, _, square_avgs, acc_deltas = buckets[0].lists
+        if len(params) > 8 and len(buckets) == 1 and buckets[0].update is updates.fused:
+            self._held.hold(params, square_avgs, acc_deltas)
 
         # A fused call checks its own lists before it writes. All else is checked here, before the first write.
         if len(buckets) > 1 or new_state or buckets[0].update is not updates.fused:
@@ -398,7 +403,8 @@ def _split(group: dict[str, Any], lists: updates.Lists, by_device: bool) -> Iter
     """
     values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
     params = lists[0]
-    if not by_device and _choose(group, params) is updates.fused:
+    choice = updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
+    if choice is updates.fused and not by_device:
         return (_Bucket(group, updates.fused, lists, values),)
     indices: dict[tuple[torch.device, torch.dtype | None], list[int]] = {}
     for device, on_device in _by_device(params).items():

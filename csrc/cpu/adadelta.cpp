@@ -279,7 +279,7 @@ void update_entries(
     return;
   }
 
-  torch::stable::parallel_for(0, lists.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  const auto update_range = [&](int64_t begin, int64_t end) {
     auto entry = std::upper_bound(entries.begin(), entries.end(), begin, [](int64_t position, const Entry& e) {
       return position < e.end;
     });
@@ -289,7 +289,8 @@ void update_entries(
       update_entry(*entry, begin - start, stop - start);
       begin = stop;
     }
-  });
+  };
+  torch::stable::parallel_for(0, lists.numel(), kGrain, update_range);
 }
 
 // adadelta_ in ops.cpp. Boxed, so that each list is read in place instead of becoming a vector of tensor objects.

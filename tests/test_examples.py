@@ -1,0 +1,50 @@
+"""The examples, run as a newcomer runs them, with little data; and the code of the README."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_train_digits_learns_and_draws(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))["main"]
+    picture = tmp_path / "curves.png"
+    result = main(["--epochs", "4", "--output", str(picture)])
+    assert result.keras.accuracy > 0.9
+    assert result.torch.accuracy > 0.9
+    assert len(result.keras.losses) == len(result.torch.losses) == 4 * result.batches_per_epoch
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_digits_fails_below_its_bar(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "train_digits.py")
+    command = [sys.executable, script, "--epochs", "1", "--learning-rate", "0.001", "--output", str(tmp_path / "p.png")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "97" in result.stdout + result.stderr
+
+
+def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace["optimizer"].learning_rate == 1.0  # type: ignore[attr-defined]
+
+
+def test_docstring_examples() -> None:
+    import doctest
+
+    import torch
+
+    from torch_adadelta import optimizer
+
+    results = doctest.testmod(optimizer, extraglobs={"torch": torch})
+    assert results.attempted > 0
+    assert results.failed == 0
