@@ -1,0 +1,91 @@
+"""benchmarks/rounding_noise.py, run small: in float32 we are no further from the truth than TensorFlow."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import rounding_noise
+
+AT: Final = (1, 10, 100)
+OURS: Final = tuple(rounding_noise.our_paths())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """On a busy machine PyTorch's threads would wait for each other, spinning, for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, rounding_noise.Result]:
+    return {result.name: result for result in rounding_noise.measure(elements=4000, at=AT, seed=0)}
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("t", AT)
+def test_our_paths_have_the_bits_of_the_oracle(results: dict[str, rounding_noise.Result], name: str, t: int) -> None:
+    ours, oracle = results[name].states[t], results[rounding_noise.ORACLE].states[t]
+    for field in ours._fields:
+        x, y = (getattr(state, field).view(np.uint32) for state in (ours, oracle))
+        np.testing.assert_array_equal(x, y, err_msg=f"{field}, bits", strict=True)
+
+
+@pytest.mark.parametrize("t", AT)
+def test_square_avg_has_the_bits_of_tensorflow(results: dict[str, rounding_noise.Result], t: int) -> None:
+    ours, theirs = results[OURS[0]].states[t].square_avg, results[rounding_noise.TENSORFLOW].states[t].square_avg
+    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32), strict=True)
+
+
+# The maximum is compared as the average maximum of a block of elements, because the single largest of all errors is a
+# coin toss: roundings that both implementations share take that place. Of 16 seeds with 42000 elements each, it was
+# TensorFlow's in 15 for acc_delta at t=1 and in 12 at t=10, and for the path in 11 at t=10; the mean of every kind was
+# larger in all 16, the average block maximum in all of 12 with twice the elements. The seed is fixed, but TensorFlow's
+# roots also depend on the processor. Later than t=10 the largest path errors are the rounding of p, which both share,
+# so only the mean is compared.
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    ("quantity", "t", "statistic"),
+    [
+        *(("acc_delta", t, statistic) for t in AT for statistic in ("mean", "block_max")),
+        *(("path", t, statistic) for t in (1, 10) for statistic in ("mean", "block_max")),
+        ("path", 100, "mean"),
+    ],
+)
+def test_no_further_from_the_truth_than_tensorflow(
+    results: dict[str, rounding_noise.Result], name: str, quantity: str, t: int, statistic: str
+) -> None:
+    ours, theirs = (getattr(results[who].noise[quantity, t], statistic) for who in (name, rounding_noise.TENSORFLOW))
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("t", AT)
+def test_torch_adadelta_is_biased(results: dict[str, rounding_noise.Result], t: int) -> None:
+    """It rounds 1 - rho from float64: proof that the measure sees a difference of one bit in a coefficient."""
+    ours, theirs = (results[who].noise["square_avg", t].mean for who in (OURS[0], rounding_noise.TORCH))
+    assert theirs > 2 * ours
+
+
+def test_columns() -> None:
+    assert rounding_noise.columns((1, 10, 1000)) == [
+        ("square_avg", 1),
+        ("square_avg", 1000),
+        ("acc_delta", 1),
+        ("acc_delta", 10),
+        ("acc_delta", 1000),
+        ("path", 10),
+        ("path", 1000),
+    ]
+    assert rounding_noise.columns((1,)) == [("square_avg", 1), ("acc_delta", 1)]
