@@ -6,6 +6,8 @@ fails, `load_error` says why and the Python paths of `update.py` do the work.
 
 import os
 import warnings
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 LIBRARY_PATH: Final = Path(__file__).with_name("_C.so")
 
-_increment_version: Final = torch.autograd.graph.increment_version
+_increment_version: Final = torch._C._increment_version  # behind torch.autograd.graph.increment_version
 
 CPU_CAPABILITIES: Final = ("default", "AVX2", "AVX512")
 
@@ -35,8 +37,8 @@ def _load() -> Exception | None:
 load_error: Final[Exception | None] = _load()
 is_loaded: Final[bool] = load_error is None
 
-# The devices on which the fused update can run.
-DEVICE_TYPES: Final = frozenset(("cpu",) if is_loaded else ())
+# Whether the fused update can run on the device of a tensor.
+has_kernel_for: Final[Callable[[Tensor], bool]] = attrgetter("is_cpu") if is_loaded else lambda tensor: False
 
 _warned = False
 

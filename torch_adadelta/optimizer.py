@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, Final, NamedTuple, overload
+from typing import Any, Final, overload
 
 import torch
 from torch import Tensor
@@ -22,13 +22,9 @@ _get_grad = attrgetter("grad")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
 
 
-class _Bucket(NamedTuple):
-    """Parameters of one group that one call updates, each with its gradient and state, and the call."""
-
-    group: dict[str, Any]
-    update: updates.Update
-    lists: updates.Lists
-    hyperparameters: hyperparameters.StepValues
+# Parameters of one group that one call updates: the group, the call, the parameters with their gradients and state, and
+# the hyperparameters of this step. A plain tuple, for a step of one small tensor is made of such small things.
+_Bucket = tuple[dict[str, Any], updates.Update, updates.Lists, hyperparameters.StepValues]
 
 
 class _SpansDevices(Exception):
@@ -285,28 +281,30 @@ class AdadeltaKeras(Optimizer):
                 buckets.extend(_split(group, lists, self._groups_span_devices))
         if not buckets:
             return
-        params, _, square_avgs, acc_deltas = buckets[0].lists
-        if len(params) > 8 and len(buckets) == 1 and buckets[0].update is updates.fused:
-            self._held.hold(params, square_avgs, acc_deltas)
-
-        # A fused call checks its own lists before it writes. All else is checked here, before the first write.
-        if len(buckets) > 1 or new_state or buckets[0].update is not updates.fused:
+        _, first_update, (params, _, square_avgs, acc_deltas), _ = buckets[0]
+        if len(buckets) == 1 and first_update is updates.fused:
+            # A fused call checks its own lists before it writes. All else is checked here, before the first write.
+            if new_state:
+                self._check(buckets[0])
+            if len(params) > 8:
+                self._held.hold(params, square_avgs, acc_deltas)
+        else:
             for bucket in buckets:
                 self._check(bucket)
 
         self.state.update(new_state)
         has_written = False
         try:
-            for bucket in buckets:
-                bucket.update(*bucket.lists, *bucket.hyperparameters, bucket.group["maximize"])
+            for group, update, lists, values in buckets:
+                update(*lists, *values, group["maximize"])
                 has_written = True
             for group in self.param_groups:
                 group["iterations"] += 1  # in place where it is a Tensor
         except BaseException as error:
-            if isinstance(error, Exception) and bucket.update is updates.fused and not has_written:
+            if isinstance(error, Exception) and first_update is updates.fused and not has_written:
                 for param in new_state:
                     del self.state[param]
-                self._explain(bucket)
+                self._explain(buckets[0])
             else:
                 what = str(error) or type(error).__name__
                 error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
@@ -360,18 +358,20 @@ class AdadeltaKeras(Optimizer):
 
     def _check(self, bucket: _Bucket) -> None:
         """Raises, naming the parameter, unless all of the bucket can be updated."""
-        if bucket.update is not updates.fused:
+        _, update, lists, _ = bucket
+        if update is not updates.fused:
             self._check_rows(bucket)
             return
         try:
-            updates.check_fused(*bucket.lists)
+            updates.check_fused(*lists)
         except Exception:
             self._explain(bucket)
             raise
 
     def _explain(self, bucket: _Bucket) -> None:
         """After the compiled op refused a bucket, by the index: raises the same by the name, if it can be found."""
-        if not self._groups_span_devices and len(_by_device(bucket.lists[0])) > 1:
+        params = bucket[2][0]
+        if not self._groups_span_devices and len(_by_device(params)) > 1:
             raise _SpansDevices from None
         try:
             self._check_rows(bucket)
@@ -379,13 +379,9 @@ class AdadeltaKeras(Optimizer):
             raise explained from None
 
     def _check_rows(self, bucket: _Bucket) -> None:
-        for param, *tensors in zip(*bucket.lists, strict=True):
-            updates.check_row(
-                partial(self._name_of, param),
-                param,
-                *tensors,
-                differentiable=bucket.group["differentiable"],
-            )
+        group, _, lists, _ = bucket
+        for param, *tensors in zip(*lists, strict=True):
+            updates.check_row(partial(self._name_of, param), param, *tensors, differentiable=group["differentiable"])
 
 
 # ---- From lists to buckets ------------------------------------------------------------------------------------------
@@ -405,16 +401,16 @@ def _split(group: dict[str, Any], lists: updates.Lists, by_device: bool) -> Iter
     params = lists[0]
     choice = updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
     if choice is updates.fused and not by_device:
-        return (_Bucket(group, updates.fused, lists, values),)
+        return ((group, choice, lists, values),)
     indices: dict[tuple[torch.device, torch.dtype | None], list[int]] = {}
     for device, on_device in _by_device(params).items():
         needs_one_dtype = _choose(group, [params[i] for i in on_device]) is updates.foreach
         for i in on_device:
             indices.setdefault((device, params[i].dtype if needs_one_dtype else None), []).append(i)
-    buckets = []
+    buckets: list[_Bucket] = []
     for same in indices.values():
         bucket: Any = tuple([tensors[i] for i in same] for tensors in lists)
-        buckets.append(_Bucket(group, _choose(group, bucket[0]), bucket, values))
+        buckets.append((group, _choose(group, bucket[0]), bucket, values))
     return buckets
 
 

@@ -270,16 +270,17 @@ def choose(params: list[Tensor], foreach: bool | None, fused: bool | None, diffe
         RuntimeError: an explicit choice cannot run, with the reason.
     """
     is_plain = _PLAIN_TYPES.issuperset(map(type, params))
-    device_type = params[0].device.type
-    if foreach is None and not differentiable and is_plain and fused is not False and device_type in ops.DEVICE_TYPES:
+    has_kernel = ops.has_kernel_for(params[0])
+    if has_kernel and is_plain and foreach is None and fused is not False and not differentiable:
         return _fused
+    device_type = params[0].device.type
     check_choice(foreach, fused, differentiable)
     for name, wanted in (("fused", fused), ("foreach", foreach)):
         if wanted and not is_plain:
             subclass = next(type(p).__name__ for p in params if type(p) not in _PLAIN_TYPES)
             raise RuntimeError(f"`{name}=True` needs plain tensors, got a {subclass}; leave `{name}` None")
     if fused:
-        if device_type not in ops.DEVICE_TYPES:
+        if not has_kernel:
             raise RuntimeError(f"`fused=True` has no kernel for {device_type} parameters; leave `fused` None")
         return _fused
     if foreach:
