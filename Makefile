@@ -19,8 +19,9 @@ demo: $(INSTALLED)-examples
 test: $(INSTALLED)-test-keras-examples
 	$(VENV)/bin/python -m pytest
 
+# Threads are kept where they are: some systems put two on one core and leave them there.
 bench: $(INSTALLED)-bench
-	$(VENV)/bin/python benchmarks/dense_step.py
+	OMP_PROC_BIND=true $(VENV)/bin/python benchmarks/dense_step.py
 
 lint: $(INSTALLED)-lint-test
 	$(VENV)/bin/ruff check .

@@ -66,7 +66,7 @@ class Timings(NamedTuple):
 
 LEAST_ROUNDS: Final = 5  # whatever the budget
 
-# A call of more turns than this has no other before it: what the caches lost costs it next to nothing.
+# A call that is longer needs no other before it: what the caches lost costs it next to nothing.
 SLOW_CALL_IN_TURNS: Final = 4
 
 
@@ -88,8 +88,8 @@ def interleave(
             is absent.
         budget: the seconds after which no new round begins, once there are five.
         turn: the least duration of a turn.
-        fits_cache: whether the caches can hold a contender's data; a call that is not timed then brings it back before
-            each turn, unless a call is so long that this makes no difference.
+        fits_cache: whether the caches can hold a contender's data. A turn that is not timed then precedes each that is,
+            and brings back what the others displaced; it takes some calls.
         rounds: the number of rounds, whatever the budget.
     """
     steps: dict[str, tuple[Step, int, bool]] = {}
@@ -115,7 +115,7 @@ def interleave(
         for name in order:
             step, calls, warms_up = steps[name]
             if warms_up:
-                step()
+                _seconds(step, calls)
             timings.seconds[name].append(_seconds(step, calls) / calls)
         order.reverse()
     return timings

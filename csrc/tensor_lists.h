@@ -184,6 +184,7 @@ struct Entries {
   struct Range {
     const char* begin;
     const char* end;
+    bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
   };
   std::vector<Range> written;
 
@@ -194,6 +195,23 @@ struct Entries {
     layouts.clear();
     written.clear();
   }
+
+  // Sets `disjoint`. Step after step the memory is the same, and what was found before still holds.
+  void find_overlaps() {
+    if (written == known_) {
+      return;
+    }
+    sorted_ = written;
+    std::sort(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
+    const auto overlap = std::adjacent_find(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) {
+      return y.begin < x.end;
+    });
+    disjoint = overlap == sorted_.end();
+    known_.swap(written);
+  }
+
+ private:
+  std::vector<Range> known_, sorted_;
 };
 
 namespace detail {
@@ -375,13 +393,7 @@ inline const Entries& read_entries(
     }
   }
 
-  std::sort(result.written.begin(), result.written.end(), [](const auto& x, const auto& y) {
-    return x.begin < y.begin;
-  });
-  const auto overlap = std::adjacent_find(
-      result.written.begin(), result.written.end(), [](const auto& x, const auto& y) { return y.begin < x.end; }
-  );
-  result.disjoint = overlap == result.written.end();
+  result.find_overlaps();
   return result;
 }
 

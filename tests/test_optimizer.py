@@ -1,10 +1,12 @@
 """The torch.optim contract: groups, state, closures, flags, saving and loading, and what a failed step leaves behind."""
 
 import copy
+import gc
 import io
 import itertools
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import expecttest
@@ -137,6 +139,35 @@ def test_replaced_state_and_swapped_data_are_honoured(path: Path) -> None:
     oracle.square_avg, oracle.acc_delta = (to_numpy(value).copy() for value in optimizer.state[param].values())
     grads = [grad.double() for grad in grads]
     step()
+
+
+@needs_library
+def test_replaced_state_is_freed_by_the_next_step() -> None:
+    """The fused path holds references from step to step; they must not outlive what they refer to by more than that."""
+    params = [Parameter(torch.ones(3)) for _ in range(20)]
+    optimizer = AdadeltaKeras(params)
+    advance(optimizer, 2)
+    old = [weakref.ref(tensor) for state in optimizer.state.values() for tensor in state.values()]
+    for state in optimizer.state.values():
+        for key in state:
+            state[key] = state[key].clone()
+    advance(optimizer)
+    assert not any(reference() is not None for reference in old)
+    now = [weakref.ref(tensor) for state in optimizer.state.values() for tensor in state.values()]
+    del optimizer, state
+    gc.collect()
+    assert not any(reference() is not None for reference in now)
+
+
+@needs_library
+def test_parameters_with_many_elements_are_not_held() -> None:
+    params = [Parameter(torch.ones(3)) for _ in range(20)]
+    optimizer = AdadeltaKeras(params)
+    params[0].data = torch.ones(update.HeldTensors.MOST_ELEMENTS)
+    advance(optimizer, 2)
+    old = weakref.ref(optimizer.state[params[0]]["square_avg"])
+    optimizer.state.clear()
+    assert old() is None
 
 
 def test_state_in_another_order_than_the_parameters(path: Path) -> None:
