@@ -23,13 +23,13 @@ test: $(INSTALLED)-test-keras-examples
 bench: $(INSTALLED)-bench
 	OMP_PROC_BIND=true $(VENV)/bin/python benchmarks/dense_step.py
 
-lint: $(INSTALLED)-lint-test
+lint: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
 
-format: $(INSTALLED)-lint-test
+format: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc -type f)
