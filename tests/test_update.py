@@ -21,7 +21,7 @@ from cases import (
     randn,
     to_numpy,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
@@ -314,6 +314,7 @@ def _problems(draw: st.DrawFn) -> tuple[list[tuple[tuple[int, ...], torch.dtype,
     return tensors, hyperparameters
 
 
+@example(([((0, 0, 0, 2), torch.float32, "channels_last", "channels_last")], {}), 0)  # a stride of 0 in no memory
 @settings(max_examples=60, deadline=None)
 @given(_problems(), st.integers(0, 2**32))
 def test_drawn_problems(

@@ -62,7 +62,7 @@ def _exact_sqrt_float64(x: Tensor) -> Tensor:
     below = torch.nextafter(y, torch.zeros_like(y))
     y = torch.where(residual > y * (above - y), above, torch.where(residual <= -(y * (y - below)), below, y))
     scale = (((exponent - odd) // 2 + 1023) << 52).view(torch.float64)  # 2**k, by its bits
-    return torch.where(x.isfinite(), y * scale, x.sqrt())
+    return torch.where(x.isfinite() & (x != 0), y * scale, x.sqrt())
 
 
 def _exact_sqrt_forward(x: Tensor) -> Tensor:
@@ -303,6 +303,8 @@ _FOREACH_DEVICE_TYPES: Final = frozenset(("cuda", "xpu"))
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices of a strided tensor may share memory, as in an expanded one."""
+    if tensor.numel() == 0:
+        return False
     extent = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
