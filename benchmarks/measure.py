@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import platform
 import sys
 import time
@@ -41,10 +42,15 @@ class Spread(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """Seconds of one call, for each contender a value a round; and the reason for each that could not run."""
+    """Seconds of one call, for each contender a value a round; and the reason for each that could not run.
+
+    `disturbance` is the share (0 to 1) of the machine's processors that other processes used meanwhile, None if
+    unknown. It falsifies most what runs on all processors: the threads wait for the one that was held up.
+    """
 
     seconds: dict[str, list[float]]
     absent: dict[str, str]
+    disturbance: float | None
 
     @property
     def rounds(self) -> int:
@@ -66,7 +72,7 @@ class Timings(NamedTuple):
 
 LEAST_ROUNDS: Final = 5  # whatever the budget
 
-# A call that is longer needs no other before it: what the caches lost costs it next to nothing.
+# A call of more turns than this needs no other before it: what the caches lost costs it next to nothing.
 SLOW_CALL_IN_TURNS: Final = 4
 
 
@@ -106,8 +112,9 @@ def interleave(
             calls = max(calls + 1, round(calls * min(1.2 * turn / seconds, 10)))
         steps[name] = step, calls, fits_cache and seconds < SLOW_CALL_IN_TURNS * turn
 
-    timings = Timings({name: [] for name in steps}, absent)
+    values: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
+    others_before = _seconds_of_others()
     start = time.perf_counter()
     for done in range(rounds or sys.maxsize):
         if not rounds and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
@@ -116,9 +123,15 @@ def interleave(
             step, calls, warms_up = steps[name]
             if warms_up:
                 _seconds(step, calls)
-            timings.seconds[name].append(_seconds(step, calls) / calls)
+            values[name].append(_seconds(step, calls) / calls)
         order.reverse()
-    return timings
+
+    disturbance = None
+    others = _seconds_of_others()
+    if others is not None and others_before is not None:
+        available = (time.perf_counter() - start) * (os.cpu_count() or 1)
+        disturbance = max(0.0, others - others_before) / available
+    return Timings(values, absent, disturbance)
 
 
 def _seconds(step: Step, calls: int) -> float:
@@ -132,6 +145,17 @@ def _seconds(step: Step, calls: int) -> float:
     finally:
         if collects:
             gc.enable()
+
+
+def _seconds_of_others() -> float | None:
+    """Processor seconds since the start of the machine that this process did not use, or None if unknown."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait_for_disk, interrupts, soft_interrupts, stolen, *_guests = map(int, fields)
+    ticks = user + nice + system + interrupts + soft_interrupts + stolen
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------

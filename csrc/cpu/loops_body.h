@@ -202,20 +202,46 @@ ADADELTA_INLINE void update_loop(
   }
 }
 
+// Square roots and divisions leave the processor little room to look ahead by itself, so memory is asked for early:
+// out of cache, on two cores with AVX-512, float32 gains some 5 to 10 %, the 16-bit types a quarter.
+constexpr int64_t kBytesAhead = 2048;
+constexpr int64_t kCacheLine = 64;
+
+template <typename Item>
+ADADELTA_INLINE void prefetch(const Item* param, const Item* grad, const Item* square_avg, const Item* acc_delta) {
+  constexpr int64_t kAhead = kBytesAhead / sizeof(Item);
+  __builtin_prefetch(param + kAhead, 1);
+  __builtin_prefetch(grad + kAhead, 0);
+  __builtin_prefetch(square_avg + kAhead, 1);
+  __builtin_prefetch(acc_delta + kAhead, 1);
+}
+
+template <bool negate, typename T>
+ADADELTA_INLINE void update_groups(
+    T* param, const T* grad, T* square_avg, T* acc_delta, int64_t count, const Hyperparameters<T> h
+) {
+  constexpr int64_t kLine = kCacheLine / sizeof(T);
+  int64_t i = 0;
+  for (; i + 2 * kLine <= count; i += 2 * kLine) {
+    prefetch(param + i, grad + i, square_avg + i, acc_delta + i);
+    prefetch(param + i + kLine, grad + i + kLine, square_avg + i + kLine, acc_delta + i + kLine);
+    update_loop<negate>(param + i, grad + i, square_avg + i, acc_delta + i, 2 * kLine, h);
+  }
+  update_loop<negate>(param + i, grad + i, square_avg + i, acc_delta + i, count - i, h);
+}
+
 template <typename T>
 void update(
     T* param, const T* grad, T* square_avg, T* acc_delta, int64_t count, bool negate, const Hyperparameters<T>& h
 ) {
   if (negate) {
-    update_loop<true>(param, grad, square_avg, acc_delta, count, h);
+    update_groups<true>(param, grad, square_avg, acc_delta, count, h);
   } else {
-    update_loop<false>(param, grad, square_avg, acc_delta, count, h);
+    update_groups<false>(param, grad, square_avg, acc_delta, count, h);
   }
 }
 
 // A group at a time, which the compiler keeps in registers: the conversions run in the shadow of the square roots.
-// Those leave the processor little room to look ahead, so memory is asked for early (a quarter faster on an AVX-512
-// machine).
 template <typename Format, bool negate>
 ADADELTA_INLINE int64_t update_16bit_groups(
     uint16_t* __restrict__ param,
@@ -225,14 +251,10 @@ ADADELTA_INLINE int64_t update_16bit_groups(
     int64_t count,
     const Hyperparameters<float> h
 ) {
-  constexpr int64_t kAhead = 1024;
   alignas(64) float p[kGroup], g[kGroup], a[kGroup], u[kGroup];
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) {
-    __builtin_prefetch(param + i + kAhead, 1);
-    __builtin_prefetch(grad + i + kAhead, 0);
-    __builtin_prefetch(square_avg + i + kAhead, 1);
-    __builtin_prefetch(acc_delta + i + kAhead, 1);
+    prefetch(param + i, grad + i, square_avg + i, acc_delta + i);
     Format::widen_group(g, grad + i);
     Format::widen_group(a, square_avg + i);
     Format::widen_group(u, acc_delta + i);
