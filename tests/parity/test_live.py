@@ -3,7 +3,7 @@
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -29,15 +29,6 @@ HYPERPARAMETERS: Final[dict[str, dict[str, float]]] = {
 }
 SHAPES: Final = ((), (1,), (5, 3), (4099,))
 STEPS: Final = 50
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """On a busy machine PyTorch's threads would wait for each other, spinning, for minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class State(NamedTuple):

@@ -2,13 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pytest
-import torch
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
@@ -18,15 +16,6 @@ import rounding_noise
 
 AT: Final = (1, 10, 100)
 OURS: Final = tuple(rounding_noise.our_paths())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """On a busy machine PyTorch's threads would wait for each other, spinning, for minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
