@@ -8,8 +8,8 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-# A stamp a set of extras; each also installs the package itself, compiled and editable.
-INSTALLED := $(VENV)/.installed
+# A stamp for each PyTorch and set of extras; each also installs the package itself, compiled and editable.
+INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
 .PHONY: demo test bench lint format clean
 
@@ -44,6 +44,7 @@ $(VENV)/bin/python:
 $(INSTALLED): $(VENV)/bin/python $(SOURCES)
 	$(PIP) "setuptools>=77" ninja $(TORCH)
 	$(PIP) --no-build-isolation --editable .
+	rm -f $(VENV)/.torch*
 	touch $@
 
 comma := ,

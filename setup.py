@@ -76,5 +76,5 @@ def options() -> dict:
 
 
 # setup.py is also run to ask for metadata and to make an sdist, neither of which compiles.
-NEEDS_NO_LIBRARY = {"egg_info", "sdist", "dist_info"}
-setup(**({} if NEEDS_NO_LIBRARY.intersection(sys.argv) else options()))
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+setup(**(options() if BUILDS.intersection(sys.argv) else {}))

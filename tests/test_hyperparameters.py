@@ -129,10 +129,43 @@ def test_numbers_out_of_range(name: str, as_tensor: bool, value: float | str) ->
     assert (optimizer.learning_rate, optimizer.rho, optimizer.epsilon) == (0.001, 0.95, 1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 10**400),
+        ("epsilon", 10**400),
+        ("learning_rate", -1e-50),
+        ("rho", -1e-60),
+        ("rho", 1.00000001),
+        ("rho", torch.tensor(0.9, device="meta")),
+    ],
+)
+def test_numbers_that_rounding_would_bring_into_range(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        AdadeltaKeras([Parameter(torch.zeros(1))], **{name: value})
+    optimizer = AdadeltaKeras([Parameter(torch.zeros(1))])
+    optimizer.param_groups[0]["lr" if name == "learning_rate" else name] = value
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones(1)
+    with pytest.raises(ValueError, match=name):
+        optimizer.step()
+    assert optimizer.iterations == 0
+
+
+def test_an_epsilon_tensor_of_zero_means_that_of_keras(path: Path) -> None:
+    param = Parameter(torch.zeros(3))
+    optimizer = AdadeltaKeras([param], 1.0, epsilon=torch.tensor(0.0), **path.options)
+    oracle = oracle_of(param, learning_rate=1.0)
+    param.grad = torch.tensor([0.0, 1.0, -1.0])
+    oracle.step(param.grad.numpy())
+    optimizer.step()
+    assert_like_oracle(param, optimizer.state[param], oracle)
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "rho", "epsilon"])
 @pytest.mark.parametrize(
     "value",
-    ["0.1", True, np.bool_(True), 1j, [0.1], {}, torch.tensor(1j), torch.tensor(True), np.array([0.1])],
+    ["0.1", True, False, np.bool_(True), 1j, [0.1], {}, torch.tensor(1j), torch.tensor(True), np.array([0.1])],
     ids=repr,
 )
 def test_values_of_the_wrong_type(name: str, value: Any) -> None:

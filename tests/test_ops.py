@@ -164,6 +164,11 @@ def test_tensor_hyperparameters_that_do_not_fit(tensor: Tensor, error: str) -> N
         torch.ops.torch_adadelta.adadelta_(*lists((5,)), 0.0, 0.9, 1e-7, False, tensor)
 
 
+def test_a_hyperparameter_on_the_meta_device_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="a tensor on the meta device has no elements to update"):
+        torch.ops.torch_adadelta.adadelta_(*lists((5,)), 0.0, 0.9, 1e-7, False, torch.tensor(1.0, device="meta"))
+
+
 def test_empty_lists() -> None:
     update.fused([], [], [], [], 1.0, 0.9, 1e-7, False)
     update.check_fused([], [], [], [])
@@ -197,12 +202,20 @@ def test_capabilities_can_be_chosen_in_process_and_by_the_environment() -> None:
         ops.set_cpu_capability("SSE9")
     printed = subprocess.run(
         [sys.executable, "-c", "from torch_adadelta import ops; print(ops.cpu_capability())"],
-        env={**os.environ, "TORCH_ADADELTA_CPU_CAPABILITY": "default"},
+        env={**os.environ, "TORCH_ADADELTA_CPU_CAPABILITY": "DEFAULT"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     assert printed.strip() == "default"
+    result = subprocess.run(
+        [sys.executable, "-c", "import torch_adadelta"],
+        env={**os.environ, "TORCH_ADADELTA_CPU_CAPABILITY": "sse9"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "TORCH_ADADELTA_CPU_CAPABILITY=sse9 is ignored" in result.stderr
 
 
 def test_more_elements_than_an_int32_counts() -> None:

@@ -42,16 +42,19 @@ def round_to_float32(number: float) -> float:
 
 
 def _number(name: str, value: Any) -> float:
-    """The number behind a Python or NumPy scalar, rounded as Keras rounds it."""
+    """The number behind a Python or NumPy scalar, rounded as Keras rounds it, once it is known to be in range."""
     is_numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
     number = value.item() if is_numpy_scalar else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(
             f"{name} must be a number or a one-element Tensor, got {value!r} of type {type(value).__name__}"
         )
+    _check_range(name, number, value)
     if is_numpy_scalar or not _RULES[name].rounds_to_float32:
         return float(number)
-    return round_to_float32(number)
+    rounded = round_to_float32(number)
+    _check_range(name, rounded, value)
+    return rounded
 
 
 def _check_range(name: str, number: float, given: Any) -> None:
@@ -71,15 +74,17 @@ def validated(name: str, value: Any) -> Any:
         TypeError: `value` is no number and no Tensor, or a complex or boolean Tensor.
         ValueError: it is nan, infinite or out of range, or a Tensor without exactly one element.
     """
-    if name == "epsilon" and (value is None or (not isinstance(value, Tensor) and value == 0)):
+    if name == "epsilon" and value is None:
         return DEFAULT_EPSILON
     if not isinstance(value, Tensor):
-        _check_range(name, _number(name, value), value)
-        return value
+        number = _number(name, value)
+        return DEFAULT_EPSILON if name == "epsilon" and number == 0.0 else value
     if value.numel() != 1:
         raise ValueError(f"{name} must be a number or a one-element Tensor, got a Tensor of shape {tuple(value.shape)}")
     if value.is_complex() or value.dtype is torch.bool:
         raise TypeError(f"{name} must be a real number, got a Tensor of {value.dtype}")
+    if value.is_meta:
+        raise ValueError(f"{name} is a Tensor on the meta device, which has no value")
     if value.device.type == "cpu":
         _check_range(name, float(value.detach()), value)
     return value
@@ -91,7 +96,8 @@ def _for_step(name: str, value: Any, keep_tensor: bool) -> Value:
         return _number(name, value)
     if keep_tensor or value.device.type != "cpu":
         return value
-    return float(value.detach())
+    number = float(value.detach())
+    return number or DEFAULT_EPSILON if name == "epsilon" else number
 
 
 def for_step(learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = False) -> StepValues:
@@ -104,7 +110,12 @@ def for_step(learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = Fal
     """
     if type(learning_rate) is float and type(rho) is float and type(epsilon) is float:
         rounded_lr, rounded_rho = _float32(learning_rate).value, _float32(rho).value
-        if 0.0 <= rounded_lr <= _FLOAT32_MAX and 0.0 <= rounded_rho <= 1.0 and 0.0 < epsilon <= sys.float_info.max:
+        if (
+            learning_rate >= 0.0
+            and rounded_lr <= _FLOAT32_MAX
+            and 0.0 <= rho <= 1.0
+            and 0.0 < epsilon <= sys.float_info.max
+        ):
             return rounded_lr, rounded_rho, epsilon
     return (
         _for_step("learning_rate", learning_rate, keep_tensor),

@@ -108,29 +108,25 @@ def set_cpu_capability(name: str) -> str:
 if is_loaded:
     _adadelta: Final[Any] = torch.ops.torch_adadelta.adadelta_.default
 
-    def _check_fake(*lists: list[Tensor]) -> None:
+    def _fake(*args: Any, **kwargs: Any) -> None:
         # PyTorch calls a fake implementation, to trace, with fake tensors of the device they stand for; but also when
         # some real tensor is on the meta device, and then to return would be to skip the update without a word.
-        if any(tensor.device.type == "meta" for tensors in lists for tensor in tensors):
-            raise RuntimeError("a tensor on the meta device has no elements to update")
+        for arg in (*args, *kwargs.values()):
+            for tensor in arg if isinstance(arg, list | tuple) else (arg,):
+                if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                    raise RuntimeError("a tensor on the meta device has no elements to update")
 
-    @torch.library.register_fake("torch_adadelta::adadelta_")
-    def _adadelta_fake(
-        params: list[Tensor],
-        grads: list[Tensor],
-        square_avgs: list[Tensor],
-        acc_deltas: list[Tensor],
-        *_hyperparameters: object,
-        **_optional: object,
-    ) -> None:
-        _check_fake(params, grads, square_avgs, acc_deltas)
-
-    @torch.library.register_fake("torch_adadelta::check_lists")
-    def _check_lists_fake(
-        params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]
-    ) -> None:
-        _check_fake(params, grads, square_avgs, acc_deltas)
+    torch.library.register_fake("torch_adadelta::adadelta_", _fake)
+    torch.library.register_fake("torch_adadelta::check_lists", _fake)
 
     # So that the sets can be compared on a whole program, as PyTorch's ATEN_CPU_CAPABILITY allows for its own kernels.
     if _wanted := os.environ.get("TORCH_ADADELTA_CPU_CAPABILITY"):
-        set_cpu_capability(_wanted)
+        try:
+            set_cpu_capability({name.lower(): name for name in CPU_CAPABILITIES}[_wanted.lower()])
+        except (KeyError, RuntimeError):
+            warnings.warn(
+                f"TORCH_ADADELTA_CPU_CAPABILITY={_wanted} is ignored: it is none of {', '.join(CPU_CAPABILITIES)}, or "
+                "this processor does not have it",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -117,7 +117,6 @@ class AdadeltaKeras(Optimizer):
             "optimizer_name": name,
         }
         _normalise(defaults)
-        self._held = updates.HeldTensors()
         super().__init__(params, defaults)
 
     # ---- Param groups -------------------------------------------------------------------------------------------
@@ -168,9 +167,11 @@ class AdadeltaKeras(Optimizer):
             raise ValueError(f"the param groups disagree on iterations: {sorted(counts)}; they count the same steps")
         for group_index, group in enumerate(groups):
             for index, param in enumerate(group["params"]):
-                _check_state(_name(group_index, group, index), param, state["state"].get(param))
+                saved = state["state"].get(param)
+                _check_state(_name(group_index, group, index), param, saved)
+                if saved and param.is_complex():  # Optimizer.load_state_dict casts real state only
+                    state["state"][param] = {key: tensor.to(param.dtype) for key, tensor in saved.items()}
         super().__setstate__(state)
-        self._held = updates.HeldTensors()
 
     # ---- Hyperparameters ----------------------------------------------------------------------------------------
 
@@ -223,9 +224,9 @@ class AdadeltaKeras(Optimizer):
 
     @iterations.setter
     def iterations(self, value: int) -> None:
-        count = _checked_iterations(value)
-        for group in self.param_groups:
-            group["iterations"] = _iterations_for(group, count)
+        counts = [_iterations_for(group, value) for group in self.param_groups]
+        for group, count in zip(self.param_groups, counts, strict=True):
+            group["iterations"] = count
 
     @property
     def name(self) -> str:
@@ -261,7 +262,7 @@ class AdadeltaKeras(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(self.defaults["differentiable"])  # the function behind torch.set_grad_enabled
+        torch._C._set_grad_enabled(False)  # the function behind torch.set_grad_enabled
         try:
             try:
                 self._apply()
@@ -281,13 +282,11 @@ class AdadeltaKeras(Optimizer):
                 buckets.extend(_split(group, lists, self._groups_span_devices))
         if not buckets:
             return
-        _, first_update, (params, _, square_avgs, acc_deltas), _ = buckets[0]
+        first_update = buckets[0][1]
         if len(buckets) == 1 and first_update is updates.fused:
             # A fused call checks its own lists before it writes. All else is checked here, before the first write.
             if new_state:
                 self._check(buckets[0])
-            if len(params) > 8:
-                self._held.hold(params, square_avgs, acc_deltas)
         else:
             for bucket in buckets:
                 self._check(bucket)
@@ -296,7 +295,11 @@ class AdadeltaKeras(Optimizer):
         has_written = False
         try:
             for group, update, lists, values in buckets:
-                update(*lists, *values, group["maximize"])
+                if group["differentiable"]:
+                    with torch.enable_grad():
+                        update(*lists, *values, group["maximize"])
+                else:
+                    update(*lists, *values, group["maximize"])
                 has_written = True
             for group in self.param_groups:
                 group["iterations"] += 1  # in place where it is a Tensor
@@ -455,8 +458,8 @@ def _normalise(options: dict[str, Any]) -> None:
 def _checked_iterations(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"iterations must be an int, got {value!r} of type {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"iterations must be >= 0, got {value}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"iterations must be >= 0 and fit 64 bits, got {value}")
     return value
 
 

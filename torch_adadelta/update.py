@@ -17,7 +17,6 @@ in another order, or fuse.
 
 import itertools
 from collections.abc import Callable
-from operator import is_
 from typing import Any, Final
 
 import torch
@@ -205,40 +204,6 @@ def foreach(
 fused = ops.adadelta_
 
 
-class HeldTensors:
-    """Extra C++ references to the tensors that `fused` is given at every step, for as long as they are the same.
-
-    A tensor that only Python refers to must be handed back to Python when a call ends, under the interpreter's lock:
-    0.07 microseconds each, a quarter of a step of small tensors. With a reference left in C++ that does not happen. It
-    keeps a tensor that was replaced alive until the next step, so parameters with many elements are not held.
-    """
-
-    MOST_ELEMENTS: Final = 2**22
-
-    def __init__(self) -> None:
-        self._lists: tuple[list[Tensor], ...] = ()
-        self._references: Any = None
-        self._refused = 0  # as many tensors were too large; not asked again for the same number
-
-    def hold(self, params: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
-        """Holds these, and lets go of any others."""
-        lists = (params, square_avgs, acc_deltas)
-        count = len(params)
-        if count == self._refused:
-            return
-        if self._lists and all(
-            len(new) == len(old) and all(map(is_, new, old)) for new, old in zip(lists, self._lists, strict=True)
-        ):
-            return
-        self._lists, self._references, self._refused = (), None, 0
-        if sum(map(Tensor.numel, params)) > self.MOST_ELEMENTS:
-            self._refused = count
-        else:
-            # Copies: the list of a param group may be changed in place.
-            self._lists = (list(params), square_avgs, acc_deltas)
-            self._references = [torch._C.ScriptList(tensors) for tensors in lists]
-
-
 def check_fused(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
     """Raises RuntimeError if `fused` would refuse these lists."""
     ops.check_lists(params, grads, square_avgs, acc_deltas)
@@ -314,15 +279,16 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def _memory_range(tensor: Tensor) -> tuple[int, int, int]:
+    """The device's index, and where the memory of a tensor with elements begins and ends."""
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    begin = tensor.data_ptr()
+    return tensor.device.index or 0, begin, begin + (last + 1) * tensor.element_size()
+
+
 def _share_memory(tensors: list[Tensor]) -> bool:
     """Whether some memory may belong to two of the tensors."""
-    ranges = []
-    for tensor in tensors:
-        if tensor.numel() > 0:
-            last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-            begin = tensor.data_ptr()
-            ranges.append((tensor.device.index or 0, begin, begin + (last + 1) * tensor.element_size()))
-    ranges.sort()
+    ranges = sorted(_memory_range(tensor) for tensor in tensors if tensor.numel() > 0)
     return any(this[0] == after[0] and after[1] < this[2] for this, after in itertools.pairwise(ranges))
 
 
@@ -374,3 +340,15 @@ def check_row(
                 )
             if tensor.layout is not torch.strided or overlaps_itself(tensor):
                 raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
+    if not _PLAIN_TYPES.issuperset(map(type, (param, grad, square_avg, acc_delta))):
+        return
+    for tensor in (param, square_avg, acc_delta):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{name()} or its state was made in inference mode, outside which it cannot be updated")
+    if param.is_meta or param.numel() == 0:
+        return
+    for one, other in itertools.combinations((param, grad, square_avg, acc_delta), 2):
+        if _share_memory([one, other]):
+            same = one is param and other is grad and _memory_range(param) == _memory_range(grad)
+            if not (same and param.dtype == grad.dtype and param.stride() == grad.stride()):
+                raise RuntimeError(f"{name()}: it, its gradient and its state share memory. Use .clone()")
