@@ -402,18 +402,19 @@ def _split(group: dict[str, Any], lists: updates.Lists, by_device: bool) -> Iter
     """
     values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
     params = lists[0]
+    # Not through _choose: every step of every group passes here, and each call counts.
     choice = updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
     if choice is updates.fused and not by_device:
-        return ((group, choice, lists, values),)
-    indices: dict[tuple[torch.device, torch.dtype | None], list[int]] = {}
-    for device, on_device in _by_device(params).items():
-        needs_one_dtype = _choose(group, [params[i] for i in on_device]) is updates.foreach
-        for i in on_device:
-            indices.setdefault((device, params[i].dtype if needs_one_dtype else None), []).append(i)
+        return ((group, updates.fused, lists, values),)
     buckets: list[_Bucket] = []
-    for same in indices.values():
-        bucket: Any = tuple([tensors[i] for i in same] for tensors in lists)
-        buckets.append((group, _choose(group, bucket[0]), bucket, values))
+    for on_device in _by_device(params).values():
+        update = _choose(group, [params[i] for i in on_device])
+        by_dtype: dict[torch.dtype | None, list[int]] = {}
+        for i in on_device:
+            by_dtype.setdefault(params[i].dtype if update is updates.foreach else None, []).append(i)
+        for same in by_dtype.values():
+            selected: Any = tuple([tensors[i] for i in same] for tensors in lists)
+            buckets.append((group, update, selected, values))
     return buckets
 
 

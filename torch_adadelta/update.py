@@ -16,7 +16,7 @@ in another order, or fuse.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
@@ -156,7 +156,7 @@ def foreach(
     maximize: bool,
 ) -> None:
     """Updates all parameters, which are of one device and dtype, with PyTorch's multi-tensor operations."""
-    if _share_memory(params):
+    if _overlap(_memory_range(param) for param in params if param.numel() > 0):
         # A multi-tensor operation would run each parameter's first half before any second half.
         for_loop(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
         return
@@ -286,10 +286,9 @@ def _memory_range(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.device.index or 0, begin, begin + (last + 1) * tensor.element_size()
 
 
-def _share_memory(tensors: list[Tensor]) -> bool:
-    """Whether some memory may belong to two of the tensors."""
-    ranges = sorted(_memory_range(tensor) for tensor in tensors if tensor.numel() > 0)
-    return any(this[0] == after[0] and after[1] < this[2] for this, after in itertools.pairwise(ranges))
+def _overlap(ranges: Iterable[tuple[int, int, int]]) -> bool:
+    """Whether some memory may belong to two of the ranges."""
+    return any(this[0] == after[0] and after[1] < this[2] for this, after in itertools.pairwise(sorted(ranges)))
 
 
 def check_param(name: Callable[[], str], param: Tensor) -> None:
@@ -347,8 +346,8 @@ def check_row(
             raise RuntimeError(f"{name()} or its state was made in inference mode, outside which it cannot be updated")
     if param.is_meta or param.numel() == 0:
         return
-    for one, other in itertools.combinations((param, grad, square_avg, acc_delta), 2):
-        if _share_memory([one, other]):
-            same = one is param and other is grad and _memory_range(param) == _memory_range(grad)
-            if not (same and param.dtype == grad.dtype and param.stride() == grad.stride()):
-                raise RuntimeError(f"{name()}: it, its gradient and its state share memory. Use .clone()")
+    written, read = [_memory_range(tensor) for tensor in (param, square_avg, acc_delta)], _memory_range(grad)
+    if _overlap([*written, read]):
+        grad_is_param = read == written[0] and grad.dtype == param.dtype and grad.stride() == param.stride()
+        if not grad_is_param or _overlap(written):
+            raise RuntimeError(f"{name()}: it, its gradient and its state share memory. Use .clone()")
