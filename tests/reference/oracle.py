@@ -131,6 +131,71 @@ def update(
     return Updated(p, a, u, d)
 
 
+# ---- Clipping -------------------------------------------------------------------------------------------------------
+
+# The tree in which squares are summed: chunks of 32 rows of 128 lanes.
+LANES: Final = 128
+CHUNK: Final = 32 * LANES
+
+
+def pairwise_sum(x: Array) -> Any:
+    """The float64 sum of a vector: neighbours are added, then neighbours of those, until one is left; 0 if empty."""
+    x = np.asarray(x, np.float64)
+    while len(x) > 1:
+        x = np.append(x, 0.0) if len(x) % 2 else x
+        with np.errstate(all="ignore"):
+            x = x[0::2] + x[1::2]
+    return x[0] if len(x) else np.float64(0)
+
+
+def square_sum(g: Array) -> Any:
+    """The float64 sum of abs(g)**2, whose terms are rounded to T, over the fixed tree.
+
+    In a chunk, lane j adds its elements j, j + 128, j + 256, ... one after the other; the second half of the lanes is
+    added to the first until one is left; the chunks are added pairwise.
+
+    Args:
+        g: a real or complex array in T, its dimensions in the order in which the parameter's memory has them.
+    """
+    g = np.asarray(g).reshape(-1)
+    sums = []
+    with np.errstate(all="ignore"):
+        squares = (g.real * g.real + g.imag * g.imag) if np.iscomplexobj(g) else g * g
+        for begin in range(0, len(squares), CHUNK):
+            chunk = squares[begin : begin + CHUNK].astype(np.float64)
+            lanes = np.zeros(LANES)
+            for row in range(0, len(chunk), LANES):
+                part = chunk[row : row + LANES]
+                lanes[: len(part)] += part
+            while len(lanes) > 1:
+                half = len(lanes) // 2
+                lanes = lanes[:half] + lanes[half:]
+            sums.append(lanes[0])
+    return pairwise_sum(np.array(sums))
+
+
+def clip_by_value(g: Array, c: Any) -> Array:
+    """max(min(g, c), -c), where nan stays nan."""
+    c = g.dtype.type(c)
+    return np.where(g > c, c, np.where(g < -c, -c, g))
+
+
+def clip_by_norm(g: Array, c: Any, squares: Any) -> Array:
+    """(g * c) / max(norm, c), where `squares` is the float64 sum of the squares of g."""
+    T = g.real.dtype.type
+    with np.errstate(all="ignore"):
+        scaled = as_real(g) if np.iscomplexobj(g) else g
+        scaled = (scaled * T(c)) / np.maximum(np.sqrt(T(squares)), T(c))
+    return as_complex(scaled) if np.iscomplexobj(g) else scaled
+
+
+def global_factor(c: Any, squares: Any, T: Any) -> Any:
+    """The factor c * min(1/n, 1/c) + (n - n) in T, where `squares` is the float64 sum of the squares of all gradients."""
+    with np.errstate(all="ignore"):
+        n, c = np.sqrt(T(squares)), T(c)
+        return c * np.minimum(T(1) / n, T(1) / c) + (n - n)
+
+
 class Oracle:
     """One parameter and its state, stepped with the gradients of your choice.
 
