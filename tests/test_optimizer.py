@@ -29,8 +29,7 @@ from cases import (
 )
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops, update
-from torch_adadelta import optimizer as optimizer_module
+from torch_adadelta import AdadeltaKeras, buckets, ops, update
 
 needs_library = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
 
@@ -286,7 +285,7 @@ class Subclass(torch.Tensor):
 
 def chosen(params: list[torch.Tensor], **options: Any) -> update.Update:
     optimizer = AdadeltaKeras(params, **options)
-    return optimizer_module._choose(optimizer.param_groups[0], params)
+    return buckets.choose(optimizer.param_groups[0], params)
 
 
 @needs_library
@@ -807,16 +806,22 @@ def test_repr() -> None:
                 """\
 AdadeltaKeras (
 Parameter Group 0
+    callables: []
     capturable: False
+    clipnorm: None
+    clipvalue: None
+    decay: 0.0
     differentiable: False
     epsilon: 1e-07
     foreach: None
     fused: None
+    global_clipnorm: None
     iterations: 0
     lr: 0.001
     maximize: True
     optimizer_name: Adadelta
     rho: 0.95
+    schedule: None
 )""",
             )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import torch_adadelta
 from torch_adadelta import ops, update
 
-PATHS = {"for-loop": update.for_loop, "foreach": update.foreach, "fused": update.fused}
+PATHS: dict[str, update.Update] = {"for-loop": update.for_loop, "foreach": update.foreach, "fused": update.fused}
 
 
 def _bits_of_one_step(path: update.Update, dtype: torch.dtype) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""From what the user gave (a number, a NumPy scalar, a Tensor) to the value of one step.
+"""From what the user gave (a number, a Tensor, a callable, a schedule) to the value of one step.
 
 Keras keeps `learning_rate` and `rho` in float32 variables, so a Python number is rounded to float32 before it is cast
 to the arithmetic type; `epsilon` goes there directly. Tensors and NumPy scalars carry a precision of their own and are
@@ -8,10 +8,13 @@ never rounded here.
 import ctypes
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_adadelta.schedules import LearningRateSchedule
 
 Value = float | Tensor
 StepValues = tuple[Value, Value, Value]
@@ -33,7 +36,14 @@ _RULES: Final = {
     "learning_rate": _Rule(_FLOAT32_MAX, "a finite number >= 0 that fits float32", True),
     "rho": _Rule(1.0, "a number in [0, 1]", True),
     "epsilon": _Rule(sys.float_info.max, "a finite number >= 0", False),
+    "decay": _Rule(_FLOAT32_MAX, "a finite number >= 0 that fits float32", True),
+    "clipvalue": _Rule(math.inf, "a number >= 0", False),
+    "clipnorm": _Rule(_FLOAT32_MAX, "a finite number >= 0 that fits float32", False),
+    "global_clipnorm": _Rule(_FLOAT32_MAX, "a finite number >= 0 that fits float32", False),
 }
+
+# Plain numbers, the same in all param groups.
+NUMBERS: Final = ("decay", "clipvalue", "clipnorm", "global_clipnorm")
 
 
 def round_to_float32(number: float) -> float:
@@ -46,9 +56,8 @@ def _number(name: str, value: Any) -> float:
     is_numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
     number = value.item() if is_numpy_scalar else value
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(
-            f"{name} must be a number or a one-element Tensor, got {value!r} of type {type(value).__name__}"
-        )
+        kinds = "a number" if name in NUMBERS else "a number or a one-element Tensor"
+        raise TypeError(f"{name} must be {kinds}, got {value!r} of type {type(value).__name__}")
     _check_range(name, number, value)
     if is_numpy_scalar or not _RULES[name].rounds_to_float32:
         return float(number)
@@ -59,8 +68,24 @@ def _number(name: str, value: Any) -> float:
 
 def _check_range(name: str, number: float, given: Any) -> None:
     rule = _RULES[name]
-    if not 0.0 <= number <= rule.maximum:  # nan compares false
-        raise ValueError(f"Invalid {name}: {given!r}; it must be {rule.text}")
+    if 0.0 <= number <= rule.maximum:
+        return
+    if number < 0.0 and name in NUMBERS:
+        raise ValueError(f"Expected {name} >= 0, received: {given!r}")  # as Keras words it
+    raise ValueError(f"Invalid {name}: {given!r}; it must be {rule.text}")
+
+
+def validated_number(name: str, value: Any) -> Any:
+    """`value`, if it may be the "decay", "clipvalue", "clipnorm" or "global_clipnorm" of the optimizer.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: it is negative, nan or too large.
+    """
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a Tensor; use .item()")
+    _number(name, value)
+    return value
 
 
 def validated(name: str, value: Any) -> Any:
@@ -100,15 +125,18 @@ def _for_step(name: str, value: Any, keep_tensor: bool) -> Value:
     return number or DEFAULT_EPSILON if name == "epsilon" else number
 
 
-def for_step(learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = False) -> StepValues:
+def for_step(
+    learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = False, is_scheduled: bool = False
+) -> StepValues:
     """The values that this step uses: floats to be cast to the arithmetic type, or Tensors to be read where they are.
 
     A CPU Tensor becomes a float unless `keep_tensor` is set, which lets gradients flow to it. Checks everything again,
-    for a scheduler or the user may have written anything into a param group.
+    for a scheduler or the user may have written anything into a param group; only a learning rate that `at_step` gave
+    is taken as it is.
 
     Raises what `validated` raises.
     """
-    if type(learning_rate) is float and type(rho) is float and type(epsilon) is float:
+    if type(learning_rate) is float and type(rho) is float and type(epsilon) is float and not is_scheduled:
         rounded_lr, rounded_rho = _float32(learning_rate).value, _float32(rho).value
         if (
             learning_rate >= 0.0
@@ -118,10 +146,115 @@ def for_step(learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = Fal
         ):
             return rounded_lr, rounded_rho, epsilon
     return (
-        _for_step("learning_rate", learning_rate, keep_tensor),
+        learning_rate if is_scheduled else _for_step("learning_rate", learning_rate, keep_tensor),
         _for_step("rho", rho, keep_tensor),
         _for_step("epsilon", epsilon, keep_tensor),
     )
+
+
+# ---- Schedules, callables and decay ---------------------------------------------------------------------------------
+
+
+class Source:
+    """A schedule or callable that the user gave for a hyperparameter.
+
+    The param group holds the value that was last taken from it, so that whoever reads a group finds a number there. A
+    value that somebody else wrote there would be lost without a word; `is_foreign` tells.
+    """
+
+    def __init__(self, name: str, given: Callable[..., Any], current: Any) -> None:
+        self.name = name
+        self.given = given
+        self.is_schedule = isinstance(given, LearningRateSchedule)
+        self.wrote(current)
+
+    def wrote(self, value: Any) -> None:
+        """Remembers what is in the param group now."""
+        self._written, self._version = value, _version(value)
+
+    def is_foreign(self, value: Any) -> bool:
+        """Whether `value`, found in the param group, is not what was written there last."""
+        if isinstance(value, Tensor):
+            return value is not self._written or _version(value) != self._version
+        return isinstance(self._written, Tensor) or value != self._written
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_version"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._version = _version(self._written)  # a copy counts its versions anew
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def is_source(value: Any) -> bool:
+    """Whether `value` is a schedule or a callable instead of a value."""
+    return callable(value) and not isinstance(value, Tensor)
+
+
+def check_source(name: str, value: Any) -> None:
+    """Raises TypeError if `value` is a schedule that cannot be one for this hyperparameter."""
+    if isinstance(value, LearningRateSchedule) and name != "learning_rate":
+        raise TypeError(f"{name} must be a number, a one-element Tensor or a callable, got the schedule {value!r}")
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be a number, a one-element Tensor or a callable, got the class {value.__name__}")
+    library = type(value).__module__.partition(".")[0]
+    if library in ("keras", "tf_keras", "tensorflow") and hasattr(value, "get_config"):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} of {library}, which computes with the tensors of {library}. Use the "
+            "class of that name in torch_adadelta.schedules, or torch_adadelta.schedules.deserialize("
+            f"{library}.optimizers.schedules.serialize(schedule))"
+        )
+
+
+def at_step(schedule: Callable[..., Any], iterations: int | Tensor, T: torch.dtype) -> Value:
+    """The learning rate of a schedule at a step, which it is told as a Tensor in T, on the device of `iterations`.
+
+    A float if `iterations` is an int; else what the schedule returned. Keras lets a schedule be negative, and so it may
+    be here.
+
+    Raises:
+        TypeError: the schedule returned no number and no real Tensor.
+        ValueError: it returned nan, an infinity, or a Tensor of several elements.
+    """
+    step = iterations.to(T) if isinstance(iterations, Tensor) else torch.tensor(float(iterations), dtype=T)
+    value: Any = schedule(step)
+    what = f"the schedule {type(schedule).__name__}"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype is torch.bool:
+            raise ValueError(
+                f"{what} returned a Tensor of shape {tuple(value.shape)} and dtype {value.dtype}, not a number"
+            )
+        if isinstance(iterations, Tensor):
+            return value.reshape(())
+        value = value.item()
+    elif type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    elif isinstance(value, float):
+        value = round_to_float32(value) if math.isfinite(value) else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} returned {value!r} of type {type(value).__name__}, not a number")
+    if not abs(value) <= _FLOAT32_MAX:
+        raise ValueError(f"{what} returned {value!r} at step {float(step):.0f}; a learning rate must be finite")
+    return float(value)
+
+
+def decayed(lr: Value, decay: float, iterations: int | Tensor, T: torch.dtype) -> Value:
+    """Lr / (1 + decay * iterations), every operation rounded to T."""
+    decay = _number("decay", decay)
+    if not isinstance(lr, Tensor) and not isinstance(iterations, Tensor):
+
+        def rounded(number: float) -> float:
+            return round_to_float32(number) if T is torch.float32 else number
+
+        return rounded(rounded(lr) / rounded(1.0 + rounded(decay * rounded(float(iterations)))))
+    device = iterations.device if isinstance(iterations, Tensor) else lr.device  # type: ignore[union-attr]
+    t = iterations.to(T) if isinstance(iterations, Tensor) else float(iterations)
+    numerator = lr.to(device, T).reshape(()) if isinstance(lr, Tensor) else torch.full((), lr, dtype=T, device=device)
+    return numerator / (1 + torch.full((), decay, dtype=T, device=device) * t)
 
 
 def cast(value: Value, dtype: torch.dtype, device: torch.device) -> Value:

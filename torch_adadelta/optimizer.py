@@ -2,36 +2,50 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, Final, overload
+from typing import Any, Final, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from torch_adadelta import hyperparameters
+from torch_adadelta import gradients, hyperparameters, param_groups
 from torch_adadelta import update as updates
-
-_STATE_KEYS: Final = ("square_avg", "acc_delta")
-
-# The hyperparameters by their key in a param group.
-_HYPERPARAMETERS: Final = {"lr": "learning_rate", "rho": "rho", "epsilon": "epsilon"}
+from torch_adadelta.arithmetic import arithmetic_dtype
+from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, choose, clip_keywords, split
+from torch_adadelta.gradients import Callback
+from torch_adadelta.hyperparameters import Source
+from torch_adadelta.keras_interface import KerasInterface
+from torch_adadelta.schedules import LearningRateSchedule
 
 _get_grad = attrgetter("grad")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
 
+# Belongs to the whole optimizer, and is a key of every group because that is what a state_dict keeps.
+_get_options = itemgetter(*hyperparameters.NUMBERS)
+_NO_OPTIONS: Final = (0.0, None, None, None)
 
-# Parameters of one group that one call updates: the group, the call, the parameters with their gradients and state, and
-# the hyperparameters of this step. A plain tuple, for a step of one small tensor is made of such small things.
-_Bucket = tuple[dict[str, Any], updates.Update, updates.Lists, hyperparameters.StepValues]
+# What pickle and deepcopy keep besides what every optimizer has.
+_OWN_ATTRIBUTES: Final = ("_sources", "_default_sources", "_gradient_aggregator", "_gradient_transformers")
+
+Hyperparameter = float | Tensor | Callable[[], Any]
+
+
+class _Plan(NamedTuple):
+    """A step, checked and ready to be written."""
+
+    buckets: list[Bucket]
+    clips: list[dict[str, Any]]  # the keywords of `gradients.clip` for each bucket
+    new_state: dict[Tensor, dict[str, Tensor]]
+    new_values: list[tuple[dict[str, Any], str, Any, Source]]  # what sources gave: the group, its key, the value
+    checks_itself: bool = False  # a fused call that checks its own lists before it writes
 
 
 class _SpansDevices(Exception):
     """The parameters of a group turned out to be on several devices, before anything was written."""
 
 
-class AdadeltaKeras(Optimizer):
+class AdadeltaKeras(KerasInterface):
     r"""Adadelta, computed exactly as ``tf.keras.optimizers.Adadelta`` of TensorFlow 2.4 computes it.
 
     For the gradient :math:`g_t` and the parameter :math:`\theta`, with :math:`a_0 = u_0 = 0`:
@@ -51,25 +65,38 @@ class AdadeltaKeras(Optimizer):
     Args:
         params: parameters, named parameters or param groups, as for every ``torch.optim`` optimizer. A group may set
             ``lr`` (or ``learning_rate``), ``rho``, ``epsilon`` and the flags for itself.
-        learning_rate: the factor lr, a number >= 0 or a one-element Tensor. The default is that of Keras; the paper and
+        learning_rate: the factor lr: a number >= 0, a one-element Tensor, a callable without arguments that returns one
+            of them, or a `schedules.LearningRateSchedule`. The default is that of Keras; the paper and
             ``torch.optim.Adadelta`` use 1.0.
-        rho: the decay rate of both averages, in [0, 1]; a number or a one-element Tensor.
-        epsilon: added under both roots; a number >= 0 or a one-element Tensor. None and 0 mean 1e-7, as in Keras.
+        rho: the decay rate of both averages, in [0, 1]: a number, a one-element Tensor or a callable.
+        epsilon: added under both roots: a number >= 0, a one-element Tensor or a callable. None and 0 mean 1e-7, as in
+            Keras.
         name: the name of the optimizer, as Keras keeps it in its configuration.
         lr: another name for ``learning_rate``; wins if both are given.
+        decay: the learning rate of step t, counted from 0, is divided by ``1 + decay * t``; a number >= 0.
+        clipvalue: every element of a gradient is clipped to [-clipvalue, clipvalue]; a number >= 0 or None.
+        clipnorm: a gradient whose norm exceeds this is scaled down to it, each by itself; a number >= 0 or None.
+        global_clipnorm: all gradients are scaled together so that their common norm does not exceed this; a number >= 0
+            or None. Not together with ``clipnorm``.
+        gradient_aggregator: called once a step with a list of (gradient, parameter) tuples, and returns the like: to
+            combine gradients between processes, before they are clipped. `distributed.all_reduce_sum` is a ready one.
+        gradient_transformers: callables like the aggregator, called in their order after it. Not together with a clip
+            option.
         maximize: ascend instead of descend.
         foreach: True for PyTorch's multi-tensor operations, False for the for-loop, None for the best that applies.
         fused: True for the compiled kernel, False to do without it, None to use it where it applies.
         capturable: keep ``iterations`` on the parameters' device, so that ``step()`` can be captured in a CUDA graph.
         differentiable: let autograd record ``step()``, which then runs the for-loop.
 
-    A Python number for ``learning_rate`` or ``rho`` is rounded to float32 first, as Keras does, whatever the dtype of
-    the parameters; a Tensor or NumPy scalar keeps its precision. ``epsilon`` is not rounded.
+    A Python number for ``learning_rate``, ``rho`` or ``decay`` is rounded to float32 first, as Keras does, whatever the
+    dtype of the parameters; a Tensor or NumPy scalar keeps its precision. ``epsilon`` is not rounded. A callable is
+    called once a step. Aggregator and transformers see gradients in the arithmetic type and may overwrite them: they
+    are copies. ``.grad`` is never written to.
 
     Raises:
         TypeError: an argument of the wrong type, a parameter that is neither floating-point nor complex.
-        ValueError: a hyperparameter that is negative, nan, infinite or out of range; a parameter that is sparse,
-            overlaps itself, or is in two groups.
+        ValueError: a hyperparameter that is negative, nan, infinite or out of range; options that exclude each other; a
+            parameter that is sparse, overlaps itself, or is in two groups; ``clipvalue`` for a complex parameter.
         RuntimeError: ``foreach`` or ``fused`` was asked for and cannot run, with the reason.
 
     Example:
@@ -87,15 +114,27 @@ class AdadeltaKeras(Optimizer):
     # Whether a group was seen whose parameters are on several devices. To ask each one at each step costs too much.
     _groups_span_devices = False
 
+    # The schedules and callables of each group, by the group's key, and those that a new group would get.
+    _sources: list[dict[str, Source]]
+    _default_sources: dict[str, Source]
+    _gradient_aggregator: Callback | None = None
+    _gradient_transformers: list[Callback]
+
     def __init__(
         self,
         params: ParamsT,
-        learning_rate: float | Tensor = 0.001,
-        rho: float | Tensor = 0.95,
-        epsilon: float | Tensor | None = 1e-7,
+        learning_rate: Hyperparameter | LearningRateSchedule = 0.001,
+        rho: Hyperparameter = 0.95,
+        epsilon: Hyperparameter | None = 1e-7,
         name: str = "Adadelta",
         *,
-        lr: float | Tensor | None = None,
+        lr: Hyperparameter | LearningRateSchedule | None = None,
+        decay: float = 0.0,
+        clipvalue: float | None = None,
+        clipnorm: float | None = None,
+        global_clipnorm: float | None = None,
+        gradient_aggregator: Callback | None = None,
+        gradient_transformers: Iterable[Callback] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -115,8 +154,18 @@ class AdadeltaKeras(Optimizer):
             "differentiable": differentiable,
             # Not "name": people name their param groups with that key.
             "optimizer_name": name,
+            "decay": decay,
+            "clipvalue": clipvalue,
+            "clipnorm": clipnorm,
+            "global_clipnorm": global_clipnorm,
+            "schedule": None,
+            "callables": [],
         }
-        _normalise(defaults)
+        self._sources = []
+        self._default_sources = param_groups.normalise(defaults, {}, 0)
+        self._gradient_aggregator = param_groups.checked_callback("gradient_aggregator", gradient_aggregator)
+        self._gradient_transformers = param_groups.checked_transformers(gradient_transformers)
+        param_groups.check_transformers(self._gradient_transformers, defaults)
         super().__init__(params, defaults)
 
     # ---- Param groups -------------------------------------------------------------------------------------------
@@ -126,96 +175,226 @@ class AdadeltaKeras(Optimizer):
 
         Raises what the constructor raises, and then leaves the optimizer as it was.
         """
+        sources: dict[str, Source] = {}
         if isinstance(param_group, dict):
-            _check_group_keys(param_group)
-            options = {key: value for key, value in param_group.items() if key in self.defaults}
+            param_groups.check_keys(param_group)
+            own = {key: value for key, value in param_group.items() if key in self.defaults}
             if "learning_rate" in param_group:
-                options.setdefault("lr", param_group["learning_rate"])
-            options = {**self.defaults, **options}
-            _normalise(options)
+                own.setdefault("lr", param_group["learning_rate"])
+            inherited = {key: source.given for key, source in self._default_sources.items()}
+            shared = self.param_groups[0] if self.param_groups else self.defaults
+            for key in hyperparameters.NUMBERS:
+                if own.setdefault(key, shared[key]) != shared[key]:
+                    raise ValueError(
+                        f"{key} belongs to the whole optimizer, which has {shared[key]!r}; a param group cannot have "
+                        f"{own[key]!r}"
+                    )
+            options = {**self.defaults, "schedule": None, "callables": [], **inherited, **own}
             iterations = self.param_groups[0]["iterations"] if self.param_groups else param_group.get("iterations", 0)
+            sources = param_groups.normalise(options, self._default_sources, iterations)
             param_group.pop("learning_rate", None)
             param_group.update(options, iterations=iterations)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._sources.append(sources)
         try:
-            group["iterations"] = _iterations_for(group, group["iterations"])
+            group["iterations"] = param_groups.iterations_for(group, group["iterations"])
             for index, param in enumerate(group["params"]):
-                updates.check_param(partial(_name, len(self.param_groups) - 1, group, index), param)
+                updates.check_param(partial(param_groups.name_of, len(self.param_groups) - 1, group, index), param)
+            param_groups.check_not_complex(self.param_groups)
             if group["fused"] or group["foreach"]:
-                for indices in _by_device(group["params"]).values():
-                    _choose(group, [group["params"][i] for i in indices])
+                for indices in by_device(group["params"]).values():
+                    choose(group, [group["params"][i] for i in indices])
+            self._name_callables()
         except Exception:
             self.param_groups.pop()
+            self._sources.pop()
             raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes what pickle, deepcopy and `load_state_dict` restore, once all of it has been checked."""
+        known = {"_sources": [], "_default_sources": {}, **self.__dict__, **state}
         groups = state["param_groups"]
-        defaults = state.get("defaults") or self.defaults
-        previous = self.__dict__.get("param_groups", [])
         if any("eps" in group for group in groups):
-            _convert_torch_adadelta(groups, state["state"], previous)
-        for group in groups:
-            for key, value in defaults.items():
+            param_groups.convert_torch_adadelta(groups, state["state"], self.__dict__.get("param_groups", []))
+        for kind in ("gradient_aggregator", "gradient_transformers"):
+            if not known.get(f"_{kind}") and any(kind in group.get("callables", ()) for group in groups):
+                raise ValueError(
+                    f"what is to be loaded was saved with {kind}, and functions are not saved: set optimizer.{kind} "
+                    "first"
+                )
+        sources = []
+        for index, group in enumerate(groups):
+            for key, value in {**known["defaults"], "schedule": None, "callables": []}.items():
                 group.setdefault(key, value)
             group.setdefault("iterations", 0)
-            _normalise(group)
-            group["iterations"] = _iterations_for(group, group["iterations"])
+            previous = known["_sources"][index] if index < len(known["_sources"]) else known["_default_sources"]
+            sources.append(param_groups.normalise(group, previous, group["iterations"]))
+            group["iterations"] = param_groups.iterations_for(group, group["iterations"])
         counts = {int(group["iterations"]) for group in groups}
         if len(counts) > 1:
             raise ValueError(f"the param groups disagree on iterations: {sorted(counts)}; they count the same steps")
+        param_groups.check_agreement(groups)
+        param_groups.check_not_complex(groups)
+        param_groups.check_transformers(known.get("_gradient_transformers"), groups[0])
         for group_index, group in enumerate(groups):
             for index, param in enumerate(group["params"]):
                 saved = state["state"].get(param)
-                _check_state(_name(group_index, group, index), param, saved)
+                param_groups.check_state(param_groups.name_of(group_index, group, index), param, saved)
                 if saved and param.is_complex():  # Optimizer.load_state_dict casts real state only
                     state["state"][param] = {key: tensor.to(param.dtype) for key, tensor in saved.items()}
-        super().__setstate__(state)
+        super().__setstate__({**state, "_sources": sources})
+        self._name_callables()
+
+    def _name_callables(self) -> None:
+        """Leaves in each group the names of what was given and a state_dict cannot hold."""
+        given = {
+            "gradient_aggregator": self._gradient_aggregator is not None,
+            "gradient_transformers": bool(self._gradient_transformers),
+        }
+        shared = [kind for kind, is_given in given.items() if is_given]
+        for group, sources in zip(self.param_groups, self._sources, strict=True):
+            own = [source.name for key, source in sources.items() if key != "lr" or group["schedule"] is None]
+            group["callables"] = shared + own
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as a dictionary of Tensors and plain Python values, as of every ``torch.optim`` optimizer.
+
+        A schedule is in it as its configuration. Of callables, the aggregator and the transformers it holds the names:
+        the optimizer that loads it must have been given them.
+        """
+        self._name_callables()
+        return super().state_dict()
 
     # ---- Hyperparameters ----------------------------------------------------------------------------------------
 
+    def _get(self, key: str) -> Any:
+        source = self._sources[0].get(key)
+        return self.param_groups[0][key] if source is None else source.given
+
     def _set(self, key: str, value: Any) -> None:
-        value = hyperparameters.validated(_HYPERPARAMETERS[key], value)
-        self.defaults[key] = value
-        for group in self.param_groups:
-            group[key] = value
+        taken: list[tuple[dict[str, Any], dict[str, Source], dict[str, Any], Source | None]] = []
+        all_sources = (self._default_sources, *self._sources)
+        for group, sources in zip((self.defaults, *self.param_groups), all_sources, strict=True):
+            options: dict[str, Any] = {key: value, "schedule": None, "callables": []}
+            taken.append((group, sources, options, param_groups.take(options, key, None, self.iterations)))
+        for group, sources, options, source in taken:
+            group[key] = options[key]
+            if key == "lr":
+                group["schedule"] = options["schedule"]
+            sources.pop(key, None)
+            if source is not None:
+                sources[key] = source
+        self._name_callables()
 
     @property
-    def learning_rate(self) -> float | Tensor:
-        """The learning rate as it was given: that of the first param group. Setting it sets all groups."""
-        return self.param_groups[0]["lr"]
+    def learning_rate(self) -> Any:
+        """The learning rate of the first param group as it was given: a number, Tensor, callable or schedule.
+
+        Setting it sets all groups, and replaces a schedule.
+        """
+        return self._get("lr")
 
     @learning_rate.setter
-    def learning_rate(self, value: float | Tensor) -> None:
+    def learning_rate(self, value: Any) -> None:
         self._set("lr", value)
 
     @property
-    def lr(self) -> float | Tensor:
+    def lr(self) -> Any:
         """Another name for `learning_rate`."""
         return self.learning_rate
 
     @lr.setter
-    def lr(self, value: float | Tensor) -> None:
+    def lr(self, value: Any) -> None:
         self.learning_rate = value
 
     @property
-    def rho(self) -> float | Tensor:
-        """The decay rate as it was given: that of the first param group. Setting it sets all groups."""
-        return self.param_groups[0]["rho"]
+    def rho(self) -> Any:
+        """The decay rate of the first param group as it was given. Setting it sets all groups."""
+        return self._get("rho")
 
     @rho.setter
-    def rho(self, value: float | Tensor) -> None:
+    def rho(self, value: Any) -> None:
         self._set("rho", value)
 
     @property
-    def epsilon(self) -> float | Tensor:
-        """The epsilon of the first param group, 1e-7 if None or 0 was given. Setting it sets all groups."""
-        return self.param_groups[0]["epsilon"]
+    def epsilon(self) -> Any:
+        """The epsilon of the first param group as it was given, 1e-7 for None and 0. Setting it sets all groups."""
+        return self._get("epsilon")
 
     @epsilon.setter
-    def epsilon(self, value: float | Tensor | None) -> None:
+    def epsilon(self, value: Any) -> None:
         self._set("epsilon", value)
+
+    def _set_option(self, key: str, value: Any) -> None:
+        options = {**{name: self.param_groups[0][name] for name in hyperparameters.NUMBERS}, key: value}
+        param_groups.check_options(options)
+        param_groups.check_transformers(self._gradient_transformers, options)
+        if key == "clipvalue":
+            param_groups.check_not_complex([{**group, key: value} for group in self.param_groups])
+        for group in (self.defaults, *self.param_groups):
+            group[key] = value
+
+    @property
+    def decay(self) -> float:
+        """The learning rate of step t, counted from 0, is divided by 1 + decay * t. Can be set."""
+        return self.param_groups[0]["decay"]
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        self._set_option("decay", value)
+
+    @property
+    def clipvalue(self) -> float | None:
+        """The largest absolute value of an element of a gradient, or None. Can be set."""
+        return self.param_groups[0]["clipvalue"]
+
+    @clipvalue.setter
+    def clipvalue(self, value: float | None) -> None:
+        self._set_option("clipvalue", value)
+
+    @property
+    def clipnorm(self) -> float | None:
+        """The largest norm of each gradient, or None. Can be set."""
+        return self.param_groups[0]["clipnorm"]
+
+    @clipnorm.setter
+    def clipnorm(self, value: float | None) -> None:
+        self._set_option("clipnorm", value)
+
+    @property
+    def global_clipnorm(self) -> float | None:
+        """The largest norm of all gradients together, or None. Can be set."""
+        return self.param_groups[0]["global_clipnorm"]
+
+    @global_clipnorm.setter
+    def global_clipnorm(self, value: float | None) -> None:
+        self._set_option("global_clipnorm", value)
+
+    @property
+    def gradient_aggregator(self) -> Callback | None:
+        """What combines the gradients before they are clipped, or None. Can be set."""
+        return self._gradient_aggregator
+
+    @gradient_aggregator.setter
+    def gradient_aggregator(self, value: Callback | None) -> None:
+        self._gradient_aggregator = param_groups.checked_callback("gradient_aggregator", value)
+        self._name_callables()
+
+    @property
+    def gradient_transformers(self) -> list[Callback]:
+        """What changes the gradients after they were aggregated, in this order. Can be set."""
+        return self._gradient_transformers
+
+    @gradient_transformers.setter
+    def gradient_transformers(self, value: Iterable[Callback] | None) -> None:
+        transformers = param_groups.checked_transformers(value)
+        param_groups.check_transformers(transformers, self.param_groups[0])
+        self._gradient_transformers = transformers
+        self._name_callables()
 
     @property
     def iterations(self) -> int:
@@ -224,7 +403,7 @@ class AdadeltaKeras(Optimizer):
 
     @iterations.setter
     def iterations(self, value: int) -> None:
-        counts = [_iterations_for(group, value) for group in self.param_groups]
+        counts = [param_groups.iterations_for(group, value) for group in self.param_groups]
         for group, count in zip(self.param_groups, counts, strict=True):
             group["iterations"] = count
 
@@ -274,37 +453,27 @@ class AdadeltaKeras(Optimizer):
         return loss
 
     def _apply(self) -> None:
-        buckets: list[_Bucket] = []
-        new_state: dict[Tensor, dict[str, Tensor]] = {}
-        for group in self.param_groups:
-            lists = self._gather(group, new_state)
-            if lists is not None:
-                buckets.extend(_split(group, lists, self._groups_span_devices))
-        if not buckets:
+        plan = self._plan_plain() if self._is_plain() else self._plan()
+        if plan is None:
             return
-        first_update = buckets[0][1]
-        if len(buckets) == 1 and first_update is updates.fused:
-            # A fused call checks its own lists before it writes. All else is checked here, before the first write.
-            if new_state:
-                self._check(buckets[0])
-        else:
-            for bucket in buckets:
-                self._check(bucket)
-
+        buckets, clips, new_state, new_values, checks_itself = plan
         self.state.update(new_state)
         has_written = False
         try:
-            for group, update, lists, values in buckets:
+            for (group, update, lists, values), clip in zip(buckets, clips, strict=False):
                 if group["differentiable"]:
                     with torch.enable_grad():
-                        update(*lists, *values, group["maximize"])
+                        update(*lists, *values, group["maximize"], **clip)
                 else:
-                    update(*lists, *values, group["maximize"])
+                    update(*lists, *values, group["maximize"], **clip)
                 has_written = True
-            for group in self.param_groups:
+            for group in self.param_groups if buckets else ():
                 group["iterations"] += 1  # in place where it is a Tensor
+            for group, key, value, source in new_values:
+                group[key] = value
+                source.wrote(value)
         except BaseException as error:
-            if isinstance(error, Exception) and first_update is updates.fused and not has_written:
+            if isinstance(error, Exception) and checks_itself and not has_written:
                 for param in new_state:
                     del self.state[param]
                 self._explain(buckets[0])
@@ -313,18 +482,151 @@ class AdadeltaKeras(Optimizer):
                 error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
             raise
 
-    def _gather(self, group: dict[str, Any], new_state: dict[Tensor, dict[str, Tensor]]) -> updates.Lists | None:
-        """The parameters of a group that have a gradient, with it and their state, or None if there are none.
+    # ---- Planning a step, all of which may fail, before the first write -----------------------------------------
 
-        State that is missing is made and left in `new_state`.
-        """
-        params: list[Tensor] = group["params"]
-        grads = list(map(_get_grad, params))
-        if type(None) in map(type, grads):
-            params = [p for p in params if p.grad is not None]
+    def _is_plain(self) -> bool:
+        """Whether the step has nothing to do with callbacks, clipping, decay, sources or gradients handed over."""
+        if self._given is not None or self._gradient_aggregator is not None or self._gradient_transformers:
+            return False
+        for group in self.param_groups:
+            if _get_options(group) != _NO_OPTIONS:
+                return False
+        return not any(self._sources)
+
+    def _plan_plain(self) -> _Plan | None:
+        buckets: list[Bucket] = []
+        new_state: dict[Tensor, dict[str, Tensor]] = {}
+        for group in self.param_groups:
+            params: list[Tensor] = group["params"]
             grads = list(map(_get_grad, params))
-        if not grads:
+            if type(None) in map(type, grads):
+                params = [p for p in params if p.grad is not None]
+                grads = list(map(_get_grad, params))
+            if grads:
+                lists = self._with_state(params, grads, new_state)
+                values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
+                buckets.extend(split(group, lists, values, self._groups_span_devices))
+        if not buckets:
             return None
+        return _Plan(buckets, [NO_CLIP] * len(buckets), new_state, [], self._check_all(buckets, new_state))
+
+    def _plan(self) -> _Plan | None:
+        param_groups.check_agreement(self.param_groups)
+        param_groups.check_options(self.param_groups[0])
+        param_groups.check_transformers(self._gradient_transformers, self.param_groups[0])
+        makes_state_only = self._check_sources()
+        owners, params, grads = self._rows()
+        aggregates = self._gradient_aggregator is not None and (self._given is None or self._given.aggregates)
+        if not params and not aggregates:
+            return None
+        new_state: dict[Tensor, dict[str, Tensor]] = {}
+        if makes_state_only:
+            self._with_state(params, grads, new_state)
+            return _Plan([], [], new_state, [])
+        if any(group["differentiable"] for group in self.param_groups):
+            with torch.enable_grad():
+                grads = self._run_callbacks(params, grads, aggregates)
+        else:
+            grads = self._run_callbacks(params, grads, aggregates)
+        if not params:
+            return None
+
+        buckets: list[Bucket] = []
+        numbers: list[list[int]] = []
+        new_values: list[tuple[dict[str, Any], str, Any, Source]] = []
+        called: dict[int, Any] = {}
+        for group_index, (group, sources) in enumerate(zip(self.param_groups, self._sources, strict=True)):
+            indices = [i for i, owner in enumerate(owners) if owner == group_index]
+            if not indices:
+                continue
+            lists = self._with_state([params[i] for i in indices], [grads[i] for i in indices], new_state)
+            for T, rows in _by_T(group, sources, lists[0]).items():
+                raw = _raw_values(group, sources, T, called)
+                new_values.extend((group, key, raw[key], source) for key, source in sources.items())
+                is_scheduled = "lr" in sources and sources["lr"].is_schedule
+                lr, rho, epsilon = hyperparameters.for_step(
+                    raw["lr"], raw["rho"], raw["epsilon"], group["differentiable"], is_scheduled
+                )
+                if group["decay"]:
+                    lr = hyperparameters.decayed(lr, group["decay"], group["iterations"], T)
+                # The number of each gradient travels as a fifth column, for the norm of all gradients has an order.
+                columns: Any = (*lists, indices)
+                if len(rows) < len(indices):
+                    columns = tuple([column[row] for row in rows] for column in columns)
+                for _, update, selected, values in split(group, columns, (lr, rho, epsilon), may_span_devices=True):
+                    *tensors, where = selected
+                    buckets.append((group, update, tuple(tensors), values))  # type: ignore[arg-type]
+                    numbers.append(where)  # type: ignore[arg-type]
+        checks_itself = self._check_all(buckets, new_state)
+        try:
+            clips = clip_keywords(buckets, numbers, self.param_groups[0])
+        except Exception:
+            self._explain(buckets[0])
+            raise
+        return _Plan(buckets, clips, new_state, new_values, checks_itself)
+
+    def _rows(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient, with the index of their group and the gradient, in order."""
+        if self._given is None:
+            rows = [
+                (index, param, param.grad)
+                for index, group in enumerate(self.param_groups)
+                for param in group["params"]
+                if param.grad is not None
+            ]
+        else:
+            owner_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
+            rows = [(owner_of[id(param)], param, grad) for grad, param in self._given.pairs]
+        owners, params, grads = ([row[column] for row in rows] for column in range(3))
+        return owners, params, grads  # type: ignore[return-value]
+
+    def _run_callbacks(self, params: list[Tensor], grads: list[Tensor], aggregates: bool) -> list[Tensor]:
+        """The gradients after the aggregator and the transformers.
+
+        The aggregator is called for an empty list too: other processes may have gradients, and wait for this one.
+        """
+        callbacks = [("gradient_transformers:", callback) for callback in self._gradient_transformers if params]
+        if aggregates and self._gradient_aggregator is not None:
+            callbacks.insert(0, ("gradient_aggregator:", self._gradient_aggregator))
+        if not callbacks:
+            return grads
+        for param, grad in zip(params, grads, strict=True):
+            updates.check_gradient(partial(self._name_of, param), param, grad)
+        grads = [gradients.for_callback(param, grad) for param, grad in zip(params, grads, strict=True)]
+        for kind, callback in callbacks:
+            grads = gradients.run_callback(callback, kind, params, grads, self._name_of)
+        return grads
+
+    def _check_sources(self) -> bool:
+        """Raises if somebody else wrote what a schedule or callable is there to give.
+
+        Returns whether this step only makes state: PyTorch's distributed checkpointing sets lr to 0 and steps, to have
+        state to load into.
+        """
+        if len(self._sources) != len(self.param_groups):
+            raise RuntimeError("param_groups was changed from outside; use add_param_group")
+        makes_state_only = False
+        for index, (group, sources) in enumerate(zip(self.param_groups, self._sources, strict=True)):
+            for key, source in sources.items():
+                value, given = group[key], param_groups.describe(source)
+                if key == "lr" and not self.state and source.is_foreign(value) and _is_zero(value):
+                    makes_state_only = True
+                elif key == "lr" and getattr(self.step, "_wrapped_by_lr_sched", False):
+                    raise RuntimeError(
+                        f"the learning rate is given by {given}, and a scheduler of torch.optim is attached too: use "
+                        "one of them. A number for optimizer.learning_rate removes the former"
+                    )
+                elif source.is_foreign(value):
+                    raise RuntimeError(
+                        f"group {index} has {key}={value!r}, but its {source.name} is given by {given}, which would "
+                        f"overwrite that. Set optimizer.{source.name} to use the value instead"
+                    )
+        return makes_state_only
+
+    def _with_state(
+        self, params: list[Tensor], grads: list[Tensor], new_state: dict[Tensor, dict[str, Tensor]]
+    ) -> updates.Lists:
+        """Parameters and gradients with their state. State that is missing is made and left in `new_state`."""
         states: Iterable[Any]
         if len(self.state) == len(params) and all(map(is_, self.state, params)):
             states = self.state.values()  # in the same order; to hash a thousand parameters takes much longer
@@ -341,25 +643,40 @@ class AdadeltaKeras(Optimizer):
         if not state:
             if param not in new_state:
                 updates.check_param(partial(self._name_of, param), param)
-                new_state[param] = {
-                    key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in _STATE_KEYS
-                }
+                new_state[param] = self._new_state(param)
             return new_state[param]
-        if not isinstance(state, dict) or not state.keys() >= set(_STATE_KEYS):
+        if not isinstance(state, dict) or not state.keys() >= set(param_groups.STATE_KEYS):
             raise RuntimeError(
                 f"{self._name_of(param)}: its state holds {sorted(state)}, not square_avg and acc_delta; delete "
                 "optimizer.state[param] to begin anew"
             )
         return state
 
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        return {
+            key: torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+            for key in param_groups.STATE_KEYS
+        }
+
     def _name_of(self, param: Tensor) -> str:
         for group_index, group in enumerate(self.param_groups):
             for index, candidate in enumerate(group["params"]):
                 if candidate is param:
-                    return _name(group_index, group, index)
+                    return param_groups.name_of(group_index, group, index)
         raise KeyError(param)
 
-    def _check(self, bucket: _Bucket) -> None:
+    def _check_all(self, buckets: list[Bucket], new_state: dict[Tensor, dict[str, Tensor]]) -> bool:
+        """Raises, naming the parameter, unless all buckets can be updated; or leaves that to a single fused call.
+
+        Returns whether it did: such a call checks its own lists before it writes.
+        """
+        checks_itself = len(buckets) == 1 and buckets[0][1] is updates.fused
+        if not checks_itself or new_state:
+            for bucket in buckets:
+                self._check(bucket)
+        return checks_itself
+
+    def _check(self, bucket: Bucket) -> None:
         """Raises, naming the parameter, unless all of the bucket can be updated."""
         _, update, lists, _ = bucket
         if update is not updates.fused:
@@ -371,144 +688,58 @@ class AdadeltaKeras(Optimizer):
             self._explain(bucket)
             raise
 
-    def _explain(self, bucket: _Bucket) -> None:
+    def _explain(self, bucket: Bucket) -> None:
         """After the compiled op refused a bucket, by the index: raises the same by the name, if it can be found."""
         params = bucket[2][0]
-        if not self._groups_span_devices and len(_by_device(params)) > 1:
+        if not self._groups_span_devices and len(by_device(params)) > 1:
             raise _SpansDevices from None
         try:
             self._check_rows(bucket)
         except (RuntimeError, TypeError, ValueError) as explained:
             raise explained from None
 
-    def _check_rows(self, bucket: _Bucket) -> None:
+    def _check_rows(self, bucket: Bucket) -> None:
         group, _, lists, _ = bucket
         for param, *tensors in zip(*lists, strict=True):
             updates.check_row(partial(self._name_of, param), param, *tensors, differentiable=group["differentiable"])
 
 
-# ---- From lists to buckets ------------------------------------------------------------------------------------------
+# ---- Hyperparameters of a step ---------------------------------------------------------------------------------------
 
 
-def _choose(group: dict[str, Any], params: list[Tensor]) -> updates.Update:
-    return updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
-
-
-def _split(group: dict[str, Any], lists: updates.Lists, by_device: bool) -> Iterable[_Bucket]:
-    """Splits the parameters of a group by device and, where the implementation needs it, by dtype.
-
-    Without `by_device`, a group that the fused update can take by its first parameter is taken to be on one device;
-    the update refuses it if it is not.
-    """
-    values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
-    params = lists[0]
-    # Not through _choose: every step of every group passes here, and each call counts.
-    choice = updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
-    if choice is updates.fused and not by_device:
-        return ((group, updates.fused, lists, values),)
-    buckets: list[_Bucket] = []
-    for on_device in _by_device(params).values():
-        update = _choose(group, [params[i] for i in on_device])
-        by_dtype: dict[torch.dtype | None, list[int]] = {}
-        for i in on_device:
-            by_dtype.setdefault(params[i].dtype if update is updates.foreach else None, []).append(i)
-        for same in by_dtype.values():
-            selected: Any = tuple([tensors[i] for i in same] for tensors in lists)
-            buckets.append((group, update, selected, values))
-    return buckets
-
-
-def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
-    indices: dict[torch.device, list[int]] = {}
+def _by_T(group: dict[str, Any], sources: dict[str, Source], params: list[Tensor]) -> dict[torch.dtype, list[int]]:
+    """The indices of the parameters by their arithmetic type, if the learning rate depends on it; else all as one."""
+    if not group["decay"] and not ("lr" in sources and sources["lr"].is_schedule):
+        return {torch.float32: list(range(len(params)))}
+    by_T: dict[torch.dtype, list[int]] = {}
     for index, param in enumerate(params):
-        indices.setdefault(param.device, []).append(index)
-    return indices
+        by_T.setdefault(arithmetic_dtype(param.dtype), []).append(index)
+    return by_T
 
 
-# ---- Param groups and state -----------------------------------------------------------------------------------------
-
-
-def _name(group_index: int, group: dict[str, Any], index: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {index} of group {group_index}" + (f" ({names[index]!r})" if names else "")
-
-
-def _check_group_keys(group: dict[str, Any]) -> None:
-    if "eps" in group:
-        raise ValueError(f"a param group has eps={group['eps']!r}; here the key is `epsilon`")
-    if group.get("weight_decay"):
-        raise ValueError(
-            f"a param group has weight_decay={group['weight_decay']!r}; Keras' Adadelta has none. Add the "
-            "penalty to the loss, or leave the key out"
-        )
-
-
-def _normalise(options: dict[str, Any]) -> None:
-    """Checks the options of a group, or the defaults, and brings them to the form in which they are kept."""
-    for key, name in _HYPERPARAMETERS.items():
-        options[key] = hyperparameters.validated(name, options[key])
-    for key in ("maximize", "capturable", "differentiable"):
-        if not isinstance(options[key], bool):
-            raise TypeError(f"{key} must be True or False, got {options[key]!r}")
-    for key in ("foreach", "fused"):
-        if options[key] is not None and not isinstance(options[key], bool):
-            raise TypeError(f"{key} must be True, False or None, got {options[key]!r}")
-    updates.check_choice(options["foreach"], options["fused"], options["differentiable"])
-
-
-def _checked_iterations(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"iterations must be an int, got {value!r} of type {type(value).__name__}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"iterations must be >= 0 and fit 64 bits, got {value}")
-    return value
-
-
-def _iterations_for(group: dict[str, Any], iterations: Any) -> int | Tensor:
-    """`iterations` as the group keeps it: an int, or an int64 Tensor of its own on the device if it is capturable."""
-    count = _checked_iterations(int(iterations) if isinstance(iterations, Tensor) else iterations)
-    if not group["capturable"]:
-        return count
-    device = group["params"][0].device if group["params"] else None
-    return torch.tensor(count, dtype=torch.int64, device=device)
-
-
-def _check_state(name: str, param: Tensor, state: Any) -> None:
-    if not state:
-        return
-    if not isinstance(state, dict) or set(state) != set(_STATE_KEYS):
-        raise ValueError(f"{name}: its state must hold square_avg and acc_delta, got {sorted(state)}")
-    for key, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
-            raise ValueError(f"{name} has shape {tuple(param.shape)}, but the state {key} to load is {got}")
-
-
-def _convert_torch_adadelta(
-    groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], previous: list[dict[str, Any]]
-) -> None:
-    """Turns the groups and state of a `torch.optim.Adadelta` checkpoint into ours, in place.
-
-    `foreach` and `fused` say how to compute, not what: they stay as they are in the optimizer that loads.
-    """
-    for index, group in enumerate(groups):
-        if group.get("weight_decay"):
-            raise ValueError(
-                f"group {index} of the torch.optim.Adadelta checkpoint has weight_decay={group['weight_decay']!r}; "
-                "Keras' Adadelta has none, so training would go on differently. Set it to 0 in the checkpoint to "
-                "accept that"
+def _raw_values(
+    group: dict[str, Any], sources: dict[str, Source], T: torch.dtype, called: dict[int, Any]
+) -> dict[str, Any]:
+    """The hyperparameters of this step as the user gives them. `called` keeps what callables returned, by their id."""
+    raw = {key: group[key] for key in param_groups.HYPERPARAMETERS}
+    for key, source in sources.items():
+        if source.is_schedule:
+            raw[key] = hyperparameters.at_step(source.given, group["iterations"], T)
+        else:
+            if id(source.given) not in called:
+                called[id(source.given)] = source.given()
+            raw[key] = hyperparameters.validated(source.name, called[id(source.given)])
+        if group["capturable"] and not isinstance(raw[key], Tensor) and _is_capturing():
+            raise RuntimeError(
+                f"{param_groups.describe(source)} gives {source.name} as a Python number, which a CUDA graph would "
+                f"repeat for ever. Give a Tensor on the device for {source.name}, and fill it between replays"
             )
-        if group["eps"] == 0:
-            raise ValueError(
-                f"group {index} of the torch.optim.Adadelta checkpoint has eps=0, which would mean 1e-7 here. Set "
-                "it to the value you want in the checkpoint"
-            )
-    iterations = max((int(s["step"]) for s in state.values() if "step" in s), default=0)
-    for s in state.values():
-        s.pop("step", None)
-    live = chain(previous, [{}] * len(groups))
-    for group, was in zip(groups, live, strict=False):
-        group.pop("weight_decay", None)
-        group["epsilon"] = group.pop("eps")
-        group["iterations"] = iterations
-        group["foreach"], group["fused"] = was.get("foreach"), was.get("fused")
+    return raw
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _is_zero(value: Any) -> bool:
+    return bool(value == 0) if not isinstance(value, Tensor) or value.device.type == "cpu" else False

@@ -22,12 +22,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_adadelta import ops
+from torch_adadelta import gradients, ops
+from torch_adadelta.arithmetic import arithmetic_dtype, as_real, exact_sqrt
 from torch_adadelta.hyperparameters import Value, cast, one_minus
 
 # params, grads, square_avgs and acc_deltas: entry i of each belongs to parameter i.
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
+# Called with the lists, the hyperparameters of the step, `maximize`, and the keywords of `gradients.clip`.
 Update = Callable[..., None]
 
 _REAL_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -37,73 +39,7 @@ DTYPES: Final = frozenset((*_REAL_DTYPES, torch.complex32, torch.complex64, torc
 _PLAIN_TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-# ---- Exact square roots ---------------------------------------------------------------------------------------------
-
-
-def _exact_sqrt_float64(x: Tensor) -> Tensor:
-    """The correctly rounded root of a float64 CPU tensor, from one that may be an ulp off.
-
-    For x = m * 4**k with m in [0.5, 2), y = sqrt(m) is corrected by the sign of m - (y +- ulp / 2)**2. The residual
-    m - y**2 is exact: y is split in two halves whose products fit (Dekker).
-    """
-    mantissa, exponent = torch.frexp(x)
-    exponent = exponent.long()
-    odd = exponent & 1
-    m = torch.where(odd == 1, mantissa * 2, mantissa)
-    y = m.sqrt()
-    square = y * y
-    shifted = y * 134217729.0  # 2**27 + 1
-    high = shifted - (shifted - y)
-    low = y - high
-    error = ((high * high - square) + 2 * high * low) + low * low
-    residual = (m - square) - error
-    above = torch.nextafter(y, torch.full_like(y, torch.inf))
-    below = torch.nextafter(y, torch.zeros_like(y))
-    y = torch.where(residual > y * (above - y), above, torch.where(residual <= -(y * (y - below)), below, y))
-    scale = (((exponent - odd) // 2 + 1023) << 52).view(torch.float64)  # 2**k, by its bits
-    return torch.where(x.isfinite() & (x != 0), y * scale, x.sqrt())
-
-
-def _exact_sqrt_forward(x: Tensor) -> Tensor:
-    if x.device.type != "cpu":
-        return x.sqrt()
-    # On x86 CPUs torch.sqrt goes through MKL and may be an ulp off. A float64 root, an ulp off or not, rounds to the
-    # correct float32 root: the exact root of a 24-bit number is never that near to the middle between two others.
-    if x.dtype is torch.float32:
-        return x.double().sqrt().float()
-    return _exact_sqrt_float64(x)
-
-
-class _ExactSqrt(torch.autograd.Function):
-    """Lets gradients pass the correction, which has none of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        root = _exact_sqrt_forward(x)
-        ctx.save_for_backward(root)
-        return root
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (root,) = ctx.saved_tensors
-        return grads[0] / (2 * root)
-
-
-def exact_sqrt(x: Tensor) -> Tensor:
-    """The square root of a float32 or float64 tensor, correctly rounded, as IEEE 754 has it; differentiable."""
-    return _ExactSqrt.apply(x) if x.requires_grad else _exact_sqrt_forward(x)
-
-
 # ---- The three implementations --------------------------------------------------------------------------------------
-
-
-def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, in the same memory."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def for_loop(
@@ -115,18 +51,22 @@ def for_loop(
     rho: Value,
     epsilon: Value,
     maximize: bool,
+    **clip: Any,
 ) -> None:
     """Updates one parameter after the other with elementwise tensor operations; autograd can record them."""
-    for param, grad, square_avg, acc_delta in zip(params, grads, square_avgs, acc_deltas, strict=True):
-        p, g, a, u = _as_real(param), _as_real(grad), _as_real(square_avg), _as_real(acc_delta)
+    for index, (param, grad, square_avg, acc_delta) in enumerate(
+        zip(params, grads, square_avgs, acc_deltas, strict=True)
+    ):
+        p, g, a, u = as_real(param), as_real(grad), as_real(square_avg), as_real(acc_delta)
         p_out, a_out, u_out = p, a, u
-        T = _arithmetic_dtype(p.dtype)
+        T = arithmetic_dtype(p.dtype)
         lr_T, rho_T, eps_T = (cast(value, T, p.device) for value in (lr, rho, epsilon))
         omr = one_minus(rho_T, T)
 
         p, g, a, u = p.to(T), g.to(T), a.to(T), u.to(T)
         if torch.is_grad_enabled():
             a, u = a.clone(), u.clone()  # autograd may need the old values, and a_out and u_out are written in place
+        g = gradients.clip(g, index, **clip)
         if maximize:
             g = -g
         a = a * rho_T + (g * g) * omr
@@ -141,7 +81,7 @@ def for_loop(
 
 def _foreach_exact_sqrt(tensors: list[Tensor]) -> list[Tensor]:
     if tensors[0].device.type == "cpu":
-        return [_exact_sqrt_forward(x) for x in tensors]
+        return [exact_sqrt(x) for x in tensors]
     return list(torch._foreach_sqrt(tensors))
 
 
@@ -154,19 +94,20 @@ def foreach(
     rho: Value,
     epsilon: Value,
     maximize: bool,
+    **clip: Any,
 ) -> None:
     """Updates all parameters, which are of one device and dtype, with PyTorch's multi-tensor operations."""
     if _overlap(_memory_range(param) for param in params if param.numel() > 0):
         # A multi-tensor operation would run each parameter's first half before any second half.
-        for_loop(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
+        for_loop(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize, **clip)
         return
 
-    p_out, a_out, u_out = ([_as_real(x) for x in tensors] for tensors in (params, square_avgs, acc_deltas))
-    T = _arithmetic_dtype(p_out[0].dtype)
+    p_out, a_out, u_out = ([as_real(x) for x in tensors] for tensors in (params, square_avgs, acc_deltas))
+    T = arithmetic_dtype(p_out[0].dtype)
     lr_T, rho_T, eps_T = (cast(value, T, p_out[0].device) for value in (lr, rho, epsilon))
     omr = one_minus(rho_T, T)
 
-    g: list[Tensor] = [_as_real(x).to(T) for x in grads]
+    g: list[Tensor] = [gradients.clip(as_real(x).to(T), index, **clip) for index, x in enumerate(grads)]
     if maximize:
         g = list(torch._foreach_neg(g))
     # In T already, the state is updated where it is; else in a copy that is rounded back at the end.
@@ -309,6 +250,27 @@ def check_param(name: Callable[[], str], param: Tensor) -> None:
         )
 
 
+def check_gradient(name: Callable[[], str], param: Tensor, grad: Tensor) -> None:
+    """Raises RuntimeError, naming the parameter, unless the gradient fits it."""
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name()} has a gradient of layout {grad.layout}; only dense gradients can be applied. Use sparse=False "
+            "in the layer that made it, or .to_dense()"
+        )
+    _check_tensor(name, param, "gradient", grad)
+
+
+def _check_tensor(name: Callable[[], str], param: Tensor, kind: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise RuntimeError(f"{name()}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
+    if tensor.shape != param.shape:
+        raise RuntimeError(f"{name()} has shape {tuple(param.shape)}, but its {kind} has shape {tuple(tensor.shape)}")
+    if tensor.device != param.device:
+        raise RuntimeError(f"{name()} is on {param.device}, but its {kind} is on {tensor.device}. Move it there")
+    if tensor.is_complex() != param.is_complex() or tensor.dtype not in DTYPES:
+        raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
+
+
 def check_row(
     name: Callable[[], str], param: Tensor, grad: Tensor, square_avg: Any, acc_delta: Any, *, differentiable: bool
 ) -> None:
@@ -316,29 +278,15 @@ def check_row(
     check_param(name, param)
     if differentiable and param.is_leaf and param.requires_grad:
         raise RuntimeError(f"{name()} is a leaf that requires grad: with differentiable=True pass a clone of it")
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"{name()} has a gradient of layout {grad.layout}; only dense gradients can be applied. Use sparse=False "
-            "in the layer that made it, or .to_dense()"
-        )
-    for kind, tensor in (("gradient", grad), ("state square_avg", square_avg), ("state acc_delta", acc_delta)):
-        if not isinstance(tensor, Tensor):
-            raise RuntimeError(f"{name()}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
-        if tensor.shape != param.shape:
+    check_gradient(name, param, grad)
+    for kind, tensor in (("state square_avg", square_avg), ("state acc_delta", acc_delta)):
+        _check_tensor(name, param, kind, tensor)
+        if tensor.dtype != param.dtype:
             raise RuntimeError(
-                f"{name()} has shape {tuple(param.shape)}, but its {kind} has shape {tuple(tensor.shape)}"
+                f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. Convert the state too"
             )
-        if tensor.device != param.device:
-            raise RuntimeError(f"{name()} is on {param.device}, but its {kind} is on {tensor.device}. Move it there")
-        if tensor.is_complex() != param.is_complex() or tensor.dtype not in DTYPES:
-            raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
-        if tensor is not grad:
-            if tensor.dtype != param.dtype:
-                raise RuntimeError(
-                    f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. Convert the state too"
-                )
-            if tensor.layout is not torch.strided or overlaps_itself(tensor):
-                raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
+        if tensor.layout is not torch.strided or overlaps_itself(tensor):
+            raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
     if not _PLAIN_TYPES.issuperset(map(type, (param, grad, square_avg, acc_delta))):
         return
     for tensor in (param, square_avg, acc_delta):

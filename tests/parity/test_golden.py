@@ -1,58 +1,31 @@
 """Every implementation, and the oracle, against recorded runs of TensorFlow 2.4.4: see golden/README.md."""
 
-import importlib.util
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from cases import Path, bits, to_numpy
-from reference.oracle import Float64Recurrence, Oracle
+from reference.oracle import Float64Recurrence, OracleOptimizer
 
-from torch_adadelta import AdadeltaKeras
+from torch_adadelta import AdadeltaKeras, schedules
 
 _RECORDED: Final = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "recorded.json").read_text())
 CASES: Final = {case["name"]: case for case in _RECORDED["cases"]}
 
-# Every case of the file is in exactly one of these two.
-REPLAYED: Final = (
-    "defaults_float32",
-    "defaults_float64",
-    "defaults_float16",
-    "defaults_bfloat16",
-    "scale_1e-12_f32",
-    "scale_10000_f32",
-    "eps_none_f32",
-    "big_eps_rho1_f32",
-    "zero_init_lr1_float32",
-    "zero_init_lr1_float16",
-    "zero_init_lr1_bfloat16",
-)
-NOT_YET: Final = {  # by the first feature that is missing
-    "decay_f32": "decay",
-    "none_grads_f32": "decay",
-    "clipvalue_f32": "clipvalue",
-    "clipvalue+clipnorm_f32": "clipvalue",
-    "clipnorm_f32": "clipnorm",
-    "clipnorm_not_reached_f32": "clipnorm",
-    "clipnorm_f16": "clipnorm",
-    "global_clipnorm_f32": "global_clipnorm",
+# Every case of the file is replayed but these, by the feature that is missing.
+NOT_YET: Final = {
     "sparse_f32": "sparse gradients",
     "sparse_clipnorm_f32": "sparse gradients",
     "zero_init_sparse_f16": "sparse gradients",
-    "sched_exp_f32": "schedules",
-    "sched_exp_stair_f32": "schedules",
-    "sched_piecewise_f32": "schedules",
-    "sched_poly_f32": "schedules",
-    "sched_inv_f32": "schedules",
-    "sched_inv_stair_f32": "schedules",
-    "sched_cosine_f32": "schedules",
-    "sched_lincos_f32": "schedules",
 }
-# The schedules' own values, _RECORDED["schedules"], wait for the schedules too.
+REPLAYED: Final = [name for name in CASES if name not in NOT_YET]
+
+# golden/README.md: TensorFlow does not fix the order in which it sums squares, so the last bit of a norm is open.
+NORM_CLIPPED: Final = [name for name in REPLAYED if {"clipnorm", "global_clipnorm"} & CASES[name]["ctor"].keys()]
 
 
 class Snapshot(NamedTuple):
@@ -80,33 +53,43 @@ def decode_all(tensors: list[dict[str, Any] | None], dtype: str) -> list[np.ndar
 def run_ours(case: dict[str, Any], path: Path) -> list[Snapshot]:
     dtype = getattr(torch, case["dtype"])
     params = [torch.from_numpy(decode(t, case["dtype"])).to(dtype).requires_grad_() for t in case["init"]]
-    optimizer = AdadeltaKeras(params, **case["ctor"], **path.options)
+    optimizer = AdadeltaKeras(params, **options_of(case), **path.options)
     snapshots = []
     for step in case["steps"]:
         for param, grad in zip(params, decode_all(step["grads"], case["dtype"]), strict=True):
             param.grad = None if grad is None else torch.from_numpy(grad).to(dtype)
         optimizer.step()
-        states = [optimizer.state[param] for param in params]
+        _, *slots = [to_numpy(weight).copy() for weight in optimizer.variables()]
         snapshots.append(
-            Snapshot(
-                [to_numpy(param).copy() for param in params],
-                [to_numpy(state["square_avg"]).copy() for state in states],
-                [to_numpy(state["acc_delta"]).copy() for state in states],
-            )
+            Snapshot([to_numpy(param).copy() for param in params], slots[: len(params)], slots[len(params) :])
         )
     assert optimizer.iterations == case["iterations"]
     return snapshots
 
 
+def options_of(case: dict[str, Any]) -> dict[str, Any]:
+    if case["schedule"] is None:
+        return dict(case["ctor"])
+    return {**case["ctor"], "learning_rate": schedules.deserialize(case["schedule"])}
+
+
+def oracle_options_of(case: dict[str, Any]) -> dict[str, Any]:
+    options = options_of(case)
+    schedule = options.get("learning_rate")
+    if isinstance(schedule, schedules.LearningRateSchedule):  # whose values have tests of their own
+        options["learning_rate"] = lambda t: np.float32(schedule(float(t)))
+    return options
+
+
 def run_oracle(case: dict[str, Any]) -> list[Snapshot]:
-    oracles = [Oracle(decode(t, case["dtype"]), dtype=case["dtype"], **case["ctor"]) for t in case["init"]]
+    dtypes = [case["dtype"]] * len(case["init"])
+    oracle = OracleOptimizer([decode(t, case["dtype"]) for t in case["init"]], dtypes=dtypes, **oracle_options_of(case))
     snapshots = []
     for step in case["steps"]:
-        for oracle, grad in zip(oracles, decode_all(step["grads"], case["dtype"]), strict=True):
-            oracle.step(grad)
-        snapshots.append(
-            Snapshot([o.p for o in oracles], [o.square_avg for o in oracles], [o.acc_delta for o in oracles])
-        )
+        oracle.step(decode_all(step["grads"], case["dtype"]))
+        o = oracle.oracles
+        snapshots.append(Snapshot([x.p for x in o], [x.square_avg for x in o], [x.acc_delta for x in o]))
+    assert oracle.iterations == case["iterations"]
     return snapshots
 
 
@@ -115,15 +98,27 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str) -> Non
     np.testing.assert_array_equal(bits(actual), bits(expected), err_msg=what, strict=True)
 
 
+def truths_of(case: dict[str, Any]) -> Iterator[list[Float64Recurrence]]:
+    """The float64 recurrences of all parameters after each step, with the clipped gradients and the learning rates."""
+    dtypes = [case["dtype"]] * len(case["init"])
+    init = [decode(t, case["dtype"]) for t in case["init"]]
+    oracle = OracleOptimizer(init, dtypes=dtypes, **oracle_options_of(case))
+    ctor = {key: case["ctor"][key] for key in ("rho", "epsilon") if key in case["ctor"]}
+    truths = [Float64Recurrence(p, **ctor) for p in init]
+    for t, step in enumerate(case["steps"]):
+        grads = [(i, g) for i, g in enumerate(decode_all(step["grads"], case["dtype"])) if g is not None]
+        for (i, _), g in zip(grads, oracle.clip(grads), strict=True):
+            truths[i].by = truths[i].by._replace(lr=np.float64(oracle.learning_rate_at(t, np.float32)))
+            truths[i].step(g)
+        yield truths
+
+
 def assert_matches_recording(case: dict[str, Any], snapshots: list[Snapshot]) -> None:
-    """Asserts what golden/README.md calls a match, for a float32 or float64 case without a norm clip."""
+    """Asserts what golden/README.md calls a match, for a float32 or float64 case."""
     dtype = case["dtype"]
     # The distance travelled is taken from the float64 recurrence: no implementation sets its own tolerance.
-    truths = [Float64Recurrence(decode(t, dtype), **case["ctor"]) for t in case["init"]]
-    for t, (step, snapshot) in enumerate(zip(case["steps"], snapshots, strict=True)):
-        for i, (truth, grad) in enumerate(zip(truths, decode_all(step["grads"], dtype), strict=True)):
-            if grad is not None:
-                truth.step(grad)
+    for t, (step, snapshot, truths) in enumerate(zip(case["steps"], snapshots, truths_of(case), strict=True)):
+        for i, truth in enumerate(truths):
             where = f"{case['name']}, step {t}, parameter {i}"
             p = decode(step["params"][i], dtype)
             if dtype == "float64":
@@ -133,7 +128,13 @@ def assert_matches_recording(case: dict[str, Any], snapshots: list[Snapshot]) ->
                 assert (error <= 4 * 2.0**-24 * truth.path).all(), f"{where}, p: {(error / truth.path).max()}"
             if "accum_grad" not in step:
                 continue
-            assert_same_bits(snapshot.square_avg[i], decode(step["accum_grad"][i], dtype), f"{where}, square_avg")
+            square_avg = decode(step["accum_grad"][i], dtype)
+            if case["name"] in NORM_CLIPPED:
+                np.testing.assert_allclose(
+                    snapshot.square_avg[i], square_avg, rtol=3.1e-7, atol=0, err_msg=f"{where}, square_avg"
+                )
+            else:
+                assert_same_bits(snapshot.square_avg[i], square_avg, f"{where}, square_avg")
             acc_delta = decode(step["accum_var"][i], dtype)
             if dtype == "float64":
                 assert_same_bits(snapshot.acc_delta[i], acc_delta, f"{where}, acc_delta")
@@ -176,46 +177,23 @@ def test_16_bit_oracle_is_nearer_to_the_truth_than_the_recording(name: str) -> N
     case = CASES[name]
     last, step = run_oracle(case)[-1], case["steps"][-1]
     recorded = [decode_all(step[key], case["dtype"]) for key in ("params", "accum_grad", "accum_var")]
-    for i, init in enumerate(case["init"]):
-        truth = Float64Recurrence(decode(init, case["dtype"]), **case["ctor"])
-        for s in case["steps"]:
-            truth.step(decode(s["grads"][i], case["dtype"]))
+    *_, truths = truths_of(case)
+    for i, truth in enumerate(truths):
         for field, tensors in zip(Snapshot._fields, recorded, strict=True):
             expected = getattr(truth, field)
             ours, theirs = (np.abs(x - expected).mean() for x in (getattr(last, field)[i], tensors[i]))
             assert ours <= theirs, f"parameter {i}, {field}: {ours} against {theirs}"
 
 
-def test_every_case_is_replayed_or_listed_as_not_yet() -> None:
-    assert sorted([*REPLAYED, *NOT_YET]) == sorted(CASES)
-    assert len(CASES) == len(_RECORDED["cases"])
+def test_the_recording_is_whole() -> None:
+    assert len(CASES) == len(_RECORDED["cases"]) == 30
+    assert CASES.keys() >= NOT_YET.keys()
+    assert len(NORM_CLIPPED) == 5
 
 
-def _sparse_step() -> None:
+def test_what_is_listed_as_not_yet_is_missing() -> None:
+    """Fails once the feature exists: then its cases are to be replayed."""
     param = torch.zeros(6, 4, requires_grad=True)
     param.grad = torch.eye(6, 4).to_sparse(1)
-    AdadeltaKeras([param]).step()
-
-
-def _keyword(**options: float) -> Callable[[], None]:
-    return lambda: AdadeltaKeras([torch.zeros(1)], **options)  # type: ignore[arg-type]
-
-
-_MISSING: Final = {
-    "decay": (_keyword(decay=0.1), TypeError),
-    "clipvalue": (_keyword(clipvalue=0.7), TypeError),
-    "clipnorm": (_keyword(clipnorm=0.7), TypeError),
-    "global_clipnorm": (_keyword(global_clipnorm=0.7), TypeError),
-    "sparse gradients": (_sparse_step, RuntimeError),
-}
-
-
-@pytest.mark.parametrize("feature", sorted(set(NOT_YET.values())))
-def test_what_is_listed_as_not_yet_is_missing(feature: str) -> None:
-    """Fails once the feature exists: then its cases belong in REPLAYED (and the runner may need to learn it)."""
-    if feature == "schedules":
-        assert importlib.util.find_spec("torch_adadelta.schedules") is None
-        return
-    use, error = _MISSING[feature]
-    with pytest.raises(error, match=feature.split()[0]):
-        use()
+    with pytest.raises(RuntimeError, match="sparse"):
+        AdadeltaKeras([param]).step()

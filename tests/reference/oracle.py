@@ -8,7 +8,7 @@ Arrays are held in the arithmetic type T of their dtype, with values of that dty
 16-bit tensor to float32 is exact, so comparing after it still compares bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -174,19 +174,36 @@ def square_sum(g: Array) -> Any:
     return pairwise_sum(np.array(sums))
 
 
+def global_square_sum(gs: Sequence[Array]) -> Any:
+    """The float64 sum of the sums of squares of several gradients."""
+    return pairwise_sum(np.array([square_sum(g) for g in gs]))
+
+
 def clip_by_value(g: Array, c: Any) -> Array:
     """max(min(g, c), -c), where nan stays nan."""
     c = g.dtype.type(c)
     return np.where(g > c, c, np.where(g < -c, -c, g))
 
 
+def scaled(g: Array, factor: Any, divisor: Any = None) -> Array:
+    """(g * factor) / divisor of the reals in g."""
+    with np.errstate(all="ignore"):
+        reals = (as_real(g) if np.iscomplexobj(g) else g) * factor
+        reals = reals if divisor is None else reals / divisor
+    return as_complex(reals) if np.iscomplexobj(g) else reals
+
+
 def clip_by_norm(g: Array, c: Any, squares: Any) -> Array:
     """(g * c) / max(norm, c), where `squares` is the float64 sum of the squares of g."""
     T = g.real.dtype.type
     with np.errstate(all="ignore"):
-        scaled = as_real(g) if np.iscomplexobj(g) else g
-        scaled = (scaled * T(c)) / np.maximum(np.sqrt(T(squares)), T(c))
-    return as_complex(scaled) if np.iscomplexobj(g) else scaled
+        norm = np.sqrt(T(squares))
+    return scaled(g, T(c), np.maximum(norm, T(c)))
+
+
+def memory_order(x: Array) -> list[int]:
+    """The dimensions of an array, outermost in memory first."""
+    return sorted(range(x.ndim), key=lambda d: (x.shape[d] != 1, -x.strides[d]))
 
 
 def global_factor(c: Any, squares: Any, T: Any) -> Any:
@@ -206,8 +223,8 @@ class Oracle:
         dtype: the parameter's dtype, a name in `DTYPES`; None for that of `p`.
         maximize: negate the gradients.
 
-    `p`, `square_avg` and `acc_delta` are arrays in T (see the top of this file), or in complex T. They and the
-    hyperparameters may be assigned to between steps.
+    `p`, `square_avg` and `acc_delta` are arrays in T (see the top of this file), or in complex T. They, the
+    hyperparameters and `rsqrt` (that of `update`) may be assigned to between steps.
     """
 
     def __init__(
@@ -223,6 +240,7 @@ class Oracle:
         p = np.asarray(p)
         self.format = _FORMATS[p.dtype.name if dtype is None else dtype]
         self.learning_rate, self.rho, self.epsilon, self.maximize = learning_rate, rho, epsilon, maximize
+        self.rsqrt = rsqrt
         self.p = self._kept(self.format.store(self._in_T(p)))
         self.square_avg = np.zeros_like(self.p)
         self.acc_delta = np.zeros_like(self.p)
@@ -239,11 +257,15 @@ class Oracle:
         g = self._in_T(grad)
         if self.maximize:
             g = -g
-        new = update(self._in_T(self.p), g, self._in_T(self.square_avg), self._in_T(self.acc_delta), by)
+        new = update(self._in_T(self.p), g, self._in_T(self.square_avg), self._in_T(self.acc_delta), by, self.rsqrt)
         store = self.format.store
         self.p, self.square_avg, self.acc_delta = (self._kept(store(x)) for x in new[:3])
 
-    def _in_T(self, x: Array) -> Array:
+    def gradient(self, grad: Array | None) -> Array:
+        """A gradient as the pipeline sees it: in T, or in complex T."""
+        return self._kept(self._in_T(grad))
+
+    def _in_T(self, x: Array | None) -> Array:
         x = np.asarray(x)
         if self.format.is_complex:
             x = as_real(x)
@@ -254,6 +276,79 @@ class Oracle:
 
     def _kept(self, x: Array) -> Array:
         return as_complex(x) if self.format.is_complex else np.asarray(x)
+
+
+class OracleOptimizer:
+    """Several parameters that are stepped together: decay, a schedule, clipping, and the order of all that.
+
+    Args:
+        params: the initial parameters; the order in which a square is summed is that of their memory.
+        learning_rate: as for `Oracle`, or a function of the step, given in T, that returns it as a NumPy scalar.
+        rho, epsilon, maximize: as for `Oracle`.
+        decay, clipvalue, clipnorm, global_clipnorm: Python numbers, as Keras has them.
+        dtypes: the dtype of each parameter, a name in `DTYPES`; None for those of the arrays.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Array],
+        learning_rate: Any = 0.001,
+        rho: Any = 0.95,
+        epsilon: Any = DEFAULT_EPSILON,
+        *,
+        decay: float = 0.0,
+        clipvalue: float | None = None,
+        clipnorm: float | None = None,
+        global_clipnorm: float | None = None,
+        dtypes: Sequence[str] | None = None,
+        maximize: bool = False,
+    ) -> None:
+        names: Sequence[str | None] = dtypes or [None] * len(params)
+        self.oracles = [
+            Oracle(p, 0.0, rho, epsilon, dtype=name, maximize=maximize) for p, name in zip(params, names, strict=True)
+        ]
+        self.orders = [memory_order(p) for p in params]
+        self.learning_rate, self.decay = learning_rate, decay
+        self.clipvalue, self.clipnorm, self.global_clipnorm = clipvalue, clipnorm, global_clipnorm
+        self.iterations = 0
+        # TensorFlow adds in another order; with its sums, all else can be compared bit by bit.
+        self.square_sum = square_sum
+        self.global_square_sum = global_square_sum
+
+    def step(self, grads: Sequence[Array | None]) -> None:
+        """One step; gradients that are None are left out. Without any, nothing happens and nothing is counted."""
+        rows = [i for i, grad in enumerate(grads) if grad is not None]
+        if not rows:
+            return
+        clipped = self.clip([(i, self.oracles[i].gradient(grads[i])) for i in rows])
+        for i, g in zip(rows, clipped, strict=True):
+            oracle = self.oracles[i]
+            oracle.learning_rate = self.learning_rate_at(self.iterations, oracle.format.T)
+            oracle.step(g)
+        self.iterations += 1
+
+    def learning_rate_at(self, t: int, T: Any) -> Any:
+        """The learning rate of step t, in T."""
+        rate = self.learning_rate
+        if callable(rate):
+            rate = rate(T(t))
+        lr = T(rate) if isinstance(rate, np.generic) else T(np.float32(rate))
+        return lr / (T(1) + T(np.float32(self.decay)) * T(t)) if self.decay else lr
+
+    def clip(self, gradients: list[tuple[int, Array]]) -> list[Array]:
+        """The gradients of the parameters with these indices, in T, clipped."""
+        gs = [g for _, g in gradients]
+        if self.clipvalue is not None:
+            gs = [clip_by_value(g, self.clipvalue) for g in gs]
+        in_order = [g.transpose(self.orders[i]) for g, (i, _) in zip(gs, gradients, strict=True)]
+        if self.clipnorm is not None:
+            gs = [clip_by_norm(g, self.clipnorm, self.square_sum(x)) for g, x in zip(gs, in_order, strict=True)]
+        if self.global_clipnorm is not None:
+            widest = np.result_type(*(g.real.dtype for g in gs)).type
+            wide = [x.astype(np.result_type(x.dtype, widest)) for x in in_order]
+            factor = global_factor(self.global_clipnorm, self.global_square_sum(wide), widest)
+            gs = [scaled(g, g.real.dtype.type(factor)) for g in gs]
+        return gs
 
 
 class Float64Recurrence:

@@ -1,0 +1,113 @@
+"""From the parameters of a group to buckets, each of which one call updates, and how their gradients are clipped."""
+
+import contextlib
+from collections.abc import Iterable
+from operator import itemgetter
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_adadelta import gradients, hyperparameters, ops
+from torch_adadelta import update as updates
+from torch_adadelta.arithmetic import arithmetic_dtype
+
+# Parameters of one group that one call updates: the group, the call, the parameters with their gradients and state, and
+# the hyperparameters of this step. A plain tuple, for a step of one small tensor is made of such small things.
+Bucket = tuple[dict[str, Any], updates.Update, updates.Lists, hyperparameters.StepValues]
+
+NO_CLIP: Final[dict[str, Any]] = {}
+
+
+def choose(group: dict[str, Any], params: list[Tensor]) -> updates.Update:
+    return updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
+
+
+def split(
+    group: dict[str, Any], lists: updates.Lists, values: hyperparameters.StepValues, may_span_devices: bool
+) -> Iterable[Bucket]:
+    """Splits the parameters of a group by device and, where the implementation needs it, by dtype.
+
+    Without `may_span_devices`, a group that the fused update can take by its first parameter is taken to be on one
+    device; the update refuses it if it is not.
+    """
+    params = lists[0]
+    # Not through choose: every step of every group passes here, and each call counts.
+    choice = updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
+    if choice is updates.fused and not may_span_devices:
+        return ((group, updates.fused, lists, values),)
+    buckets: list[Bucket] = []
+    for on_device in by_device(params).values():
+        update = choose(group, [params[i] for i in on_device])
+        by_dtype: dict[torch.dtype | None, list[int]] = {}
+        for i in on_device:
+            by_dtype.setdefault(params[i].dtype if update is updates.foreach else None, []).append(i)
+        for same in by_dtype.values():
+            selected: Any = tuple([tensors[i] for i in same] for tensors in lists)
+            buckets.append((group, update, selected, values))
+    return buckets
+
+
+def by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
+    indices: dict[torch.device, list[int]] = {}
+    for index, param in enumerate(params):
+        indices.setdefault(param.device, []).append(index)
+    return indices
+
+
+# ---- Clipping -------------------------------------------------------------------------------------------------------
+
+
+def clip_keywords(buckets: list[Bucket], numbers: list[list[int]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The keywords of `gradients.clip` for each bucket, whose gradients have these numbers among all of the step."""
+    clipvalue, clipnorm, global_clipnorm = (options[key] for key in ("clipvalue", "clipnorm", "global_clipnorm"))
+    by_value: dict[str, Any] = {} if clipvalue is None else {"clipvalue": float(clipvalue)}
+    if clipnorm is not None:
+        c = float(clipnorm)
+        return [{**by_value, "clipnorm": c, "square_sums": _square_sums(bucket, by_value, False)} for bucket in buckets]
+    if global_clipnorm is None:
+        return [by_value] * len(buckets)
+
+    dtypes = {param.dtype for bucket in buckets for param in bucket[2][0]}
+    T = torch.float64 if torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
+    in_double = T is torch.float64
+    sums = [_square_sums(bucket, by_value, in_double) for bucket in buckets]
+    # One device for all: not the CPU if there is another, for that would wait for the other.
+    device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
+    pieces: list[tuple[int, Tensor]] = []
+    for where, bucket_sums in zip(numbers, sums, strict=True):
+        moved = _moved(bucket_sums, device)
+        for begin, end in _runs(where):
+            pieces.append((where[begin], moved[begin:end]))
+    pieces.sort(key=itemgetter(0))
+    with _recording(buckets[0][0]):
+        in_order = torch.cat([piece for _, piece in pieces]) if len(pieces) > 1 else pieces[0][1]
+        factor = gradients.global_factor(float(global_clipnorm), in_order, T)
+    result = []
+    for bucket in buckets:
+        here = _moved(factor, bucket[2][0][0].device) if isinstance(factor, Tensor) else factor
+        result.append({**by_value, "factor": here})
+    return result
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # The CPU would read what has not arrived yet.
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def _square_sums(bucket: Bucket, by_value: dict[str, Any], in_double: bool) -> Tensor:
+    group, update, (params, grads, _, _), _ = bucket
+    if update is updates.fused:
+        return ops.grad_square_sums(params, grads, in_double=in_double, **by_value)
+    with _recording(group):
+        return gradients.square_sums(params, grads, in_double=in_double, **by_value)
+
+
+def _recording(group: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    return torch.enable_grad() if group["differentiable"] else contextlib.nullcontext()
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Where consecutive numbers begin and end in a list."""
+    cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    return list(zip([0, *cuts], [*cuts, len(numbers)], strict=True))

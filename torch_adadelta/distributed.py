@@ -1,0 +1,296 @@
+"""Sums of gradients over the processes of a group: `all_reduce_sum`, to be passed as `gradient_aggregator`."""
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from torch_adadelta.update import overlaps_itself
+
+_P = TypeVar("_P")
+
+_PLAIN_TYPES: Final = (Tensor, Parameter)
+
+
+@dataclass(frozen=True)
+class AllReduceSum:
+    """Sums every gradient over the processes of a group, as tf.keras sums over the replicas of a strategy.
+
+    ``all_reduce_sum`` is the instance with the defaults. For losses that are sums over a shard of the batch, every
+    process then makes the step of one process that saw the whole batch; for means, divide the loss by the number of
+    processes. Gradients that DistributedDataParallel or FSDP has reduced already must not be summed again.
+
+    Args:
+        group: the process group; None for the default group, whatever that is at the call.
+        bucket_bytes: gradients of one device and dtype are packed, in list order, into flat buffers of at most this
+            many bytes, and each buffer is one call of the backend; a larger gradient has a call of its own. The default
+            of 25 MiB is that of DistributedDataParallel.
+        check: compare the lists of all processes before any gradient is sent. It costs one call for a few integers and
+            makes the host wait for the other processes, though not for work queued on a CUDA device. Without it,
+            lists that differ mix up gradients, crash the backend or wait until its timeout.
+
+    Called with a list of (gradient, parameter) tuples, it returns such a list with the same parameters. All processes
+    of the group must make the call, with as many gradients, of the same shapes and dtypes in the same order; a process
+    without any calls it with an empty list.
+
+    The sum is computed in the gradient's dtype, complex numbers as pairs of reals. It has the same bits in every
+    process (``torch.distributed.all_reduce`` promises that), but the backend chooses the order of summation: with more
+    than two processes the last bits may depend on it. The sums are written into the gradients, which is meant for
+    copies, as an optimizer passes them. Only a gradient that cannot be written to, since it is lazily conjugated or
+    negated or its elements share memory, is returned as a new tensor. While the sums run, a second copy exists of all
+    gradients but those that are contiguous and alone in their bucket. One process by itself gets its gradients back as
+    they are.
+
+    An instance can be compared, copied (the copy is the instance itself) and, if ``group`` is None, pickled.
+
+    Raises:
+        TypeError: a gradient is not a plain Tensor.
+        ValueError: ``bucket_bytes`` is not positive.
+        RuntimeError: there is no process group, or this process is not in it; a gradient is sparse, requires grad
+            where autograd is on, or is on a device that the group's backends do not serve; with ``check``, in every
+            process: the lists differ, or another process refused its own.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> model(torch.ones(2, 3)).sum().backward()
+        >>> [(grad, param)] = all_reduce_sum([(model.bias.grad, model.bias)])
+        >>> grad
+        tensor([2.])
+        >>> torch.distributed.destroy_process_group()
+
+    Source: ``OptimizerV2._aggregate_gradients``, ``tensorflow/python/keras/optimizer_v2/optimizer_v2.py``,
+    TensorFlow 2.4, whose default is ``all_reduce_sum_gradients`` of ``optimizer_v2/utils.py``.
+    """
+
+    group: "dist.ProcessGroup | None" = None
+    _: KW_ONLY
+    bucket_bytes: int = 25 * 2**20
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bucket_bytes, bool) or not isinstance(self.bucket_bytes, int):
+            raise TypeError(f"bucket_bytes must be an int, got {self.bucket_bytes!r}")
+        if self.bucket_bytes <= 0:
+            raise ValueError(f"bucket_bytes must be positive, got {self.bucket_bytes}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AllReduceSum":
+        # Immutable, and a process group cannot be copied: an optimizer with one still can.
+        return self
+
+    def __call__(self, grads_and_params: Iterable[tuple[Tensor, _P]]) -> list[tuple[Tensor, _P]]:
+        """Returns the (gradient, parameter) tuples with every gradient summed over the processes."""
+        world_size = _world_size(self.group)
+        pairs: list[tuple[Tensor, _P]] = []
+        grads: list[Tensor] = []
+        refusal: Exception | None = None
+        try:
+            pairs = list(grads_and_params)
+            grads = [grad for grad, _ in pairs]
+            backends = dist.get_backend_config(self.group)
+            for position, grad in enumerate(grads):
+                _check_gradient(position, grad, backends)
+        except Exception as error:
+            refusal = error
+        if world_size == 1 or not self.check:
+            if refusal is not None:
+                raise refusal
+            if world_size == 1:
+                return pairs
+
+        # One tensor at two places of the list is summed once.
+        distinct = list({id(grad): grad for grad in grads}.values())
+        if self.check:
+            # A process that raised by itself would leave the others waiting: it tells them first.
+            _check_agreement(self.group, distinct, self.bucket_bytes, refusal)
+        sums = [_with_own_memory(grad) for grad in distinct]
+        _all_reduce(sums, self.bucket_bytes, self.group)
+        sum_of = dict(zip(map(id, distinct), sums, strict=True))
+        return [(sum_of[id(grad)], param) for grad, param in pairs]
+
+
+all_reduce_sum: Final = AllReduceSum()
+
+
+# ---- The sums -------------------------------------------------------------------------------------------------------
+
+
+def _with_own_memory(grad: Tensor) -> Tensor:
+    """The gradient, or a copy if writing to it would not store the values it is to have."""
+    grad = grad.resolve_conj().resolve_neg()
+    if grad.is_contiguous() or not overlaps_itself(grad):
+        return grad
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
+def _all_reduce(tensors: list[Tensor], bucket_bytes: int, group: "dist.ProcessGroup | None") -> None:
+    """Sums tensors over the processes, in place."""
+    # All calls are begun before the first is waited for, so that one bucket is packed while others travel.
+    begun = []
+    for bucket in _buckets(tensors, bucket_bytes):
+        parts: list[Tensor] = []
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            flat = bucket[0]
+        else:
+            sizes = [tensor.numel() for tensor in bucket]
+            flat = torch.empty(sum(sizes), dtype=bucket[0].dtype, device=bucket[0].device)
+            parts = [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), bucket, strict=True)]
+            torch._foreach_copy_(parts, bucket)
+        begun.append((dist.all_reduce(flat, group=group, async_op=True), bucket, parts))
+    for work, bucket, parts in begun:
+        work.wait()
+        if parts:
+            torch._foreach_copy_(bucket, parts)
+
+
+def _buckets(tensors: list[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
+    """Splits tensors, empty ones left out, into lists of one device and dtype that fit one buffer each.
+
+    The split depends on nothing that may differ between processes: not on the layouts, nor on a device's index.
+    """
+    buckets: list[list[Tensor]] = []
+    open_buckets: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        key, size = (tensor.device, tensor.dtype), tensor.numel() * tensor.element_size()
+        if size >= bucket_bytes:
+            buckets.append([tensor])
+            continue
+        bucket, filled = open_buckets.get(key, ([], 0))
+        if not bucket or filled + size > bucket_bytes:
+            bucket, filled = [], 0
+            buckets.append(bucket)
+        bucket.append(tensor)
+        open_buckets[key] = bucket, filled + size
+    return buckets
+
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def _world_size(group: "dist.ProcessGroup | None") -> int:
+    if not dist.is_available() or not dist.is_initialized():
+        why = "is not initialized" if dist.is_available() else "is missing from this build of PyTorch"
+        raise RuntimeError(
+            f"all_reduce_sum: torch.distributed {why}. Call torch.distributed.init_process_group first, or leave "
+            "gradient_aggregator out: one process has nothing to sum"
+        )
+    world_size = dist.get_world_size(group)
+    if world_size < 1:
+        raise RuntimeError(
+            f"all_reduce_sum: process {dist.get_rank()} is not in the group; only its members can sum over it"
+        )
+    return world_size
+
+
+def _check_gradient(position: int, grad: Any, backends: str) -> None:
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"all_reduce_sum: gradient {position} is {grad!r} of type {type(grad).__name__}, not a Tensor")
+    if type(grad) not in _PLAIN_TYPES:
+        raise TypeError(
+            f"all_reduce_sum: gradient {position} is a {type(grad).__name__}; only plain tensors can be summed here. "
+            "FSDP and tensor parallelism have reduced their gradients already: leave gradient_aggregator out"
+        )
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"all_reduce_sum: gradient {position} has layout {grad.layout}; only dense gradients can be summed. Use "
+            "sparse=False in the layer that made it, or .to_dense()"
+        )
+    if grad.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"all_reduce_sum: gradient {position} requires grad, but autograd cannot record a sum over processes. "
+            "Use .detach()"
+        )
+    if f"{grad.device.type}:" not in backends:
+        raise RuntimeError(
+            f"all_reduce_sum: gradient {position} is on {grad.device}, which the group's backends ({backends}) do not "
+            "serve. Move it, or name a backend for each device: init_process_group('cpu:gloo,cuda:nccl')"
+        )
+
+
+def _fingerprint(grads: list[Tensor], bucket_bytes: int) -> tuple[int, int, int]:
+    """The number of gradients and of elements, and a hash of all that decides what travels in which place.
+
+    Devices count by the order in which they first appear: which GPU it is differs between processes.
+    """
+    ordinals: dict[torch.device, int] = {}
+    text = [str(bucket_bytes)]
+    for grad in grads:
+        ordinal = ordinals.setdefault(grad.device, len(ordinals))
+        text.append(f"{tuple(grad.shape)}{grad.dtype}{grad.device.type}{ordinal}")
+    digest = hashlib.blake2b(" ".join(text).encode(), digest_size=8).digest()
+    return len(grads), sum(grad.numel() for grad in grads), int.from_bytes(digest, "little", signed=True)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _gathered(row: list[int], group: "dist.ProcessGroup | None", grads: list[Tensor]) -> list[list[int]]:
+    """The rows of all processes, which are of one length.
+
+    A sum, not a gather, since that is the one call that every backend is known to have.
+    """
+    table = torch.zeros(dist.get_world_size(group), len(row), dtype=torch.int64)
+    table[dist.get_rank(group)] = torch.tensor(row)
+    backends = dist.get_backend_config(group)
+    stream: Any = nullcontext()
+    if "cpu:" not in backends:
+        device_type = backends.partition(":")[0]
+        device = torch.device(device_type, torch.get_device_module(device_type).current_device())
+        device = next((grad.device for grad in grads if grad.device.type == device_type), device)
+        if device_type == "cuda":
+            # On the current stream the host would wait until the GPU has finished the backward pass.
+            stream = torch.cuda.stream(_side_stream(device))
+    else:
+        device = torch.device("cpu")
+    with stream:
+        table = table.to(device)
+        dist.all_reduce(table, group=group)
+        rows: list[list[int]] = table.tolist()
+    return rows
+
+
+def _check_agreement(
+    group: "dist.ProcessGroup | None", grads: list[Tensor], bucket_bytes: int, refusal: Exception | None
+) -> None:
+    """Raises RuntimeError in every process unless all have the same list; in one that refused its own, `refusal`.
+
+    This runs at every call: if a process compared only a list that is new to it, it would wait for others whose list
+    has not changed.
+    """
+    mine = (1, 0, 0, 0) if refusal is not None else (0, *_fingerprint(grads, bucket_bytes))
+    rows = [tuple(row) for row in _gathered(list(mine), group, [] if refusal is not None else grads)]
+    if refusal is not None:
+        raise refusal
+    ranks = dist.get_process_group_ranks(group)
+    refused = [rank for rank, row in zip(ranks, rows, strict=True) if row[0]]
+    if refused:
+        raise RuntimeError(f"all_reduce_sum: {_processes(refused)} refused a gradient; the error there says why")
+    if len(set(rows)) == 1:
+        return
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for rank, row in zip(ranks, rows, strict=True):
+        alike.setdefault(row, []).append(rank)
+    lists = "; ".join(
+        f"{_processes(same)}: {count} with {elements} elements" for (_, count, elements, _), same in alike.items()
+    )
+    raise RuntimeError(
+        f"all_reduce_sum: the processes have different lists of gradients ({lists}). All need the same shapes, dtypes "
+        "and kinds of devices in the same order, and the same bucket_bytes. A parameter that a process did not use has "
+        "no gradient there: give it one of zeros (param.grad = torch.zeros_like(param)), or leave gradient_aggregator "
+        "out and let DistributedDataParallel(model, find_unused_parameters=True) reduce"
+    )
+
+
+def _processes(ranks: list[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

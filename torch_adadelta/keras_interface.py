@@ -1,0 +1,311 @@
+"""The calls of a Keras optimizer that one of PyTorch does not have: for custom training loops that are ported."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from torch_adadelta import schedules
+
+# The names of the state in Keras.
+SLOTS: Final = {"accum_grad": "square_avg", "accum_var": "acc_delta"}
+
+# What newer generations of Keras add to the configuration, with the values that ask for nothing.
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "weight_decay": (None, 0, 0.0, False),
+    "use_ema": (None, False),
+    "ema_momentum": (),
+    "ema_overwrite_frequency": (),
+    "loss_scale_factor": (None, 1.0),
+    "gradient_accumulation_steps": (None, 1),
+    "jit_compile": (),
+    "is_legacy_optimizer": (),
+}
+
+
+class Given(NamedTuple):
+    """Gradients that were handed over instead of left in `.grad`."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    aggregates: bool
+
+
+class KerasInterface(Optimizer):
+    """`apply_gradients`, `minimize`, configuration, weights and slots, as in ``tf.keras.optimizers.Optimizer``."""
+
+    _given: Given | None = None
+
+    name: Any
+    iterations: Any
+    learning_rate: Any
+    decay: Any
+    rho: Any
+    epsilon: Any
+    clipvalue: Any
+    clipnorm: Any
+    global_clipnorm: Any
+
+    def _name_of(self, param: Tensor) -> str:
+        raise NotImplementedError
+
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    # ---- Gradients ----------------------------------------------------------------------------------------------
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Tensor | None, Tensor]],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+    ) -> None:
+        """Takes a step with these gradients instead of those in `.grad`, as `step()` would, hooks included.
+
+        Args:
+            grads_and_vars: (gradient, parameter) tuples, as ``zip(grads, params)`` gives them. A parameter whose
+                gradient is None is left out, with a warning; an empty list does nothing, and counts no step.
+            name: of no use in PyTorch; for calls written for Keras.
+            experimental_aggregate_gradients: False leaves the `gradient_aggregator` out.
+
+        Raises:
+            TypeError: `grads_and_vars` does not consist of such tuples.
+            ValueError: no parameter has a gradient, or one is not a parameter of this optimizer.
+            What `step()` raises.
+        """
+        try:
+            pairs = [(grad, param) for grad, param in grads_and_vars]
+        except (TypeError, ValueError):
+            raise TypeError(
+                "grads_and_vars must consist of (gradient, parameter) tuples, as of zip(grads, params)"
+            ) from None
+        known = set(map(id, self._params()))
+        for index, (grad, param) in enumerate(pairs):
+            if not isinstance(param, Tensor) or not (grad is None or isinstance(grad, Tensor)):
+                got = (type(grad).__name__, type(param).__name__)
+                raise TypeError(f"tuple {index} of grads_and_vars must be (Tensor, parameter), got ({', '.join(got)})")
+            if id(param) not in known:
+                raise ValueError(
+                    f"tuple {index} of grads_and_vars has a tensor of shape {tuple(param.shape)} that is no parameter "
+                    "of this optimizer; pass it to the constructor or to add_param_group"
+                )
+        if not pairs:
+            return
+        without = [self._name_of(param) for grad, param in pairs if grad is None]
+        if len(without) == len(pairs):
+            raise ValueError(f"No gradients provided for any variable: {without}.")
+        if without:
+            warnings.warn(f"Gradients do not exist for variables {without}.", stacklevel=2)
+        self._given = Given(
+            [(grad, param) for grad, param in pairs if grad is not None], bool(experimental_aggregate_gradients)
+        )
+        try:
+            self.step()
+        finally:
+            self._given = None
+
+    def minimize(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        var_list: Sequence[Tensor] | Callable[[], Sequence[Tensor]],
+        grad_loss: Tensor | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Computes the gradients of a loss and applies them; `.grad` stays out of it.
+
+        Under DistributedDataParallel, whose hooks run in `backward()` only, call that and `step()` instead.
+
+        Args:
+            loss: a Tensor, or a callable without arguments that returns it; summed if it has several elements. There is
+                no tape to pass, for a Tensor carries its graph.
+            var_list: the parameters, or a callable that returns them and is called after `loss`.
+            grad_loss: the gradient of what is minimised with respect to `loss`, of its shape; None for ones.
+            name: of no use in PyTorch.
+
+        Raises what `apply_gradients` raises.
+        """
+        if not isinstance(loss, Tensor):
+            with torch.enable_grad():
+                loss = loss()
+        params = _flattened(var_list() if callable(var_list) else var_list)
+        self.apply_gradients(zip(_gradients(loss, params, grad_loss), params, strict=True), name)
+
+    def get_gradients(self, loss: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of a loss with respect to parameters; `.grad` stays as it is.
+
+        Raises:
+            ValueError: the loss does not depend on one of them.
+        """
+        params = _flattened(params)
+        grads = _gradients(loss, params, None)
+        for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+            if grad is None:
+                raise ValueError(
+                    f"Variable {index} of shape {tuple(param.shape)} has `None` for gradient: the loss does not depend "
+                    "on it through differentiable operations."
+                )
+        return grads  # type: ignore[return-value]
+
+    # ---- Configuration ------------------------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` and Keras make the same optimizer from: plain values, by Keras' names.
+
+        It describes the first param group. A schedule becomes ``{"class_name": ..., "config": ...}``, a Tensor its
+        number, a callable what it returns now. Aggregator, transformers and state are not part of it.
+        """
+        config: dict[str, Any] = {"name": self.name}
+        for key in ("clipnorm", "clipvalue", "global_clipnorm"):
+            if getattr(self, key) is not None:
+                config[key] = getattr(self, key)
+        for key in ("learning_rate", "decay", "rho", "epsilon"):
+            value = getattr(self, key)
+            if isinstance(value, schedules.LearningRateSchedule):
+                config[key] = schedules.serialize(value)
+                continue
+            if callable(value) and not isinstance(value, Tensor):
+                value = value()
+            config[key] = value.item() if isinstance(value, Tensor) else value
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], params: Any, custom_objects: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        """An optimizer for `params` from a configuration of `get_config`, or of ``tf.keras`` or Keras.
+
+        Args:
+            config: it is not changed. `lr` is taken for `learning_rate`.
+            params: as for the constructor.
+            custom_objects: classes of schedules by their names, for those that `schedules` does not have.
+            options: further arguments of the constructor, such as `fused`.
+
+        Raises:
+            ValueError: it asks for what this optimizer does not do, such as weight decay, or what the constructor
+                raises.
+        """
+        config = dict(config)
+        for key, neutral in _NEUTRAL.items():
+            value = config.pop(key, None)
+            if neutral and value not in neutral:
+                raise ValueError(f"the configuration has {key}={value!r}, which AdadeltaKeras does not do; remove it")
+        if "lr" in config:
+            config["learning_rate"] = config.pop("lr")
+        if isinstance(config.get("learning_rate"), dict):
+            config["learning_rate"] = schedules.deserialize(config["learning_rate"], custom_objects)
+        return cls(params, **{**config, **options})
+
+    # ---- Weights and slots --------------------------------------------------------------------------------------
+
+    def get_slot_names(self) -> list[str]:
+        """The names of the state: "accum_grad", here `square_avg`, and "accum_var", here `acc_delta`."""
+        return list(SLOTS)
+
+    def get_slot(self, var: Tensor, slot_name: str) -> Tensor:
+        """The state of a parameter by the name that Keras has for it.
+
+        Raises:
+            KeyError: there is no such slot, or the parameter has no state yet.
+        """
+        if slot_name not in SLOTS:
+            raise KeyError(f"no slot {slot_name!r}; there are {', '.join(SLOTS)}")
+        if not self.state.get(var):
+            raise KeyError(
+                f"a tensor of shape {tuple(var.shape)} has no state; the first step with a gradient makes it"
+            )
+        slot: Tensor = self.state[var][SLOTS[slot_name]]
+        return slot
+
+    def variables(self) -> list[Tensor]:
+        """`iterations`, the `square_avg` of all parameters, and their `acc_delta`, in the order of the parameters.
+
+        State is the optimizer's own; for a parameter without any, there are zeros.
+        """
+        params = self._params()
+        states = [self.state.get(param) or self._new_state(param) for param in params]
+        count = self.param_groups[0]["iterations"]
+        iterations = count if isinstance(count, Tensor) else torch.tensor(count, dtype=torch.int64)
+        return [iterations, *(state[key] for key in SLOTS.values() for state in states)]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The same as `variables()`."""
+        return self.variables()
+
+    def get_weights(self) -> list[Any]:
+        """`variables()` as NumPy arrays, copied; bfloat16 becomes float32, and complex32 complex64."""
+        return [_to_numpy(tensor) for tensor in self.variables()]
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets `iterations` and all state, in the order of `get_weights`.
+
+        Args:
+            weights: arrays or Tensors; without the first, as in old files, iterations become 0.
+
+        Raises:
+            ValueError: wrong number or shape; then nothing was set.
+        """
+        params = self._params()
+        values = [torch.as_tensor(weight) for weight in weights]
+        if len(values) == 2 * len(params):
+            values.insert(0, torch.tensor(0))
+        if len(values) != 1 + 2 * len(params):
+            raise ValueError(
+                f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
+                f"{len(weights)}, but the optimizer was expecting {1 + 2 * len(params)} weights."
+            )
+        if values[0].numel() != 1 or values[0].is_complex():
+            raise ValueError(f"the first weight is the number of iterations, got shape {tuple(values[0].shape)}")
+        count = values[0].item()
+        if count != int(count):
+            raise ValueError(f"the first weight is the number of iterations, got {count!r}")
+        states = [dict(self.state.get(param) or self._new_state(param)) for param in params]
+        slots = [state[key] for key in SLOTS.values() for state in states]
+        for index, (slot, value) in enumerate(zip(slots, values[1:], strict=True), 1):
+            if slot.shape != value.shape:
+                raise ValueError(
+                    f"Optimizer weight shape {tuple(slot.shape)} not compatible with provided weight shape "
+                    f"{tuple(value.shape)} (weight {index})."
+                )
+            if value.is_complex() and not slot.is_complex():
+                raise ValueError(f"weight {index} is complex, the parameter is real")
+        self.iterations = int(count)
+        with torch.no_grad():
+            for slot, value in zip(slots, values[1:], strict=True):
+                slot.copy_(value)
+        for param, state in zip(params, states, strict=True):
+            self.state[param] = state
+
+
+def _flattened(params: Any) -> list[Tensor]:
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, dict):
+        params = params.values()
+    return [tensor for item in params for tensor in _flattened(item)]
+
+
+def _gradients(loss: Any, params: list[Tensor], grad_loss: Tensor | None) -> list[Tensor | None]:
+    """The gradients of a loss, None where it does not depend on a parameter."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a Tensor, or a callable that returns one, got {type(loss).__name__}")
+    watched = [param for param in params if param.requires_grad]
+    if not loss.requires_grad or not watched:
+        return [None] * len(params)
+    grad_outputs = torch.ones_like(loss) if grad_loss is None else grad_loss
+    found = iter(torch.autograd.grad(loss, watched, grad_outputs, allow_unused=True))
+    return [next(found) if param.requires_grad else None for param in params]
+
+
+def _to_numpy(tensor: Tensor) -> Any:
+    tensor = tensor.detach().to("cpu", copy=True)
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.float()
+    if tensor.dtype is torch.complex32:
+        tensor = tensor.to(torch.complex64)
+    return tensor.numpy()

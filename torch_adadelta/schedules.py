@@ -1,0 +1,852 @@
+"""The learning-rate schedules of tf.keras: the same numbers, for a step number or for a step Tensor on any device.
+
+Keras computes a schedule in the dtype of its initial learning rate. So does this module: in T, float64 for a float64
+Tensor or NumPy scalar and else float32, where every operation is rounded on its own, in the order of Keras. Python
+numbers are rounded to float32 before they are cast to T.
+
+A Tensor step gives a Tensor, by operations on its device alone: nothing waits for the device and nothing branches on
+a value, so a CUDA graph can capture a call and torch.compile can trace it. A step number takes the same way, on the
+CPU, and gives a float with the same bits.
+
+Constants are 0-dim Tensors on the device, not Python numbers: on CUDA PyTorch replaces the division by a number with
+the product with its reciprocal, which rounds twice.
+"""
+
+import ctypes
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LearningRateSchedule",
+    "ExponentialDecay",
+    "PiecewiseConstantDecay",
+    "PolynomialDecay",
+    "InverseTimeDecay",
+    "CosineDecay",
+    "CosineDecayRestarts",
+    "LinearCosineDecay",
+    "NoisyLinearCosineDecay",
+    "serialize",
+    "deserialize",
+]
+
+Value = float | Tensor
+Schedule = TypeVar("Schedule", bound="LearningRateSchedule")
+
+_FLOAT32_MAX: Final = torch.finfo(torch.float32).max
+_PI: Final = 3.141592653589793
+_SQRT_2: Final = 1.4142135623730951
+_UINT32_MAX: Final = 0xFFFFFFFF
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+
+
+def _check(name: str, value: Any, holds: Callable[[float], bool], text: str) -> Any:
+    """`value` itself, if it is a number, or a Tensor of one, for which `holds`. Tensors on a device are not read.
+
+    A NumPy scalar, which torch.compile cannot trace, becomes a number, or a Tensor where its precision says something.
+    """
+    number = value
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a one-element Tensor, got a Tensor of shape {tuple(value.shape)}"
+            )
+        if value.is_complex() or value.dtype is torch.bool:
+            raise TypeError(f"{name} must be a real number, got a Tensor of {value.dtype}")
+        if value.is_meta:
+            raise ValueError(f"{name} is a Tensor on the meta device, which has no value")
+        if value.device.type != "cpu":
+            return value
+        number = value.detach().item()
+    elif _is_numpy_scalar(value):
+        number = value.item()
+        value = torch.tensor(number, dtype=torch.float64, device="cpu") if value.dtype == "float64" else number
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(
+            f"{name} must be a number or a one-element Tensor, got {value!r} of type {type(value).__name__}"
+        )
+    if not abs(number) <= _FLOAT32_MAX or not holds(number):  # nan compares false
+        raise ValueError(f"Invalid {name}: {value!r}; it must be {text}")
+    return value
+
+
+def _finite(name: str, value: Any) -> Any:
+    return _check(name, value, lambda number: True, "a finite number that fits float32")
+
+
+def _positive(name: str, value: Any) -> Any:
+    # What rounds to 0 in float32 would be divided by.
+    return _check(
+        name, value, lambda number: ctypes.c_float(number).value > 0.0, "a finite number > 0 that fits float32"
+    )
+
+
+def _not_negative(name: str, value: Any) -> Any:
+    return _check(name, value, lambda number: number >= 0.0, "a finite number >= 0 that fits float32")
+
+
+def _boolean(name: str, value: Any) -> bool:
+    plain = value.item() if _is_numpy_scalar(value) else value
+    if not isinstance(plain, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return plain
+
+
+def _name(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"name must be a string or None, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _list(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name} must be a list of numbers, got {values!r} of type {type(values).__name__}")
+    return [_finite(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+# ---- Arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def _dtype_of(learning_rate: Any) -> torch.dtype:
+    """T: float64 for a float64 Tensor, which a NumPy scalar has become, else float32."""
+    is_float64 = isinstance(learning_rate, Tensor) and learning_rate.dtype is torch.float64
+    return torch.float64 if is_float64 else torch.float32
+
+
+def _tensor(value: Any, T: torch.dtype, device: torch.device, number_dtype: torch.dtype = torch.float32) -> Tensor:
+    """An argument as a 0-dim Tensor on `device`, without a copy that the host would have to wait for.
+
+    A float is rounded to `number_dtype` first: TensorFlow makes a float32 of it, and casts that to T.
+    """
+    if isinstance(value, float):
+        return torch.full((), value, dtype=number_dtype, device=device).to(T)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=T, device=device)
+    value = value.reshape(()).to(T)
+    if value.device.type == "cpu" and device.type != "cpu":
+        # A 0-dim CPU operand is read when the kernel is launched, as a number is.
+        return value + torch.zeros((), dtype=T, device=device)
+    return value.to(device)
+
+
+def _in_T(step: Tensor, learning_rate: Any, *values: Any) -> tuple[Tensor, ...]:
+    """The step, the learning rate and the other values in T, which is the learning rate's, on the step's device."""
+    T = _dtype_of(learning_rate)
+    return step.to(T), *(_tensor(value, T, step.device) for value in (learning_rate, *values))
+
+
+def _rounded_once(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """`function` in float64, rounded to T once.
+
+    PyTorch's float32 functions differ from each other between devices and vector widths, and those of the CPU from
+    TensorFlow's: measured on x86, 5 % of all cosines, 2 % of logarithms and 17 % of roots by one ulp. Rounded once,
+    logarithms and roots are TensorFlow's, and 1.4 % of cosines and 0.05 % of powers are an ulp away.
+    """
+    return function(*(x.double() for x in operands)).to(operands[0].dtype)
+
+
+def _half_cosine(fraction: Tensor, scale: Tensor | float = 0.5) -> Tensor:
+    """The product of `scale` and 1 + cos(pi * fraction)."""
+    pi = torch.full((), _PI, dtype=fraction.dtype, device=fraction.device)
+    return scale * (1.0 + _rounded_once(torch.cos, pi * fraction))
+
+
+def _step_tensor(step: Any) -> Tensor:
+    """A step number as TensorFlow converts it: a float is rounded to float32, an int and a NumPy scalar are kept."""
+    if _is_numpy_scalar(step):
+        number, dtype = step.item(), torch.as_tensor(step).dtype
+    else:
+        number, dtype = step, torch.float32 if isinstance(step, float) else torch.int64
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"step must be a number or a one-element Tensor, got {step!r} of type {type(step).__name__}")
+    if not number >= 0 or (isinstance(number, int) and number >= 2**63):
+        raise ValueError(f"Invalid step: {step!r}; it must be a number >= 0 below 2**63, the count of finished steps")
+    return torch.full((), number, dtype=dtype, device="cpu")
+
+
+def _scalar_step(step: Tensor) -> Tensor:
+    if step.numel() != 1:
+        raise ValueError(f"step must be a number or a one-element Tensor, got a Tensor of shape {tuple(step.shape)}")
+    if step.is_complex() or step.dtype is torch.bool:
+        raise TypeError(f"step must be a real number, got a Tensor of {step.dtype}")
+    return step.reshape(())
+
+
+# ---- The base -------------------------------------------------------------------------------------------------------
+
+
+class LearningRateSchedule:
+    """The base of all schedules: something that gives the learning rate of a step.
+
+    A schedule of your own overrides `__call__` and, to be saved with an optimizer, `get_config`:
+
+        class Inverse(LearningRateSchedule):
+            def __init__(self, learning_rate):
+                self.learning_rate = learning_rate
+
+            def __call__(self, step):
+                return self.learning_rate / (step + 1)
+
+            def get_config(self):
+                return {"learning_rate": self.learning_rate}
+
+    Source: `tf.keras.optimizers.schedules.LearningRateSchedule`.
+    """
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate of a step, which is a number or a one-element Tensor and counts from 0."""
+        raise NotImplementedError(f"{type(self).__name__} must override `__call__(self, step)`")
+
+    def get_config(self) -> dict[str, Any]:
+        """The keyword arguments that make this schedule again, as plain Python values."""
+        raise NotImplementedError(f"{type(self).__name__} must override `get_config(self)` to be saved")
+
+    @classmethod
+    def from_config(cls: type[Schedule], config: Mapping[str, Any]) -> Schedule:
+        """The schedule that `get_config` described, of this package or of Keras."""
+        return cls(**{key: _from_keras(value) for key, value in config.items()})
+
+    def __repr__(self) -> str:
+        try:
+            config = self.get_config()
+        except NotImplementedError:
+            return object.__repr__(self)
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in config.items())})"
+
+
+class _KerasSchedule(LearningRateSchedule):
+    """What the schedules of Keras share: both kinds of step, and the config."""
+
+    name: str | None
+
+    @overload
+    def __call__(self, step: float) -> float: ...
+    @overload
+    def __call__(self, step: Tensor) -> Tensor: ...
+    def __call__(self, step: float | Tensor) -> float | Tensor:
+        """The learning rate of a step.
+
+        Args:
+            step: a number >= 0, or a one-element Tensor of an integer or floating dtype, whose value is not checked.
+                It is rounded to T: in float32, beyond 2**24 several steps are the same one.
+
+        Returns:
+            For a number, a float that holds the value in T. For a Tensor, a 0-dim Tensor in T on the step's device.
+            The host waits for a device only where an argument of the schedule is a Tensor on another device.
+
+        Raises:
+            TypeError: `step` is no number and no Tensor, or a complex or boolean Tensor.
+            ValueError: it is negative or nan, or a Tensor without exactly one element.
+        """
+        if isinstance(step, Tensor):
+            return self._value(_scalar_step(step))
+        return self._value(_step_tensor(step)).item()
+
+    def _value(self, step: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _config(self, *names: str) -> dict[str, Any]:
+        config = {name: _plain(getattr(self, name)) for name in names}
+        if "initial_learning_rate" in config:
+            # With an int Keras would compute in integers.
+            config["initial_learning_rate"] = float(config["initial_learning_rate"])
+        if self.name is not None:  # its absence means None to r2.4, but Keras 3 cannot call a schedule without a name
+            config["name"] = self.name
+        return config
+
+
+def _plain(value: Any) -> Any:
+    """A Python number, for what can be saved as JSON and loaded by `torch.load(weights_only=True)`."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, Tensor) or _is_numpy_scalar(value) else value
+
+
+def _from_keras(value: Any) -> Any:
+    """A value of a config, where Keras writes a Tensor as {"class_name": "__tensor__", "config": {...}}."""
+    if isinstance(value, list):
+        return [_from_keras(item) for item in value]
+    if isinstance(value, Mapping) and value.get("class_name") in ("__tensor__", "__numpy__"):
+        return torch.tensor(value["config"]["value"], dtype=getattr(torch, value["config"]["dtype"]), device="cpu")
+    return value
+
+
+# ---- The schedules --------------------------------------------------------------------------------------------------
+
+
+class ExponentialDecay(_KerasSchedule):
+    """Multiplies the learning rate by `decay_rate` every `decay_steps` steps.
+
+        initial_learning_rate * decay_rate ** (step / decay_steps)
+
+    Args:
+        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
+        decay_steps: the number of steps after which the rate is multiplied once, > 0.
+        decay_rate: the factor.
+        staircase: whether the exponent is rounded down, so that the rate stays for `decay_steps` steps at a time.
+        name: kept for Keras, without effect.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is nan, infinite or out of range.
+
+    Source: `tf.keras.optimizers.schedules.ExponentialDecay`.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: Value,
+        decay_steps: Value,
+        decay_rate: Value,
+        staircase: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
+        self.decay_steps = _positive("decay_steps", decay_steps)
+        self.decay_rate = _finite("decay_rate", decay_rate)
+        self.staircase = _boolean("staircase", staircase)
+        self.name = _name(name)
+
+    def _value(self, step: Tensor) -> Tensor:
+        t, lr, decay_steps, decay_rate = _in_T(step, self.initial_learning_rate, self.decay_steps, self.decay_rate)
+        exponent = t / decay_steps
+        if self.staircase:
+            exponent = torch.floor(exponent)
+        return lr * _rounded_once(torch.pow, decay_rate, exponent)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values."""
+        return self._config("initial_learning_rate", "decay_steps", "decay_rate", "staircase")
+
+
+class PiecewiseConstantDecay(_KerasSchedule):
+    """A value for each interval between boundaries.
+
+        values[0]     step <= boundaries[0]
+        values[i]     boundaries[i - 1] < step <= boundaries[i]
+        values[-1]    step > boundaries[-1]
+
+    As in Keras the boundaries are cast to the dtype of the step before they are compared, floats to float32 first. So
+    to an integer step, boundaries lose their fraction; to a float32 step, a boundary beyond 2**24 is its neighbour.
+    Integer steps are compared as int64, whatever their width.
+
+    Args:
+        boundaries: a list of numbers, NumPy scalars or one-element Tensors, strictly increasing.
+        values: the learning rates, one more than there are boundaries. The dtype of the first is T.
+        name: kept for Keras, without effect.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: the lengths do not match, the boundaries do not increase, or a number is nan or infinite.
+
+    Source: `tf.keras.optimizers.schedules.PiecewiseConstantDecay`.
+    """
+
+    def __init__(self, boundaries: Sequence[Value], values: Sequence[Value], name: str | None = None) -> None:
+        self.boundaries = _list("boundaries", boundaries)
+        self.values = _list("values", values)
+        self.name = _name(name)
+        if len(self.values) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"values must be one more than boundaries, got {len(self.values)} values for {len(self.boundaries)} "
+                "boundaries; the first value is for the steps up to the first boundary"
+            )
+        known = [x for x in self.boundaries if not isinstance(x, Tensor) or x.device.type == "cpu"]
+        if any(low >= high for low, high in itertools.pairwise(known)):
+            raise ValueError(f"boundaries must increase strictly, got {_plain(known)}")
+
+    def _value(self, step: Tensor) -> Tensor:
+        T = _dtype_of(self.values[0])
+        if not step.is_floating_point():
+            step = step.to(torch.int64)
+        elif step.dtype.itemsize == 1:
+            step = step.float()  # PyTorch compares no float8
+        value = _tensor(self.values[0], T, step.device)
+        for boundary, after in zip(self.boundaries, self.values[1:], strict=True):
+            value = torch.where(
+                step > _tensor(boundary, step.dtype, step.device), _tensor(after, T, step.device), value
+            )
+        return value
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values."""
+        config = self._config("boundaries", "values")
+        config["values"] = [float(value) for value in config["values"]]  # Keras refuses a mixture of int and float
+        return config
+
+
+class PolynomialDecay(_KerasSchedule):
+    """Goes from one learning rate to another, in a line or another power.
+
+        t = min(step, decay_steps)
+        (initial_learning_rate - end_learning_rate) * (1 - t / decay_steps) ** power + end_learning_rate
+
+    With `cycle` t is the step, and `decay_steps` is multiplied by ceil(step / decay_steps), at step 0 by 1: at each
+    multiple of `decay_steps` the end is reached, and the step after it begins anew, higher the longer the cycle.
+    (Beyond 2**24 steps rounding may bring t above the multiple; then a fractional power is nan, as in Keras.)
+
+    Args:
+        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
+        decay_steps: the number of steps to the end, > 0.
+        end_learning_rate: the learning rate at the end; 0.0001 by default.
+        power: the power; 1.0, a line, by default.
+        cycle: whether to begin anew after `decay_steps`, instead of staying at the end.
+        name: kept for Keras, without effect.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is nan, infinite or out of range.
+
+    Source: `tf.keras.optimizers.schedules.PolynomialDecay`.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: Value,
+        decay_steps: Value,
+        end_learning_rate: Value = 0.0001,
+        power: Value = 1.0,
+        cycle: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
+        self.decay_steps = _positive("decay_steps", decay_steps)
+        self.end_learning_rate = _finite("end_learning_rate", end_learning_rate)
+        self.power = _finite("power", power)
+        self.cycle = _boolean("cycle", cycle)
+        self.name = _name(name)
+
+    def _value(self, step: Tensor) -> Tensor:
+        t, lr, decay_steps, end_lr, power = _in_T(
+            step, self.initial_learning_rate, self.decay_steps, self.end_learning_rate, self.power
+        )
+        if self.cycle:
+            decay_steps = decay_steps * torch.where(t == 0, torch.ones_like(t), torch.ceil(t / decay_steps))
+        else:
+            t = torch.minimum(t, decay_steps)
+        return (lr - end_lr) * _rounded_once(torch.pow, 1 - t / decay_steps, power) + end_lr
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values."""
+        return self._config("initial_learning_rate", "decay_steps", "end_learning_rate", "power", "cycle")
+
+
+class InverseTimeDecay(_KerasSchedule):
+    """Divides the learning rate by a number that grows with the steps.
+
+        initial_learning_rate / (1 + decay_rate * step / decay_steps)
+
+    Args:
+        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
+        decay_steps: the number of steps after which the divisor has grown by `decay_rate`, > 0.
+        decay_rate: the growth of the divisor.
+        staircase: whether step / decay_steps is rounded down, so that the rate stays for `decay_steps` steps at a time.
+        name: kept for Keras, without effect.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is nan, infinite or out of range.
+
+    Source: `tf.keras.optimizers.schedules.InverseTimeDecay`.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: Value,
+        decay_steps: Value,
+        decay_rate: Value,
+        staircase: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
+        self.decay_steps = _positive("decay_steps", decay_steps)
+        self.decay_rate = _finite("decay_rate", decay_rate)
+        self.staircase = _boolean("staircase", staircase)
+        self.name = _name(name)
+
+    def _value(self, step: Tensor) -> Tensor:
+        t, lr, decay_steps, decay_rate = _in_T(step, self.initial_learning_rate, self.decay_steps, self.decay_rate)
+        fraction = t / decay_steps
+        if self.staircase:
+            fraction = torch.floor(fraction)
+        return lr / (1 + decay_rate * fraction)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values."""
+        return self._config("initial_learning_rate", "decay_steps", "decay_rate", "staircase")
+
+
+class CosineDecay(_KerasSchedule):
+    """Follows half a cosine down to `alpha` times the learning rate; before that, if wanted, a line up to it.
+
+        t = min(step, decay_steps)
+        initial_learning_rate * ((1 - alpha) * 0.5 * (1 + cos(pi * t / decay_steps)) + alpha)
+
+    With a `warmup_target`, for the first `warmup_steps` steps
+
+        (warmup_target - initial_learning_rate) * step / warmup_steps + initial_learning_rate
+
+    and from there the decay as above, of `warmup_target` and with step - warmup_steps.
+
+    Args:
+        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
+        decay_steps: the number of steps of the decay, > 0.
+        alpha: the learning rate at the end, as a fraction of the highest; 0.0 by default.
+        name: kept for Keras, without effect.
+        warmup_target: the learning rate at the end of the warm-up; None, the default, for no warm-up.
+        warmup_steps: the number of steps of the warm-up, >= 0; 0 by default, when the decay of `warmup_target` begins
+            at once. Without a `warmup_target` it has no effect.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is nan, infinite or out of range.
+
+    Sources: `tf.keras.experimental.CosineDecay`, and for the warm-up `keras.optimizers.schedules.CosineDecay` of
+    Keras 3; Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, https://arxiv.org/abs/1608.03983.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: Value,
+        decay_steps: Value,
+        alpha: Value = 0.0,
+        name: str | None = None,
+        warmup_target: Value | None = None,
+        warmup_steps: Value = 0,
+    ) -> None:
+        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
+        self.decay_steps = _positive("decay_steps", decay_steps)
+        self.alpha = _finite("alpha", alpha)
+        self.name = _name(name)
+        self.warmup_target = None if warmup_target is None else _finite("warmup_target", warmup_target)
+        self.warmup_steps = _not_negative("warmup_steps", warmup_steps)
+
+    def _value(self, step: Tensor) -> Tensor:
+        t, lr, decay_steps = _in_T(step, self.initial_learning_rate, self.decay_steps)
+        # In this schedule alone Keras subtracts alpha from 1 before it is rounded, and rounds it to T at once.
+        one_minus_alpha, alpha = (
+            _tensor(x, t.dtype, t.device, number_dtype=t.dtype) for x in (1 - self.alpha, self.alpha)
+        )
+        if self.warmup_target is None:
+            return lr * (one_minus_alpha * _half_cosine(torch.minimum(t, decay_steps) / decay_steps) + alpha)
+        target, warmup_steps = (_tensor(value, t.dtype, t.device) for value in (self.warmup_target, self.warmup_steps))
+        t = torch.minimum(t, decay_steps + warmup_steps)
+        warming_up = (target - lr) * (t / warmup_steps) + lr
+        decaying = target * (one_minus_alpha * _half_cosine((t - warmup_steps) / decay_steps) + alpha)
+        return torch.where(t < warmup_steps, warming_up, decaying)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values; those of the warm-up, which r2.4 does not know, only if set."""
+        config = self._config("initial_learning_rate", "decay_steps", "alpha", "warmup_target", "warmup_steps")
+        if config["warmup_target"] is None and config["warmup_steps"] == 0:
+            del config["warmup_target"], config["warmup_steps"]
+        return config
+
+
+class CosineDecayRestarts(_KerasSchedule):
+    """Follows half a cosine down, again and again, each time slower and from a new height.
+
+        period i lasts first_decay_steps * t_mul ** i steps; in it, with x from 0 to 1,
+        initial_learning_rate * ((1 - alpha) * 0.5 * m_mul ** i * (1 + cos(pi * x)) + alpha)
+
+    For `t_mul` other than 1, i is the quotient of two logarithms, rounded down, as in Keras. In float32 the quotient may
+    be on the wrong side of an integer: with `t_mul=2` the 13th and the 15th restart come one step late, and restarts
+    after some hundred `first_decay_steps` may come a few steps early.
+
+    Args:
+        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
+        first_decay_steps: the number of steps of the first period, > 0.
+        t_mul: how many times longer each period is than the one before, > 0; 2.0 by default. Below 1 the periods have
+            an end, first_decay_steps / (1 - t_mul) steps, from which on the value is nan, as in Keras.
+        m_mul: how many times higher; 1.0 by default.
+        alpha: the learning rate at the end of each period, as a fraction of the initial one; 0.0 by default.
+        name: kept for Keras, without effect.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is nan, infinite or out of range.
+
+    Sources: `tf.keras.experimental.CosineDecayRestarts`; Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with
+    Warm Restarts, https://arxiv.org/abs/1608.03983.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: Value,
+        first_decay_steps: Value,
+        t_mul: Value = 2.0,
+        m_mul: Value = 1.0,
+        alpha: Value = 0.0,
+        name: str | None = None,
+    ) -> None:
+        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
+        self.first_decay_steps = _positive("first_decay_steps", first_decay_steps)
+        self.t_mul = _positive("t_mul", t_mul)
+        self.m_mul = _finite("m_mul", m_mul)
+        self.alpha = _finite("alpha", alpha)
+        self.name = _name(name)
+
+    def _value(self, step: Tensor) -> Tensor:
+        t, lr, first_decay_steps, t_mul, m_mul, alpha = _in_T(
+            step, self.initial_learning_rate, self.first_decay_steps, self.t_mul, self.m_mul, self.alpha
+        )
+        elapsed = t / first_decay_steps  # in first periods
+
+        # All periods equally long.
+        period = torch.floor(elapsed)
+        fraction = elapsed - period
+
+        # Each t_mul times as long: a geometric series.
+        logarithm = _rounded_once(torch.log, 1.0 - elapsed * (1.0 - t_mul))
+        geometric_period = torch.floor(logarithm / _rounded_once(torch.log, t_mul))
+        length = _rounded_once(torch.pow, t_mul, geometric_period)
+        geometric_fraction = (elapsed - (1.0 - length) / (1.0 - t_mul)) / length
+
+        are_equal = t_mul == 1.0
+        period = torch.where(are_equal, period, geometric_period)
+        fraction = torch.where(are_equal, fraction, geometric_fraction)
+        height = _rounded_once(torch.pow, m_mul, period)
+        return lr * ((1 - alpha) * _half_cosine(fraction, 0.5 * height) + alpha)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values."""
+        return self._config("initial_learning_rate", "first_decay_steps", "t_mul", "m_mul", "alpha")
+
+
+class LinearCosineDecay(_KerasSchedule):
+    """A line down, times a cosine.
+
+        t = min(step, decay_steps)
+        linear = (decay_steps - t) / decay_steps
+        cosine = 0.5 * (1 + cos(pi * 2 * num_periods * t / decay_steps))
+        initial_learning_rate * ((alpha + linear) * cosine + beta)
+
+    Args:
+        initial_learning_rate: the learning rate that the rest is a factor of; a number, a NumPy scalar or a one-element
+            Tensor.
+        decay_steps: the number of steps of the decay, > 0.
+        num_periods: how many full periods the cosine has in that time; 0.5 by default.
+        alpha: added to the line; 0.0 by default.
+        beta: added to the product; 0.001 by default.
+        name: kept for Keras, without effect.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is nan, infinite or out of range.
+
+    Sources: `tf.keras.experimental.LinearCosineDecay` of TensorFlow r2.4; Bello et al., Neural Optimizer Search with
+    Reinforcement Learning, https://arxiv.org/abs/1709.07417.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: Value,
+        decay_steps: Value,
+        num_periods: Value = 0.5,
+        alpha: Value = 0.0,
+        beta: Value = 0.001,
+        name: str | None = None,
+    ) -> None:
+        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
+        self.decay_steps = _positive("decay_steps", decay_steps)
+        self.num_periods = _finite("num_periods", num_periods)
+        self.alpha = _finite("alpha", alpha)
+        self.beta = _finite("beta", beta)
+        self.name = _name(name)
+
+    def _value(self, step: Tensor) -> Tensor:
+        t, lr, decay_steps, num_periods, alpha, beta = _in_T(
+            step, self.initial_learning_rate, self.decay_steps, self.num_periods, self.alpha, self.beta
+        )
+        t = torch.minimum(t, decay_steps)
+        linear = self._line((decay_steps - t) / decay_steps, t, step)
+        cosine = _half_cosine(2.0 * num_periods * (t / decay_steps))
+        return lr * ((alpha + linear) * cosine + beta)
+
+    def _line(self, linear: Tensor, t: Tensor, step: Tensor) -> Tensor:
+        return linear
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values."""
+        return self._config("initial_learning_rate", "decay_steps", "num_periods", "alpha", "beta")
+
+
+class NoisyLinearCosineDecay(LinearCosineDecay):
+    """A line down with noise, times a cosine.
+
+        t = min(step, decay_steps)
+        linear = (decay_steps - t) / decay_steps
+        noise ~ N(0, initial_variance / (1 + t) ** variance_decay)
+        cosine = 0.5 * (1 + cos(pi * 2 * num_periods * t / decay_steps))
+        initial_learning_rate * ((alpha + linear + noise) * cosine + beta)
+
+    As in Keras the value may be negative. Unlike in Keras, where the noise comes from a generator with a state of its
+    own, it is a function of the seed and the step (rounded down, modulo 2**32) and nothing else: a run that is resumed
+    sees the noise that it would have seen, and a step that is asked for twice gives the same value twice.
+
+    Where several processes train one model, give a seed: each of them would draw its own.
+
+    `get_config` holds the seed. tf_keras reads such a config, and draws other noise from the seed; Keras 3 has no such
+    schedule; r2.4 knows no seed, so `config.pop("seed")` before its `from_config`.
+
+    Args:
+        initial_learning_rate: the learning rate that the rest is a factor of; a number, a NumPy scalar or a one-element
+            Tensor.
+        decay_steps: the number of steps of the decay, > 0.
+        initial_variance: the variance of the noise at step 0, >= 0; 1.0 by default.
+        variance_decay: the power by which the variance falls; 0.55 by default.
+        num_periods: how many full periods the cosine has in that time; 0.5 by default.
+        alpha: added to the line; 0.0 by default.
+        beta: added to the product; 0.001 by default.
+        name: kept for Keras, without effect.
+        seed: an int. None, the default, draws one from PyTorch's default generator, once, here.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is nan, infinite or out of range.
+
+    Sources: `tf.keras.experimental.NoisyLinearCosineDecay` of TensorFlow r2.4; Bello et al., Neural Optimizer Search
+    with Reinforcement Learning, https://arxiv.org/abs/1709.07417; for the hash of the noise, lowbias32 of
+    https://github.com/skeeto/hash-prospector.
+    """
+
+    def __init__(
+        self,
+        initial_learning_rate: Value,
+        decay_steps: Value,
+        initial_variance: Value = 1.0,
+        variance_decay: Value = 0.55,
+        num_periods: Value = 0.5,
+        alpha: Value = 0.0,
+        beta: Value = 0.001,
+        name: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(initial_learning_rate, decay_steps, num_periods, alpha, beta, name)
+        self.initial_variance = _not_negative("initial_variance", initial_variance)
+        self.variance_decay = _finite("variance_decay", variance_decay)
+        given, seed = seed, _plain(seed)
+        if seed is None:
+            seed = int(torch.randint(2**31, (), device="cpu"))
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int or None, got {given!r} of type {type(given).__name__}")
+        self._seed = seed
+        # Seeds that people choose are close to each other; what is made of them must not be.
+        digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+        self._keys = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+    @property
+    def seed(self) -> int:
+        """What the noise is made of, besides the step."""
+        return self._seed
+
+    def _line(self, linear: Tensor, t: Tensor, step: Tensor) -> Tensor:
+        initial_variance, variance_decay = (
+            _tensor(value, t.dtype, t.device) for value in (self.initial_variance, self.variance_decay)
+        )
+        variance = initial_variance / _rounded_once(torch.pow, 1.0 + t, variance_decay)
+        return linear + _standard_normal(step, self._keys).to(t.dtype) * _rounded_once(torch.sqrt, variance)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values, with the seed that was given or drawn."""
+        names = ("initial_learning_rate", "decay_steps", "initial_variance", "variance_decay", "num_periods")
+        return self._config(*names, "alpha", "beta", "seed")
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """lowbias32: a bijection of [0, 2**32) in which each bit of `x` changes each bit of the result half the time.
+
+    In int64, where no product overflows: the second factor, taken modulo 2**32, is the one nearer to 0.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _UINT32_MAX
+    x = x ^ (x >> 15)
+    x = (x * (0x846CA68B - 2**32)) & _UINT32_MAX
+    return x ^ (x >> 16)
+
+
+def _standard_normal(step: Tensor, keys: tuple[int, int]) -> Tensor:
+    """A draw from N(0, 1) in float64: the hash of the keys and the step, through the inverse of the distribution."""
+    counter = step.to(torch.int64) & _UINT32_MAX
+    hashed = _hashed(_hashed(counter ^ keys[0]) ^ keys[1])
+    return _SQRT_2 * torch.erfinv((hashed.double() + 0.5) * 2.0**-31 - 1.0)
+
+
+# ---- Saving ---------------------------------------------------------------------------------------------------------
+
+_CLASSES: Final[dict[str, type[LearningRateSchedule]]] = {
+    schedule.__name__: schedule
+    for schedule in (
+        ExponentialDecay,
+        PiecewiseConstantDecay,
+        PolynomialDecay,
+        InverseTimeDecay,
+        CosineDecay,
+        CosineDecayRestarts,
+        LinearCosineDecay,
+        NoisyLinearCosineDecay,
+    )
+}
+
+_KERAS_PACKAGES: Final = frozenset(("keras", "tf_keras", "tensorflow"))
+
+
+def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
+    """What `deserialize`, and the `deserialize` of every Keras, make the schedule of again.
+
+    Args:
+        schedule: a schedule of this package or of your own, with `get_config`.
+
+    Returns:
+        {"class_name": the name of its class, "config": its arguments, as plain Python values}.
+
+    Raises:
+        TypeError: `schedule` is none.
+    """
+    if not isinstance(schedule, LearningRateSchedule):
+        raise TypeError(f"Only a LearningRateSchedule can be serialized, got {schedule!r}")
+    return {"class_name": type(schedule).__name__, "config": schedule.get_config()}
+
+
+def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """The schedule that `serialize`, of this package, of r2.4, tf_keras or Keras 3, described.
+
+    Args:
+        config: {"class_name", "config"}; "module" and "registered_name", which newer versions of Keras add, may tell
+            that a class is not one of Keras, even though its name is.
+        custom_objects: classes of your own, by name. They come first.
+
+    Raises:
+        TypeError: `config` is no mapping.
+        ValueError: it lacks a key, or its class is unknown.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"A schedule's config must be a dict, got {config!r} of type {type(config).__name__}")
+    if not {"class_name", "config"} <= config.keys():
+        raise ValueError(
+            f"A schedule's config must have the keys 'class_name' and 'config', got {sorted(config)}; "
+            "`serialize(schedule)` makes one"
+        )
+    class_name: str = config["class_name"]
+    registered_name: str | None = config.get("registered_name")
+    for name in (registered_name, class_name):
+        if custom_objects and name is not None and name in custom_objects:
+            return custom_objects[name].from_config(config["config"])
+    package = (config.get("module") or "keras").partition(".")[0]
+    if class_name not in _CLASSES or registered_name not in (None, class_name) or package not in _KERAS_PACKAGES:
+        raise ValueError(
+            f"Unknown schedule {registered_name or class_name!r}: Keras has {', '.join(_CLASSES)}. Pass the class of "
+            f"another in custom_objects, as in custom_objects={{{class_name!r}: {class_name}}}"
+        )
+    return _CLASSES[class_name].from_config(config["config"])
