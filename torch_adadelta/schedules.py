@@ -560,9 +560,9 @@ class CosineDecayRestarts(_KerasSchedule):
         period i lasts first_decay_steps * t_mul ** i steps; in it, with x from 0 to 1,
         initial_learning_rate * ((1 - alpha) * 0.5 * m_mul ** i * (1 + cos(pi * x)) + alpha)
 
-    For `t_mul` other than 1, i is the quotient of two logarithms, rounded down, as in Keras. In float32 the quotient may
-    be on the wrong side of an integer: with `t_mul=2` the 13th and the 15th restart come one step late, and restarts
-    after some hundred `first_decay_steps` may come a few steps early.
+    For `t_mul` other than 1, i is the quotient of two logarithms, rounded down, as in Keras. In float32 it may fall on
+    the wrong side of an integer: with `t_mul=2` the 13th and the 15th restart come one step late, and restarts after
+    some hundred times `first_decay_steps` may come a few steps early.
 
     Args:
         initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
