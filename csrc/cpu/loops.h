@@ -44,4 +44,7 @@ extern const Loops loops_avx2;
 extern const Loops loops_avx512;
 #endif
 
+// The loops of the instruction set in use.
+const Loops& current_loops();
+
 }  // namespace torch_adadelta::cpu
