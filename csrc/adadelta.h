@@ -23,6 +23,13 @@ struct Hyperparameters {
       : lr(static_cast<T>(lr_)), rho(static_cast<T>(rho_)), omr(T(1) - rho), eps(static_cast<T>(eps_)) {}
 };
 
+// max(min(g, limit), -limit), where nan stays nan.
+template <typename T>
+ADADELTA_INLINE T clamp(T g, T limit) {
+  g = g > limit ? limit : g;
+  return g < -limit ? -limit : g;
+}
+
 // a: square_avg, u: acc_delta, p: the parameter, d: the step before the learning rate.
 //
 // Every operation is rounded to T on its own, in the order of the for-loop in update.py. Compile with

@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(torch_adadelta, m) {
       "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None) -> ()"
   );
   m.def("check_lists(Tensor[] params, Tensor[] grads, Tensor[] square_avgs, Tensor[] acc_deltas) -> ()");
+  m.def("grad_square_sums(Tensor[] params, Tensor[] grads, float? clipvalue=None, bool in_double=False) -> Tensor");
   m.def("cpu_capability() -> int");
   m.def("set_cpu_capability(int capability) -> int");
 }

@@ -7,6 +7,7 @@ fails, `load_error` says why and the Python paths of `update.py` do the work.
 import os
 import warnings
 from collections.abc import Callable
+from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -91,6 +92,23 @@ def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Ten
         torch.ops.torch_adadelta.check_lists.default(params, grads, square_avgs, acc_deltas)
 
 
+def grad_square_sums(
+    params: list[Tensor], grads: list[Tensor], clipvalue: float = inf, in_double: bool = False
+) -> Tensor:
+    """The sum of the squares of each gradient, as a float64 tensor [number of parameters] on the parameters' device.
+
+    A gradient is cast to the arithmetic type T of its parameter (float64 for float64 and complex128 parameters, else
+    float32; float64 for all if `in_double`), clamped to [-clipvalue, clipvalue], and squared. The squares are rounded
+    to T and summed in float64 over the tree of csrc/square_sums.h, in the order of the parameter's memory.
+
+    Raises RuntimeError if the lists do not fit together, or for a finite clipvalue and complex parameters.
+    """
+    if not params:  # the dispatcher finds no kernel without a tensor
+        return torch.empty(0, dtype=torch.float64)
+    result: Tensor = torch.ops.torch_adadelta.grad_square_sums.default(params, grads, clipvalue, in_double)
+    return result
+
+
 def cpu_capability() -> str:
     """The instruction set that the CPU kernels use: "default", "AVX2" or "AVX512"."""
     return CPU_CAPABILITIES[torch.ops.torch_adadelta.cpu_capability.default()]
@@ -118,6 +136,12 @@ if is_loaded:
 
     torch.library.register_fake("torch_adadelta::adadelta_", _fake)
     torch.library.register_fake("torch_adadelta::check_lists", _fake)
+
+    def _fake_grad_square_sums(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        _fake(params, *args, **kwargs)
+        return params[0].new_empty(len(params), dtype=torch.float64)
+
+    torch.library.register_fake("torch_adadelta::grad_square_sums", _fake_grad_square_sums)
 
     # So that the sets can be compared on a whole program, as PyTorch's ATEN_CPU_CAPABILITY allows for its own kernels.
     if _wanted := os.environ.get("TORCH_ADADELTA_CPU_CAPABILITY"):

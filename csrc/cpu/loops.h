@@ -3,8 +3,10 @@
 #pragma once
 
 #include "../adadelta.h"
+#include "../square_sums.h"
 
 #include <cstdint>
+#include <limits>
 
 namespace torch_adadelta::cpu {
 
@@ -24,6 +26,15 @@ using UpdateLoop = void (*)(
 template <typename To, typename From>
 using CastLoop = void (*)(To* to, const From* from, int64_t count);
 
+// Adds the squares of `count` elements, which begin at lane 0, to the kSumLanes lanes of a chunk; see square_sums.h.
+// `limit` is the clipvalue, or infinity.
+template <typename T>
+using SquareLoop = void (*)(double* lanes, const T* grad, int64_t count, T limit);
+
+// The same for complex elements, which are pairs.
+template <typename T>
+using ComplexSquareLoop = void (*)(double* lanes, const T* grad, int64_t count);
+
 struct Loops {
   UpdateLoop<float, float> update_float;
   UpdateLoop<double, double> update_double;
@@ -35,6 +46,11 @@ struct Loops {
   CastLoop<double, float> double_from_float;
   CastLoop<uint16_t, float> half_from_float;
   CastLoop<uint16_t, float> bfloat16_from_float;
+  SquareLoop<float> add_squares_float;
+  SquareLoop<double> add_squares_double;
+  ComplexSquareLoop<float> add_complex_squares_float;
+  ComplexSquareLoop<double> add_complex_squares_double;
+  double (*sum_lanes)(double* lanes);  // which are overwritten
 };
 
 extern const Loops loops_default;
