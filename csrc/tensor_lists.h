@@ -173,13 +173,15 @@ struct Entry {
   const Layout* layout;  // nullptr if dense
   Dtype dtype;           // of param, square_avg and acc_delta
   Dtype grad_dtype;
+  size_t index;             // of the parameter in the lists
   bool grad_aliases_param;  // the gradient is the parameter itself: read a block of it before the block is written
 };
 
 struct Entries {
   std::vector<Entry> entries;  // empty tensors are left out
   std::deque<Layout> layouts;
-  bool disjoint = true;  // false: some memory belongs to two entries, which must then run in their order
+  bool disjoint = true;        // false: some memory belongs to two entries, which must then run in their order
+  int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
 
   // The memory [begin, end) of every tensor that is written.
   struct Range {
@@ -195,6 +197,7 @@ struct Entries {
     entries.clear();
     layouts.clear();
     written.clear();
+    complex_param = -1;
   }
 
   // Sets `disjoint`. Step after step the memory is the same, and what was found before still holds.
@@ -351,6 +354,9 @@ inline const Entries& read_entries(
     if (square_avg.dtype != param.dtype || acc_delta.dtype != param.dtype) {
       fail("the state of parameter ", i, " has another dtype than the parameter");
     }
+    if (param.is_complex && result.complex_param < 0) {
+      result.complex_param = static_cast<int64_t>(i);
+    }
     if (param.numel == 0) {
       continue;
     }
@@ -393,6 +399,7 @@ inline const Entries& read_entries(
          layout,
          param.dtype,
          grad.dtype,
+         i,
          grad_aliases_param}
     );
     for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
@@ -421,7 +428,7 @@ struct Gradient {
 struct Gradients {
   std::vector<Gradient> gradients;  // empty tensors are left out
   std::deque<Layout> layouts;
-  int64_t complex_param = -1;  // the first complex parameter, if there is one
+  int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
 
   int64_t numel() const { return gradients.empty() ? 0 : gradients.back().end; }
 };

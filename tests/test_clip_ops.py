@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,9 +12,11 @@ from cases import (
     DTYPES,
     LAYOUTS,
     REAL_DTYPES,
+    assert_like_oracle,
     assert_same_bits,
     dtype_name,
     gradients,
+    oracle_of,
     randn,
     to_numpy,
 )
@@ -54,7 +56,7 @@ SIZES = (
 )
 
 
-@pytest.fixture(params=ops.CPU_CAPABILITIES, autouse=True)
+@pytest.fixture(params=ops.CPU_CAPABILITIES)
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     if not ops.is_loaded:
         yield request.param
@@ -119,6 +121,7 @@ def assert_square_sums(params: list[Tensor], grads: list[Tensor], clipvalue: flo
 # ---- Sums of squares ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("in_double", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_square_sums(dtype: torch.dtype, in_double: bool, threads: int) -> None:
@@ -129,6 +132,7 @@ def test_square_sums(dtype: torch.dtype, in_double: bool, threads: int) -> None:
     assert_square_sums(grads, grads, inf if dtype.is_complex else 0.3, in_double=in_double)
 
 
+@pytest.mark.usefixtures("capability")
 def test_square_sums_of_many_small_tensors(threads: int) -> None:
     """Units of many gradients in one thread's range, and ranges that begin inside a gradient."""
     generator = torch.Generator().manual_seed(0)
@@ -138,6 +142,7 @@ def test_square_sums_of_many_small_tensors(threads: int) -> None:
     assert_square_sums(grads, grads)
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("dtypes", [REAL_DTYPES, COMPLEX_DTYPES], ids=["real", "complex"])
 def test_square_sums_of_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ...]) -> None:
     pairs = [(dtype, grad_dtype) for dtype in dtypes for grad_dtype in dtypes]
@@ -147,6 +152,7 @@ def test_square_sums_of_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ..
     assert_square_sums(params, grads, in_double=True)
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_square_sums_follow_the_memory_of_the_parameter(layout: str, dtype: torch.dtype) -> None:
@@ -176,6 +182,7 @@ def test_square_sums_without_dimensions_or_elements() -> None:
     assert nothing.dtype is torch.float64
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("clipvalue", [inf, 2.0, 0.0, 1e30, 1e300])
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
 def test_square_sums_of_special_values(dtype: torch.dtype, clipvalue: float) -> None:
@@ -230,3 +237,248 @@ def test_opcheck_of_square_sums(dtype: torch.dtype) -> None:
     op = torch.ops.torch_adadelta.grad_square_sums.default
     torch.library.opcheck(op, (grads, grads))
     torch.library.opcheck(op, (grads, grads, inf if dtype.is_complex else 0.5, True))
+
+
+# ---- The clipped update ---------------------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    """The clip options of a call, and what the oracle makes of them."""
+
+    clipvalue: float = inf
+    clipnorm: float | None = None
+    factor: float = 1.0
+    maximize: bool = False
+
+    def options(self, params: list[Tensor], grads: list[Tensor]) -> dict[str, Any]:
+        options: dict[str, Any] = {"maximize": self.maximize, "clipvalue": self.clipvalue}
+        if self.clipnorm is None:
+            return options | {"factor": self.factor}
+        sums = ops.grad_square_sums(params, grads, self.clipvalue)
+        return options | {"clipnorm": self.clipnorm, "square_sums": sums}
+
+    def apply(self, param: Tensor, grad: Tensor) -> np.ndarray[Any, Any]:
+        T = arithmetic_type(param)
+        g = clipped(grad, T, self.clipvalue)
+        if self.clipnorm is not None:
+            g = oracle.clip_by_norm(g, self.clipnorm, square_sum(param, grad, self.clipvalue))
+        else:
+            reals = oracle.as_real(g) if np.iscomplexobj(g) else g
+            with np.errstate(all="ignore"):
+                reals = reals * T(self.factor)
+            g = oracle.as_complex(reals) if np.iscomplexobj(g) else reals
+        return g
+
+
+CLIPS = {
+    "clipvalue": Clip(clipvalue=0.3),
+    "clipnorm": Clip(clipnorm=0.7),
+    "clipnorm-not-reached": Clip(clipnorm=1e7),
+    "factor": Clip(factor=0.37),
+    "clipvalue-clipnorm": Clip(clipvalue=0.3, clipnorm=0.7, maximize=True),
+    "clipvalue-factor": Clip(clipvalue=0.3, factor=0.37, maximize=True),
+    "maximize": Clip(factor=-1.0, maximize=True),
+}
+
+HYPERPARAMETERS = (1.0, float(np.float32(0.9)), 1e-6)
+
+
+def clip_of(name: str, dtype: torch.dtype) -> Clip:
+    return CLIPS[name]._replace(clipvalue=inf) if dtype.is_complex else CLIPS[name]
+
+
+def assert_clipped_update(params: list[Tensor], grads: list[Tensor], clip: Clip, what: str = "") -> None:
+    """Two steps, the second with state that is not zero."""
+    states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
+    oracles = [oracle_of(p, learning_rate=1.0, rho=0.9, epsilon=1e-6, maximize=clip.maximize) for p in params]
+    for _ in range(2):
+        for param, grad, by_oracle in zip(params, grads, oracles, strict=True):
+            by_oracle.step(clip.apply(param, grad))
+        ops.adadelta_(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads))
+    for i, (param, *state, by_oracle) in enumerate(zip(params, *states, oracles, strict=True)):
+        assert_like_oracle(param, dict(zip(("square_avg", "acc_delta"), state, strict=True)), by_oracle, f"{what} {i}")
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_clipped_update(dtype: torch.dtype, name: str) -> None:
+    """Sizes around the groups and blocks of the loops, in one call, empty tensors first and last."""
+    sizes = (0, 1, 15, 16, 17, 31, 32, 33, 63, 65, 129, 511, 513, 5000, 0)
+    params = [randn((size,), dtype, torch.Generator().manual_seed(size)) for size in sizes]
+    grads = [gradients((size,), dtype, steps=1, seed=i)[0] for i, size in enumerate(sizes)]
+    assert_clipped_update(params, grads, clip_of(name, dtype))
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("name", ["clipvalue-clipnorm", "clipvalue-factor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_clipped_update_of_large_tensors(dtype: torch.dtype, name: str, threads: int) -> None:
+    sizes = (3, 70_000, 5, 200_001)
+    params = [randn((size,), dtype, torch.Generator().manual_seed(size)) for size in sizes]
+    grads = [gradients((size,), dtype, steps=1, seed=i)[0] for i, size in enumerate(sizes)]
+    assert_clipped_update(params, grads, CLIPS[name])
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("name", ["clipnorm", "clipvalue-clipnorm", "clipvalue-factor"])
+@pytest.mark.parametrize("dtypes", [REAL_DTYPES, COMPLEX_DTYPES], ids=["real", "complex"])
+def test_clipped_update_by_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ...], name: str) -> None:
+    for dtype in dtypes:
+        grads = [gradients((700,), grad_dtype, steps=1, seed=i)[0] for i, grad_dtype in enumerate(dtypes)]
+        params = [randn((700,), dtype, torch.Generator().manual_seed(4)) for _ in grads]
+        assert_clipped_update(params, grads, clip_of(name, dtype), dtype_name(dtype))
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("name", ["clipnorm", "clipvalue-clipnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clipped_update_of_any_layout(layout: str, dtype: torch.dtype, name: str) -> None:
+    shape = (5, 3, 1, 37)
+    grads = [LAYOUTS[grad_layout](gradients(shape, dtype, steps=1)[0]) for grad_layout in LAYOUTS]
+    generator = torch.Generator().manual_seed(5)
+    params = [LAYOUTS[layout](randn(shape, dtype, generator)) for _ in grads]
+    assert_clipped_update(params, grads, clip_of(name, dtype))
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_clipped_update_by_special_values(dtype: torch.dtype, name: str) -> None:
+    special = [inf, -inf, nan, 1e20, -1e20, 1e200, 0.0, -0.0, 1e-30, 1e-45, 0.3, -0.3]
+    grads = [torch.tensor(special), *(torch.tensor([value, 1.0, -3.0]) for value in special), torch.zeros(40)]
+    grads = [grad.double().to(dtype) for grad in grads]
+    clip = CLIPS[name]
+    zero = clip._replace(
+        clipvalue=0.0 if clip.clipvalue < inf else inf, clipnorm=None if clip.clipnorm is None else 0.0, factor=0.0
+    )
+    for chosen in (clip, zero):
+        assert_clipped_update([torch.ones_like(grad) for grad in grads], grads, chosen, str(chosen))
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize("factor", [nan, inf, 0.0, -0.0, 1.0, -1.0, 1e300])
+def test_any_factor_as_number_and_as_tensor(factor: float) -> None:
+    grad = gradients((300,), torch.float32, steps=1)[0]
+    assert_clipped_update([torch.ones(300)], [grad], Clip(factor=factor))
+    by_number, by_tensor = ([[torch.ones(300)], [grad], [torch.ones(300)], [torch.ones(300)]] for _ in range(2))
+    ops.adadelta_(*by_number, *HYPERPARAMETERS, factor=factor)
+    ops.adadelta_(*by_tensor, *HYPERPARAMETERS, factor=torch.tensor(factor, dtype=torch.float64))
+    for one, other in zip(by_number, by_tensor, strict=True):
+        assert_same_bits(one[0], other[0])
+
+
+def test_clipped_spelled_out() -> None:
+    """So that the oracle does not vouch for itself: with rho = 0, square_avg is the square of the clipped gradient."""
+    three, four = torch.tensor([3.0, -4.0, nan]), torch.tensor([1.0, 1.0, 0.0])
+
+    def square_avg(grad: Tensor, **options: Any) -> list[float]:
+        lists = [[torch.ones(3)], [grad], [torch.zeros(3)], [torch.zeros(3)]]
+        ops.adadelta_(*lists, 1.0, 0.0, 1e-6, **options)
+        return lists[2][0].tolist()
+
+    sums = torch.tensor([25.0], dtype=torch.float64)
+    assert square_avg(three, clipvalue=2.0)[:2] == [4.0, 4.0]
+    assert math.isnan(square_avg(three, clipvalue=2.0)[2])
+    assert square_avg(four, clipnorm=2.5, square_sums=sums) == [0.25, 0.25, 0.0]
+    assert square_avg(four, clipnorm=10.0, square_sums=sums) == [1.0, 1.0, 0.0]
+    assert square_avg(four, factor=4.0) == [16.0, 16.0, 0.0]
+    assert square_avg(four * 8, clipvalue=6.0, factor=0.5, maximize=True) == [9.0, 9.0, 0.0]
+    assert math.isnan(square_avg(four, clipnorm=2.5, square_sums=sums * nan)[0])
+    assert square_avg(four, clipnorm=2.5, square_sums=sums * inf) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.usefixtures("capability")
+def test_clipped_gradient_that_is_the_parameter_and_parameters_that_share_memory() -> None:
+    param = torch.arange(-600.0, 600.0)
+    by_oracle = oracle_of(param, learning_rate=1.0, rho=0.9, epsilon=1e-6)
+    by_oracle.step(CLIPS["clipnorm"].apply(param, param))
+    lists = [[param], [param.detach()], [torch.zeros(1200)], [torch.zeros(1200)]]
+    ops.adadelta_(*lists, *HYPERPARAMETERS, **CLIPS["clipnorm"].options([param], [param]))
+    assert_like_oracle(param, {"square_avg": lists[2][0], "acc_delta": lists[3][0]}, by_oracle)
+
+    grads = [gradients((60_000,), torch.float32, steps=1, seed=i)[0] for i in range(2)]
+    results = []
+    for together in (True, False):
+        base = torch.ones(90_000)
+        params = [base[:60_000], base[30_000:]]
+        states = [[torch.zeros(60_000) for _ in params] for _ in range(2)]
+        options = CLIPS["clipvalue-clipnorm"].options(params, grads)
+        sums = options.pop("square_sums")
+        for part in [slice(0, 2)] if together else [slice(0, 1), slice(1, 2)]:
+            lists = [params[part], grads[part], states[0][part], states[1][part]]
+            ops.adadelta_(*lists, *HYPERPARAMETERS, **options, square_sums=sums[part])
+        results.append(base)
+    assert_same_bits(*results)
+
+
+_ONE = torch.ones(1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"clipvalue": -1.0}, "clipvalue must be a number >= 0, got -1"),
+        ({"clipvalue": nan}, "clipvalue must be a number >= 0, got nan"),
+        ({"clipvalue": 0.5}, "clipvalue is 0.5, but parameter 1 is complex"),
+        ({"clipnorm": 1.0}, "clipnorm and square_sums must be given together"),
+        ({"square_sums": _ONE}, "clipnorm and square_sums must be given together"),
+        ({"clipnorm": -2.0, "square_sums": _ONE.expand(3)}, "clipnorm must be a number >= 0, got -2"),
+        ({"clipnorm": nan, "square_sums": _ONE.expand(3)}, "clipnorm must be a number >= 0, got nan"),
+        ({"clipnorm": 1.5, "square_sums": torch.ones(3).double(), "factor": 0.5}, "clipnorm is 1.5, but a factor"),
+        ({"clipnorm": 1.5, "square_sums": torch.ones(3).double(), "factor": _ONE}, "clipnorm is 1.5, but a factor"),
+        ({"clipnorm": 1.0, "square_sums": torch.ones(3)}, "square_sums must be .* for each of 3 parameters"),
+        ({"clipnorm": 1.0, "square_sums": torch.ones(2).double()}, "square_sums must be .* for each of 3 parameters"),
+        ({"clipnorm": 1.0, "square_sums": torch.ones(3, 1).double()}, "square_sums must be .* for each of 3 param"),
+        ({"clipnorm": 1.0, "square_sums": torch.ones(6).double()[::2]}, "square_sums must be a contiguous float64"),
+        ({"clipnorm": 1.0, "square_sums": torch.ones(3, device="meta").double()}, "a tensor on the meta device"),
+        ({"factor": torch.ones(2)}, "factor_tensor must be a CPU tensor of one element"),
+        ({"factor": torch.ones(1).long()}, "factor_tensor must have a floating-point dtype"),
+    ],
+)
+def test_clip_options_that_do_not_fit_are_refused_unwritten(options: dict[str, Any], error: str) -> None:
+    made = [[torch.ones(3, dtype=dtype) for dtype in (torch.float32, torch.complex64, torch.float64)] for _ in range(4)]
+    for state in made[2:]:
+        state[:] = [x.clone() for x in state]
+    with pytest.raises(RuntimeError, match=error):
+        ops.adadelta_(*made, *HYPERPARAMETERS, **options)
+    for tensors in made:
+        for tensor in tensors:
+            assert torch.equal(tensor, torch.ones_like(tensor))
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=dtype_name)
+def test_opcheck_of_the_clipped_update(dtype: torch.dtype, name: str) -> None:
+    params, grads = ([randn((n,), dtype, torch.Generator().manual_seed(n + k)) for n in (5, 0, 40)] for k in (0, 1))
+    states = [[torch.ones_like(param) for param in params] for _ in range(2)]
+    options = clip_of(name, dtype).options(params, grads)
+    torch.library.opcheck(
+        torch.ops.torch_adadelta.adadelta_.default, (params, grads, *states, *HYPERPARAMETERS), options
+    )
+    if "factor" in options:
+        options |= {"factor_tensor": torch.tensor(options.pop("factor"), dtype=torch.float64)}
+        torch.library.opcheck(
+            torch.ops.torch_adadelta.adadelta_.default, (params, grads, *states, *HYPERPARAMETERS), options
+        )
+
+
+def test_no_tensor_outlives_a_clipped_call() -> None:
+    params, grads, sums, factor = [torch.ones(5)], [torch.ones(5)], torch.ones(1).double(), torch.ones(1).double()
+
+    def uses() -> list[int]:
+        return [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in (*params, *grads, sums, factor)]
+
+    before = uses()
+    states = [[torch.ones(5)], [torch.ones(5)]]
+    for options in ({"clipnorm": 1.0, "square_sums": sums}, {"factor": factor}, {"clipnorm": 1.0, "factor": factor}):
+        for _ in range(3):
+            try:
+                ops.adadelta_(params, grads, *states, *HYPERPARAMETERS, **options)
+            except RuntimeError:
+                assert len(options) == 2
+        results = ops.grad_square_sums(params, grads), torch.ones(1)
+        counts = [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in results]
+        assert counts[0] == counts[1]
+    assert uses() == before

@@ -41,6 +41,9 @@ is_loaded: Final[bool] = load_error is None
 # Whether the fused update can run on the device of a tensor.
 has_kernel_for: Final[Callable[[Tensor], bool]] = attrgetter("is_cpu") if is_loaded else lambda tensor: False
 
+# The defaults are recognised by their identity: to compare numbers would take longer.
+_NO_FACTOR: Final = 1.0
+
 _warned = False
 
 
@@ -65,6 +68,11 @@ def adadelta_(
     rho: float | Tensor,
     epsilon: float | Tensor,
     maximize: bool = False,
+    *,
+    clipvalue: float = inf,
+    clipnorm: float | None = None,
+    square_sums: Tensor | None = None,
+    factor: float | Tensor = _NO_FACTOR,
 ) -> None:
     """Updates every parameter and its state in place, in one pass over memory.
 
@@ -72,16 +80,23 @@ def adadelta_(
     state has its dtype, and the gradient may have another. Hyperparameters are cast to the arithmetic type (float64 for
     float64 parameters, else float32); a Tensor has one element, on the parameters' device.
 
-    Raises RuntimeError, before anything is written, if the tensors do not fit together.
+    Gradients are clipped in the arithmetic type, before `maximize` negates them: clamped to [-clipvalue, clipvalue],
+    which complex ones cannot be; then, with `clipnorm`, (g * clipnorm) / max(norm, clipnorm), where norm is the root of
+    the gradient's element of `square_sums` (see `grad_square_sums`); or else g * factor.
+
+    Raises RuntimeError, before anything is written, if the tensors or the clip options do not fit together.
     """
     if not params:  # the dispatcher finds no kernel without a tensor
         return
-    if type(lr) is float and type(rho) is float and type(epsilon) is float:
+    is_clipped = clipvalue is not inf or factor is not _NO_FACTOR or clipnorm is not None or square_sums is not None
+    if not is_clipped and type(lr) is float and type(rho) is float and type(epsilon) is float:
         _adadelta(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
     else:
-        numbers = [0.0 if isinstance(value, Tensor) else value for value in (lr, rho, epsilon)]
-        tensors = [value if isinstance(value, Tensor) else None for value in (lr, rho, epsilon)]
-        _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors)
+        values = (lr, rho, epsilon, factor)
+        *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
+        *tensors, factor_tensor = [value if isinstance(value, Tensor) else None for value in values]
+        clip = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor)
+        _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors, *clip)
     # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
     _increment_version(params)
 

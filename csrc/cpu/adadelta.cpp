@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <limits>
 #include <optional>
 
 namespace torch_adadelta::cpu {
@@ -21,7 +22,12 @@ constexpr int64_t kGrain = 32768;
 // The elements [begin, end) of one parameter, in the order of its memory. T is the arithmetic type.
 template <typename T>
 void update_range(
-    const Loops& loops, const Entry& entry, int64_t begin, int64_t end, bool negate, const Hyperparameters<T>& h
+    const Loops& loops,
+    const Entry& entry,
+    int64_t begin,
+    int64_t end,
+    const GradientClip<T>& clip,
+    const Hyperparameters<T>& h
 ) {
   UpdateLoop<T, T> update;
   if constexpr (std::is_same_v<T, float>) {
@@ -39,7 +45,7 @@ void update_range(
           reinterpret_cast<Item*>(entry.square_avg) + begin,
           reinterpret_cast<Item*>(entry.acc_delta) + begin,
           end - begin,
-          negate,
+          clip,
           h
       );
     };
@@ -63,7 +69,7 @@ void update_range(
       load_strided<&Dimension::param>(loops, param, entry.param, entry.dtype, *entry.layout, at, count);
       load_strided<&Dimension::square_avg>(loops, square_avg, entry.square_avg, entry.dtype, *entry.layout, at, count);
       load_strided<&Dimension::acc_delta>(loops, acc_delta, entry.acc_delta, entry.dtype, *entry.layout, at, count);
-      update(param, grad, square_avg, acc_delta, count, negate, h);
+      update(param, grad, square_avg, acc_delta, count, clip, h);
       store_strided<&Dimension::param>(loops, entry.param, entry.dtype, param, *entry.layout, at, count);
       store_strided<&Dimension::square_avg>(loops, entry.square_avg, entry.dtype, square_avg, *entry.layout, at, count);
       store_strided<&Dimension::acc_delta>(loops, entry.acc_delta, entry.dtype, acc_delta, *entry.layout, at, count);
@@ -73,7 +79,7 @@ void update_range(
     load_contiguous(loops, param, entry.param + at * size, entry.dtype, count);
     load_contiguous(loops, square_avg, entry.square_avg + at * size, entry.dtype, count);
     load_contiguous(loops, acc_delta, entry.acc_delta + at * size, entry.dtype, count);
-    update(param, grad, square_avg, acc_delta, count, negate, h);
+    update(param, grad, square_avg, acc_delta, count, clip, h);
     store_contiguous(loops, entry.param + at * size, entry.dtype, param, count);
     store_contiguous(loops, entry.square_avg + at * size, entry.dtype, square_avg, count);
     store_contiguous(loops, entry.acc_delta + at * size, entry.dtype, acc_delta, count);
@@ -109,15 +115,34 @@ double resolve(double number, const OptionalTensor& tensor, const char* name) {
   }
 }
 
+// The clip options of one call.
+struct Clip {
+  double clipvalue;
+  std::optional<double> clipnorm;
+  const double* square_sums;  // with clipnorm: of each parameter's gradient
+  double factor;
+  bool maximize;
+
+  template <typename T>
+  GradientClip<T> of(const Entry& entry) const {
+    const auto clip = clipnorm.has_value() ? GradientClip<T>::by_norm(clipvalue, *clipnorm, square_sums[entry.index])
+                                           : GradientClip<T>::by_factor(clipvalue, factor);
+    return clip.negated_if(maximize);
+  }
+};
+
 void update_entries(
-    const Entries& lists, bool negate, const Hyperparameters<float>& in_float, const Hyperparameters<double>& in_double
+    const Entries& lists,
+    const Clip& clip,
+    const Hyperparameters<float>& in_float,
+    const Hyperparameters<double>& in_double
 ) {
   const Loops& loops = current_loops();
   const auto update_entry = [&](const Entry& entry, int64_t begin, int64_t end) {
     if (entry.dtype == Dtype::kFloat64) {
-      update_range<double>(loops, entry, begin, end, negate, in_double);
+      update_range(loops, entry, begin, end, clip.of<double>(entry), in_double);
     } else {
-      update_range<float>(loops, entry, begin, end, negate, in_float);
+      update_range(loops, entry, begin, end, clip.of<float>(entry), in_float);
     }
   };
   const auto& entries = lists.entries;
@@ -145,18 +170,70 @@ void update_entries(
   torch::stable::parallel_for(0, lists.numel(), kGrain, update_range);
 }
 
+// Throws unless the clip options fit together and with the parameters, and returns them.
+Clip read_clip(
+    std::optional<double> clipvalue,
+    std::optional<double> clipnorm,
+    const OptionalTensor& square_sums,
+    std::optional<double> factor,
+    bool maximize,
+    size_t param_count,
+    int64_t complex_param
+) {
+  Clip clip{
+      clipvalue.value_or(std::numeric_limits<double>::infinity()), clipnorm, nullptr, factor.value_or(1), maximize
+  };
+  check_clipvalue(clip.clipvalue, complex_param);
+  if (clipnorm.has_value() != square_sums.has_value()) {
+    fail("clipnorm and square_sums must be given together");
+  }
+  if (!clipnorm.has_value()) {
+    return clip;
+  }
+  if (!(*clipnorm >= 0)) {
+    fail("clipnorm must be a number >= 0, got ", *clipnorm);
+  }
+  if (factor.has_value()) {
+    fail("clipnorm is ", *clipnorm, ", but a factor is given, too");
+  }
+  if (!square_sums->is_cpu() || square_sums->scalar_type() != torch::headeronly::ScalarType::Double ||
+      square_sums->dim() != 1 || square_sums->numel() != static_cast<int64_t>(param_count) ||
+      !square_sums->is_contiguous()) {
+    fail(
+        "square_sums must be a contiguous float64 CPU tensor with one element for each of ", param_count, " parameters"
+    );
+  }
+  clip.square_sums = static_cast<const double*>(square_sums->const_data_ptr());
+  return clip;
+}
+
 // adadelta_ in ops.cpp. Boxed, so that each list is read in place instead of becoming a vector of tensor objects.
 void adadelta_(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
   const auto lr_tensor = to<OptionalTensor>(stack[8]);
   const auto rho_tensor = to<OptionalTensor>(stack[9]);
   const auto epsilon_tensor = to<OptionalTensor>(stack[10]);
+  const auto clipvalue = to<std::optional<double>>(stack[11]);
+  const auto clipnorm = to<std::optional<double>>(stack[12]);
+  const auto square_sums = to<OptionalTensor>(stack[13]);
+  const auto factor_tensor = to<OptionalTensor>(stack[15]);
   const double lr = resolve(to<double>(stack[4]), lr_tensor, "lr");
   const double rho = resolve(to<double>(stack[5]), rho_tensor, "rho");
   const double epsilon = resolve(to<double>(stack[6]), epsilon_tensor, "epsilon");
+  const double factor = resolve(to<double>(stack[14]), factor_tensor, "factor");
   const bool maximize = to<bool>(stack[7]);
   const Entries& lists = read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());
-  update_entries(lists, maximize, {lr, rho, epsilon}, {lr, rho, epsilon});
+  const bool has_factor = factor_tensor.has_value() || factor != 1;
+  const Clip clip = read_clip(
+      clipvalue,
+      clipnorm,
+      square_sums,
+      has_factor ? std::optional(factor) : std::nullopt,
+      maximize,
+      params.size(),
+      lists.complex_param
+  );
+  update_entries(lists, clip, {lr, rho, epsilon}, {lr, rho, epsilon});
 }
 
 // check_lists in ops.cpp: what adadelta_ checks, and nothing more.

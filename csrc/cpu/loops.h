@@ -10,8 +10,8 @@
 
 namespace torch_adadelta::cpu {
 
-// Updates `count` elements; with `negate`, along -grad. Item is what memory holds, T what the arithmetic runs in; the
-// 16-bit formats cross as their bits.
+// Updates `count` elements. Item is what memory holds, T what the arithmetic runs in; the 16-bit formats cross as their
+// bits.
 template <typename Item, typename T>
 using UpdateLoop = void (*)(
     Item* param,
@@ -19,7 +19,7 @@ using UpdateLoop = void (*)(
     Item* square_avg,
     Item* acc_delta,
     int64_t count,
-    bool negate,
+    const GradientClip<T>& clip,
     const Hyperparameters<T>& h
 );
 
