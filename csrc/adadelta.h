@@ -23,6 +23,38 @@ struct Hyperparameters {
       : lr(static_cast<T>(lr_)), rho(static_cast<T>(rho_)), omr(T(1) - rho), eps(static_cast<T>(eps_)) {}
 };
 
+// max(min(g, limit), -limit), where nan stays nan.
+template <typename T>
+ADADELTA_INLINE T clamp(T g, T limit) {
+  g = g > limit ? limit : g;
+  return g < -limit ? -limit : g;
+}
+
+// What becomes of a gradient before the update: (clamp(g) * mul) / div. Without clipping, mul and div are 1, and to
+// multiply or divide by 1 changes nothing; a negative mul maximizes.
+template <typename T>
+struct GradientClip {
+  T limit;  // clipvalue, or infinity
+  T mul;
+  T div;
+
+  // `factor`: what global_clipnorm makes of the norm of all gradients, or 1.
+  ADADELTA_INLINE static GradientClip by_factor(double clipvalue, double factor) {
+    return {static_cast<T>(clipvalue), static_cast<T>(factor), T(1)};
+  }
+
+  // (g * clipnorm) / max(norm, clipnorm), where a nan norm stays nan.
+  ADADELTA_INLINE static GradientClip by_norm(double clipvalue, double clipnorm, double square_sum) {
+    const T c = static_cast<T>(clipnorm);
+    const T norm = std::sqrt(static_cast<T>(square_sum));
+    return {static_cast<T>(clipvalue), c, norm < c ? c : norm};
+  }
+
+  ADADELTA_INLINE GradientClip negated_if(bool maximize) const { return {limit, maximize ? -mul : mul, div}; }
+
+  ADADELTA_INLINE T operator()(T g) const { return (clamp(g, limit) * mul) / div; }
+};
+
 // a: square_avg, u: acc_delta, p: the parameter, d: the step before the learning rate.
 //
 // Every operation is rounded to T on its own, in the order of the for-loop in update.py. Compile with

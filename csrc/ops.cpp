@@ -6,9 +6,12 @@ STABLE_TORCH_LIBRARY(torch_adadelta, m) {
   m.def(
       "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, "
       "float lr, float rho, float epsilon, bool maximize=False, "
-      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None) -> ()"
+      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None, "
+      "float? clipvalue=None, float? clipnorm=None, Tensor? square_sums=None, "
+      "float factor=1.0, Tensor? factor_tensor=None) -> ()"
   );
   m.def("check_lists(Tensor[] params, Tensor[] grads, Tensor[] square_avgs, Tensor[] acc_deltas) -> ()");
+  m.def("grad_square_sums(Tensor[] params, Tensor[] grads, float? clipvalue=None, bool in_double=False) -> Tensor");
   m.def("cpu_capability() -> int");
   m.def("set_cpu_capability(int capability) -> int");
 }

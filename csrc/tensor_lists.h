@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -172,13 +173,15 @@ struct Entry {
   const Layout* layout;  // nullptr if dense
   Dtype dtype;           // of param, square_avg and acc_delta
   Dtype grad_dtype;
+  size_t index;             // of the parameter in the lists
   bool grad_aliases_param;  // the gradient is the parameter itself: read a block of it before the block is written
 };
 
 struct Entries {
   std::vector<Entry> entries;  // empty tensors are left out
   std::deque<Layout> layouts;
-  bool disjoint = true;  // false: some memory belongs to two entries, which must then run in their order
+  bool disjoint = true;        // false: some memory belongs to two entries, which must then run in their order
+  int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
 
   // The memory [begin, end) of every tensor that is written.
   struct Range {
@@ -194,6 +197,7 @@ struct Entries {
     entries.clear();
     layouts.clear();
     written.clear();
+    complex_param = -1;
   }
 
   // Sets `disjoint`. Step after step the memory is the same, and what was found before still holds.
@@ -293,6 +297,20 @@ inline Layout dimensions(
   return dims;
 }
 
+// Throws unless `tensor`, which belongs to parameter `index`, is on the device and of the shape of `param`, and complex
+// if that is.
+inline void check_fits(const TensorInfo& param, const TensorInfo& tensor, int32_t device_type, size_t index) {
+  if (tensor.device_type != device_type || tensor.device_index != param.device_index) {
+    fail("the tensors of parameter ", index, " are not on one device");
+  }
+  if (!same_sizes(param, tensor)) {
+    fail("the tensors of parameter ", index, " differ in shape");
+  }
+  if (tensor.is_complex != param.is_complex) {
+    fail("of the tensors of parameter ", index, ", some are complex and some are real");
+  }
+}
+
 }  // namespace detail
 
 // Checks that each parameter's four tensors can be updated together on `device_type`, and describes them. Throws
@@ -331,18 +349,13 @@ inline const Entries& read_entries(
     const TensorInfo acc_delta = acc_deltas.info(i, "acc_deltas", true);
 
     for (const TensorInfo* tensor : {&param, &grad, &square_avg, &acc_delta}) {
-      if (tensor->device_type != device_type || tensor->device_index != param.device_index) {
-        fail("the tensors of parameter ", i, " are not on one device");
-      }
-      if (!detail::same_sizes(param, *tensor)) {
-        fail("the tensors of parameter ", i, " differ in shape");
-      }
-      if (tensor->is_complex != param.is_complex) {
-        fail("of the tensors of parameter ", i, ", some are complex and some are real");
-      }
+      detail::check_fits(param, *tensor, device_type, i);
     }
     if (square_avg.dtype != param.dtype || acc_delta.dtype != param.dtype) {
       fail("the state of parameter ", i, " has another dtype than the parameter");
+    }
+    if (param.is_complex && result.complex_param < 0) {
+      result.complex_param = static_cast<int64_t>(i);
     }
     if (param.numel == 0) {
       continue;
@@ -386,6 +399,7 @@ inline const Entries& read_entries(
          layout,
          param.dtype,
          grad.dtype,
+         i,
          grad_aliases_param}
     );
     for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
@@ -395,6 +409,99 @@ inline const Entries& read_entries(
 
   result.find_overlaps();
   return result;
+}
+
+// ---- Gradients by themselves ----------------------------------------------------------------------------------------
+
+// One gradient, ready to be read in the order in which its parameter's memory has the elements.
+struct Gradient {
+  const char* data;
+  int64_t numel;         // of real or complex numbers
+  int64_t end;           // where its elements end in the concatenation of all gradients
+  const Layout* layout;  // nullptr if its own memory has that order, without gaps
+  size_t index;          // in the lists
+  Dtype dtype;
+  bool is_complex;
+  bool in_double;  // the arithmetic type
+};
+
+struct Gradients {
+  std::vector<Gradient> gradients;  // empty tensors are left out
+  std::deque<Layout> layouts;
+  int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
+
+  int64_t numel() const { return gradients.empty() ? 0 : gradients.back().end; }
+};
+
+namespace detail {
+
+// Whether the memory of a gradient has the order of `layout`, without gaps.
+inline bool is_packed(const Layout& layout, const TensorInfo& grad) {
+  int64_t expected = item_size(grad.dtype);
+  for (auto dim = layout.rbegin(); dim != layout.rend(); ++dim) {
+    if (dim->grad != expected) {
+      return false;
+    }
+    expected *= dim->size;
+  }
+  return true;
+}
+
+}  // namespace detail
+
+// Checks that each gradient is one of its parameter, and describes it. The arithmetic type is that of the parameter, or
+// double for all. The result lives as that of read_entries does.
+inline const Gradients& read_gradients(
+    const TensorList& params, const TensorList& grads, bool in_double, int32_t device_type
+) {
+  const size_t count = params.size();
+  if (grads.size() != count) {
+    fail("the lists differ in length: ", count, " params, ", grads.size(), " grads");
+  }
+  static thread_local Gradients result;
+  result.gradients.clear();
+  result.layouts.clear();
+  result.complex_param = -1;
+
+  for (size_t i = 0; i < count; ++i) {
+    const TensorInfo param = params.info(i, "params", false);
+    const TensorInfo grad = grads.info(i, "grads", false);
+    detail::check_fits(param, param, device_type, i);
+    detail::check_fits(param, grad, device_type, i);
+    if (param.is_complex && result.complex_param < 0) {
+      result.complex_param = static_cast<int64_t>(i);
+    }
+    if (grad.numel == 0) {
+      continue;
+    }
+    const Layout* layout = nullptr;
+    if (!detail::is_contiguous(param) || !detail::is_contiguous(grad)) {
+      const Layout& dims = result.layouts.emplace_back(detail::dimensions(param, grad, param, param));
+      layout = detail::is_packed(dims, grad) ? nullptr : &dims;
+    }
+    result.gradients.push_back(
+        {grad.data,
+         grad.numel,
+         result.numel() + grad.numel,
+         layout,
+         i,
+         grad.dtype,
+         grad.is_complex,
+         in_double || param.dtype == Dtype::kFloat64}
+    );
+  }
+  return result;
+}
+
+// Throws if `clipvalue`, infinite where there is none, cannot be applied. `complex_param` is the index of some complex
+// parameter, or negative.
+inline void check_clipvalue(double clipvalue, int64_t complex_param) {
+  if (!(clipvalue >= 0)) {
+    fail("clipvalue must be a number >= 0, got ", clipvalue);
+  }
+  if (clipvalue < std::numeric_limits<double>::infinity() && complex_param >= 0) {
+    fail("clipvalue is ", clipvalue, ", but parameter ", complex_param, " is complex, and has no order to clamp in");
+  }
 }
 
 }  // namespace torch_adadelta

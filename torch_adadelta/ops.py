@@ -7,6 +7,7 @@ fails, `load_error` says why and the Python paths of `update.py` do the work.
 import os
 import warnings
 from collections.abc import Callable
+from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +41,9 @@ is_loaded: Final[bool] = load_error is None
 # Whether the fused update can run on the device of a tensor.
 has_kernel_for: Final[Callable[[Tensor], bool]] = attrgetter("is_cpu") if is_loaded else lambda tensor: False
 
+# The defaults are recognised by their identity: to compare numbers would take longer.
+_NO_FACTOR: Final = 1.0
+
 _warned = False
 
 
@@ -64,6 +68,11 @@ def adadelta_(
     rho: float | Tensor,
     epsilon: float | Tensor,
     maximize: bool = False,
+    *,
+    clipvalue: float = inf,
+    clipnorm: float | None = None,
+    square_sums: Tensor | None = None,
+    factor: float | Tensor = _NO_FACTOR,
 ) -> None:
     """Updates every parameter and its state in place, in one pass over memory.
 
@@ -71,16 +80,23 @@ def adadelta_(
     state has its dtype, and the gradient may have another. Hyperparameters are cast to the arithmetic type (float64 for
     float64 parameters, else float32); a Tensor has one element, on the parameters' device.
 
-    Raises RuntimeError, before anything is written, if the tensors do not fit together.
+    Gradients are clipped in the arithmetic type, before `maximize` negates them: clamped to [-clipvalue, clipvalue],
+    which complex ones cannot be; then, with `clipnorm`, (g * clipnorm) / max(norm, clipnorm), where norm is the root of
+    the gradient's element of `square_sums` (see `grad_square_sums`); or else g * factor.
+
+    Raises RuntimeError, before anything is written, if the tensors or the clip options do not fit together.
     """
     if not params:  # the dispatcher finds no kernel without a tensor
         return
-    if type(lr) is float and type(rho) is float and type(epsilon) is float:
+    is_clipped = clipvalue is not inf or factor is not _NO_FACTOR or clipnorm is not None or square_sums is not None
+    if not is_clipped and type(lr) is float and type(rho) is float and type(epsilon) is float:
         _adadelta(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
     else:
-        numbers = [0.0 if isinstance(value, Tensor) else value for value in (lr, rho, epsilon)]
-        tensors = [value if isinstance(value, Tensor) else None for value in (lr, rho, epsilon)]
-        _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors)
+        values = (lr, rho, epsilon, factor)
+        *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
+        *tensors, factor_tensor = [value if isinstance(value, Tensor) else None for value in values]
+        clip = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor)
+        _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors, *clip)
     # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
     _increment_version(params)
 
@@ -89,6 +105,23 @@ def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Ten
     """Raises what `adadelta_` would raise for these lists, and writes nothing."""
     if params:
         torch.ops.torch_adadelta.check_lists.default(params, grads, square_avgs, acc_deltas)
+
+
+def grad_square_sums(
+    params: list[Tensor], grads: list[Tensor], clipvalue: float = inf, in_double: bool = False
+) -> Tensor:
+    """The sum of the squares of each gradient, as a float64 tensor [number of parameters] on the parameters' device.
+
+    A gradient is cast to the arithmetic type T of its parameter (float64 for float64 and complex128 parameters, else
+    float32; float64 for all if `in_double`), clamped to [-clipvalue, clipvalue], and squared. The squares are rounded
+    to T and summed in float64 over the tree of csrc/square_sums.h, in the order of the parameter's memory.
+
+    Raises RuntimeError if the lists do not fit together, or for a finite clipvalue and complex parameters.
+    """
+    if not params:  # the dispatcher finds no kernel without a tensor
+        return torch.empty(0, dtype=torch.float64)
+    result: Tensor = torch.ops.torch_adadelta.grad_square_sums.default(params, grads, clipvalue, in_double)
+    return result
 
 
 def cpu_capability() -> str:
@@ -118,6 +151,12 @@ if is_loaded:
 
     torch.library.register_fake("torch_adadelta::adadelta_", _fake)
     torch.library.register_fake("torch_adadelta::check_lists", _fake)
+
+    def _fake_grad_square_sums(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        _fake(params, *args, **kwargs)
+        return params[0].new_empty(len(params), dtype=torch.float64)
+
+    torch.library.register_fake("torch_adadelta::grad_square_sums", _fake_grad_square_sums)
 
     # So that the sets can be compared on a whole program, as PyTorch's ATEN_CPU_CAPABILITY allows for its own kernels.
     if _wanted := os.environ.get("TORCH_ADADELTA_CPU_CAPABILITY"):

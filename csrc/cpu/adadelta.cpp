@@ -1,4 +1,5 @@
 // The dense update on the CPU: one parallel_for over the elements of all parameters of a call.
+#include "blocks.h"
 #include "loops.h"
 
 #include "../tensor_lists.h"
@@ -7,169 +8,26 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <atomic>
+#include <limits>
 #include <optional>
 
 namespace torch_adadelta::cpu {
 namespace {
 
-// Elements that are converted or gathered at a time: four buffers of doubles (16 KiB) stay in the first-level cache.
-constexpr int64_t kBlock = 512;
-
 // Elements below which another thread costs more than it saves (some 10 microseconds of work).
 constexpr int64_t kGrain = 32768;
-
-// ---- The instruction set --------------------------------------------------------------------------------------------
-
-enum Capability : int64_t { kDefault, kAvx2, kAvx512 };
-
-int64_t best_capability() {
-#ifdef ADADELTA_CPU_DISPATCH
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2")) {
-    return kAvx2;
-  }
-#endif
-  return kDefault;
-}
-
-std::atomic<int64_t> capability{best_capability()};
-
-const Loops& current_loops() {
-#ifdef ADADELTA_CPU_DISPATCH
-  switch (capability.load(std::memory_order_relaxed)) {
-    case kAvx512:
-      return loops_avx512;
-    case kAvx2:
-      return loops_avx2;
-    default:
-      break;
-  }
-#endif
-  return loops_default;
-}
-
-// ---- One block of at most kBlock elements ---------------------------------------------------------------------------
-
-template <typename T>
-void load_contiguous(const Loops& loops, T* to, const char* from, Dtype dtype, int64_t count) {
-  const auto* half = reinterpret_cast<const uint16_t*>(from);
-  if constexpr (std::is_same_v<T, float>) {
-    switch (dtype) {
-      case Dtype::kFloat32:
-        std::copy_n(reinterpret_cast<const float*>(from), count, to);
-        return;
-      case Dtype::kFloat64:
-        return loops.float_from_double(to, reinterpret_cast<const double*>(from), count);
-      case Dtype::kFloat16:
-        return loops.float_from_half(to, half, count);
-      case Dtype::kBFloat16:
-        return loops.float_from_bfloat16(to, half, count);
-    }
-  } else {
-    float as_float[kBlock];
-    switch (dtype) {
-      case Dtype::kFloat64:
-        std::copy_n(reinterpret_cast<const double*>(from), count, to);
-        return;
-      case Dtype::kFloat32:
-        return loops.double_from_float(to, reinterpret_cast<const float*>(from), count);
-      case Dtype::kFloat16:
-        loops.float_from_half(as_float, half, count);
-        break;
-      case Dtype::kBFloat16:
-        loops.float_from_bfloat16(as_float, half, count);
-        break;
-    }
-    loops.double_from_float(to, as_float, count);
-  }
-}
-
-template <typename T>
-void store_contiguous(const Loops& loops, char* to, Dtype dtype, const T* from, int64_t count) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (dtype == Dtype::kFloat16) {
-      return loops.half_from_float(reinterpret_cast<uint16_t*>(to), from, count);
-    }
-    if (dtype == Dtype::kBFloat16) {
-      return loops.bfloat16_from_float(reinterpret_cast<uint16_t*>(to), from, count);
-    }
-  }
-  std::copy_n(from, count, reinterpret_cast<T*>(to));
-}
-
-// Collects elements that lie `stride` bytes apart, as they are; their conversion is the contiguous loops' work.
-template <typename Item>
-void gather(char* to, const char* from, int64_t stride, int64_t count) {
-  auto* items = reinterpret_cast<Item*>(to);
-  for (int64_t i = 0; i < count; ++i) {
-    items[i] = *reinterpret_cast<const Item*>(from + i * stride);
-  }
-}
-
-template <typename Item>
-void scatter(char* to, const char* from, int64_t stride, int64_t count) {
-  const auto* items = reinterpret_cast<const Item*>(from);
-  for (int64_t i = 0; i < count; ++i) {
-    *reinterpret_cast<Item*>(to + i * stride) = items[i];
-  }
-}
-
-// Calls run(offset in bytes, position in the block, count) for each stretch of the innermost dimension that the
-// elements [begin, begin + count) of a strided tensor consist of.
-template <int64_t Dimension::* stride, typename Run>
-void for_each_run(const Layout& dims, int64_t begin, int64_t count, const Run& run) {
-  const Dimension& inner = dims.back();
-  for (int64_t done = 0; done < count;) {
-    int64_t index = begin + done;
-    const int64_t first = index % inner.size;
-    int64_t offset = first * (inner.*stride);
-    index /= inner.size;
-    for (auto dim = dims.rbegin() + 1; dim != dims.rend(); ++dim) {
-      offset += (index % dim->size) * (*dim.*stride);
-      index /= dim->size;
-    }
-    const int64_t length = std::min(inner.size - first, count - done);
-    run(offset, done, length);
-    done += length;
-  }
-}
-
-template <int64_t Dimension::* stride, typename T>
-void load_strided(
-    const Loops& loops, T* to, const char* base, Dtype dtype, const Entry& entry, int64_t begin, int64_t count
-) {
-  alignas(64) char items[kBlock * sizeof(double)];
-  const int64_t size = item_size(dtype);
-  const int64_t step = entry.layout->back().*stride;
-  for_each_run<stride>(*entry.layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
-    const auto collect = size == 2 ? gather<uint16_t> : size == 4 ? gather<uint32_t> : gather<uint64_t>;
-    collect(items + position * size, base + offset, step, length);
-  });
-  load_contiguous(loops, to, items, dtype, count);
-}
-
-template <int64_t Dimension::* stride, typename T>
-void store_strided(const Loops& loops, char* base, const T* from, const Entry& entry, int64_t begin, int64_t count) {
-  alignas(64) char items[kBlock * sizeof(double)];
-  store_contiguous(loops, items, entry.dtype, from, count);
-  const int64_t size = item_size(entry.dtype);
-  const int64_t step = entry.layout->back().*stride;
-  for_each_run<stride>(*entry.layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
-    const auto spread = size == 2 ? scatter<uint16_t> : size == 4 ? scatter<uint32_t> : scatter<uint64_t>;
-    spread(base + offset, items + position * size, step, length);
-  });
-}
 
 // ---- One parameter --------------------------------------------------------------------------------------------------
 
 // The elements [begin, end) of one parameter, in the order of its memory. T is the arithmetic type.
 template <typename T>
 void update_range(
-    const Loops& loops, const Entry& entry, int64_t begin, int64_t end, bool negate, const Hyperparameters<T>& h
+    const Loops& loops,
+    const Entry& entry,
+    int64_t begin,
+    int64_t end,
+    const GradientClip<T>& clip,
+    const Hyperparameters<T>& h
 ) {
   UpdateLoop<T, T> update;
   if constexpr (std::is_same_v<T, float>) {
@@ -187,7 +45,7 @@ void update_range(
           reinterpret_cast<Item*>(entry.square_avg) + begin,
           reinterpret_cast<Item*>(entry.acc_delta) + begin,
           end - begin,
-          negate,
+          clip,
           h
       );
     };
@@ -207,21 +65,21 @@ void update_range(
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
     if (!contiguous) {
-      load_strided<&Dimension::grad>(loops, grad, entry.grad, entry.grad_dtype, entry, at, count);
-      load_strided<&Dimension::param>(loops, param, entry.param, entry.dtype, entry, at, count);
-      load_strided<&Dimension::square_avg>(loops, square_avg, entry.square_avg, entry.dtype, entry, at, count);
-      load_strided<&Dimension::acc_delta>(loops, acc_delta, entry.acc_delta, entry.dtype, entry, at, count);
-      update(param, grad, square_avg, acc_delta, count, negate, h);
-      store_strided<&Dimension::param>(loops, entry.param, param, entry, at, count);
-      store_strided<&Dimension::square_avg>(loops, entry.square_avg, square_avg, entry, at, count);
-      store_strided<&Dimension::acc_delta>(loops, entry.acc_delta, acc_delta, entry, at, count);
+      load_strided<&Dimension::grad>(loops, grad, entry.grad, entry.grad_dtype, *entry.layout, at, count);
+      load_strided<&Dimension::param>(loops, param, entry.param, entry.dtype, *entry.layout, at, count);
+      load_strided<&Dimension::square_avg>(loops, square_avg, entry.square_avg, entry.dtype, *entry.layout, at, count);
+      load_strided<&Dimension::acc_delta>(loops, acc_delta, entry.acc_delta, entry.dtype, *entry.layout, at, count);
+      update(param, grad, square_avg, acc_delta, count, clip, h);
+      store_strided<&Dimension::param>(loops, entry.param, entry.dtype, param, *entry.layout, at, count);
+      store_strided<&Dimension::square_avg>(loops, entry.square_avg, entry.dtype, square_avg, *entry.layout, at, count);
+      store_strided<&Dimension::acc_delta>(loops, entry.acc_delta, entry.dtype, acc_delta, *entry.layout, at, count);
       continue;
     }
     load_contiguous(loops, grad, entry.grad + at * item_size(entry.grad_dtype), entry.grad_dtype, count);
     load_contiguous(loops, param, entry.param + at * size, entry.dtype, count);
     load_contiguous(loops, square_avg, entry.square_avg + at * size, entry.dtype, count);
     load_contiguous(loops, acc_delta, entry.acc_delta + at * size, entry.dtype, count);
-    update(param, grad, square_avg, acc_delta, count, negate, h);
+    update(param, grad, square_avg, acc_delta, count, clip, h);
     store_contiguous(loops, entry.param + at * size, entry.dtype, param, count);
     store_contiguous(loops, entry.square_avg + at * size, entry.dtype, square_avg, count);
     store_contiguous(loops, entry.acc_delta + at * size, entry.dtype, acc_delta, count);
@@ -257,15 +115,34 @@ double resolve(double number, const OptionalTensor& tensor, const char* name) {
   }
 }
 
+// The clip options of one call.
+struct Clip {
+  double clipvalue;
+  std::optional<double> clipnorm;
+  const double* square_sums;  // with clipnorm: of each parameter's gradient
+  double factor;
+  bool maximize;
+
+  template <typename T>
+  GradientClip<T> of(const Entry& entry) const {
+    const auto clip = clipnorm.has_value() ? GradientClip<T>::by_norm(clipvalue, *clipnorm, square_sums[entry.index])
+                                           : GradientClip<T>::by_factor(clipvalue, factor);
+    return clip.negated_if(maximize);
+  }
+};
+
 void update_entries(
-    const Entries& lists, bool negate, const Hyperparameters<float>& in_float, const Hyperparameters<double>& in_double
+    const Entries& lists,
+    const Clip& clip,
+    const Hyperparameters<float>& in_float,
+    const Hyperparameters<double>& in_double
 ) {
   const Loops& loops = current_loops();
   const auto update_entry = [&](const Entry& entry, int64_t begin, int64_t end) {
     if (entry.dtype == Dtype::kFloat64) {
-      update_range<double>(loops, entry, begin, end, negate, in_double);
+      update_range(loops, entry, begin, end, clip.of<double>(entry), in_double);
     } else {
-      update_range<float>(loops, entry, begin, end, negate, in_float);
+      update_range(loops, entry, begin, end, clip.of<float>(entry), in_float);
     }
   };
   const auto& entries = lists.entries;
@@ -293,18 +170,70 @@ void update_entries(
   torch::stable::parallel_for(0, lists.numel(), kGrain, update_range);
 }
 
+// Throws unless the clip options fit together and with the parameters, and returns them.
+Clip read_clip(
+    std::optional<double> clipvalue,
+    std::optional<double> clipnorm,
+    const OptionalTensor& square_sums,
+    std::optional<double> factor,
+    bool maximize,
+    size_t param_count,
+    int64_t complex_param
+) {
+  Clip clip{
+      clipvalue.value_or(std::numeric_limits<double>::infinity()), clipnorm, nullptr, factor.value_or(1), maximize
+  };
+  check_clipvalue(clip.clipvalue, complex_param);
+  if (clipnorm.has_value() != square_sums.has_value()) {
+    fail("clipnorm and square_sums must be given together");
+  }
+  if (!clipnorm.has_value()) {
+    return clip;
+  }
+  if (!(*clipnorm >= 0)) {
+    fail("clipnorm must be a number >= 0, got ", *clipnorm);
+  }
+  if (factor.has_value()) {
+    fail("clipnorm is ", *clipnorm, ", but a factor is given, too");
+  }
+  if (!square_sums->is_cpu() || square_sums->scalar_type() != torch::headeronly::ScalarType::Double ||
+      square_sums->dim() != 1 || square_sums->numel() != static_cast<int64_t>(param_count) ||
+      !square_sums->is_contiguous()) {
+    fail(
+        "square_sums must be a contiguous float64 CPU tensor with one element for each of ", param_count, " parameters"
+    );
+  }
+  clip.square_sums = static_cast<const double*>(square_sums->const_data_ptr());
+  return clip;
+}
+
 // adadelta_ in ops.cpp. Boxed, so that each list is read in place instead of becoming a vector of tensor objects.
 void adadelta_(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
   const auto lr_tensor = to<OptionalTensor>(stack[8]);
   const auto rho_tensor = to<OptionalTensor>(stack[9]);
   const auto epsilon_tensor = to<OptionalTensor>(stack[10]);
+  const auto clipvalue = to<std::optional<double>>(stack[11]);
+  const auto clipnorm = to<std::optional<double>>(stack[12]);
+  const auto square_sums = to<OptionalTensor>(stack[13]);
+  const auto factor_tensor = to<OptionalTensor>(stack[15]);
   const double lr = resolve(to<double>(stack[4]), lr_tensor, "lr");
   const double rho = resolve(to<double>(stack[5]), rho_tensor, "rho");
   const double epsilon = resolve(to<double>(stack[6]), epsilon_tensor, "epsilon");
+  const double factor = resolve(to<double>(stack[14]), factor_tensor, "factor");
   const bool maximize = to<bool>(stack[7]);
   const Entries& lists = read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());
-  update_entries(lists, maximize, {lr, rho, epsilon}, {lr, rho, epsilon});
+  const bool has_factor = factor_tensor.has_value() || factor != 1;
+  const Clip clip = read_clip(
+      clipvalue,
+      clipnorm,
+      square_sums,
+      has_factor ? std::optional(factor) : std::nullopt,
+      maximize,
+      params.size(),
+      lists.complex_param
+  );
+  update_entries(lists, clip, {lr, rho, epsilon}, {lr, rho, epsilon});
 }
 
 // check_lists in ops.cpp: what adadelta_ checks, and nothing more.
@@ -313,25 +242,10 @@ void check_lists(StableIValue* stack, uint64_t, uint64_t) {
   read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());
 }
 
-int64_t cpu_capability() { return capability.load(); }
-
-// For tests and benchmarks. Returns the capability that was set before.
-int64_t set_cpu_capability(int64_t value) {
-  if (value < kDefault || value > best_capability()) {
-    fail("this processor has the CPU capabilities 0 to ", best_capability(), ", got ", value);
-  }
-  return capability.exchange(value);
-}
-
 }  // namespace
 }  // namespace torch_adadelta::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) {
   m.impl("adadelta_", torch_adadelta::cpu::adadelta_);
   m.impl("check_lists", torch_adadelta::cpu::check_lists);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&torch_adadelta::cpu::cpu_capability));
-  m.impl("set_cpu_capability", TORCH_BOX(&torch_adadelta::cpu::set_cpu_capability));
 }

@@ -3,13 +3,15 @@
 #pragma once
 
 #include "../adadelta.h"
+#include "../square_sums.h"
 
 #include <cstdint>
+#include <limits>
 
 namespace torch_adadelta::cpu {
 
-// Updates `count` elements; with `negate`, along -grad. Item is what memory holds, T what the arithmetic runs in; the
-// 16-bit formats cross as their bits.
+// Updates `count` elements. Item is what memory holds, T what the arithmetic runs in; the 16-bit formats cross as their
+// bits.
 template <typename Item, typename T>
 using UpdateLoop = void (*)(
     Item* param,
@@ -17,12 +19,21 @@ using UpdateLoop = void (*)(
     Item* square_avg,
     Item* acc_delta,
     int64_t count,
-    bool negate,
+    const GradientClip<T>& clip,
     const Hyperparameters<T>& h
 );
 
 template <typename To, typename From>
 using CastLoop = void (*)(To* to, const From* from, int64_t count);
+
+// Adds the squares of `count` elements, which begin at lane 0, to the kSumLanes lanes of a chunk; see square_sums.h.
+// `limit` is the clipvalue, or infinity.
+template <typename T>
+using SquareLoop = void (*)(double* lanes, const T* grad, int64_t count, T limit);
+
+// The same for complex elements, which are pairs.
+template <typename T>
+using ComplexSquareLoop = void (*)(double* lanes, const T* grad, int64_t count);
 
 struct Loops {
   UpdateLoop<float, float> update_float;
@@ -35,6 +46,11 @@ struct Loops {
   CastLoop<double, float> double_from_float;
   CastLoop<uint16_t, float> half_from_float;
   CastLoop<uint16_t, float> bfloat16_from_float;
+  SquareLoop<float> add_squares_float;
+  SquareLoop<double> add_squares_double;
+  ComplexSquareLoop<float> add_complex_squares_float;
+  ComplexSquareLoop<double> add_complex_squares_double;
+  double (*sum_lanes)(double* lanes);  // which are overwritten
 };
 
 extern const Loops loops_default;
@@ -43,5 +59,8 @@ extern const Loops loops_default;
 extern const Loops loops_avx2;
 extern const Loops loops_avx512;
 #endif
+
+// The loops of the instruction set in use.
+const Loops& current_loops();
 
 }  // namespace torch_adadelta::cpu

@@ -1,0 +1,129 @@
+// Blocks of elements on their way between memory, of any dtype and layout, and the arithmetic type T.
+#pragma once
+
+#include "loops.h"
+
+#include "../tensor_lists.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+namespace torch_adadelta::cpu {
+
+// Elements that are converted or gathered at a time: four buffers of doubles (16 KiB) stay in the first-level cache.
+constexpr int64_t kBlock = 512;
+
+template <typename T>
+void load_contiguous(const Loops& loops, T* to, const char* from, Dtype dtype, int64_t count) {
+  const auto* half = reinterpret_cast<const uint16_t*>(from);
+  if constexpr (std::is_same_v<T, float>) {
+    switch (dtype) {
+      case Dtype::kFloat32:
+        std::copy_n(reinterpret_cast<const float*>(from), count, to);
+        return;
+      case Dtype::kFloat64:
+        return loops.float_from_double(to, reinterpret_cast<const double*>(from), count);
+      case Dtype::kFloat16:
+        return loops.float_from_half(to, half, count);
+      case Dtype::kBFloat16:
+        return loops.float_from_bfloat16(to, half, count);
+    }
+  } else {
+    float as_float[kBlock];
+    switch (dtype) {
+      case Dtype::kFloat64:
+        std::copy_n(reinterpret_cast<const double*>(from), count, to);
+        return;
+      case Dtype::kFloat32:
+        return loops.double_from_float(to, reinterpret_cast<const float*>(from), count);
+      case Dtype::kFloat16:
+        loops.float_from_half(as_float, half, count);
+        break;
+      case Dtype::kBFloat16:
+        loops.float_from_bfloat16(as_float, half, count);
+        break;
+    }
+    loops.double_from_float(to, as_float, count);
+  }
+}
+
+template <typename T>
+void store_contiguous(const Loops& loops, char* to, Dtype dtype, const T* from, int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == Dtype::kFloat16) {
+      return loops.half_from_float(reinterpret_cast<uint16_t*>(to), from, count);
+    }
+    if (dtype == Dtype::kBFloat16) {
+      return loops.bfloat16_from_float(reinterpret_cast<uint16_t*>(to), from, count);
+    }
+  }
+  std::copy_n(from, count, reinterpret_cast<T*>(to));
+}
+
+// Collects elements that lie `stride` bytes apart, as they are; their conversion is the contiguous loops' work.
+template <typename Item>
+void gather(char* to, const char* from, int64_t stride, int64_t count) {
+  auto* items = reinterpret_cast<Item*>(to);
+  for (int64_t i = 0; i < count; ++i) {
+    items[i] = *reinterpret_cast<const Item*>(from + i * stride);
+  }
+}
+
+template <typename Item>
+void scatter(char* to, const char* from, int64_t stride, int64_t count) {
+  const auto* items = reinterpret_cast<const Item*>(from);
+  for (int64_t i = 0; i < count; ++i) {
+    *reinterpret_cast<Item*>(to + i * stride) = items[i];
+  }
+}
+
+// Calls run(offset in bytes, position in the block, count) for each stretch of the innermost dimension that the
+// elements [begin, begin + count) of a strided tensor consist of.
+template <int64_t Dimension::* stride, typename Run>
+void for_each_run(const Layout& layout, int64_t begin, int64_t count, const Run& run) {
+  const Dimension& inner = layout.back();
+  for (int64_t done = 0; done < count;) {
+    int64_t index = begin + done;
+    const int64_t first = index % inner.size;
+    int64_t offset = first * (inner.*stride);
+    index /= inner.size;
+    for (auto dim = layout.rbegin() + 1; dim != layout.rend(); ++dim) {
+      offset += (index % dim->size) * (*dim.*stride);
+      index /= dim->size;
+    }
+    const int64_t length = std::min(inner.size - first, count - done);
+    run(offset, done, length);
+    done += length;
+  }
+}
+
+template <int64_t Dimension::* stride, typename T>
+void load_strided(
+    const Loops& loops, T* to, const char* base, Dtype dtype, const Layout& layout, int64_t begin, int64_t count
+) {
+  alignas(64) char items[kBlock * sizeof(double)];
+  const int64_t size = item_size(dtype);
+  const int64_t step = layout.back().*stride;
+  for_each_run<stride>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+    const auto collect = size == 2 ? gather<uint16_t> : size == 4 ? gather<uint32_t> : gather<uint64_t>;
+    collect(items + position * size, base + offset, step, length);
+  });
+  load_contiguous(loops, to, items, dtype, count);
+}
+
+template <int64_t Dimension::* stride, typename T>
+void store_strided(
+    const Loops& loops, char* base, Dtype dtype, const T* from, const Layout& layout, int64_t begin, int64_t count
+) {
+  alignas(64) char items[kBlock * sizeof(double)];
+  store_contiguous(loops, items, dtype, from, count);
+  const int64_t size = item_size(dtype);
+  const int64_t step = layout.back().*stride;
+  for_each_run<stride>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+    const auto spread = size == 2 ? scatter<uint16_t> : size == 4 ? scatter<uint32_t> : scatter<uint64_t>;
+    spread(base + offset, items + position * size, step, length);
+  });
+}
+
+}  // namespace torch_adadelta::cpu

@@ -1,0 +1,132 @@
+// The sums of squares behind the norms on the CPU: one parallel_for over the elements of all gradients of a call.
+#include "blocks.h"
+#include "loops.h"
+
+#include "../square_sums.h"
+#include "../tensor_lists.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace torch_adadelta::cpu {
+namespace {
+
+// What a thread sums at a time, and below which another thread costs more than it saves. A power of two of chunks that
+// begins at a multiple of itself is a subtree, so that one number a unit is all that has to be kept.
+constexpr int64_t kUnitChunks = 16;
+constexpr int64_t kUnit = kUnitChunks * kSumChunk;
+static_assert((kUnitChunks & (kUnitChunks - 1)) == 0);
+
+// The elements [begin, end) of one gradient, which are one chunk at most. T is the arithmetic type.
+template <typename T>
+double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, T limit) {
+  constexpr bool is_float = std::is_same_v<T, float>;
+  const auto add_squares = [&](double* lanes, const T* grad, int64_t count) {
+    if constexpr (is_float) {
+      gradient.is_complex ? loops.add_complex_squares_float(lanes, grad, count)
+                          : loops.add_squares_float(lanes, grad, count, limit);
+    } else {
+      gradient.is_complex ? loops.add_complex_squares_double(lanes, grad, count)
+                          : loops.add_squares_double(lanes, grad, count, limit);
+    }
+  };
+  const int64_t width = gradient.is_complex ? 2 : 1;
+
+  alignas(64) double lanes[kSumLanes] = {};
+  if (gradient.layout == nullptr && gradient.dtype == (is_float ? Dtype::kFloat32 : Dtype::kFloat64)) {
+    add_squares(lanes, reinterpret_cast<const T*>(gradient.data) + begin * width, end - begin);
+    return loops.sum_lanes(lanes);
+  }
+  alignas(64) T block[kBlock];
+  const int64_t step = kBlock / width;
+  static_assert(kBlock / 2 % kSumLanes == 0, "a block begins at lane 0");
+  for (int64_t at = begin; at < end; at += step) {
+    const int64_t count = std::min(step, end - at);
+    const int64_t first = at * width;
+    if (gradient.layout == nullptr) {
+      load_contiguous(loops, block, gradient.data + first * item_size(gradient.dtype), gradient.dtype, count * width);
+    } else {
+      load_strided<&Dimension::grad>(
+          loops, block, gradient.data, gradient.dtype, *gradient.layout, first, count * width
+      );
+    }
+    add_squares(lanes, block, count);
+  }
+  return loops.sum_lanes(lanes);
+}
+
+// The elements [begin, end) of one gradient, which are one unit at most.
+double unit_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, double clipvalue) {
+  double chunks[kUnitChunks];
+  int64_t count = 0;
+  for (; begin < end; begin += kSumChunk) {
+    const int64_t stop = std::min(begin + kSumChunk, end);
+    chunks[count++] = gradient.in_double
+                          ? chunk_sum<double>(loops, gradient, begin, stop, clipvalue)
+                          : chunk_sum<float>(loops, gradient, begin, stop, static_cast<float>(clipvalue));
+  }
+  return pairwise_sum(chunks, count);
+}
+
+// Writes the sum of each gradient to `sums`, at the gradient's index.
+void sum_squares(const Gradients& lists, double clipvalue, double* sums) {
+  const Loops& loops = current_loops();
+  const auto& gradients = lists.gradients;
+  const auto start_of = [](const Gradient& gradient) { return gradient.end - gradient.numel; };
+
+  // The sums of all units. Where those of a gradient begin leaves room for the units of all gradients before it.
+  static thread_local std::vector<double> units;
+  units.resize(lists.numel() / kUnit + gradients.size());
+  const auto units_of = [&, units = units.data()](size_t i) { return units + start_of(gradients[i]) / kUnit + i; };
+
+  // Each thread takes the units that begin in its range.
+  const auto sum_range = [&](int64_t begin, int64_t end) {
+    const auto first = std::upper_bound(
+        gradients.begin(), gradients.end(), begin, [](int64_t position, const Gradient& g) { return position < g.end; }
+    );
+    for (size_t i = first - gradients.begin(); i < gradients.size() && start_of(gradients[i]) < end; ++i) {
+      const Gradient& gradient = gradients[i];
+      const int64_t skipped = std::max(begin - start_of(gradient), int64_t(0));
+      const int64_t stop = std::min(end - start_of(gradient), gradient.numel);
+      for (int64_t unit = (skipped + kUnit - 1) / kUnit; unit * kUnit < stop; ++unit) {
+        const int64_t unit_end = std::min((unit + 1) * kUnit, gradient.numel);
+        units_of(i)[unit] = unit_sum(loops, gradient, unit * kUnit, unit_end, clipvalue);
+      }
+    }
+  };
+  torch::stable::parallel_for(0, lists.numel(), kUnit, sum_range);
+
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    sums[gradients[i].index] = pairwise_sum(units_of(i), (gradients[i].numel + kUnit - 1) / kUnit);
+  }
+}
+
+// grad_square_sums in ops.cpp. Boxed, as adadelta_ is.
+void grad_square_sums(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  const TensorList params(stack[0]), grads(stack[1]);
+  const double clipvalue = to<std::optional<double>>(stack[2]).value_or(std::numeric_limits<double>::infinity());
+  const bool in_double = to<bool>(stack[3]);
+  const Gradients& lists = read_gradients(params, grads, in_double, aoti_torch_device_type_cpu());
+  check_clipvalue(clipvalue, lists.complex_param);
+
+  const int64_t size = static_cast<int64_t>(params.size()), stride = 1;
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float64(), aoti_torch_device_type_cpu(), 0, &result)
+  );
+  stack[0] = torch::stable::detail::from(result);
+  void* sums = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(result, &sums));
+  std::fill_n(static_cast<double*>(sums), size, 0.0);
+  sum_squares(lists, clipvalue, static_cast<double*>(sums));
+}
+
+}  // namespace
+}  // namespace torch_adadelta::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) { m.impl("grad_square_sums", torch_adadelta::cpu::grad_square_sums); }
