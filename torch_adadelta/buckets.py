@@ -74,13 +74,12 @@ def clip_keywords(buckets: list[Bucket], numbers: list[list[int]], options: dict
     sums = [_square_sums(bucket, by_value, in_double) for bucket in buckets]
     # One device for all: not the CPU if there is another, for that would wait for the other.
     device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
-    pieces: list[tuple[int, Tensor]] = []
-    for where, bucket_sums in zip(numbers, sums, strict=True):
-        moved = _moved(bucket_sums, device)
-        for begin, end in _runs(where):
-            pieces.append((where[begin], moved[begin:end]))
-    pieces.sort(key=itemgetter(0))
-    with _recording(buckets[0][0]):
+    with recording(any(bucket[0]["differentiable"] for bucket in buckets)):
+        pieces: list[tuple[int, Tensor]] = []
+        for where, bucket_sums in zip(numbers, sums, strict=True):
+            moved = _moved(bucket_sums, device)
+            pieces += [(where[begin], moved[begin:end]) for begin, end in _runs(where)]
+        pieces.sort(key=itemgetter(0))
         in_order = torch.cat([piece for _, piece in pieces]) if len(pieces) > 1 else pieces[0][1]
         factor = gradients.global_factor(float(global_clipnorm), in_order, T)
     result = []
@@ -99,12 +98,13 @@ def _square_sums(bucket: Bucket, by_value: dict[str, Any], in_double: bool) -> T
     group, update, (params, grads, _, _), _ = bucket
     if update is updates.fused:
         return ops.grad_square_sums(params, grads, in_double=in_double, **by_value)
-    with _recording(group):
+    with recording(group["differentiable"]):
         return gradients.square_sums(params, grads, in_double=in_double, **by_value)
 
 
-def _recording(group: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    return torch.enable_grad() if group["differentiable"] else contextlib.nullcontext()
+def recording(is_differentiable: bool) -> contextlib.AbstractContextManager[Any]:
+    """Lets autograd record what a differentiable step computes before its updates."""
+    return torch.enable_grad() if is_differentiable else contextlib.nullcontext()
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

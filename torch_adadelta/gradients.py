@@ -106,13 +106,16 @@ def global_factor(clipnorm: float, square_sums: Tensor, T: torch.dtype) -> Value
     A float, if the sums are on the CPU and autograd does not record them; else a float64 Tensor without dimensions.
     """
     c = float(cast(clipnorm, T, square_sums.device))
-    total = pairwise_sum(square_sums)
-    if total.requires_grad or total.device.type != "cpu":
-        n = _norm(total, T)
+    if square_sums.requires_grad or square_sums.device.type != "cpu":
+        n = _norm(pairwise_sum(square_sums), T)
         is_positive = n > 0
         inverse = torch.where(is_positive, 1 / torch.where(is_positive, n, 1), torch.inf)
         return (c * inverse.clamp(max=_rounded(_divide(1.0, c), T)) + (n - n)).double()
-    square = _rounded(float(total), T)
+    numbers: list[float] = square_sums.tolist()
+    while len(numbers) > 1:
+        rest = numbers[-1:] if len(numbers) % 2 else []
+        numbers = [x + y for x, y in zip(numbers[0::2], numbers[1::2], strict=False)] + rest
+    square = _rounded(sum(numbers), T)
     if not math.isfinite(square):
         return math.nan
     norm = _rounded(math.sqrt(square), T)

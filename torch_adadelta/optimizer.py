@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from torch_adadelta import gradients, hyperparameters, param_groups
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtype
-from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, choose, clip_keywords, split
+from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, choose, clip_keywords, recording, split
 from torch_adadelta.gradients import Callback
 from torch_adadelta.hyperparameters import Source
 from torch_adadelta.keras_interface import KerasInterface
@@ -39,6 +39,10 @@ class _Plan(NamedTuple):
     new_state: dict[Tensor, dict[str, Tensor]]
     new_values: list[tuple[dict[str, Any], str, Any, Source]]  # what sources gave: the group, its key, the value
     checks_itself: bool = False  # a fused call that checks its own lists before it writes
+
+
+# Parameters of one group, their gradients, and which number each has among all gradients of the step.
+_Rows = tuple[list[Tensor], list[Tensor], list[int]]
 
 
 class _SpansDevices(Exception):
@@ -497,11 +501,7 @@ class AdadeltaKeras(KerasInterface):
         buckets: list[Bucket] = []
         new_state: dict[Tensor, dict[str, Tensor]] = {}
         for group in self.param_groups:
-            params: list[Tensor] = group["params"]
-            grads = list(map(_get_grad, params))
-            if type(None) in map(type, grads):
-                params = [p for p in params if p.grad is not None]
-                grads = list(map(_get_grad, params))
+            params, grads = _with_gradient(group)
             if grads:
                 lists = self._with_state(params, grads, new_state)
                 values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
@@ -515,33 +515,32 @@ class AdadeltaKeras(KerasInterface):
         param_groups.check_options(self.param_groups[0])
         param_groups.check_transformers(self._gradient_transformers, self.param_groups[0])
         makes_state_only = self._check_sources()
-        owners, params, grads = self._rows()
+        rows = self._rows()
         aggregates = self._gradient_aggregator is not None and (self._given is None or self._given.aggregates)
-        if not params and not aggregates:
-            return None
         new_state: dict[Tensor, dict[str, Tensor]] = {}
         if makes_state_only:
-            self._with_state(params, grads, new_state)
+            for params, grads, _ in rows:
+                self._with_state(params, grads, new_state)
             return _Plan([], [], new_state, [])
-        if any(group["differentiable"] for group in self.param_groups):
-            with torch.enable_grad():
-                grads = self._run_callbacks(params, grads, aggregates)
-        else:
-            grads = self._run_callbacks(params, grads, aggregates)
-        if not params:
+        if aggregates or self._gradient_transformers:
+            rows = self._run_callbacks(rows, aggregates)
+        if not any(params for params, _, _ in rows):
             return None
 
         buckets: list[Bucket] = []
         numbers: list[list[int]] = []
         new_values: list[tuple[dict[str, Any], str, Any, Source]] = []
         called: dict[int, Any] = {}
-        for group_index, (group, sources) in enumerate(zip(self.param_groups, self._sources, strict=True)):
-            indices = [i for i, owner in enumerate(owners) if owner == group_index]
-            if not indices:
+        # To find out by a refusal, and then to plan anew, would call what was called already.
+        may_span_devices = (
+            self._groups_span_devices or aggregates or bool(self._gradient_transformers) or any(self._sources)
+        )
+        for group, sources, (params, grads, where) in zip(self.param_groups, self._sources, rows, strict=True):
+            if not params:
                 continue
-            lists = self._with_state([params[i] for i in indices], [grads[i] for i in indices], new_state)
-            for T, rows in _by_T(group, sources, lists[0]).items():
-                raw = _raw_values(group, sources, T, called)
+            lists = self._with_state(params, grads, new_state)
+            for T, indices in _by_T(group, sources, params).items():
+                raw = _raw_values(group, sources, T, called) if sources else group
                 new_values.extend((group, key, raw[key], source) for key, source in sources.items())
                 is_scheduled = "lr" in sources and sources["lr"].is_schedule
                 lr, rho, epsilon = hyperparameters.for_step(
@@ -550,13 +549,13 @@ class AdadeltaKeras(KerasInterface):
                 if group["decay"]:
                     lr = hyperparameters.decayed(lr, group["decay"], group["iterations"], T)
                 # The number of each gradient travels as a fifth column, for the norm of all gradients has an order.
-                columns: Any = (*lists, indices)
-                if len(rows) < len(indices):
-                    columns = tuple([column[row] for row in rows] for column in columns)
-                for _, update, selected, values in split(group, columns, (lr, rho, epsilon), may_span_devices=True):
-                    *tensors, where = selected
+                columns: Any = (*lists, where)
+                if len(indices) < len(params):
+                    columns = tuple([column[i] for i in indices] for column in columns)
+                for _, update, selected, values in split(group, columns, (lr, rho, epsilon), may_span_devices):
+                    *tensors, numbers_here = selected
                     buckets.append((group, update, tuple(tensors), values))  # type: ignore[arg-type]
-                    numbers.append(where)  # type: ignore[arg-type]
+                    numbers.append(numbers_here)  # type: ignore[arg-type]
         checks_itself = self._check_all(buckets, new_state)
         try:
             clips = clip_keywords(buckets, numbers, self.param_groups[0])
@@ -565,37 +564,44 @@ class AdadeltaKeras(KerasInterface):
             raise
         return _Plan(buckets, clips, new_state, new_values, checks_itself)
 
-    def _rows(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
-        """The parameters that have a gradient, with the index of their group and the gradient, in order."""
+    def _rows(self) -> list[_Rows]:
+        """What is to be updated of each group."""
         if self._given is None:
-            rows = [
-                (index, param, param.grad)
-                for index, group in enumerate(self.param_groups)
-                for param in group["params"]
-                if param.grad is not None
-            ]
-        else:
-            owner_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
-            rows = [(owner_of[id(param)], param, grad) for grad, param in self._given.pairs]
-        owners, params, grads = ([row[column] for row in rows] for column in range(3))
-        return owners, params, grads  # type: ignore[return-value]
+            rows = []
+            count = 0
+            for group in self.param_groups:
+                params, grads = _with_gradient(group)
+                rows.append((params, grads, list(range(count, count + len(params)))))
+                count += len(params)
+            return rows
+        group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        rows = [([], [], []) for _ in self.param_groups]
+        for number, (grad, param) in enumerate(self._given.pairs):
+            for column, value in zip(rows[group_of[id(param)]], (param, grad, number), strict=True):
+                column.append(value)  # type: ignore[attr-defined]
+        return rows
 
-    def _run_callbacks(self, params: list[Tensor], grads: list[Tensor], aggregates: bool) -> list[Tensor]:
-        """The gradients after the aggregator and the transformers.
+    def _run_callbacks(self, rows: list[_Rows], aggregates: bool) -> list[_Rows]:
+        """The same with the gradients that aggregator and transformers return.
 
         The aggregator is called for an empty list too: other processes may have gradients, and wait for this one.
         """
+        in_order = sorted(
+            (number, group_index, param, grad)
+            for group_index, columns in enumerate(rows)
+            for param, grad, number in zip(*columns, strict=True)
+        )
+        params = [param for _, _, param, _ in in_order]
         callbacks = [("gradient_transformers:", callback) for callback in self._gradient_transformers if params]
         if aggregates and self._gradient_aggregator is not None:
             callbacks.insert(0, ("gradient_aggregator:", self._gradient_aggregator))
-        if not callbacks:
-            return grads
-        for param, grad in zip(params, grads, strict=True):
+        for _, _, param, grad in in_order:
             updates.check_gradient(partial(self._name_of, param), param, grad)
-        grads = [gradients.for_callback(param, grad) for param, grad in zip(params, grads, strict=True)]
-        for kind, callback in callbacks:
-            grads = gradients.run_callback(callback, kind, params, grads, self._name_of)
-        return grads
+        with recording(any(group["differentiable"] for group in self.param_groups)):
+            grads = [gradients.for_callback(param, grad) for _, _, param, grad in in_order]
+            for kind, callback in callbacks:
+                grads = gradients.run_callback(callback, kind, params, grads, self._name_of)
+        return [(group_params, [grads[number] for number in numbers], numbers) for group_params, _, numbers in rows]
 
     def _check_sources(self) -> bool:
         """Raises if somebody else wrote what a schedule or callable is there to give.
@@ -704,7 +710,17 @@ class AdadeltaKeras(KerasInterface):
             updates.check_row(partial(self._name_of, param), param, *tensors, differentiable=group["differentiable"])
 
 
-# ---- Hyperparameters of a step ---------------------------------------------------------------------------------------
+def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of a group that have a gradient, and their gradients."""
+    params: list[Tensor] = group["params"]
+    grads = list(map(_get_grad, params))
+    if type(None) in map(type, grads):
+        params = [p for p in params if p.grad is not None]
+        grads = list(map(_get_grad, params))
+    return params, grads
+
+
+# ---- Hyperparameters of a step --------------------------------------------------------------------------------------
 
 
 def _by_T(group: dict[str, Any], sources: dict[str, Source], params: list[Tensor]) -> dict[torch.dtype, list[int]]:

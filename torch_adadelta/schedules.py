@@ -54,9 +54,9 @@ def _is_numpy_scalar(value: Any) -> bool:
 def _check(name: str, value: Any, holds: Callable[[float], bool], text: str) -> Any:
     """`value` itself, if it is a number, or a Tensor of one, for which `holds`. Tensors on a device are not read.
 
-    A NumPy scalar, which torch.compile cannot trace, becomes a number, or a Tensor where its precision says something.
+    A NumPy scalar, which torch.compile cannot trace, becomes a number, or a float64 Tensor if it is a float64.
     """
-    number = value
+    given = number = value
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
@@ -74,10 +74,10 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], text: str) -> 
         value = torch.tensor(number, dtype=torch.float64, device="cpu") if value.dtype == "float64" else number
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(
-            f"{name} must be a number or a one-element Tensor, got {value!r} of type {type(value).__name__}"
+            f"{name} must be a number or a one-element Tensor, got {given!r} of type {type(given).__name__}"
         )
     if not abs(number) <= _FLOAT32_MAX or not holds(number):  # nan compares false
-        raise ValueError(f"Invalid {name}: {value!r}; it must be {text}")
+        raise ValueError(f"Invalid {name}: {given!r}; it must be {text}")
     return value
 
 
@@ -86,10 +86,9 @@ def _finite(name: str, value: Any) -> Any:
 
 
 def _positive(name: str, value: Any) -> Any:
-    # What rounds to 0 in float32 would be divided by.
-    return _check(
-        name, value, lambda number: ctypes.c_float(number).value > 0.0, "a finite number > 0 that fits float32"
-    )
+    # Rounded to float32 first: a smaller number would become 0, and be divided by.
+    text = "a finite number > 0 that fits float32"
+    return _check(name, value, lambda number: ctypes.c_float(number).value > 0.0, text)
 
 
 def _not_negative(name: str, value: Any) -> Any:
