@@ -52,7 +52,9 @@ struct GradientClip {
 
   ADADELTA_INLINE GradientClip negated_if(bool maximize) const { return {limit, maximize ? -mul : mul, div}; }
 
-  ADADELTA_INLINE T operator()(T g) const { return (clamp(g, limit) * mul) / div; }
+  ADADELTA_INLINE T undivided(T g) const { return clamp(g, limit) * mul; }
+
+  ADADELTA_INLINE T operator()(T g) const { return undivided(g) / div; }
 };
 
 // a: square_avg, u: acc_delta, p: the parameter, d: the step before the learning rate.

@@ -56,25 +56,18 @@ SIZES = (
 )
 
 
-@pytest.fixture(params=ops.CPU_CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not ops.is_loaded:
-        yield request.param
-        return
+def ways() -> Iterator[str]:
+    """Goes through the instruction sets up to the one in use, with 1, 2 and 3 threads each."""
+    capability, threads = ops.cpu_capability(), torch.get_num_threads()
     try:
-        before = ops.set_cpu_capability(request.param)
-    except RuntimeError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    ops.set_cpu_capability(before)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+        for name in ops.CPU_CAPABILITIES[: ops.CPU_CAPABILITIES.index(capability) + 1]:
+            ops.set_cpu_capability(name)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                yield f"{name}, {count} threads"
+    finally:
+        ops.set_cpu_capability(capability)
+        torch.set_num_threads(threads)
 
 
 def order_sensitive(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -115,16 +108,16 @@ def square_sum(param: Tensor, grad: Tensor, clipvalue: float = inf, in_double: b
 
 def assert_square_sums(params: list[Tensor], grads: list[Tensor], clipvalue: float = inf, **options: bool) -> None:
     expected = [square_sum(p, g, clipvalue, **options) for p, g in zip(params, grads, strict=True)]
-    assert_same_bits(ops.grad_square_sums(params, grads, clipvalue, **options), np.array(expected, np.float64))
+    for way in ways():
+        assert_same_bits(ops.grad_square_sums(params, grads, clipvalue, **options), np.array(expected, np.float64), way)
 
 
 # ---- Sums of squares ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("in_double", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_square_sums(dtype: torch.dtype, in_double: bool, threads: int) -> None:
+def test_square_sums(dtype: torch.dtype, in_double: bool) -> None:
     """All sizes in one call, empty tensors first and last."""
     grads = [order_sensitive((size,), dtype, seed=i) for i, size in enumerate(SIZES)]
     assert_square_sums(grads, grads, in_double=in_double)
@@ -132,8 +125,7 @@ def test_square_sums(dtype: torch.dtype, in_double: bool, threads: int) -> None:
     assert_square_sums(grads, grads, inf if dtype.is_complex else 0.3, in_double=in_double)
 
 
-@pytest.mark.usefixtures("capability")
-def test_square_sums_of_many_small_tensors(threads: int) -> None:
+def test_square_sums_of_many_small_tensors() -> None:
     """Units of many gradients in one thread's range, and ranges that begin inside a gradient."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(0, 700, (900,), generator=generator).tolist()
@@ -142,7 +134,6 @@ def test_square_sums_of_many_small_tensors(threads: int) -> None:
     assert_square_sums(grads, grads)
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("dtypes", [REAL_DTYPES, COMPLEX_DTYPES], ids=["real", "complex"])
 def test_square_sums_of_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ...]) -> None:
     pairs = [(dtype, grad_dtype) for dtype in dtypes for grad_dtype in dtypes]
@@ -152,7 +143,6 @@ def test_square_sums_of_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ..
     assert_square_sums(params, grads, in_double=True)
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_square_sums_follow_the_memory_of_the_parameter(layout: str, dtype: torch.dtype) -> None:
@@ -182,7 +172,6 @@ def test_square_sums_without_dimensions_or_elements() -> None:
     assert nothing.dtype is torch.float64
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("clipvalue", [inf, 2.0, 0.0, 1e30, 1e300])
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
 def test_square_sums_of_special_values(dtype: torch.dtype, clipvalue: float) -> None:
@@ -289,17 +278,23 @@ def clip_of(name: str, dtype: torch.dtype) -> Clip:
 
 def assert_clipped_update(params: list[Tensor], grads: list[Tensor], clip: Clip, what: str = "") -> None:
     """Two steps, the second with state that is not zero."""
-    states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
     oracles = [oracle_of(p, learning_rate=1.0, rho=0.9, epsilon=1e-6, maximize=clip.maximize) for p in params]
-    for _ in range(2):
-        for param, grad, by_oracle in zip(params, grads, oracles, strict=True):
-            by_oracle.step(clip.apply(param, grad))
-        ops.adadelta_(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads))
-    for i, (param, *state, by_oracle) in enumerate(zip(params, *states, oracles, strict=True)):
-        assert_like_oracle(param, dict(zip(("square_avg", "acc_delta"), state, strict=True)), by_oracle, f"{what} {i}")
+    for param, grad, by_oracle in zip(params, grads, oracles, strict=True):
+        clipped_grad = clip.apply(param, grad)
+        by_oracle.step(clipped_grad)
+        by_oracle.step(clipped_grad)
+    initial = [param.clone() for param in params]
+    for way in ways():
+        for param, values in zip(params, initial, strict=True):
+            param.copy_(values)
+        states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
+        for _ in range(2):
+            ops.adadelta_(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads))
+        for i, (param, *state, by_oracle) in enumerate(zip(params, *states, oracles, strict=True)):
+            named = dict(zip(("square_avg", "acc_delta"), state, strict=True))
+            assert_like_oracle(param, named, by_oracle, f"{what} {i} {way}")
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("name", CLIPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_clipped_update(dtype: torch.dtype, name: str) -> None:
@@ -310,17 +305,15 @@ def test_clipped_update(dtype: torch.dtype, name: str) -> None:
     assert_clipped_update(params, grads, clip_of(name, dtype))
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("name", ["clipvalue-clipnorm", "clipvalue-factor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-def test_clipped_update_of_large_tensors(dtype: torch.dtype, name: str, threads: int) -> None:
+def test_clipped_update_of_large_tensors(dtype: torch.dtype, name: str) -> None:
     sizes = (3, 70_000, 5, 200_001)
     params = [randn((size,), dtype, torch.Generator().manual_seed(size)) for size in sizes]
     grads = [gradients((size,), dtype, steps=1, seed=i)[0] for i, size in enumerate(sizes)]
     assert_clipped_update(params, grads, CLIPS[name])
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("name", ["clipnorm", "clipvalue-clipnorm", "clipvalue-factor"])
 @pytest.mark.parametrize("dtypes", [REAL_DTYPES, COMPLEX_DTYPES], ids=["real", "complex"])
 def test_clipped_update_by_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ...], name: str) -> None:
@@ -330,7 +323,6 @@ def test_clipped_update_by_gradients_of_another_dtype(dtypes: tuple[torch.dtype,
         assert_clipped_update(params, grads, clip_of(name, dtype), dtype_name(dtype))
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("name", ["clipnorm", "clipvalue-clipnorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -342,7 +334,6 @@ def test_clipped_update_of_any_layout(layout: str, dtype: torch.dtype, name: str
     assert_clipped_update(params, grads, clip_of(name, dtype))
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("name", CLIPS)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
 def test_clipped_update_by_special_values(dtype: torch.dtype, name: str) -> None:
@@ -357,7 +348,6 @@ def test_clipped_update_by_special_values(dtype: torch.dtype, name: str) -> None
         assert_clipped_update([torch.ones_like(grad) for grad in grads], grads, chosen, str(chosen))
 
 
-@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("factor", [nan, inf, 0.0, -0.0, 1.0, -1.0, 1e300])
 def test_any_factor_as_number_and_as_tensor(factor: float) -> None:
     grad = gradients((300,), torch.float32, steps=1)[0]
@@ -389,7 +379,6 @@ def test_clipped_spelled_out() -> None:
     assert square_avg(four, clipnorm=2.5, square_sums=sums * inf) == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.usefixtures("capability")
 def test_clipped_gradient_that_is_the_parameter_and_parameters_that_share_memory() -> None:
     param = torch.arange(-600.0, 600.0)
     by_oracle = oracle_of(param, learning_rate=1.0, rho=0.9, epsilon=1e-6)

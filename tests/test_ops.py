@@ -30,6 +30,7 @@ def lists(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: 
 def test_opcheck(dtype: torch.dtype, layout: str) -> None:
     arguments = lists((2, 3, 4, 5), (1, 1, 1, 7), (0, 1, 1, 1), dtype=dtype, layout=layout)
     torch.library.opcheck(torch.ops.torch_adadelta.adadelta_.default, (*arguments, 1.0, 0.9, 1e-7))
+    torch.library.opcheck(torch.ops.torch_adadelta.adadelta_.unclipped, (*arguments, 1.0, 0.9, 1e-7))
     torch.library.opcheck(torch.ops.torch_adadelta.check_lists.default, arguments)
 
 

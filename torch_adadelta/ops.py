@@ -90,7 +90,7 @@ def adadelta_(
         return
     is_clipped = clipvalue is not inf or factor is not _NO_FACTOR or clipnorm is not None or square_sums is not None
     if not is_clipped and type(lr) is float and type(rho) is float and type(epsilon) is float:
-        _adadelta(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
+        _adadelta_unclipped(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
     else:
         values = (lr, rho, epsilon, factor)
         *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
@@ -140,6 +140,7 @@ def set_cpu_capability(name: str) -> str:
 
 if is_loaded:
     _adadelta: Final[Any] = torch.ops.torch_adadelta.adadelta_.default
+    _adadelta_unclipped: Final[Any] = torch.ops.torch_adadelta.adadelta_.unclipped
 
     def _fake(*args: Any, **kwargs: Any) -> None:
         # PyTorch calls a fake implementation, to trace, with fake tensors of the device they stand for; but also when
@@ -150,6 +151,7 @@ if is_loaded:
                     raise RuntimeError("a tensor on the meta device has no elements to update")
 
     torch.library.register_fake("torch_adadelta::adadelta_", _fake)
+    torch.library.register_fake("torch_adadelta::adadelta_.unclipped", _fake)
     torch.library.register_fake("torch_adadelta::check_lists", _fake)
 
     def _fake_grad_square_sums(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:

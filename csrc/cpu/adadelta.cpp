@@ -236,6 +236,18 @@ void adadelta_(StableIValue* stack, uint64_t, uint64_t) {
   update_entries(lists, clip, {lr, rho, epsilon}, {lr, rho, epsilon});
 }
 
+// adadelta_.unclipped in ops.cpp.
+void adadelta_unclipped(StableIValue* stack, uint64_t argument_count, uint64_t result_count) {
+  StableIValue with_clip_options[16];
+  StableIValue* options = std::copy_n(stack, 11, with_clip_options);
+  *options++ = from(std::nullopt);  // clipvalue
+  *options++ = from(std::nullopt);  // clipnorm
+  *options++ = from(std::nullopt);  // square_sums
+  *options++ = from(1.0);           // factor
+  *options++ = from(std::nullopt);  // factor_tensor
+  adadelta_(with_clip_options, argument_count, result_count);
+}
+
 // check_lists in ops.cpp: what adadelta_ checks, and nothing more.
 void check_lists(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
@@ -247,5 +259,6 @@ void check_lists(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) {
   m.impl("adadelta_", torch_adadelta::cpu::adadelta_);
+  m.impl("adadelta_.unclipped", torch_adadelta::cpu::adadelta_unclipped);
   m.impl("check_lists", torch_adadelta::cpu::check_lists);
 }

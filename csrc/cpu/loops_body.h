@@ -189,7 +189,7 @@ void cast(To* __restrict__ to, const From* __restrict__ from, int64_t count) {
 
 // ---- Updates --------------------------------------------------------------------------------------------------------
 
-// What GradientClip comes to where nothing is clipped, without the operations that change nothing.
+// What GradientClip comes to without the operations that change nothing.
 struct AsItIs {
   template <typename T>
   ADADELTA_INLINE T operator()(T g) const {
@@ -204,16 +204,26 @@ struct Negated {
   }
 };
 
-// Calls run with AsItIs, Negated or `clip`, whichever is the least that does what `clip` does.
+// In cache, and in 16 bits, one more division takes a quarter longer.
+template <typename T>
+struct Undivided {
+  GradientClip<T> clip;
+
+  ADADELTA_INLINE T operator()(T g) const { return clip.undivided(g); }
+};
+
+// Calls run with whichever of these and `clip` is the least that does what `clip` does.
 template <typename T, typename Run>
 ADADELTA_INLINE void with_least(const GradientClip<T>& clip, const Run& run) {
-  const bool clips = clip.limit < std::numeric_limits<T>::infinity() || clip.div != T(1);
-  if (!clips && clip.mul == T(1)) {
-    run(AsItIs());
-  } else if (!clips && clip.mul == T(-1)) {
+  const bool clamps = clip.limit < std::numeric_limits<T>::infinity();
+  if (clip.div != T(1)) {
+    run(clip);
+  } else if (clamps || (clip.mul != T(1) && clip.mul != T(-1))) {
+    run(Undivided<T>{clip});
+  } else if (clip.mul < 0) {
     run(Negated());
   } else {
-    run(clip);
+    run(AsItIs());
   }
 }
 
