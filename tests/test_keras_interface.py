@@ -713,6 +713,29 @@ def test_all_of_it_survives_copies(path: Path, copied: Any) -> None:
     assert isinstance(one.lr, ExponentialDecay)
 
 
+def test_numpy_scalars_in_a_checkpoint(path: Path) -> None:
+    """weights_only refuses them: they become numbers, or Tensors where a number would lose digits."""
+    params = [Parameter(torch.ones(3, dtype=torch.float64))]
+    one = AdadeltaKeras(
+        params, np.float64(0.1), np.float32(0.9), np.float64(1e-3), decay=np.float64(0.3), clipvalue=np.float32(2), **path.options
+    )  # fmt: skip
+    config = json.loads(json.dumps(one.get_config()))
+    assert config["learning_rate"] == 0.1
+    assert config["decay"] == 0.3
+    other = AdadeltaKeras([Parameter(p.detach().clone()) for p in params], **path.options)
+    other.load_state_dict(saved(one))
+    assert other.learning_rate == 0.1
+    assert type(other.rho) is float
+    advance(one, 3)
+    advance(other, 3)
+    assert_same_training(one, other)
+    (oracle,) = (OracleOptimizer([np.ones(3)], np.float64(0.1), np.float32(0.9), 1e-3, clipvalue=2.0),)
+    oracle.decay = np.float64(0.3)
+    for step in range(3):
+        oracle.step([gradients((3,), torch.float64, 1, seed=10 * step)[0].numpy()])
+    assert_same_bits(params[0], oracle.oracles[0].p)
+
+
 def test_a_users_schedule_in_a_checkpoint(path: Path) -> None:
     one = AdadeltaKeras(make_params(), Halving(2.0), **path.options)
     advance(one, 2)

@@ -53,7 +53,7 @@ def round_to_float32(number: float) -> float:
 
 def _number(name: str, value: Any) -> float:
     """The number behind a Python or NumPy scalar, rounded as Keras rounds it, once it is known to be in range."""
-    is_numpy_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    is_numpy_scalar = _is_numpy_scalar(value)
     number = value.item() if is_numpy_scalar else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         kinds = "a number" if name in NUMBERS else "a number or a one-element Tensor"
@@ -76,16 +76,34 @@ def _check_range(name: str, number: float, given: Any) -> None:
 
 
 def validated_number(name: str, value: Any) -> Any:
-    """`value`, if it may be the "decay", "clipvalue", "clipnorm" or "global_clipnorm" of the optimizer.
+    """What the optimizer keeps for a "decay", "clipvalue", "clipnorm" or "global_clipnorm".
+
+    A decay is kept as it is, for its precision is of its type; the others become a float.
 
     Raises:
-        TypeError: `value` is no number.
+        TypeError: `value` is no number; a decay may also be a Tensor of one element on the CPU.
         ValueError: it is negative, nan or too large.
     """
+    if isinstance(value, Tensor) and name == "decay" and value.numel() == 1 and value.device.type == "cpu":
+        _check_range(name, float(value), value)
+        return value
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a Tensor; use .item()")
-    _number(name, value)
-    return value
+    number = _number(name, value)
+    return value if name == "decay" else number
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+
+
+def as_saved(name: str, value: Any) -> Any:
+    """A hyperparameter for a checkpoint: a NumPy scalar becomes a number, or a Tensor if that would be rounded."""
+    if not _is_numpy_scalar(value):
+        return value
+    number = float(value)
+    is_kept = not _RULES[name].rounds_to_float32 or round_to_float32(number) == number
+    return number if is_kept else torch.tensor(number, dtype=torch.float64)
 
 
 def validated(name: str, value: Any) -> Any:
@@ -231,7 +249,7 @@ def at_step(schedule: Callable[..., Any], iterations: int | Tensor, T: torch.dty
         if isinstance(iterations, Tensor):
             return value.reshape(())
         value = value.item()
-    elif type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+    elif _is_numpy_scalar(value):
         value = value.item()
     elif isinstance(value, float):
         value = round_to_float32(value) if math.isfinite(value) else value
@@ -242,9 +260,9 @@ def at_step(schedule: Callable[..., Any], iterations: int | Tensor, T: torch.dty
     return float(value)
 
 
-def decayed(lr: Value, decay: float, iterations: int | Tensor, T: torch.dtype) -> Value:
+def decayed(lr: Value, decay: float | Tensor, iterations: int | Tensor, T: torch.dtype) -> Value:
     """Lr / (1 + decay * iterations), every operation rounded to T."""
-    decay = _number("decay", decay)
+    decay = float(decay) if isinstance(decay, Tensor) else _number("decay", decay)
     if not isinstance(lr, Tensor) and not isinstance(iterations, Tensor):
 
         def rounded(number: float) -> float:

@@ -170,7 +170,7 @@ class KerasInterface(Optimizer):
                 continue
             if callable(value) and not isinstance(value, Tensor):
                 value = value()
-            config[key] = value.item() if isinstance(value, Tensor) else value
+            config[key] = value.item() if hasattr(value, "item") else value  # a Tensor or NumPy scalar
         return config
 
     @classmethod

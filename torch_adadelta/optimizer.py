@@ -77,7 +77,8 @@ class AdadeltaKeras(KerasInterface):
             Keras.
         name: the name of the optimizer, as Keras keeps it in its configuration.
         lr: another name for ``learning_rate``; wins if both are given.
-        decay: the learning rate of step t, counted from 0, is divided by ``1 + decay * t``; a number >= 0.
+        decay: the learning rate of step t, counted from 0, is divided by ``1 + decay * t``; a number >= 0 or a
+            one-element Tensor on the CPU.
         clipvalue: every element of a gradient is clipped to [-clipvalue, clipvalue]; a number >= 0 or None.
         clipnorm: a gradient whose norm exceeds this is scaled down to it, each by itself; a number >= 0 or None.
         global_clipnorm: all gradients are scaled together so that their common norm does not exceed this; a number >= 0
@@ -133,7 +134,7 @@ class AdadeltaKeras(KerasInterface):
         name: str = "Adadelta",
         *,
         lr: Hyperparameter | LearningRateSchedule | None = None,
-        decay: float = 0.0,
+        decay: float | Tensor = 0.0,
         clipvalue: float | None = None,
         clipnorm: float | None = None,
         global_clipnorm: float | None = None,
@@ -271,7 +272,11 @@ class AdadeltaKeras(KerasInterface):
         the optimizer that loads it must have been given them.
         """
         self._name_callables()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            for key, name in {**param_groups.HYPERPARAMETERS, "decay": "decay"}.items():
+                group[key] = hyperparameters.as_saved(name, group[key])
+        return state_dict
 
     # ---- Hyperparameters ----------------------------------------------------------------------------------------
 
@@ -340,15 +345,15 @@ class AdadeltaKeras(KerasInterface):
         if key == "clipvalue":
             param_groups.check_not_complex([{**group, key: value} for group in self.param_groups])
         for group in (self.defaults, *self.param_groups):
-            group[key] = value
+            group[key] = options[key]
 
     @property
-    def decay(self) -> float:
+    def decay(self) -> float | Tensor:
         """The learning rate of step t, counted from 0, is divided by 1 + decay * t. Can be set."""
         return self.param_groups[0]["decay"]
 
     @decay.setter
-    def decay(self, value: float) -> None:
+    def decay(self, value: float | Tensor) -> None:
         self._set_option("decay", value)
 
     @property

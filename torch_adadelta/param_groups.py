@@ -103,7 +103,7 @@ def _schedule(config: dict[str, Any], previous: Source | None) -> LearningRateSc
 def check_options(options: dict[str, Any]) -> None:
     for key in hyperparameters.NUMBERS:
         if options[key] is not None or key == "decay":
-            hyperparameters.validated_number(key, options[key])
+            options[key] = hyperparameters.validated_number(key, options[key])
     if options["clipnorm"] is not None and options["global_clipnorm"] is not None:
         raise ValueError(
             "Cannot accept both `clipnorm` and `global_clipnorm`. "

@@ -296,7 +296,7 @@ class OracleOptimizer:
         rho: Any = 0.95,
         epsilon: Any = DEFAULT_EPSILON,
         *,
-        decay: float = 0.0,
+        decay: Any = 0.0,
         clipvalue: float | None = None,
         clipnorm: float | None = None,
         global_clipnorm: float | None = None,
@@ -332,8 +332,8 @@ class OracleOptimizer:
         rate = self.learning_rate
         if callable(rate):
             rate = rate(T(t))
-        lr = T(rate) if isinstance(rate, np.generic) else T(np.float32(rate))
-        return lr / (T(1) + T(np.float32(self.decay)) * T(t)) if self.decay else lr
+        lr, decay = (T(x) if isinstance(x, np.generic) else T(np.float32(x)) for x in (rate, self.decay))
+        return lr / (T(1) + decay * T(t)) if decay else lr
 
     def clip(self, gradients: list[tuple[int, Array]]) -> list[Array]:
         """The gradients of the parameters with these indices, in T, clipped."""
