@@ -93,11 +93,12 @@ Python         <version> (<build>)
 PyTorch        <version> (<build>), <n> threads
 CPU library    <path>/torch_adadelta/_C.so
 CPU kernels    <instruction set>
+CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
-One step of each path on the CPU, float32, float64, float16 and bfloat16:
-  for-loop  ok, same bits as the for-loop
-  foreach   ok, same bits as the for-loop
-  fused     ok, same bits as the for-loop
+One step of each path on cpu, float32, float64, float16 and bfloat16:
+  for-loop  ok, same bits as the for-loop on the CPU
+  foreach   ok, same bits as the for-loop on the CPU
+  fused     ok, same bits as the for-loop on the CPU
 """,
             )
 
@@ -131,11 +132,12 @@ torch_adadelta <version>
 Python         <version> (<build>)
 PyTorch        <version> (<build>), <n> threads
 CPU library    not loaded: FileNotFoundError: <path>/torch_adadelta/_C.so does not exist: torch_adadelta was installed where no C++ compiler was found, or with TORCH_ADADELTA_NO_EXT=1. Install a C++ compiler and run `pip install --no-build-isolation .` again.
+CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
-One step of each path on the CPU, float32, float64, float16 and bfloat16:
-  for-loop  ok, same bits as the for-loop
-  foreach   ok, same bits as the for-loop
-  fused     cannot run: the CPU library is not loaded
+One step of each path on cpu, float32, float64, float16 and bfloat16:
+  for-loop  ok, same bits as the for-loop on the CPU
+  foreach   ok, same bits as the for-loop on the CPU
+  fused     cannot run: its library is not loaded
 """,
             )
 

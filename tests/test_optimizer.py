@@ -351,7 +351,7 @@ class TestChoices(expecttest.TestCase):
         )
         self.assertExpectedInline(
             self.message([torch.ones(1, device="meta")], fused=True),
-            """`fused=True` has no kernel for meta parameters; leave `fused` None""",
+            """`fused=True` cannot run on meta parameters: there are kernels for cpu and cuda parameters, not for meta; leave `fused` None""",
         )
 
 
@@ -777,7 +777,10 @@ def test_fused_refuses_a_device_without_a_kernel_at_the_step() -> None:
     optimizer.param_groups[0]["params"][1] = Parameter(torch.ones(3, device="meta"))
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="`fused=True` has no kernel for meta parameters; leave `fused` None"):
+    with pytest.raises(
+        RuntimeError,
+        match="`fused=True` cannot run on meta parameters: there are kernels for cpu and cuda parameters, not",
+    ):
         optimizer.step()
     assert optimizer.iterations == 0
     assert not optimizer.state

@@ -1,7 +1,8 @@
 """The compiled ops: loading them, typed wrappers, and their fake implementations for tracing.
 
-The library is plain C++ behind LibTorch's stable ABI, without a Python symbol. It is loaded once, on import; where that
-fails, `load_error` says why and the Python paths of `update.py` do the work.
+The libraries are plain C++ behind LibTorch's stable ABI, without a Python symbol: `_C` holds the schemas and the CPU
+kernels, `_C_cuda` the CUDA kernels. They are loaded once, on import, the second where PyTorch has CUDA. Where that
+fails, `load_error` and `cuda_load_error` say why, and the Python paths of `update.py` do the work.
 """
 
 import os
@@ -16,44 +17,74 @@ import torch
 from torch import Tensor
 
 LIBRARY_PATH: Final = Path(__file__).with_name("_C.so")
+CUDA_LIBRARY_PATH: Final = Path(__file__).with_name("_C_cuda.so")
 
 _increment_version: Final = torch._C._increment_version  # behind torch.autograd.graph.increment_version
 
 CPU_CAPABILITIES: Final = ("default", "AVX2", "AVX512")
 
 
-def _load() -> Exception | None:
-    if not LIBRARY_PATH.exists():
-        return FileNotFoundError(
-            f"{LIBRARY_PATH} does not exist: torch_adadelta was installed where no C++ compiler was found, or with "
-            "TORCH_ADADELTA_NO_EXT=1. Install a C++ compiler and run `pip install --no-build-isolation .` again."
-        )
+def _load(path: Path, remedy: str) -> Exception | None:
+    if not path.exists():
+        return FileNotFoundError(f"{path} does not exist: {remedy} and run `pip install --no-build-isolation .` again.")
     try:
-        torch.ops.load_library(str(LIBRARY_PATH))
+        torch.ops.load_library(str(path))
     except Exception as error:  # whatever dlopen or a registration throws: the Python paths need none of it
         return error.__cause__ if isinstance(error.__cause__, Exception) else error  # torch wraps what dlopen said
     return None
 
 
-load_error: Final[Exception | None] = _load()
+def _load_cuda() -> Exception | None:
+    if torch.version.cuda is None:
+        return RuntimeError("this PyTorch was built without CUDA")
+    if load_error is not None:
+        return load_error
+    return _load(
+        CUDA_LIBRARY_PATH,
+        "torch_adadelta was installed where no CUDA compiler (nvcc) was found, or with TORCH_ADADELTA_CUDA=0. Install "
+        f"the CUDA toolkit {torch.version.cuda}",
+    )
+
+
+load_error: Final[Exception | None] = _load(
+    LIBRARY_PATH,
+    "torch_adadelta was installed where no C++ compiler was found, or with TORCH_ADADELTA_NO_EXT=1. Install a C++ "
+    "compiler",
+)
 is_loaded: Final[bool] = load_error is None
+cuda_load_error: Final[Exception | None] = _load_cuda()
+is_cuda_loaded: Final[bool] = cuda_load_error is None
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return tensor.is_cpu or tensor.is_cuda
+
 
 # Whether the fused update can run on the device of a tensor.
-has_kernel_for: Final[Callable[[Tensor], bool]] = attrgetter("is_cpu") if is_loaded else lambda tensor: False
+has_kernel_for: Final[Callable[[Tensor], bool]] = (
+    _has_kernel if is_cuda_loaded else attrgetter("is_cpu") if is_loaded else lambda tensor: False
+)
+
+
+def why_no_kernel(device_type: str) -> str:
+    """Why `has_kernel_for` is false for tensors of this type of device."""
+    errors = {"cpu": load_error, "cuda": cuda_load_error}
+    return str(errors.get(device_type) or f"there are kernels for cpu and cuda parameters, not for {device_type}")
+
 
 # The defaults are recognised by their identity: to compare numbers would take longer.
 _NO_FACTOR: Final = 1.0
 
-_warned = False
+_warned: Final[set[str]] = set()
 
 
-def warn_not_loaded() -> None:
-    """Warns, once in a process, that the Python paths run because the library could not be loaded."""
-    global _warned
-    if not _warned:
-        _warned = True
+def warn_not_loaded(device_type: str) -> None:
+    """Warns, once in a process for each type of device, that the Python paths run for want of a library."""
+    if device_type not in _warned:
+        _warned.add(device_type)
+        library = {"cpu": "compiled library", "cuda": "CUDA library"}[device_type]
         warnings.warn(
-            f"torch_adadelta runs without its compiled library, many times slower: {load_error}",
+            f"torch_adadelta runs without its {library}, many times slower: {why_no_kernel(device_type)}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -187,14 +187,17 @@ def choose(params: list[Tensor], foreach: bool | None, fused: bool | None, diffe
             raise RuntimeError(f"`{name}=True` needs plain tensors, got a {subclass}; leave `{name}` None")
     if fused:
         if not has_kernel:
-            raise RuntimeError(f"`fused=True` has no kernel for {device_type} parameters; leave `fused` None")
+            raise RuntimeError(
+                f"`fused=True` cannot run on {device_type} parameters: {ops.why_no_kernel(device_type)}; leave `fused` "
+                "None"
+            )
         return _fused
     if foreach:
         return _foreach
     if differentiable or foreach is False or not is_plain:
         return for_loop
-    if fused is None and device_type == "cpu":
-        ops.warn_not_loaded()
+    if fused is None and device_type in ("cpu", "cuda") and not has_kernel:
+        ops.warn_not_loaded(device_type)
     return _foreach if device_type in _FOREACH_DEVICE_TYPES else for_loop
 
 
