@@ -143,6 +143,10 @@ def _for_step(name: str, value: Any, keep_tensor: bool) -> Value:
     return number or DEFAULT_EPSILON if name == "epsilon" else number
 
 
+# What `for_step` was given last and returned, if they were floats: most steps have the same, and cannot change them.
+_last_floats: tuple[Any, Any, Any, StepValues] = (math.nan, math.nan, math.nan, (0.0, 0.0, 0.0))
+
+
 def for_step(
     learning_rate: Any, rho: Any, epsilon: Any, keep_tensor: bool = False, is_scheduled: bool = False
 ) -> StepValues:
@@ -154,6 +158,10 @@ def for_step(
 
     Raises what `validated` raises.
     """
+    global _last_floats
+    last_learning_rate, last_rho, last_epsilon, last_values = _last_floats
+    if learning_rate is last_learning_rate and rho is last_rho and epsilon is last_epsilon and not is_scheduled:
+        return last_values
     if type(learning_rate) is float and type(rho) is float and type(epsilon) is float and not is_scheduled:
         rounded_lr, rounded_rho = _float32(learning_rate).value, _float32(rho).value
         if (
@@ -162,7 +170,9 @@ def for_step(
             and 0.0 <= rho <= 1.0
             and 0.0 < epsilon <= sys.float_info.max
         ):
-            return rounded_lr, rounded_rho, epsilon
+            values = (rounded_lr, rounded_rho, epsilon)
+            _last_floats = (learning_rate, rho, epsilon, values)
+            return values
     return (
         learning_rate if is_scheduled else _for_step("learning_rate", learning_rate, keep_tensor),
         _for_step("rho", rho, keep_tensor),

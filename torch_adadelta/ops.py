@@ -72,9 +72,6 @@ def why_no_kernel(device_type: str) -> str:
     return str(errors.get(device_type) or f"there are kernels for cpu and cuda parameters, not for {device_type}")
 
 
-# The defaults are recognised by their identity: to compare numbers would take longer.
-_NO_FACTOR: Final = 1.0
-
 _warned: Final[set[str]] = set()
 
 
@@ -99,11 +96,7 @@ def adadelta_(
     rho: float | Tensor,
     epsilon: float | Tensor,
     maximize: bool = False,
-    *,
-    clipvalue: float = inf,
-    clipnorm: float | None = None,
-    square_sums: Tensor | None = None,
-    factor: float | Tensor = _NO_FACTOR,
+    **clip: Any,
 ) -> None:
     """Updates every parameter and its state in place, in one pass over memory.
 
@@ -111,25 +104,41 @@ def adadelta_(
     state has its dtype, and the gradient may have another. Hyperparameters are cast to the arithmetic type (float64 for
     float64 parameters, else float32); a Tensor has one element, on the parameters' device.
 
-    Gradients are clipped in the arithmetic type, before `maximize` negates them: clamped to [-clipvalue, clipvalue],
-    which complex ones cannot be; then, with `clipnorm`, (g * clipnorm) / max(norm, clipnorm), where norm is the root of
-    the gradient's element of `square_sums` (see `grad_square_sums`); or else g * factor.
+    `clip`: `clipvalue`, `clipnorm` with `square_sums`, or `factor`, a float or Tensor. Gradients are clipped in the
+    arithmetic type, before `maximize` negates them: clamped to [-clipvalue, clipvalue], which complex ones cannot be;
+    then, with `clipnorm`, (g * clipnorm) / max(norm, clipnorm), where norm is the root of the gradient's element of
+    `square_sums` (see `grad_square_sums`); or else g * factor.
 
     Raises RuntimeError, before anything is written, if the tensors or the clip options do not fit together.
     """
     if not params:  # the dispatcher finds no kernel without a tensor
         return
-    is_clipped = clipvalue is not inf or factor is not _NO_FACTOR or clipnorm is not None or square_sums is not None
-    if not is_clipped and type(lr) is float and type(rho) is float and type(epsilon) is float:
+    if not clip and type(lr) is float and type(rho) is float and type(epsilon) is float:
         _adadelta_unclipped(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
     else:
-        values = (lr, rho, epsilon, factor)
-        *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
-        *tensors, factor_tensor = [value if isinstance(value, Tensor) else None for value in values]
-        clip = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor)
-        _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors, *clip)
+        _adadelta_clipped(params, grads, square_avgs, acc_deltas, (lr, rho, epsilon), maximize, **clip)
     # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
     _increment_version(params)
+
+
+def _adadelta_clipped(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    hyperparameters: tuple[float | Tensor, ...],
+    maximize: bool,
+    *,
+    clipvalue: float = inf,
+    clipnorm: float | None = None,
+    square_sums: Tensor | None = None,
+    factor: float | Tensor = 1.0,
+) -> None:
+    values = (*hyperparameters, factor)
+    *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
+    *tensors, factor_tensor = [value if isinstance(value, Tensor) else None for value in values]
+    options = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor)
+    _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors, *options)
 
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:

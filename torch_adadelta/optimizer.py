@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import repeat
 from operator import attrgetter, is_, itemgetter
-from typing import Any, Final, NamedTuple, overload
+from typing import Any, Final, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delt
 # Belongs to the whole optimizer, and is a key of every group because that is what a state_dict keeps.
 _get_options = itemgetter(*hyperparameters.NUMBERS)
 _NO_OPTIONS: Final = (0.0, None, None, None)
+_ONE_NO_CLIP: Final = (NO_CLIP,)
 
 # What pickle and deepcopy keep besides what every optimizer has.
 _OWN_ATTRIBUTES: Final = ("_sources", "_default_sources", "_gradient_aggregator", "_gradient_transformers")
@@ -31,15 +33,12 @@ _OWN_ATTRIBUTES: Final = ("_sources", "_default_sources", "_gradient_aggregator"
 Hyperparameter = float | Tensor | Callable[[], Any]
 
 
-class _Plan(NamedTuple):
-    """A step, checked and ready to be written."""
-
-    buckets: list[Bucket]
-    clips: list[dict[str, Any]]  # the keywords of `gradients.clip` for each bucket
-    new_state: dict[Tensor, dict[str, Tensor]]
-    new_values: list[tuple[dict[str, Any], str, Any, Source]]  # what sources gave: the group, its key, the value
-    checks_itself: bool = False  # a fused call that checks its own lists before it writes
-
+# A step, checked and ready to be written: the buckets, the keywords of `gradients.clip` for each, state that is new,
+# what sources gave (the group, its key, the value), and whether the one bucket is a fused call, which checks its own
+# lists.
+_NewState = dict[Tensor, dict[str, Tensor]]
+_NewValue = tuple[dict[str, Any], str, Any, Source]
+_Plan = tuple[Iterable[Bucket], Iterable[dict[str, Any]], _NewState, Iterable[_NewValue], bool]
 
 # Parameters of one group, their gradients, and which number each has among all gradients of the step.
 _Rows = tuple[list[Tensor], list[Tensor], list[int]]
@@ -124,6 +123,7 @@ class AdadeltaKeras(KerasInterface):
     _default_sources: dict[str, Source]
     _gradient_aggregator: Callback | None = None
     _gradient_transformers: list[Callback]
+    _has_callables = False  # whether there are any of those but transformers, which may be appended to their list
 
     def __init__(
         self,
@@ -261,6 +261,7 @@ class AdadeltaKeras(KerasInterface):
             "gradient_transformers": bool(self._gradient_transformers),
         }
         shared = [kind for kind, is_given in given.items() if is_given]
+        self._has_callables = self._gradient_aggregator is not None or any(self._sources)
         for group, sources in zip(self.param_groups, self._sources, strict=True):
             own = [source.name for key, source in sources.items() if key != "lr" or group["schedule"] is None]
             group["callables"] = shared + own
@@ -462,11 +463,12 @@ class AdadeltaKeras(KerasInterface):
         return loss
 
     def _apply(self) -> None:
-        plan = self._plan_plain() if self._is_plain() else self._plan()
+        plan = self._plan_plain()
         if plan is None:
             return
         buckets, clips, new_state, new_values, checks_itself = plan
-        self.state.update(new_state)
+        if new_state:
+            self.state.update(new_state)
         has_written = False
         try:
             for (group, update, lists, values), clip in zip(buckets, clips, strict=False):
@@ -476,8 +478,9 @@ class AdadeltaKeras(KerasInterface):
                 else:
                     update(*lists, *values, group["maximize"], **clip)
                 has_written = True
-            for group in self.param_groups if buckets else ():
-                group["iterations"] += 1  # in place where it is a Tensor
+            if has_written:
+                for group in self.param_groups:
+                    group["iterations"] += 1  # in place where it is a Tensor
             for group, key, value, source in new_values:
                 group[key] = value
                 source.wrote(value)
@@ -485,7 +488,7 @@ class AdadeltaKeras(KerasInterface):
             if isinstance(error, Exception) and checks_itself and not has_written:
                 for param in new_state:
                     del self.state[param]
-                self._explain(buckets[0])
+                self._explain(next(iter(buckets)))
             else:
                 what = str(error) or type(error).__name__
                 error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
@@ -493,27 +496,29 @@ class AdadeltaKeras(KerasInterface):
 
     # ---- Planning a step, all of which may fail, before the first write -----------------------------------------
 
-    def _is_plain(self) -> bool:
-        """Whether the step has nothing to do with callbacks, clipping, decay, sources or gradients handed over."""
-        if self._given is not None or self._gradient_aggregator is not None or self._gradient_transformers:
-            return False
+    def _plan_plain(self) -> _Plan | None:
+        """The plan of a step without clipping, decay, callbacks, sources or gradients handed over: most are."""
+        if self._has_callables or self._gradient_transformers or self._given is not None:
+            return self._plan()
+        buckets: list[Bucket] = []
+        new_state: _NewState = {}
         for group in self.param_groups:
             if _get_options(group) != _NO_OPTIONS:
-                return False
-        return not any(self._sources)
-
-    def _plan_plain(self) -> _Plan | None:
-        buckets: list[Bucket] = []
-        new_state: dict[Tensor, dict[str, Tensor]] = {}
-        for group in self.param_groups:
-            params, grads = _with_gradient(group)
-            if grads:
-                lists = self._with_state(params, grads, new_state)
-                values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
-                buckets.extend(split(group, lists, values, self._groups_span_devices))
+                return self._plan()
+            params: list[Tensor] = group["params"]
+            grads = list(map(_get_grad, params))
+            if type(None) in map(type, grads):
+                params, grads = _with_gradient(group)
+            if not grads:
+                continue
+            lists = self._with_state(params, grads, new_state)
+            values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
+            buckets += split(group, lists, values, self._groups_span_devices)
+        if len(buckets) == 1 and buckets[0][1] is updates.fused and not new_state:
+            return buckets, _ONE_NO_CLIP, new_state, (), True
         if not buckets:
             return None
-        return _Plan(buckets, [NO_CLIP] * len(buckets), new_state, [], self._check_all(buckets, new_state))
+        return buckets, repeat(NO_CLIP), new_state, (), self._check_all(buckets, new_state)
 
     def _plan(self) -> _Plan | None:
         param_groups.check_agreement(self.param_groups)
@@ -522,11 +527,11 @@ class AdadeltaKeras(KerasInterface):
         makes_state_only = self._check_sources()
         rows = self._rows()
         aggregates = self._gradient_aggregator is not None and (self._given is None or self._given.aggregates)
-        new_state: dict[Tensor, dict[str, Tensor]] = {}
+        new_state: _NewState = {}
         if makes_state_only:
             for params, grads, _ in rows:
                 self._with_state(params, grads, new_state)
-            return _Plan([], [], new_state, [])
+            return (), (), new_state, (), False
         if aggregates or self._gradient_transformers:
             rows = self._run_callbacks(rows, aggregates)
         if not any(params for params, _, _ in rows):
@@ -534,7 +539,7 @@ class AdadeltaKeras(KerasInterface):
 
         buckets: list[Bucket] = []
         numbers: list[list[int]] = []
-        new_values: list[tuple[dict[str, Any], str, Any, Source]] = []
+        new_values: list[_NewValue] = []
         called: dict[int, Any] = {}
         # To find out by a refusal, and then to plan anew, would call what was called already.
         may_span_devices = (
@@ -567,7 +572,7 @@ class AdadeltaKeras(KerasInterface):
         except Exception:
             self._explain(buckets[0])
             raise
-        return _Plan(buckets, clips, new_state, new_values, checks_itself)
+        return buckets, clips, new_state, new_values, checks_itself
 
     def _rows(self) -> list[_Rows]:
         """What is to be updated of each group."""
@@ -634,9 +639,7 @@ class AdadeltaKeras(KerasInterface):
                     )
         return makes_state_only
 
-    def _with_state(
-        self, params: list[Tensor], grads: list[Tensor], new_state: dict[Tensor, dict[str, Tensor]]
-    ) -> updates.Lists:
+    def _with_state(self, params: list[Tensor], grads: list[Tensor], new_state: _NewState) -> updates.Lists:
         """Parameters and gradients with their state. State that is missing is made and left in `new_state`."""
         states: Iterable[Any]
         if len(self.state) == len(params) and all(map(is_, self.state, params)):
@@ -649,7 +652,7 @@ class AdadeltaKeras(KerasInterface):
             states = [self._complete(p, state, new_state) for p, state in zip(params, states, strict=True)]
             return params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states))
 
-    def _complete(self, param: Tensor, state: Any, new_state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _complete(self, param: Tensor, state: Any, new_state: _NewState) -> dict[str, Tensor]:
         """The state of a parameter: what it has, or else a new one."""
         if not state:
             if param not in new_state:
@@ -676,7 +679,7 @@ class AdadeltaKeras(KerasInterface):
                     return param_groups.name_of(group_index, group, index)
         raise KeyError(param)
 
-    def _check_all(self, buckets: list[Bucket], new_state: dict[Tensor, dict[str, Tensor]]) -> bool:
+    def _check_all(self, buckets: list[Bucket], new_state: _NewState) -> bool:
         """Raises, naming the parameter, unless all buckets can be updated; or leaves that to a single fused call.
 
         Returns whether it did: such a call checks its own lists before it writes.
