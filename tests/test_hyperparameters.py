@@ -236,3 +236,16 @@ class TestMessages(expecttest.TestCase):
             self.message(learning_rat=1.0),
             """TypeError: AdadeltaKeras.__init__() got an unexpected keyword argument 'learning_rat'""",
         )
+
+
+def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
+    """for_step remembers floats by identity."""
+    first, second = float("0.1"), float("0.1")
+    expected = (float(np.float32(0.1)), float(np.float32(0.95)), 1e-7)
+    for lr in (first, first, second, np.float64(0.1), first):
+        values = hyperparameters.for_step(lr, 0.95, 1e-7)
+        assert values == ((0.1, *expected[1:]) if isinstance(lr, np.float64) else expected)
+    with pytest.raises((TypeError, ValueError)):
+        hyperparameters.for_step(math.nan, math.nan, math.nan)
+    with pytest.raises((TypeError, ValueError)):
+        hyperparameters.for_step(None, None, None)

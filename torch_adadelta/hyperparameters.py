@@ -144,7 +144,7 @@ def _for_step(name: str, value: Any, keep_tensor: bool) -> Value:
 
 
 # What `for_step` was given last and returned, if they were floats: most steps have the same, and cannot change them.
-_last_floats: tuple[Any, Any, Any, StepValues] = (math.nan, math.nan, math.nan, (0.0, 0.0, 0.0))
+_last_floats: tuple[Any, Any, Any, StepValues] = (object(), object(), object(), (0.0, 0.0, 0.0))
 
 
 def for_step(
