@@ -28,6 +28,9 @@ from hypothesis import strategies as st
 from reference import oracle
 from reference.oracle import OracleOptimizer
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras, ops, schedules
@@ -571,6 +574,27 @@ def test_the_derivative_at_a_gradient_of_zero_is_finite(option: str) -> None:
     param.sum().backward()
     assert grad.grad is not None
     assert grad.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("clip", [{}, *CLIPS, {"gradient_transformers": [doubled]}], ids=clip_id)
+def test_distributed_tensors(clip: dict[str, Any]) -> None:
+    """A DTensor takes the for-loop, and gets the bits of a plain tensor."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        ours = Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)]))
+        plain = Parameter(torch.ones(6, 4))
+        optimizers = [AdadeltaKeras([p], 1.0, **clip) for p in (ours, plain)]
+        for step in range(2):
+            (grad,) = gradients((6, 4), torch.float32, 1, seed=step)
+            ours.grad, plain.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad
+            for optimizer in optimizers:
+                optimizer.step()
+        assert_same_bits(ours.full_tensor(), plain)  # type: ignore[operator]
+        for key, state in optimizers[0].state[ours].items():
+            assert_same_bits(state.full_tensor(), optimizers[1].state[plain][key])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_clipping_keeps_a_scheduled_step_on_one_device(path: Path) -> None:

@@ -72,6 +72,10 @@ def clip_keywords(buckets: list[Bucket], numbers: list[list[int]], options: dict
     T = torch.float64 if torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
     in_double = T is torch.float64
     sums = [_square_sums(bucket, by_value, in_double) for bucket in buckets]
+    # The sums of DTensors are DTensors, which mix with each other and with numbers only.
+    are_distributed = any(hasattr(s, "full_tensor") for s in sums)
+    if are_distributed:
+        sums = [s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums]
     # One device for all: not the CPU if there is another, for that would wait for the other.
     device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
     with recording(any(bucket[0]["differentiable"] for bucket in buckets)):
@@ -82,6 +86,8 @@ def clip_keywords(buckets: list[Bucket], numbers: list[list[int]], options: dict
         pieces.sort(key=itemgetter(0))
         in_order = torch.cat([piece for _, piece in pieces]) if len(pieces) > 1 else pieces[0][1]
         factor = gradients.global_factor(float(global_clipnorm), in_order, T)
+    if are_distributed:
+        factor = float(factor)
     result = []
     for bucket in buckets:
         here = _moved(factor, bucket[2][0][0].device) if isinstance(factor, Tensor) else factor
