@@ -30,13 +30,14 @@ ADADELTA_INLINE T clamp(T g, T limit) {
   return g < -limit ? -limit : g;
 }
 
-// What becomes of a gradient before the update: (clamp(g) * mul) / div. Without clipping, mul and div are 1, and to
-// multiply or divide by 1 changes nothing; a negative mul maximizes.
+// What becomes of a gradient before the update: (clamp(g / scale) * mul) / div. Without clipping or scaling, scale, mul
+// and div are 1, and to multiply or divide by 1 changes nothing; a negative mul maximizes.
 template <typename T>
 struct GradientClip {
   T limit;  // clipvalue, or infinity
   T mul;
   T div;
+  T scale = T(1);
 
   // `factor`: what global_clipnorm makes of the norm of all gradients, or 1.
   ADADELTA_INLINE static GradientClip by_factor(double clipvalue, double factor) {
@@ -50,11 +51,18 @@ struct GradientClip {
     return {static_cast<T>(clipvalue), c, norm < c ? c : norm};
   }
 
-  ADADELTA_INLINE GradientClip negated_if(bool maximize) const { return {limit, maximize ? -mul : mul, div}; }
+  ADADELTA_INLINE GradientClip negated_if(bool maximize) const { return {limit, maximize ? -mul : mul, div, scale}; }
+
+  ADADELTA_INLINE GradientClip scaled_by(T by) const { return {limit, mul, div, by}; }
+
+  // The parts of operator(), so that a loop can leave out a division by 1.
+  ADADELTA_INLINE T unscaled(T g) const { return g / scale; }
 
   ADADELTA_INLINE T undivided(T g) const { return clamp(g, limit) * mul; }
 
-  ADADELTA_INLINE T operator()(T g) const { return undivided(g) / div; }
+  ADADELTA_INLINE T divided(T g) const { return undivided(g) / div; }
+
+  ADADELTA_INLINE T operator()(T g) const { return divided(unscaled(g)); }
 };
 
 // a: square_avg, u: acc_delta, p: the parameter, d: the step before the learning rate.

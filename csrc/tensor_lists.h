@@ -2,6 +2,8 @@
 // stable ABI, checks them, and turns each parameter into an Entry that a kernel can run without looking back.
 #pragma once
 
+#include "dtypes.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,20 +24,6 @@ template <typename... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
-}
-
-// The dtypes that the kernels store; a complex tensor is a real one with a trailing dimension of two.
-enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
-
-inline int64_t item_size(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return 4;
-    case Dtype::kFloat64:
-      return 8;
-    default:
-      return 2;
-  }
 }
 
 // What PyTorch knows of one tensor. Pointers into its sizes and strides stay valid as long as the tensor lives.
@@ -182,6 +170,7 @@ struct Entries {
   std::deque<Layout> layouts;
   bool disjoint = true;        // false: some memory belongs to two entries, which must then run in their order
   int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
+  int32_t device_index = 0;    // of all tensors
 
   // The memory [begin, end) of every tensor that is written.
   struct Range {
@@ -297,6 +286,15 @@ inline Layout dimensions(
   return dims;
 }
 
+// Throws unless all parameters are on the device of the first.
+inline void check_device(const TensorInfo& param, size_t index, int32_t& device_index) {
+  if (index == 0) {
+    device_index = param.device_index;
+  } else if (param.device_index != device_index) {
+    fail("parameter 0 is on device ", device_index, ", but parameter ", index, " on device ", param.device_index);
+  }
+}
+
 // Throws unless `tensor`, which belongs to parameter `index`, is on the device and of the shape of `param`, and complex
 // if that is.
 inline void check_fits(const TensorInfo& param, const TensorInfo& tensor, int32_t device_type, size_t index) {
@@ -351,6 +349,7 @@ inline const Entries& read_entries(
     for (const TensorInfo* tensor : {&param, &grad, &square_avg, &acc_delta}) {
       detail::check_fits(param, *tensor, device_type, i);
     }
+    detail::check_device(param, i, result.device_index);
     if (square_avg.dtype != param.dtype || acc_delta.dtype != param.dtype) {
       fail("the state of parameter ", i, " has another dtype than the parameter");
     }
@@ -429,6 +428,7 @@ struct Gradients {
   std::vector<Gradient> gradients;  // empty tensors are left out
   std::deque<Layout> layouts;
   int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
+  int32_t device_index = 0;    // of all tensors
 
   int64_t numel() const { return gradients.empty() ? 0 : gradients.back().end; }
 };
@@ -468,6 +468,7 @@ inline const Gradients& read_gradients(
     const TensorInfo grad = grads.info(i, "grads", false);
     detail::check_fits(param, param, device_type, i);
     detail::check_fits(param, grad, device_type, i);
+    detail::check_device(param, i, result.device_index);
     if (param.is_complex && result.complex_param < 0) {
       result.complex_param = static_cast<int64_t>(i);
     }

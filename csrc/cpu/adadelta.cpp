@@ -2,13 +2,12 @@
 #include "blocks.h"
 #include "loops.h"
 
-#include "../tensor_lists.h"
+#include "../arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <limits>
 #include <optional>
 
 namespace torch_adadelta::cpu {
@@ -88,61 +87,42 @@ void update_range(
 
 // ---- The ops --------------------------------------------------------------------------------------------------------
 
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-using OptionalTensor = std::optional<torch::stable::Tensor>;
-
-// The number, or what replaces it: the one element of a floating-point CPU tensor.
-double resolve(double number, const OptionalTensor& tensor, const char* name) {
-  if (!tensor.has_value()) {
-    return number;
+double value_of(const Scalar& scalar) {
+  if (scalar.data == nullptr) {
+    return scalar.number;
   }
-  if (tensor->numel() != 1 || !tensor->is_cpu()) {
-    fail(name, "_tensor must be a CPU tensor of one element");
-  }
-  const void* data = tensor->const_data_ptr();
-  switch (tensor->scalar_type()) {
-    case torch::headeronly::ScalarType::Double:
-      return *static_cast<const double*>(data);
-    case torch::headeronly::ScalarType::Float:
-      return *static_cast<const float*>(data);
-    case torch::headeronly::ScalarType::Half:
-      return *static_cast<const torch::headeronly::Half*>(data);
-    case torch::headeronly::ScalarType::BFloat16:
-      return *static_cast<const torch::headeronly::BFloat16*>(data);
+  switch (scalar.dtype) {
+    case Dtype::kFloat32:
+      return *static_cast<const float*>(scalar.data);
+    case Dtype::kFloat16:
+      return *static_cast<const torch::headeronly::Half*>(scalar.data);
+    case Dtype::kBFloat16:
+      return *static_cast<const torch::headeronly::BFloat16*>(scalar.data);
     default:
-      fail(name, "_tensor must have a floating-point dtype");
+      return *static_cast<const double*>(scalar.data);
   }
 }
 
-// The clip options of one call.
-struct Clip {
-  double clipvalue;
-  std::optional<double> clipnorm;
-  const double* square_sums;  // with clipnorm: of each parameter's gradient
-  double factor;
-  bool maximize;
+template <typename T>
+GradientClip<T> clip_of(const Entry& entry, const UpdateOptions& options, double factor) {
+  const auto clip =
+      options.square_sums != nullptr
+          ? GradientClip<T>::by_norm(options.clipvalue, options.clipnorm, options.square_sums[entry.index])
+          : GradientClip<T>::by_factor(options.clipvalue, factor);
+  return clip.scaled_by(options.grad_scale != nullptr ? *options.grad_scale : T(1)).negated_if(options.maximize);
+}
 
-  template <typename T>
-  GradientClip<T> of(const Entry& entry) const {
-    const auto clip = clipnorm.has_value() ? GradientClip<T>::by_norm(clipvalue, *clipnorm, square_sums[entry.index])
-                                           : GradientClip<T>::by_factor(clipvalue, factor);
-    return clip.negated_if(maximize);
-  }
-};
-
-void update_entries(
-    const Entries& lists,
-    const Clip& clip,
-    const Hyperparameters<float>& in_float,
-    const Hyperparameters<double>& in_double
-) {
+void update_entries(const Entries& lists, const UpdateOptions& options) {
+  const double lr = value_of(options.lr), rho = value_of(options.rho), epsilon = value_of(options.epsilon);
+  const Hyperparameters<float> in_float(lr, rho, epsilon);
+  const Hyperparameters<double> in_double(lr, rho, epsilon);
+  const double factor = value_of(options.factor);
   const Loops& loops = current_loops();
   const auto update_entry = [&](const Entry& entry, int64_t begin, int64_t end) {
     if (entry.dtype == Dtype::kFloat64) {
-      update_range(loops, entry, begin, end, clip.of<double>(entry), in_double);
+      update_range(loops, entry, begin, end, clip_of<double>(entry, options, factor), in_double);
     } else {
-      update_range(loops, entry, begin, end, clip.of<float>(entry), in_float);
+      update_range(loops, entry, begin, end, clip_of<float>(entry, options, factor), in_float);
     }
   };
   const auto& entries = lists.entries;
@@ -170,82 +150,14 @@ void update_entries(
   torch::stable::parallel_for(0, lists.numel(), kGrain, update_range);
 }
 
-// Throws unless the clip options fit together and with the parameters, and returns them.
-Clip read_clip(
-    std::optional<double> clipvalue,
-    std::optional<double> clipnorm,
-    const OptionalTensor& square_sums,
-    std::optional<double> factor,
-    bool maximize,
-    size_t param_count,
-    int64_t complex_param
-) {
-  Clip clip{
-      clipvalue.value_or(std::numeric_limits<double>::infinity()), clipnorm, nullptr, factor.value_or(1), maximize
-  };
-  check_clipvalue(clip.clipvalue, complex_param);
-  if (clipnorm.has_value() != square_sums.has_value()) {
-    fail("clipnorm and square_sums must be given together");
+// adadelta_ in ops.cpp, and adadelta_.unclipped, whose arguments are the first of those. Boxed, so that each list is
+// read in place instead of becoming a vector of tensor objects.
+void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  const UpdateArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
+  const UpdateOptions& options = arguments.options();
+  if (options.found_inf == nullptr || *options.found_inf == 0) {
+    update_entries(arguments.entries(), options);
   }
-  if (!clipnorm.has_value()) {
-    return clip;
-  }
-  if (!(*clipnorm >= 0)) {
-    fail("clipnorm must be a number >= 0, got ", *clipnorm);
-  }
-  if (factor.has_value()) {
-    fail("clipnorm is ", *clipnorm, ", but a factor is given, too");
-  }
-  if (!square_sums->is_cpu() || square_sums->scalar_type() != torch::headeronly::ScalarType::Double ||
-      square_sums->dim() != 1 || square_sums->numel() != static_cast<int64_t>(param_count) ||
-      !square_sums->is_contiguous()) {
-    fail(
-        "square_sums must be a contiguous float64 CPU tensor with one element for each of ", param_count, " parameters"
-    );
-  }
-  clip.square_sums = static_cast<const double*>(square_sums->const_data_ptr());
-  return clip;
-}
-
-// adadelta_ in ops.cpp. Boxed, so that each list is read in place instead of becoming a vector of tensor objects.
-void adadelta_(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
-  const auto lr_tensor = to<OptionalTensor>(stack[8]);
-  const auto rho_tensor = to<OptionalTensor>(stack[9]);
-  const auto epsilon_tensor = to<OptionalTensor>(stack[10]);
-  const auto clipvalue = to<std::optional<double>>(stack[11]);
-  const auto clipnorm = to<std::optional<double>>(stack[12]);
-  const auto square_sums = to<OptionalTensor>(stack[13]);
-  const auto factor_tensor = to<OptionalTensor>(stack[15]);
-  const double lr = resolve(to<double>(stack[4]), lr_tensor, "lr");
-  const double rho = resolve(to<double>(stack[5]), rho_tensor, "rho");
-  const double epsilon = resolve(to<double>(stack[6]), epsilon_tensor, "epsilon");
-  const double factor = resolve(to<double>(stack[14]), factor_tensor, "factor");
-  const bool maximize = to<bool>(stack[7]);
-  const Entries& lists = read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());
-  const bool has_factor = factor_tensor.has_value() || factor != 1;
-  const Clip clip = read_clip(
-      clipvalue,
-      clipnorm,
-      square_sums,
-      has_factor ? std::optional(factor) : std::nullopt,
-      maximize,
-      params.size(),
-      lists.complex_param
-  );
-  update_entries(lists, clip, {lr, rho, epsilon}, {lr, rho, epsilon});
-}
-
-// adadelta_.unclipped in ops.cpp.
-void adadelta_unclipped(StableIValue* stack, uint64_t argument_count, uint64_t result_count) {
-  StableIValue with_clip_options[16];
-  StableIValue* options = std::copy_n(stack, 11, with_clip_options);
-  *options++ = from(std::nullopt);  // clipvalue
-  *options++ = from(std::nullopt);  // clipnorm
-  *options++ = from(std::nullopt);  // square_sums
-  *options++ = from(1.0);           // factor
-  *options++ = from(std::nullopt);  // factor_tensor
-  adadelta_(with_clip_options, argument_count, result_count);
 }
 
 // check_lists in ops.cpp: what adadelta_ checks, and nothing more.
@@ -259,6 +171,6 @@ void check_lists(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) {
   m.impl("adadelta_", torch_adadelta::cpu::adadelta_);
-  m.impl("adadelta_.unclipped", torch_adadelta::cpu::adadelta_unclipped);
+  m.impl("adadelta_.unclipped", torch_adadelta::cpu::adadelta_);
   m.impl("check_lists", torch_adadelta::cpu::check_lists);
 }

@@ -212,12 +212,21 @@ struct Undivided {
   ADADELTA_INLINE T operator()(T g) const { return clip.undivided(g); }
 };
 
+template <typename T>
+struct Divided {
+  GradientClip<T> clip;
+
+  ADADELTA_INLINE T operator()(T g) const { return clip.divided(g); }
+};
+
 // Calls run with whichever of these and `clip` is the least that does what `clip` does.
 template <typename T, typename Run>
 ADADELTA_INLINE void with_least(const GradientClip<T>& clip, const Run& run) {
   const bool clamps = clip.limit < std::numeric_limits<T>::infinity();
-  if (clip.div != T(1)) {
+  if (clip.scale != T(1)) {
     run(clip);
+  } else if (clip.div != T(1)) {
+    run(Divided<T>{clip});
   } else if (clamps || (clip.mul != T(1) && clip.mul != T(-1))) {
     run(Undivided<T>{clip});
   } else if (clip.mul < 0) {
@@ -337,17 +346,7 @@ void update_16bit(
 // ---- Squares --------------------------------------------------------------------------------------------------------
 
 using torch_adadelta::kSumLanes;
-
-// The square of the number at g, or of the absolute value of the pair there.
-template <int64_t width, bool clamps, typename T>
-ADADELTA_INLINE double square(const T* g, T limit) {
-  if constexpr (width == 2) {
-    return static_cast<double>(g[0] * g[0] + g[1] * g[1]);
-  } else {
-    const T clamped = clamps ? torch_adadelta::clamp(g[0], limit) : g[0];
-    return static_cast<double>(clamped * clamped);
-  }
-}
+using torch_adadelta::square;
 
 // One row after the other: to add several at once would spare the lanes some traffic with the first-level cache, but
 // out of cache, where processors see a stream for each row, it takes up to three times as long.

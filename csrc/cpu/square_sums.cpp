@@ -3,7 +3,7 @@
 #include "loops.h"
 
 #include "../square_sums.h"
-#include "../tensor_lists.h"
+#include "../arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -15,15 +15,9 @@
 namespace torch_adadelta::cpu {
 namespace {
 
-// What a thread sums at a time, and below which another thread costs more than it saves. A power of two of chunks that
-// begins at a multiple of itself is a subtree, so that one number a unit is all that has to be kept.
-constexpr int64_t kUnitChunks = 16;
-constexpr int64_t kUnit = kUnitChunks * kSumChunk;
-static_assert((kUnitChunks & (kUnitChunks - 1)) == 0);
-
 // The elements [begin, end) of one gradient, which are one chunk at most. T is the arithmetic type.
 template <typename T>
-double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, T limit) {
+double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, T limit, T scale) {
   constexpr bool is_float = std::is_same_v<T, float>;
   const auto add_squares = [&](double* lanes, const T* grad, int64_t count) {
     if constexpr (is_float) {
@@ -37,7 +31,7 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
   const int64_t width = gradient.is_complex ? 2 : 1;
 
   alignas(64) double lanes[kSumLanes] = {};
-  if (gradient.layout == nullptr && gradient.dtype == (is_float ? Dtype::kFloat32 : Dtype::kFloat64)) {
+  if (scale == T(1) && gradient.layout == nullptr && gradient.dtype == (is_float ? Dtype::kFloat32 : Dtype::kFloat64)) {
     add_squares(lanes, reinterpret_cast<const T*>(gradient.data) + begin * width, end - begin);
     return loops.sum_lanes(lanes);
   }
@@ -54,26 +48,31 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
           loops, block, gradient.data, gradient.dtype, *gradient.layout, first, count * width
       );
     }
+    if (scale != T(1)) {
+      std::for_each(block, block + count * width, [&](T& g) { g = g / scale; });
+    }
     add_squares(lanes, block, count);
   }
   return loops.sum_lanes(lanes);
 }
 
 // The elements [begin, end) of one gradient, which are one unit at most.
-double unit_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, double clipvalue) {
+double unit_sum(
+    const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, double clipvalue, float scale
+) {
   double chunks[kUnitChunks];
   int64_t count = 0;
   for (; begin < end; begin += kSumChunk) {
     const int64_t stop = std::min(begin + kSumChunk, end);
     chunks[count++] = gradient.in_double
-                          ? chunk_sum<double>(loops, gradient, begin, stop, clipvalue)
-                          : chunk_sum<float>(loops, gradient, begin, stop, static_cast<float>(clipvalue));
+                          ? chunk_sum<double>(loops, gradient, begin, stop, clipvalue, scale)
+                          : chunk_sum<float>(loops, gradient, begin, stop, static_cast<float>(clipvalue), scale);
   }
   return pairwise_sum(chunks, count);
 }
 
 // Writes the sum of each gradient to `sums`, at the gradient's index.
-void sum_squares(const Gradients& lists, double clipvalue, double* sums) {
+void sum_squares(const Gradients& lists, double clipvalue, float scale, double* sums) {
   const Loops& loops = current_loops();
   const auto& gradients = lists.gradients;
   const auto start_of = [](const Gradient& gradient) { return gradient.end - gradient.numel; };
@@ -94,10 +93,11 @@ void sum_squares(const Gradients& lists, double clipvalue, double* sums) {
       const int64_t stop = std::min(end - start_of(gradient), gradient.numel);
       for (int64_t unit = (skipped + kUnit - 1) / kUnit; unit * kUnit < stop; ++unit) {
         const int64_t unit_end = std::min((unit + 1) * kUnit, gradient.numel);
-        units_of(i)[unit] = unit_sum(loops, gradient, unit * kUnit, unit_end, clipvalue);
+        units_of(i)[unit] = unit_sum(loops, gradient, unit * kUnit, unit_end, clipvalue, scale);
       }
     }
   };
+  // Below a unit, another thread costs more than it saves.
   torch::stable::parallel_for(0, lists.numel(), kUnit, sum_range);
 
   for (size_t i = 0; i < gradients.size(); ++i) {
@@ -106,24 +106,14 @@ void sum_squares(const Gradients& lists, double clipvalue, double* sums) {
 }
 
 // grad_square_sums in ops.cpp. Boxed, as adadelta_ is.
-void grad_square_sums(StableIValue* stack, uint64_t, uint64_t) {
-  using torch::stable::detail::to;
-  const TensorList params(stack[0]), grads(stack[1]);
-  const double clipvalue = to<std::optional<double>>(stack[2]).value_or(std::numeric_limits<double>::infinity());
-  const bool in_double = to<bool>(stack[3]);
-  const Gradients& lists = read_gradients(params, grads, in_double, aoti_torch_device_type_cpu());
-  check_clipvalue(clipvalue, lists.complex_param);
-
-  const int64_t size = static_cast<int64_t>(params.size()), stride = 1;
-  AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float64(), aoti_torch_device_type_cpu(), 0, &result)
-  );
+void grad_square_sums(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  const SquareSumArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
+  torch::stable::Tensor result = arguments.new_result();
+  auto* sums = static_cast<double*>(result.mutable_data_ptr());
+  std::fill_n(sums, result.numel(), 0.0);
+  const float scale = arguments.grad_scale() != nullptr ? *arguments.grad_scale() : 1.0f;
+  sum_squares(arguments.gradients(), arguments.clipvalue(), scale, sums);
   stack[0] = torch::stable::detail::from(result);
-  void* sums = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(result, &sums));
-  std::fill_n(static_cast<double*>(sums), size, 0.0);
-  sum_squares(lists, clipvalue, static_cast<double*>(sums));
 }
 
 }  // namespace

@@ -1,0 +1,9 @@
+// The dense update on the GPU, registered.
+#include "device.h"
+#include "update.cuh"
+
+STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
+  m.impl("adadelta_", torch_adadelta::cuda::adadelta_<torch_adadelta::cuda::Device>);
+  m.impl("adadelta_.unclipped", torch_adadelta::cuda::adadelta_<torch_adadelta::cuda::Device>);
+  m.impl("check_lists", torch_adadelta::cuda::check_lists<torch_adadelta::cuda::Device>);
+}
