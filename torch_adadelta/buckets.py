@@ -58,20 +58,46 @@ def by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
 # ---- Clipping -------------------------------------------------------------------------------------------------------
 
 
-def clip_keywords(buckets: list[Bucket], numbers: list[list[int]], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The keywords of `gradients.clip` for each bucket, whose gradients have these numbers among all of the step."""
-    clipvalue, clipnorm, global_clipnorm = (options[key] for key in ("clipvalue", "clipnorm", "global_clipnorm"))
-    by_value: dict[str, Any] = {} if clipvalue is None else {"clipvalue": float(clipvalue)}
-    if clipnorm is not None:
-        c = float(clipnorm)
-        return [{**by_value, "clipnorm": c, "square_sums": _square_sums(bucket, by_value, False)} for bucket in buckets]
-    if global_clipnorm is None:
-        return [by_value] * len(buckets)
+def clip_keywords(
+    buckets: list[Bucket],
+    numbers: list[list[int]],
+    options: dict[str, Any],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """The keywords of `gradients.clip` for each bucket, whose gradients have these numbers among all of the step.
 
+    With `grad_scale` and `found_inf` those of a fused update, which unscales the gradients or skips all of them.
+    """
+    clipvalue, clipnorm, global_clipnorm = (options[key] for key in ("clipvalue", "clipnorm", "global_clipnorm"))
+    in_common: dict[str, Any] = {} if clipvalue is None else {"clipvalue": float(clipvalue)}
+    keywords = [{**in_common, **_amp_keywords(bucket, grad_scale, found_inf)} for bucket in buckets]
+    if clipnorm is not None:
+        for bucket, own in zip(buckets, keywords, strict=True):
+            own |= {"clipnorm": float(clipnorm), "square_sums": _square_sums(bucket, own, False)}
+    elif global_clipnorm is not None:
+        factors = _global_factors(buckets, numbers, keywords, float(global_clipnorm))
+        for factor, own in zip(factors, keywords, strict=True):
+            own["factor"] = factor
+    return keywords
+
+
+def _amp_keywords(bucket: Bucket, grad_scale: Tensor | None, found_inf: Tensor | None) -> dict[str, Any]:
+    named = (("grad_scale", grad_scale), ("found_inf", found_inf))
+    given = {name: tensor for name, tensor in named if tensor is not None}
+    if given and bucket[1] is not updates.fused:
+        raise RuntimeError(f"{' and '.join(given)} need the fused update; pass fused=True")
+    device = bucket[2][0][0].device
+    return {name: _moved(tensor, device).float() for name, tensor in given.items()}
+
+
+def _global_factors(
+    buckets: list[Bucket], numbers: list[list[int]], keywords: list[dict[str, Any]], global_clipnorm: float
+) -> list[hyperparameters.Value]:
+    """What `global_clipnorm` multiplies the gradients of each bucket by, on its device."""
     dtypes = {param.dtype for bucket in buckets for param in bucket[2][0]}
     T = torch.float64 if torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
-    in_double = T is torch.float64
-    sums = [_square_sums(bucket, by_value, in_double) for bucket in buckets]
+    sums = [_square_sums(bucket, own, T is torch.float64) for bucket, own in zip(buckets, keywords, strict=True)]
     # The sums of DTensors are DTensors, which mix with each other and with numbers only.
     are_distributed = any(hasattr(s, "full_tensor") for s in sums)
     if are_distributed:
@@ -85,14 +111,12 @@ def clip_keywords(buckets: list[Bucket], numbers: list[list[int]], options: dict
             pieces += [(where[begin], moved[begin:end]) for begin, end in _runs(where)]
         pieces.sort(key=itemgetter(0))
         in_order = torch.cat([piece for _, piece in pieces]) if len(pieces) > 1 else pieces[0][1]
-        factor = gradients.global_factor(float(global_clipnorm), in_order, T)
+        factor = gradients.global_factor(global_clipnorm, in_order, T)
     if are_distributed:
         factor = float(factor)
-    result = []
-    for bucket in buckets:
-        here = _moved(factor, bucket[2][0][0].device) if isinstance(factor, Tensor) else factor
-        result.append({**by_value, "factor": here})
-    return result
+    if not isinstance(factor, Tensor):
+        return [factor] * len(buckets)
+    return [_moved(factor, bucket[2][0][0].device) for bucket in buckets]
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -100,12 +124,13 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
-def _square_sums(bucket: Bucket, by_value: dict[str, Any], in_double: bool) -> Tensor:
+def _square_sums(bucket: Bucket, keywords: dict[str, Any], in_double: bool) -> Tensor:
     group, update, (params, grads, _, _), _ = bucket
+    before = {name: keywords[name] for name in ("clipvalue", "grad_scale") if name in keywords}
     if update is updates.fused:
-        return ops.grad_square_sums(params, grads, in_double=in_double, **by_value)
+        return ops.grad_square_sums(params, grads, in_double=in_double, **before)
     with recording(group["differentiable"]):
-        return gradients.square_sums(params, grads, in_double=in_double, **by_value)
+        return gradients.square_sums(params, grads, in_double=in_double, **before)
 
 
 def recording(is_differentiable: bool) -> contextlib.AbstractContextManager[Any]:

@@ -170,11 +170,14 @@ def clip(
 # ---- Callbacks ------------------------------------------------------------------------------------------------------
 
 
-def for_callback(param: Tensor, grad: Tensor) -> Tensor:
-    """A copy of a gradient in the parameter's arithmetic type, complex if it is: a callback may overwrite it."""
+def for_callback(param: Tensor, grad: Tensor, grad_scale: Tensor | None = None) -> Tensor:
+    """A copy of a gradient in the parameter's arithmetic type, unscaled: a callback may overwrite it."""
     T = arithmetic_dtype(param.dtype)
     dtype = T.to_complex() if grad.is_complex() else T
-    return grad.to(dtype, copy=True).resolve_conj().resolve_neg()
+    g = grad.to(dtype, copy=True).resolve_conj().resolve_neg()
+    if grad_scale is not None:
+        as_real(g).div_(grad_scale.to(g.device, T, non_blocking=g.device.type != "cpu").reshape(()))
+    return g
 
 
 def run_callback(

@@ -104,10 +104,12 @@ def adadelta_(
     state has its dtype, and the gradient may have another. Hyperparameters are cast to the arithmetic type (float64 for
     float64 parameters, else float32); a Tensor has one element, on the parameters' device.
 
-    `clip`: `clipvalue`, `clipnorm` with `square_sums`, or `factor`, a float or Tensor. Gradients are clipped in the
-    arithmetic type, before `maximize` negates them: clamped to [-clipvalue, clipvalue], which complex ones cannot be;
-    then, with `clipnorm`, (g * clipnorm) / max(norm, clipnorm), where norm is the root of the gradient's element of
-    `square_sums` (see `grad_square_sums`); or else g * factor.
+    `clip`: `clipvalue`, `clipnorm` with `square_sums`, `factor` (a float or Tensor), `grad_scale`, `found_inf`.
+    Gradients are divided by `grad_scale` and clipped in the arithmetic type, before `maximize` negates them: clamped to
+    [-clipvalue, clipvalue], which complex ones cannot be; then, with `clipnorm`, (g * clipnorm) / max(norm, clipnorm),
+    where norm is the root of the gradient's element of `square_sums` (see `grad_square_sums`); or else g * factor.
+    Nothing is written if `found_inf` is not zero; it and `grad_scale` are float32 Tensors of one element on the
+    parameters' device.
 
     Raises RuntimeError, before anything is written, if the tensors or the clip options do not fit together.
     """
@@ -133,11 +135,13 @@ def _adadelta_clipped(
     clipnorm: float | None = None,
     square_sums: Tensor | None = None,
     factor: float | Tensor = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     values = (*hyperparameters, factor)
     *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
     *tensors, factor_tensor = [value if isinstance(value, Tensor) else None for value in values]
-    options = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor)
+    options = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor, grad_scale, found_inf)
     _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors, *options)
 
 
@@ -148,19 +152,24 @@ def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Ten
 
 
 def grad_square_sums(
-    params: list[Tensor], grads: list[Tensor], clipvalue: float = inf, in_double: bool = False
+    params: list[Tensor],
+    grads: list[Tensor],
+    clipvalue: float = inf,
+    in_double: bool = False,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """The sum of the squares of each gradient, as a float64 tensor [number of parameters] on the parameters' device.
 
     A gradient is cast to the arithmetic type T of its parameter (float64 for float64 and complex128 parameters, else
-    float32; float64 for all if `in_double`), clamped to [-clipvalue, clipvalue], and squared. The squares are rounded
-    to T and summed in float64 over the tree of csrc/square_sums.h, in the order of the parameter's memory.
+    float32; float64 for all if `in_double`), divided by `grad_scale`, clamped to [-clipvalue, clipvalue], and squared.
+    The squares are rounded to T and summed in float64 over the tree of csrc/square_sums.h, in the order of the
+    parameter's memory.
 
     Raises RuntimeError if the lists do not fit together, or for a finite clipvalue and complex parameters.
     """
     if not params:  # the dispatcher finds no kernel without a tensor
         return torch.empty(0, dtype=torch.float64)
-    result: Tensor = torch.ops.torch_adadelta.grad_square_sums.default(params, grads, clipvalue, in_double)
+    result: Tensor = torch.ops.torch_adadelta.grad_square_sums.default(params, grads, clipvalue, in_double, grad_scale)
     return result
 
 

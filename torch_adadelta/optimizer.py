@@ -118,6 +118,11 @@ class AdadeltaKeras(KerasInterface):
     # Whether a group was seen whose parameters are on several devices. To ask each one at each step costs too much.
     _groups_span_devices = False
 
+    # Set by GradScaler around a step: what the gradients are divided by, and whether one of them is infinite or nan. At
+    # other times GradScaler wants them to be absent, or None.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None = None
+
     # The schedules and callables of each group, by the group's key, and those that a new group would get.
     _sources: list[dict[str, Source]]
     _default_sources: dict[str, Source]
@@ -418,6 +423,11 @@ class AdadeltaKeras(KerasInterface):
             group["iterations"] = count
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells GradScaler to leave unscaling, and skipping what is not finite, to the fused update."""
+        return all(group["fused"] for group in self.param_groups)
+
+    @property
     def name(self) -> str:
         """The name of the optimizer."""
         return self.param_groups[0]["optimizer_name"]
@@ -480,7 +490,10 @@ class AdadeltaKeras(KerasInterface):
                 has_written = True
             if has_written:
                 for group in self.param_groups:
-                    group["iterations"] += 1  # in place where it is a Tensor
+                    if self.found_inf is None:
+                        group["iterations"] += 1  # in place where it is a Tensor
+                    else:
+                        _advance_unless(self.found_inf, group)
             for group, key, value, source in new_values:
                 group[key] = value
                 source.wrote(value)
@@ -499,6 +512,8 @@ class AdadeltaKeras(KerasInterface):
     def _plan_plain(self) -> _Plan | None:
         """The plan of a step without clipping, decay, callbacks, sources or gradients handed over: most are."""
         if self._has_callables or self._gradient_transformers or self._given is not None:
+            return self._plan()
+        if self.found_inf is not None or "grad_scale" in self.__dict__:
             return self._plan()
         buckets: list[Bucket] = []
         new_state: _NewState = {}
@@ -532,7 +547,8 @@ class AdadeltaKeras(KerasInterface):
             for params, grads, _ in rows:
                 self._with_state(params, grads, new_state)
             return (), (), new_state, (), False
-        if aggregates or self._gradient_transformers:
+        calls_back = aggregates or bool(self._gradient_transformers)
+        if calls_back:
             rows = self._run_callbacks(rows, aggregates)
         if not any(params for params, _, _ in rows):
             return None
@@ -567,8 +583,9 @@ class AdadeltaKeras(KerasInterface):
                     buckets.append((group, update, tuple(tensors), values))  # type: ignore[arg-type]
                     numbers.append(numbers_here)  # type: ignore[arg-type]
         checks_itself = self._check_all(buckets, new_state)
+        grad_scale = None if calls_back else getattr(self, "grad_scale", None)
         try:
-            clips = clip_keywords(buckets, numbers, self.param_groups[0])
+            clips = clip_keywords(buckets, numbers, self.param_groups[0], grad_scale, self.found_inf)
         except Exception:
             self._explain(buckets[0])
             raise
@@ -608,7 +625,8 @@ class AdadeltaKeras(KerasInterface):
         for _, _, param, grad in in_order:
             updates.check_gradient(partial(self._name_of, param), param, grad)
         with recording(any(group["differentiable"] for group in self.param_groups)):
-            grads = [gradients.for_callback(param, grad) for _, _, param, grad in in_order]
+            scale = getattr(self, "grad_scale", None)
+            grads = [gradients.for_callback(param, grad, scale) for _, _, param, grad in in_order]
             for kind, callback in callbacks:
                 grads = gradients.run_callback(callback, kind, params, grads, self._name_of)
         return [(group_params, [grads[number] for number in numbers], numbers) for group_params, _, numbers in rows]
@@ -716,6 +734,14 @@ class AdadeltaKeras(KerasInterface):
         group, _, lists, _ = bucket
         for param, *tensors in zip(*lists, strict=True):
             updates.check_row(partial(self._name_of, param), param, *tensors, differentiable=group["differentiable"])
+
+
+def _advance_unless(found_inf: Tensor, group: dict[str, Any]) -> None:
+    """Counts the step on the device, where it is known whether it was skipped."""
+    if not isinstance(group["iterations"], Tensor):
+        group["iterations"] = torch.tensor(group["iterations"], dtype=torch.int64, device=found_inf.device)
+    counts = found_inf.reshape(()) == 0
+    group["iterations"] += counts.to(group["iterations"].device, non_blocking=group["iterations"].is_cuda)
 
 
 def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
