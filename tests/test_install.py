@@ -108,6 +108,41 @@ One step of each path on cpu, float32, float64, float16 and bfloat16:
     assert len(printed) == 2
 
 
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc, the compiler of the CUDA toolkit")
+def test_the_cuda_library_is_built_for_every_architecture(tree: Path) -> None:
+    """Compiled and linked, which needs neither a GPU nor a PyTorch that knows CUDA. It is loaded only by one that does."""
+    wheel, _ = build_wheel(tree, TORCH_ADADELTA_CUDA="1", TORCH_CUDA_ARCH_LIST="")
+    assert {"torch_adadelta/_C.so", "torch_adadelta/_C_cuda.so"} <= set(zipfile.ZipFile(wheel).namelist())
+    library = Path(unpack(wheel)["PYTHONPATH"]) / "torch_adadelta" / "_C_cuda.so"
+    dynamic = run("readelf", "--wide", "--dynamic", str(library)).stdout
+    needed = set(re.findall(r"NEEDED.*\[(\w+)", dynamic))
+    # By libtorch the loader finds the libraries of CUDA that came with PyTorch; it does not find others.
+    assert "libtorch" in needed
+    assert not {name for name in needed if "cuda" in name or "python" in name}
+    undefined = re.findall(r" UND (\S+)", run("readelf", "--wide", "--symbols", str(library)).stdout)
+    assert not [symbol for symbol in undefined if symbol.startswith(("Py", "_Py"))]
+
+    # The library can name the architectures that it was compiled for: it tells whoever has another GPU.
+    assert NVCC is not None
+    listed = run(NVCC, "--list-gpu-code").stdout
+    known = sorted(int(number) for number in re.findall(r"sm_(\d+)$", listed, re.MULTILINE) if int(number) >= 75)
+    firsts = [number for i, number in enumerate(known) if i == 0 or known[i - 1] // 10 != number // 10]
+    assert ",".join(str(10 * number) for number in firsts).encode() in library.read_bytes()
+
+
+def test_a_cuda_build_without_a_compiler_says_what_is_missing(tree: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    command = (*pip, "--wheel-dir", str(tree / "wheels"), str(tree))
+    result = run(*command, check=False, TORCH_ADADELTA_CUDA="1", CUDA_HOME="/nowhere")
+    assert result.returncode != 0
+    assert "TORCH_ADADELTA_CUDA=1, but there is no nvcc in /nowhere/bin" in result.stdout + result.stderr
+    result = run(*command, check=False, TORCH_ADADELTA_CUDA="yes")
+    assert "TORCH_ADADELTA_CUDA must be 0, 1 or auto, not 'yes'" in result.stdout + result.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "warning"),
     [

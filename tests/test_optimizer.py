@@ -30,6 +30,7 @@ from cases import (
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras, buckets, ops, update
+from torch_adadelta import optimizer as optimizer_module
 
 needs_library = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
 
@@ -799,6 +800,33 @@ def test_an_interrupt_amid_the_writes_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(update, "for_loop", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"KeyboardInterrupt \(the step is partial"):
         advance(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("capturable", "steps_before", "message"),
+    [
+        (False, 1, "group 0 has capturable=False, so iterations would stand still when it is replayed"),
+        (True, 0, "parameter 0 of group 0 has no state yet, which every replay would reset to zeros"),
+        (True, 1, None),
+    ],
+)
+def test_what_a_graph_would_not_repeat_is_refused(
+    monkeypatch: pytest.MonkeyPatch, path: Path, capturable: bool, steps_before: int, message: str | None
+) -> None:
+    """Told that it is being captured, for want of a CUDA device; tests/cuda captures in earnest."""
+    optimizer = AdadeltaKeras([Parameter(torch.ones(3))], 1.0, capturable=capturable, **path.options)
+    advance(optimizer, steps_before)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    monkeypatch.setattr(optimizer_module, "_HAS_CUDA", True)
+    monkeypatch.setattr(optimizer_module, "_is_capturing", lambda: True)
+    before = snapshot(optimizer)
+    if message is None:
+        optimizer.step()
+        assert optimizer.iterations == 2
+        return
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
 
 
 def test_repr() -> None:

@@ -19,6 +19,8 @@ from torch_adadelta.hyperparameters import Source
 from torch_adadelta.keras_interface import KerasInterface
 from torch_adadelta.schedules import LearningRateSchedule
 
+_HAS_CUDA: Final = torch.version.cuda is not None
+
 _get_grad = attrgetter("grad")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
 
@@ -477,6 +479,8 @@ class AdadeltaKeras(KerasInterface):
         if plan is None:
             return
         buckets, clips, new_state, new_values, checks_itself = plan
+        if _HAS_CUDA and _is_capturing():
+            self._check_capture(new_state)
         if new_state:
             self.state.update(new_state)
         has_written = False
@@ -506,6 +510,20 @@ class AdadeltaKeras(KerasInterface):
                 what = str(error) or type(error).__name__
                 error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
             raise
+
+    def _check_capture(self, new_state: _NewState) -> None:
+        """Raises if what a CUDA graph captures of this step would do something else when it is replayed."""
+        for index, group in enumerate(self.param_groups):
+            if not group["capturable"]:
+                raise RuntimeError(
+                    f"step() is being captured in a CUDA graph, but group {index} has capturable=False, so iterations "
+                    "would stand still when it is replayed. Pass capturable=True"
+                )
+        for param in new_state:
+            raise RuntimeError(
+                f"step() is being captured in a CUDA graph, but {self._name_of(param)} has no state yet, which every "
+                "replay would reset to zeros. Take a step before the capture"
+            )
 
     # ---- Planning a step, all of which may fail, before the first write -----------------------------------------
 
@@ -788,7 +806,7 @@ def _raw_values(
 
 
 def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_zero(value: Any) -> bool:
