@@ -123,6 +123,19 @@ def test_mixed_dtypes(path: Path, clip: dict[str, float]) -> None:
         assert_like_oracle(optimizer, expected, f"at step {step}")
 
 
+def test_a_gradient_is_rounded_to_its_T_before_its_norm_is_taken_in_the_widest(path: Path) -> None:
+    """float64 gradients of float32 parameters, and a clipvalue that float32 does not hold, beside a float64 parameter."""
+    params = [Parameter(torch.zeros(50)), Parameter(torch.zeros(3, dtype=torch.float64)), Parameter(torch.zeros(40))]
+    clip = {"clipvalue": 0.1, "global_clipnorm": 0.3}
+    optimizer = AdadeltaKeras(params, 1.0, **clip, **path.options)  # type: ignore[arg-type]
+    expected = oracle_of(params, learning_rate=1.0, **clip)
+    for step in range(20):
+        grads = [gradients(p.shape, torch.float64, 1, seed=10 * step + i)[0] for i, p in enumerate(params)]
+        optimizer.apply_gradients(zip(grads, params, strict=True))
+        expected.step(numpy_or_none(grads))
+        assert_like_oracle(optimizer, expected, f"at step {step}")
+
+
 @pytest.mark.parametrize("clip", CLIPS, ids=clip_id)
 @pytest.mark.parametrize(("layout", "grad_layout"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_layouts(path: Path, clip: dict[str, float], layout: str, grad_layout: str) -> None:

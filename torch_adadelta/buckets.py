@@ -97,7 +97,12 @@ def _global_factors(
     """What `global_clipnorm` multiplies the gradients of each bucket by, on its device."""
     dtypes = {param.dtype for bucket in buckets for param in bucket[2][0]}
     T = torch.float64 if torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
-    sums = [_square_sums(bucket, own, T is torch.float64) for bucket, own in zip(buckets, keywords, strict=True)]
+    sums: list[Tensor] = []
+    where: list[list[int]] = []
+    for bucket, own, bucket_numbers in zip(buckets, keywords, numbers, strict=True):
+        for part, part_keywords, rows in _by_T(bucket, own) if T is torch.float64 else [(bucket, own, None)]:
+            sums.append(_square_sums(part, part_keywords, T is torch.float64))
+            where.append(bucket_numbers if rows is None else [bucket_numbers[row] for row in rows])
     # The sums of DTensors are DTensors, which mix with each other and with numbers only.
     are_distributed = any(hasattr(s, "full_tensor") for s in sums)
     if are_distributed:
@@ -106,9 +111,9 @@ def _global_factors(
     device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
     with recording(any(bucket[0]["differentiable"] for bucket in buckets)):
         pieces: list[tuple[int, Tensor]] = []
-        for where, bucket_sums in zip(numbers, sums, strict=True):
-            moved = _moved(bucket_sums, device)
-            pieces += [(where[begin], moved[begin:end]) for begin, end in _runs(where)]
+        for numbers_here, sums_here in zip(where, sums, strict=True):
+            moved = _moved(sums_here, device)
+            pieces += [(numbers_here[begin], moved[begin:end]) for begin, end in _runs(numbers_here)]
         pieces.sort(key=itemgetter(0))
         in_order = torch.cat([piece for _, piece in pieces]) if len(pieces) > 1 else pieces[0][1]
         factor = gradients.global_factor(global_clipnorm, in_order, T)
@@ -117,6 +122,37 @@ def _global_factors(
     if not isinstance(factor, Tensor):
         return [factor] * len(buckets)
     return [_moved(factor, bucket[2][0][0].device) for bucket in buckets]
+
+
+def _by_T(bucket: Bucket, keywords: dict[str, Any]) -> list[tuple[Bucket, dict[str, Any], list[int] | None]]:
+    """A bucket whose norms are taken in float64, as one of each T, with the indices of the parameters in it.
+
+    Up to its square a gradient is in the T of its parameter, so what makes a difference in float64 is rounded before.
+    """
+    group, update, lists, values = bucket
+    rows: dict[torch.dtype, list[int]] = {}
+    for row, param in enumerate(lists[0]):
+        rows.setdefault(arithmetic_dtype(param.dtype), []).append(row)
+    parts: list[tuple[Bucket, dict[str, Any], list[int] | None]] = []
+    for T, indices in rows.items():
+        selected: Any = tuple([column[i] for i in indices] for column in lists)
+        own = keywords
+        if T is torch.float32:
+            params, grads, *states = selected
+            own = {name: value for name, value in keywords.items() if name != "grad_scale"}
+            if "clipvalue" in own:
+                own["clipvalue"] = hyperparameters.round_to_float32(own["clipvalue"])
+            scale = keywords.get("grad_scale")
+            with recording(group["differentiable"]):
+                grads = [
+                    gradients.for_callback(param, grad, scale)
+                    if scale is not None or arithmetic_dtype(grad.dtype) is torch.float64
+                    else grad
+                    for param, grad in zip(params, grads, strict=True)
+                ]
+            selected = (params, grads, *states)
+        parts.append(((group, update, selected, values), own, indices))
+    return parts
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
