@@ -27,12 +27,12 @@ lint: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -type f)
 
 format: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc -type f)
+	$(VENV)/bin/clang-format -i $$(find csrc tests/cuda_emulator -type f)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info torch_adadelta/*.so

@@ -1,0 +1,189 @@
+// As much of CUDA C++ as the kernels use, for a C++ compiler: each thread of a block is a fiber, which runs until it
+// waits for others. Blocks and threads take turns in an order that a seed decides, so that a result that depends on it
+// shows.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__ &  // behind the type: all threads read one copy
+#define __shared__ static    // one block runs at a time
+
+namespace emulator {
+
+struct Index {
+  unsigned x;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::vector<std::byte> stack;
+  unsigned index;
+  bool done;
+};
+
+// Threads that wait for each other.
+struct Barrier {
+  unsigned expected;
+  unsigned arrived = 0;
+  unsigned long generation = 0;
+};
+
+constexpr unsigned kWarpSize = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+inline Index thread_index, block_index;
+inline Thread* running = nullptr;
+inline ucontext_t scheduler;
+inline bool progressed;
+inline Barrier block_barrier;
+inline std::vector<Barrier> warp_barriers;
+inline std::vector<double> exchanged;  // by the threads of a block
+inline void (*body)(const void*) = nullptr;
+inline const void* body_argument = nullptr;
+
+inline unsigned seed = 0;        // 0: in order
+inline int64_t edge_blocks = 0;  // so many of the first and of the last blocks run, unless 0
+inline int64_t launches = 0;     // since the program began
+
+inline void wait(Barrier& barrier) {
+  progressed = true;
+  const unsigned long generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  Thread* self = running;
+  while (barrier.generation == generation) {
+    swapcontext(&self->context, &scheduler);
+  }
+  progressed = true;
+}
+
+inline void leave(Barrier& barrier) {
+  --barrier.expected;
+  if (barrier.expected > 0 && barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+}
+
+inline void run_thread() {
+  body(body_argument);
+  running->done = true;
+  leave(block_barrier);  // the others no longer wait for this one
+  progressed = true;
+}
+
+inline void resume(Thread& thread) {
+  running = &thread;
+  thread_index.x = thread.index;
+  swapcontext(&scheduler, &thread.context);
+}
+
+inline void start(Thread& thread, unsigned index) {
+  thread.stack.resize(kStackBytes);
+  thread.index = index;
+  thread.done = false;
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.data();
+  thread.context.uc_stack.ss_size = thread.stack.size();
+  thread.context.uc_link = &scheduler;
+  makecontext(&thread.context, run_thread, 0);
+}
+
+inline std::vector<unsigned> order(unsigned count, std::mt19937& generator) {
+  std::vector<unsigned> result(count);
+  std::iota(result.begin(), result.end(), 0u);
+  if (seed != 0) {
+    std::shuffle(result.begin(), result.end(), generator);
+  }
+  return result;
+}
+
+inline void run_block(unsigned threads, std::mt19937& generator) {
+  static std::vector<Thread> fibers;
+  fibers.resize(std::max<size_t>(fibers.size(), threads));
+  block_barrier = {threads};
+  warp_barriers.assign(threads / kWarpSize, {kWarpSize});
+  exchanged.assign(threads, 0.0);
+  const auto turns = order(threads, generator);
+  for (const unsigned index : turns) {
+    start(fibers[index], index);
+  }
+  for (unsigned done = 0; done < threads;) {
+    progressed = false;
+    done = 0;
+    for (const unsigned index : turns) {
+      if (!fibers[index].done) {
+        resume(fibers[index]);
+      }
+      done += fibers[index].done;
+    }
+    if (!progressed) {
+      std::fputs("emulator: the threads of a block wait for each other forever\n", stderr);
+      std::abort();
+    }
+  }
+}
+
+template <typename Parameters>
+void launch(void (*kernel)(const Parameters&), int64_t blocks, unsigned threads, const Parameters& parameters) {
+  struct Call {
+    void (*kernel)(const Parameters&);
+    const Parameters& parameters;
+  } call{kernel, parameters};
+  body = [](const void* argument) {
+    const auto* call = static_cast<const Call*>(argument);
+    call->kernel(call->parameters);
+  };
+  body_argument = &call;
+  ++launches;
+  std::mt19937 generator(seed);
+  for (const unsigned block : order(static_cast<unsigned>(blocks), generator)) {
+    if (edge_blocks != 0 && block >= edge_blocks && block < blocks - edge_blocks) {
+      continue;
+    }
+    block_index.x = block;
+    run_block(threads, generator);
+  }
+}
+
+inline unsigned warp_of_running() { return running->index / kWarpSize; }
+
+}  // namespace emulator
+
+#define threadIdx (emulator::thread_index)
+#define blockIdx (emulator::block_index)
+
+inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
+
+// Every thread of a warp takes part.
+inline double __shfl_down_sync(unsigned mask, double value, unsigned delta) {
+  if (mask != 0xffffffff) {
+    std::abort();
+  }
+  const unsigned index = emulator::running->index;
+  auto& barrier = emulator::warp_barriers[emulator::warp_of_running()];
+  emulator::exchanged[index] = value;
+  emulator::wait(barrier);
+  const bool in_warp = index % emulator::kWarpSize + delta < emulator::kWarpSize;
+  const double result = in_warp ? emulator::exchanged[index + delta] : value;
+  emulator::wait(barrier);
+  return result;
+}

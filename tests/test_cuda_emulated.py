@@ -1,0 +1,564 @@
+"""The CUDA kernels and what launches them, compiled as C++ and run thread by thread, against the CPU kernels, bit by bit.
+
+What an emulator cannot show: the GPU's own arithmetic (IEEE by the flags of the build), races between threads (none
+shares memory with another, but for the sums in a block; the emulated order is shuffled), and speed.
+"""
+
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from torch_adadelta import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shutil.which("g++")
+
+pytestmark = [
+    pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed"),
+    pytest.mark.skipif(COMPILER is None, reason="no g++"),
+    pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree"),
+]
+
+inf, nan = torch.inf, torch.nan
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+cpu = torch.ops.torch_adadelta
+emulated = torch.ops.torch_adadelta_emulated
+
+SMALL_TABLE, LARGE_TABLE, CHUNK = 64, 640, 16384
+HYPERPARAMETERS = (0.75, 0.9, 1e-6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("emulator") / "emulated.so"
+    sources = ROOT / "tests" / "cuda_emulator"
+    command = [
+        str(COMPILER),
+        "-std=c++20",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-ffp-contract=off",
+        # A vector at an address that is no multiple of its size, or an index beyond an array, is an illegal instruction.
+        "-fsanitize=alignment,bounds",
+        "-fsanitize-undefined-trap-on-error",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        *(f"-I{path}" for path in (sources / "include", *include_paths())),
+        str(sources / "emulated_ops.cpp"),
+        *(f"-L{path}" for path in library_paths()),
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-o",
+        str(path),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    torch.ops.load_library(str(path))
+    assert (emulated.small_table(), emulated.large_table(), emulated.chunk()) == (SMALL_TABLE, LARGE_TABLE, CHUNK)
+
+
+@pytest.fixture(autouse=True)
+def in_order() -> Iterator[None]:
+    yield
+    emulated.set_seed(0)
+    emulated.set_edge_blocks(0)
+
+
+def whole_memory(x: Tensor) -> Tensor:
+    """All that a tensor's storage holds, so that a write beside the tensor shows."""
+    count = x.untyped_storage().nbytes() // x.element_size()
+    return x.detach().as_strided((count,), (1,), 0)
+
+
+def lay_out(layout: str, x: Tensor) -> Tensor:
+    """The same values in memory of one of LAYOUTS, whose gaps are zero."""
+    result = LAYOUTS[layout](x)
+    values = result.clone()
+    whole_memory(result).zero_()
+    return result.copy_(values)
+
+
+def assert_same_update(make: Callable[[], Lists], seeds: tuple[int, ...] = (0, 1), **options: Any) -> int:
+    """Runs two steps on the CPU and emulated, on what `make` makes, and returns the number of launches of a step.
+
+    `square_sums=True` stands for the sums of the squares of the gradients.
+    """
+    results = []
+    launches = 0
+    for op, seed in ((cpu, 0), *((emulated, seed) for seed in seeds)):
+        lists = make()
+        if op is emulated:
+            emulated.set_seed(seed)
+        given = dict(options)
+        if options.get("square_sums") is True:
+            given["square_sums"] = cpu.grad_square_sums(*lists[:2], options.get("clipvalue"))
+        for _ in range(2):
+            before = emulated.launches()
+            if options:
+                op.adadelta_(*lists, *HYPERPARAMETERS, **given)
+            else:
+                op.adadelta_.unclipped(*lists, *HYPERPARAMETERS)
+            launches = emulated.launches() - before
+        results.append(lists)
+    for others in results[1:]:
+        for name, tensors, expected in zip(
+            ("param", "grad", "square_avg", "acc_delta"), others, results[0], strict=True
+        ):
+            for i, (x, y) in enumerate(zip(tensors, expected, strict=True)):
+                assert_same_bits(whole_memory(x), whole_memory(y), f"{name} {i}")
+    return launches
+
+
+def lists_of(
+    sizes: tuple[int, ...] | list[int], dtype: torch.dtype, grad_dtypes: tuple[torch.dtype, ...] = ()
+) -> Lists:
+    params = [randn((size,), dtype, torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)]
+    dtypes = grad_dtypes or (dtype,)
+    grads = [gradients((size,), dtypes[i % len(dtypes)], steps=1, seed=i)[0] for i, size in enumerate(sizes)]
+    return params, grads, *states_of(params)
+
+
+def states_of(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Zeros beside each parameter, where the parameter itself has its elements, and 1 in the gaps of its memory."""
+
+    def state(param: Tensor) -> Tensor:
+        memory = torch.ones_like(whole_memory(param))
+        return memory.as_strided(param.shape, param.stride(), param.storage_offset()).zero_()
+
+    return [state(param) for param in params], [state(param) for param in params]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "maximize": {"maximize": True},
+    "clipvalue": {"clipvalue": 0.3},
+    "clipnorm": {"clipnorm": 0.7, "square_sums": True},
+    "clipnorm-not-reached": {"clipnorm": 1e7, "square_sums": True, "maximize": True},
+    "clipvalue-clipnorm": {"clipvalue": 0.3, "clipnorm": 0.7, "square_sums": True},
+    "factor": {"factor": 0.37},
+    "clipvalue-factor": {"clipvalue": 0.3, "factor": 0.37, "maximize": True},
+    "scale": {"grad_scale": torch.tensor(3.0)},
+    "scale-clipvalue-factor": {"grad_scale": torch.tensor(0.3), "clipvalue": 0.3, "factor": 0.37},
+}
+
+
+def options_for(dtype: torch.dtype, name: str) -> dict[str, Any]:
+    options = dict(OPTIONS[name])
+    if dtype.is_complex:
+        options.pop("clipvalue", None)
+    return options
+
+
+# Around the vectors of 2, 4 and 8 elements and their rounds of 512 threads.
+SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 511, 512, 513, 1023, 1025, 2047, 2049, 4095, 4097, 0)
+
+
+# ---- The update -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_update(dtype: torch.dtype, name: str) -> None:
+    """All sizes in one launch, empty tensors first and last."""
+    assert assert_same_update(lambda: lists_of(SIZES, dtype), **options_for(dtype, name)) == 1
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_update_around_chunks(dtype: torch.dtype) -> None:
+    sizes = [CHUNK - 1, CHUNK, CHUNK + 1, 3, 2 * CHUNK, 2 * CHUNK + 5, 3 * CHUNK - 8]
+    assert assert_same_update(lambda: lists_of(sizes, dtype), **OPTIONS["clipvalue-clipnorm"]) == 1
+
+
+@pytest.mark.parametrize("name", ["plain", "clipvalue-clipnorm", "scale-clipvalue-factor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_update_by_gradients_of_another_dtype(dtype: torch.dtype, name: str) -> None:
+    grad_dtypes = COMPLEX_DTYPES if dtype.is_complex else REAL_DTYPES
+    sizes = [n for n in (1, 7, 8, 9, 700, 2051) for _ in grad_dtypes]
+    assert assert_same_update(lambda: lists_of(sizes, dtype, grad_dtypes), **options_for(dtype, name)) == 1
+
+
+def test_parameters_of_every_dtype_in_one_call() -> None:
+    def make() -> Lists:
+        made = [lists_of([5, 0, 700, 40_000], dtype, REAL_DTYPES) for dtype in REAL_DTYPES]
+        return tuple([made[k % 4][part][k // 4] for k in range(16)] for part in range(4))  # type: ignore[return-value]
+
+    assert assert_same_update(make, **OPTIONS["clipvalue-clipnorm"]) == 4
+
+
+@pytest.mark.parametrize("shifted", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_tensors_that_are_not_aligned(dtype: torch.dtype, shifted: tuple[int, ...]) -> None:
+    def make() -> Lists:
+        made = lists_of([1, 8, 33, 2051, CHUNK + 9], dtype)
+        for part in shifted:
+            for i, x in enumerate(made[part]):
+                made[part][i] = torch.zeros(len(x) + 8, dtype=dtype)[1 + i % 3 : 1 + i % 3 + len(x)].copy_(x)
+        return made
+
+    assert_same_update(make)
+
+
+def test_neighbours_are_not_written() -> None:
+    """Parameters and state that share their storages, as views of flat buffers do."""
+    sizes = [4, 3, 8, 1, 515, 7, 2048, 5]
+
+    def make() -> Lists:
+        flat = [torch.randn(sum(sizes), generator=torch.Generator().manual_seed(k)).square() for k in range(4)]
+        return tuple(list(x.split(sizes)) for x in flat)  # type: ignore[return-value]
+
+    assert assert_same_update(make, **OPTIONS["clipnorm"]) == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "channels_last", "sliced"])
+@pytest.mark.parametrize("name", ["plain", "clipnorm"])
+def test_gradient_that_is_the_parameter(name: str, layout: str) -> None:
+    def make() -> Lists:
+        param = lay_out(layout, randn((3, 5, 7, 20), torch.float32, torch.Generator().manual_seed(0)))
+        return [param], [param.detach()], *states_of([param])
+
+    assert_same_update(make, **OPTIONS[name])
+
+
+def test_parameters_that_share_memory_are_updated_in_turn() -> None:
+    def make() -> Lists:
+        base = torch.ones(9000)
+        params = [base[:6000], base[3000:], base[1000:2000].view(10, 100).t(), base[:6000]]
+        grads = [gradients(tuple(p.shape), torch.float32, steps=1, seed=i)[0] for i, p in enumerate(params)]
+        return params, grads, *([torch.zeros(p.shape) for p in params] for _ in range(2))  # type: ignore[return-value]
+
+    assert assert_same_update(make) == 4
+
+
+@pytest.mark.parametrize("name", ["plain", "clipnorm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_update_of_any_layout(layout: str, dtype: torch.dtype, name: str) -> None:
+    shape = (5, 3, 1, 37)
+
+    def make() -> Lists:
+        grads = [lay_out(other, gradients(shape, dtype, steps=1)[0]) for other in LAYOUTS]
+        params = [lay_out(layout, randn(shape, dtype, torch.Generator().manual_seed(i))) for i in range(len(grads))]
+        return params, grads, *states_of(params)
+
+    assert_same_update(make, **options_for(dtype, name))
+
+
+@pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_strided_update_by_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    def make() -> Lists:
+        param = lay_out("sliced", randn((7, 5, 3, 90), dtype, torch.Generator().manual_seed(0)))
+        return [param], [gradients(param.shape, grad_dtype, steps=1)[0]], *states_of([param])
+
+    assert assert_same_update(make) == 1
+    assert assert_same_update(make, **OPTIONS["clipvalue-factor"]) == 1
+
+
+def test_update_of_many_dimensions() -> None:
+    """More than collapse: every other dimension of the parameter is sliced, and the gradient is transposed."""
+
+    def make() -> Lists:
+        base = torch.randn([4, 2] * 6, generator=torch.Generator().manual_seed(0))
+        param = base[tuple(slice(None, None, 2) if d % 2 == 0 else slice(None) for d in range(12))]
+        grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).permute(*range(11, -1, -1))
+        shapes = [[1] * 20 + [2, 3], []]
+        params = [param, *(torch.ones(shape) for shape in shapes)]
+        grads = [grad, *(torch.full(shape, 0.5) for shape in shapes)]
+        return params, grads, *states_of(params)
+
+    assert_same_update(make)
+    assert_same_update(make, **OPTIONS["clipnorm"])
+
+
+def test_expanded_gradient() -> None:
+    def make() -> Lists:
+        params = [torch.ones(300, 70), torch.ones(70)]
+        return params, [torch.full((70,), 0.3).expand(300, 70), torch.tensor(0.3).expand(70)], *states_of(params)
+
+    assert_same_update(make, **OPTIONS["clipnorm"])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_special_values(dtype: torch.dtype, name: str) -> None:
+    special = [inf, -inf, nan, 1e20, -1e20, 1e200, 0.0, -0.0, 1e-30, 1e-45, 1e-310, 6e-8, 65504.0, 65520.0, 0.3, -0.3]
+
+    def make() -> Lists:
+        grads = [torch.tensor(special * 3), *(torch.tensor([value, 1.0, -3.0]) for value in special), torch.zeros(40)]
+        grads = [torch.tensor(x.tolist(), dtype=torch.float64).to(dtype) for x in grads]
+        params = [torch.tensor(special * 3, dtype=torch.float64).to(dtype)[: len(x)].clone() for x in grads]
+        return params, grads, *states_of(params)
+
+    assert_same_update(make, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("tensor_dtype", REAL_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_tensor_hyperparameters(dtype: torch.dtype, tensor_dtype: torch.dtype) -> None:
+    names = ("lr_tensor", "rho_tensor", "epsilon_tensor", "factor_tensor")
+    tensors = [torch.tensor(value, dtype=torch.float64).to(tensor_dtype) for value in (0.7, 0.93, 1e-4, -0.37)]
+    assert_same_update(lambda: lists_of([5, 700], dtype), **dict(zip(names, tensors, strict=True)))
+    assert_same_update(lambda: lists_of([5, 700], dtype), **dict(zip(names[:3], tensors, strict=False)))
+
+
+@pytest.mark.parametrize("found_inf", [0.0, -0.0, 1.0, 2.0, nan])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_found_inf(layout: str, found_inf: float) -> None:
+    def make() -> Lists:
+        param = lay_out(layout, torch.ones(2, 3, 4, 50))
+        return [param], [torch.full((2, 3, 4, 50), inf)], *states_of([param])
+
+    assert_same_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor([[2.0]]))
+    lists = make()
+    emulated.adadelta_(*lists, *HYPERPARAMETERS, found_inf=torch.tensor(found_inf))
+    assert torch.equal(lists[0][0], torch.ones(2, 3, 4, 50)) == (found_inf != 0)
+    assert torch.equal(lists[2][0], torch.zeros(2, 3, 4, 50)) == (found_inf != 0)
+
+
+@pytest.mark.parametrize("name", ["plain", "clipnorm"])
+@pytest.mark.parametrize(
+    ("count", "launches"),
+    [
+        (SMALL_TABLE - 1, 1),
+        (SMALL_TABLE, 1),
+        (SMALL_TABLE + 1, 1),
+        (LARGE_TABLE - 1, 1),
+        (LARGE_TABLE, 1),
+        (LARGE_TABLE + 1, 2),
+        (2 * LARGE_TABLE + SMALL_TABLE + 1, 3),
+    ],
+)
+def test_number_of_tensors_around_the_size_of_tables(count: int, launches: int, name: str) -> None:
+    """With an empty tensor before each, which takes no place in a table, and strided ones, which take a launch each."""
+
+    def make() -> Lists:
+        return lists_of([size for i in range(count) for size in (0, 1 + i % 9)], torch.float32, REAL_DTYPES)
+
+    assert assert_same_update(make, seeds=(1,), **OPTIONS[name]) == launches
+
+
+def test_nothing_to_do() -> None:
+    assert assert_same_update(lambda: lists_of([0, 0, 0], torch.float32)) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tensors=st.lists(
+        st.tuples(
+            st.sampled_from(REAL_DTYPES),
+            st.sampled_from(REAL_DTYPES),
+            st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 70)),
+            st.sampled_from(sorted(LAYOUTS)),
+            st.sampled_from(sorted(LAYOUTS)),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    name=st.sampled_from(sorted(OPTIONS)),
+    seed=st.integers(0, 1000),
+)
+def test_any_lists(tensors: list[tuple[Any, ...]], name: str, seed: int) -> None:
+    def make() -> Lists:
+        params, grads = [], []
+        for i, (dtype, grad_dtype, shape, layout, grad_layout) in enumerate(tensors):
+            params.append(lay_out(layout, randn(shape, dtype, torch.Generator().manual_seed(i))))
+            grads.append(lay_out(grad_layout, gradients(shape, grad_dtype, steps=1, seed=i)[0]))
+        return params, grads, *states_of(params)
+
+    assert_same_update(make, seeds=(seed,), **OPTIONS[name])
+    params, grads, *_ = make()
+    assert_same_square_sums(params, grads, seeds=(seed,), **SQUARE_OPTIONS[sorted(SQUARE_OPTIONS)[seed % 4]])
+
+
+def test_more_elements_than_an_int32_counts() -> None:
+    """Only the first and the last block run, so that little of the memory is ever touched."""
+    count = 2**31 + CHUNK + 5
+    values = (1.0, 0.5, 0.25, 0.125)
+    try:
+        long = [[torch.empty(count, dtype=torch.bfloat16)] for _ in values]
+    except RuntimeError:
+        pytest.skip("needs 16 GB of addresses")
+    short = [[torch.full((CHUNK + 5,), value, dtype=torch.bfloat16)] for value in values]
+    for tensors, value in zip(long, values, strict=True):
+        tensors[0][:CHUNK] = value
+        tensors[0][-CHUNK - 5 :] = value
+    emulated.set_edge_blocks(2)
+    emulated.adadelta_(*long, *HYPERPARAMETERS)
+    cpu.adadelta_(*short, *HYPERPARAMETERS)
+    for one, other in zip(long, short, strict=True):
+        assert_same_bits(one[0][-CHUNK - 5 :], other[0])
+        assert_same_bits(one[0][:CHUNK], other[0][:CHUNK])
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_lists_that_do_not_fit_are_refused_unwritten(part: int) -> None:
+    lists = lists_of([5, 4], torch.float32)
+    lists[part][1] = torch.ones(3)
+    for call in (emulated.check_lists, lambda *lists: emulated.adadelta_(*lists, *HYPERPARAMETERS)):
+        with pytest.raises(RuntimeError, match="the tensors of parameter 1 differ in shape"):
+            call(*lists)
+    assert torch.equal(lists[3][0], torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"grad_scale": torch.ones(2)}, "grad_scale must be a CPU tensor of one element"),
+        ({"grad_scale": torch.ones(1).double()}, "grad_scale must have the dtype float32"),
+        ({"found_inf": torch.ones(0)}, "found_inf must be a CPU tensor of one element"),
+        ({"found_inf": torch.ones(1).long()}, "found_inf must have the dtype float32"),
+        ({"square_sums": torch.ones(1).double()}, "clipnorm and square_sums must be given together"),
+        ({"clipvalue": -1.0}, "clipvalue must be a number >= 0, got -1"),
+        ({"lr_tensor": torch.ones(2)}, "lr_tensor must be a CPU tensor of one element"),
+    ],
+)
+@pytest.mark.parametrize("namespace", ["torch_adadelta", "torch_adadelta_emulated"])
+def test_options_that_do_not_fit_are_refused(namespace: str, options: dict[str, Any], error: str) -> None:
+    with pytest.raises(RuntimeError, match=error):
+        getattr(torch.ops, namespace).adadelta_(*lists_of([5], torch.float32), *HYPERPARAMETERS, **options)
+
+
+def test_no_tensor_outlives_a_call() -> None:
+    lists = lists_of([5, 70_000], torch.float32)
+    scalars = [torch.ones(1) for _ in range(5)]
+    names = ("lr_tensor", "rho_tensor", "epsilon_tensor", "grad_scale", "found_inf")
+
+    def uses() -> list[int]:
+        tensors = [x for part in lists for x in part] + scalars
+        return [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
+
+    before = uses()
+    for factor in (1.0, nan):
+        sums = emulated.grad_square_sums(*lists[:2], grad_scale=scalars[3])
+        try:
+            options = dict(zip(names, scalars, strict=True))
+            emulated.adadelta_(*lists, *HYPERPARAMETERS, clipnorm=1.0, square_sums=sums, factor=factor, **options)
+        except RuntimeError:
+            assert math.isnan(factor)
+        assert torch._C._storage_Use_Count(sums.untyped_storage()._cdata) == 2
+    assert uses() == before
+
+
+# ---- Sums of squares ------------------------------------------------------------------------------------------------
+
+SQUARE_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipvalue": {"clipvalue": 0.3},
+    "in-double": {"in_double": True},
+    "scale": {"grad_scale": torch.tensor(0.3), "clipvalue": 2.0},
+}
+
+
+def assert_same_square_sums(
+    params: list[Tensor], grads: list[Tensor], seeds: tuple[int, ...] = (0, 1), **options: Any
+) -> int:
+    expected = cpu.grad_square_sums(params, grads, **options)
+    launches = 0
+    for seed in seeds:
+        emulated.set_seed(seed)
+        before = emulated.launches()
+        assert_same_bits(emulated.grad_square_sums(params, grads, **options), expected)
+        launches = emulated.launches() - before
+    return launches
+
+
+# Around the row of 128 lanes, the chunk of 4096, the unit of 65536 elements, and of several units.
+SUM_SIZES = (0, 1, 3, 4, 5, 127, 128, 129, 131, 255, 511, 4095, 4096, 4097, 12289, 65535, 65536, 65537, 131_073, 0)
+
+
+@pytest.mark.parametrize("name", SQUARE_OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_square_sums(dtype: torch.dtype, name: str) -> None:
+    grads = [gradients((size,), dtype, steps=1, seed=i)[0] for i, size in enumerate(SUM_SIZES)]
+    options = dict(SQUARE_OPTIONS[name])
+    if dtype.is_complex:
+        options.pop("clipvalue", None)
+    assert assert_same_square_sums(grads, grads, **options) == 2
+
+
+@pytest.mark.parametrize("units", [2, 3, 5, 6, 7, 8])
+def test_square_sums_of_units(units: int) -> None:
+    grads = [gradients((units * 65536 - 100,), torch.bfloat16, steps=1)[0].float(), torch.ones(3)]
+    assert assert_same_square_sums(grads, grads, seeds=(0,)) == 2
+
+
+def test_square_sums_of_more_units_than_a_block_has_threads() -> None:
+    grad = torch.randn(1100 * 65536 // 16, generator=torch.Generator().manual_seed(0)).repeat(16)[:-77]
+    assert assert_same_square_sums([grad], [grad], seeds=(0,)) == 2
+
+
+@pytest.mark.parametrize("dtypes", [REAL_DTYPES, COMPLEX_DTYPES], ids=["real", "complex"])
+def test_square_sums_of_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ...]) -> None:
+    pairs = [(dtype, grad_dtype) for dtype in dtypes for grad_dtype in dtypes]
+    params = [torch.empty(4700, dtype=dtype) for dtype, _ in pairs]
+    grads = [gradients((4700,), dtype, steps=1, seed=i)[0] for i, (_, dtype) in enumerate(pairs)]
+    assert assert_same_square_sums(params, grads) == 1
+    assert assert_same_square_sums(params, grads, in_double=True) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_square_sums_follow_the_memory_of_the_parameter(layout: str, dtype: torch.dtype) -> None:
+    shape = (5, 7, 1, 130)
+    param = LAYOUTS[layout](randn(shape, dtype, torch.Generator().manual_seed(1)))
+    grad = gradients(shape, dtype, steps=1)[0]
+    grads = [lay_out(grad) for lay_out in (*LAYOUTS.values(), lambda x: x[:, :1, :, :1].expand(shape))]
+    assert_same_square_sums([param] * len(grads), grads)
+    assert_same_square_sums([param] * len(grads), grads, in_double=True)
+
+
+def test_strided_square_sums_of_several_units() -> None:
+    grads = [gradients((300, 700), torch.float32, steps=1)[0].t(), gradients((700, 300), torch.float32, steps=1)[0]]
+    params = [torch.ones(700, 300), torch.ones(300, 700).t()]
+    assert assert_same_square_sums(params, grads, seeds=(1,)) == 3
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_square_sums_of_tensors_that_are_not_aligned(dtype: torch.dtype) -> None:
+    base = gradients((70_000,), dtype, steps=1)[0]
+    grads = [base[begin:end] for begin in (1, 2, 3, 5, 8) for end in (begin + 600, 70_000)]
+    assert_same_square_sums(grads, grads, seeds=(0,))
+
+
+@pytest.mark.parametrize("clipvalue", [None, inf, 2.0, 0.0, 1e300])
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_square_sums_of_special_values(dtype: torch.dtype, clipvalue: float | None) -> None:
+    special = [inf, -inf, nan, 1e20, -1e20, 1e200, 0.0, -0.0, 1e-30, 1e-45, 2.0, -2.0]
+    grads = [torch.tensor([value, 1.0, -3.0], dtype=torch.float64).to(dtype) for value in special]
+    assert_same_square_sums(grads, grads, clipvalue=clipvalue)
+
+
+@pytest.mark.parametrize(
+    ("count", "launches"),
+    [(0, 0), (SMALL_TABLE, 1), (SMALL_TABLE + 1, 1), (LARGE_TABLE, 1), (LARGE_TABLE + 1, 2), (2 * LARGE_TABLE + 1, 3)],
+)
+def test_square_sums_of_as_many_tensors_as_a_table_holds(count: int, launches: int) -> None:
+    sizes = [0] + [size for i in range(count) for size in (1 + i % 9, 0)]
+    grads = [gradients((size,), torch.float32, steps=1, seed=i)[0] for i, size in enumerate(sizes)]
+    assert assert_same_square_sums(grads, grads, seeds=(1,)) == launches
+
+
+@pytest.mark.parametrize(("count", "launches"), [(LARGE_TABLE, 2), (LARGE_TABLE + 1, 4)])
+def test_square_sums_of_as_many_large_tensors_as_a_table_holds(count: int, launches: int) -> None:
+    """Only their two first and last units are summed, and those of ones that are added up in two launches."""
+    grad = torch.zeros(65537)
+    grads = [grad] * count
+    emulated.set_edge_blocks(1)
+    before = emulated.launches()
+    emulated.grad_square_sums(grads, grads)
+    assert emulated.launches() - before == launches
