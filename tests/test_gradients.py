@@ -412,6 +412,17 @@ def test_options_belong_to_the_whole_optimizer(path: Path) -> None:
     assert_unchanged(optimizer, before)
 
 
+def test_clipvalue_in_a_group_of_complex_parameters_is_refused(path: Path) -> None:
+    param = Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = AdadeltaKeras([param], **path.options)
+    optimizer.param_groups[0]["clipvalue"] = 1.0
+    param.grad = torch.full((2,), 5 + 5j)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"clipvalue=1\.0 is for real numbers"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
 # ---- Callbacks ------------------------------------------------------------------------------------------------------
 
 
@@ -606,6 +617,31 @@ def test_distributed_tensors(clip: dict[str, Any]) -> None:
         assert_same_bits(ours.full_tensor(), plain)  # type: ignore[operator]
         for key, state in optimizers[0].state[ours].items():
             assert_same_bits(state.full_tensor(), optimizers[1].state[plain][key])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("clip", [{}, {"clipnorm": 0.7}, {"global_clipnorm": 0.9}], ids=clip_id)
+def test_distributed_and_plain_tensors_in_a_group(clip: dict[str, float]) -> None:
+    """They are updated apart; but a parameter and its gradient are of one kind."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        ours = [Parameter(torch.ones(4)), Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))]
+        plain = [Parameter(torch.ones(4)), Parameter(torch.ones(4))]
+        optimizers = [AdadeltaKeras(params, 1.0, **clip) for params in (ours, plain)]  # type: ignore[arg-type]
+        grads = [gradients((4,), torch.float32, 1, seed=i)[0] for i in range(2)]
+        set_gradients(plain, grads)
+        set_gradients(ours, [grads[0], distribute_tensor(grads[1], mesh, [Shard(0)])])
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same_bits(ours[0], plain[0])
+        assert_same_bits(ours[1].full_tensor(), plain[1])  # type: ignore[operator]
+        before = ours[0].detach().clone()
+        with pytest.raises(RuntimeError, match="parameter 1 of group 0 is a DTensor, but its gradient is a Tensor"):
+            optimizers[0].apply_gradients(zip(grads, ours, strict=True))
+        assert_same_bits(ours[0], before)
+        assert optimizers[0].iterations == 1
     finally:
         dist.destroy_process_group()
 

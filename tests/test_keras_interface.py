@@ -101,7 +101,7 @@ def test_apply_gradients_runs_hooks_and_takes_any_order_over_groups(path: Path) 
 def test_gradients_that_are_none(path: Path) -> None:
     params = make_params()
     optimizer = AdadeltaKeras([("kernel", params[0]), ("bias", params[1])], **path.options)
-    with pytest.warns(UserWarning, match=r"Gradients do not exist for variables .*'bias'"):
+    with pytest.warns(UserWarning, match=r"Gradients do not exist for variables: .*'bias'"):
         optimizer.apply_gradients([(torch.ones(3), params[0]), (None, params[1])])
     assert optimizer.iterations == 1
     assert params[1] not in optimizer.state
@@ -828,6 +828,121 @@ def test_the_groups_of_one_optimizer_make_another(path: Path) -> None:
     other = AdadeltaKeras(groups, **path.options)
     assert isinstance(other.learning_rate, ExponentialDecay)
     assert other.iterations == 2
+
+
+class Counting(LearningRateSchedule):
+    """1, 1/2, 1/3, …: whatever the step, with the number of its calls in its configuration."""
+
+    def __init__(self, calls: int = 0) -> None:
+        self.calls = calls
+
+    def __call__(self, step: Any) -> Any:
+        self.calls += 1
+        return 1.0 / self.calls
+
+    def get_config(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+
+def test_a_schedule_is_called_once_for_all_groups(path: Path) -> None:
+    schedule = Counting()
+    optimizer = AdadeltaKeras([{"params": [p]} for p in make_params((3,), (3,), (2,))], schedule, **path.options)
+    schedule.calls = 0
+    advance(optimizer, 2)
+    assert schedule.calls == 2
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
+
+
+def test_what_changed_in_a_schedule_is_saved_and_copied(path: Path) -> None:
+    schedule = Counting()
+    optimizer = AdadeltaKeras(make_params(), schedule, **path.options)
+    advance(optimizer, 3)
+    assert optimizer.state_dict()["param_groups"][0]["schedule"]["config"] == {"calls": schedule.calls}
+    assert copy.deepcopy(optimizer).learning_rate.calls == schedule.calls
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.learning_rate is schedule
+
+
+def test_a_callable_may_return_a_tensor_that_is_filled(path: Path) -> None:
+    lr = torch.tensor(1.0)
+    ours, plain = AdadeltaKeras(make_params(), lambda: lr, **path.options), AdadeltaKeras(make_params(), **path.options)
+    for step, value in enumerate((1.0, 0.5, 0.25)):
+        lr.fill_(value)
+        plain.lr = value
+        advance(ours, 1, first=step)
+        advance(plain, 1, first=step)
+    assert_same_training(ours, plain)
+
+
+def test_the_dictionaries_of_groups_stay_the_users(path: Path) -> None:
+    def rate() -> float:
+        return 0.5
+
+    groups = [{"params": make_params((3,)), "lr": rate}, {"params": make_params((3,)), "learning_rate": 0.25}]
+    for _ in range(2):
+        optimizer = AdadeltaKeras(groups, lambda: 1.0, **path.options)
+        assert optimizer.learning_rate is rate
+        assert optimizer.param_groups[1]["lr"] == 0.25
+        advance(optimizer, 1)
+        assert optimizer.iterations == 1
+    assert groups[0].keys() == {"params", "lr"}
+
+
+def test_a_schedule_that_starts_at_zero_counts_its_first_step(path: Path) -> None:
+    schedule = schedules.CosineDecay(0.0, 10, warmup_target=1.0, warmup_steps=5)
+    optimizer = AdadeltaKeras(make_params(), schedule, **path.options)
+    advance(optimizer, 1)
+    assert optimizer.iterations == 1
+    fresh = AdadeltaKeras(make_params(), schedule, **path.options)
+    for p in fresh.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    fresh.step()  # as distributed checkpointing steps, with a learning rate that is zero already
+    assert fresh.iterations == 0
+    assert len(fresh.state) == 2
+
+
+def test_weights_may_be_the_optimizers_own() -> None:
+    optimizer = AdadeltaKeras(make_params((3,)))
+    advance(optimizer, 1)
+    count, square_avg, acc_delta = optimizer.variables()
+    expected = [count.clone(), acc_delta.clone(), square_avg.clone()]
+    optimizer.set_weights([count, acc_delta, square_avg])
+    for now, then in zip(optimizer.variables(), expected, strict=True):
+        assert_same_bits(now, then)
+
+
+def test_what_the_users_generator_raises_is_not_replaced(path: Path) -> None:
+    (param,) = make_params((3,))
+
+    def broken() -> Any:
+        yield torch.ones(3), param
+        raise ValueError("mine")
+
+    optimizer = AdadeltaKeras([param], **path.options)
+    with pytest.raises(ValueError, match="mine"):
+        optimizer.apply_gradients(broken())
+    assert optimizer.iterations == 0
+
+
+def test_gradients_handed_over_inside_a_hook(path: Path) -> None:
+    x, y = make_params((3,), (3,))
+    optimizer = AdadeltaKeras([x, y], 1.0, **path.options)
+    inner = iter([True])
+
+    def hook(*args: Any) -> None:
+        if next(inner, False):
+            optimizer.apply_gradients([(torch.ones(3), y)])
+
+    optimizer.register_step_pre_hook(hook)
+    optimizer.apply_gradients([(torch.ones(3), x)])
+    assert optimizer.iterations == 2
+    assert_same_bits(optimizer.state[x]["square_avg"], optimizer.state[y]["square_avg"])
+
+
+def test_numpy_counts_as_a_number() -> None:
+    optimizer = AdadeltaKeras(make_params())
+    optimizer.iterations = np.int64(5)  # type: ignore[assignment]
+    assert type(optimizer.param_groups[0]["iterations"]) is int
 
 
 def test_no_warning_in_ordinary_use(path: Path) -> None:

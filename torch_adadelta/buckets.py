@@ -39,9 +39,11 @@ def split(
     buckets: list[Bucket] = []
     for on_device in by_device(params).values():
         update = choose(group, [params[i] for i in on_device])
-        by_dtype: dict[torch.dtype | None, list[int]] = {}
+        by_dtype: dict[Any, list[int]] = {}
         for i in on_device:
-            by_dtype.setdefault(params[i].dtype if update is updates.foreach else None, []).append(i)
+            # DTensors do not mix with others.
+            kind = (params[i].dtype if update is updates.foreach else None, hasattr(params[i], "full_tensor"))
+            by_dtype.setdefault(kind, []).append(i)
         for same in by_dtype.values():
             selected: Any = tuple([tensors[i] for i in same] for tensors in lists)
             buckets.append((group, update, selected, values))

@@ -191,6 +191,10 @@ def run_callback(
     """
     who = f"{kind} {getattr(callback, '__qualname__', callback)!s}"
     returned: Any = callback(list(zip(grads, params, strict=True)))
+    if not isinstance(returned, list | tuple):
+        raise TypeError(
+            f"{who} must return a list of (gradient, parameter) tuples, as it was given; got {_abridged(returned)}"
+        )
     try:
         pairs = [(grad, param) for grad, param in returned]
     except (TypeError, ValueError):

@@ -203,7 +203,8 @@ class Source:
     def is_foreign(self, value: Any) -> bool:
         """Whether `value`, found in the param group, is not what was written there last."""
         if isinstance(value, Tensor):
-            return value is not self._written or _version(value) != self._version
+            # A callable may return a Tensor that the user fills. That of a schedule is nobody else's to fill.
+            return value is not self._written or (self.is_schedule and _version(value) != self._version)
         return isinstance(self._written, Tensor) or value != self._written
 
     def __getstate__(self) -> dict[str, Any]:

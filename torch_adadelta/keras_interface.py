@@ -1,5 +1,6 @@
 """The calls of a Keras optimizer that one of PyTorch does not have: for custom training loops that are ported."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
@@ -78,8 +79,11 @@ class KerasInterface(Optimizer):
             ValueError: no parameter has a gradient, or one is not a parameter of this optimizer.
             What `step()` raises.
         """
+        if not isinstance(grads_and_vars, Iterable):
+            raise TypeError(f"grads_and_vars must consist of tuples, got {type(grads_and_vars).__name__}")
+        given = list(grads_and_vars)  # what a generator raises is the user's
         try:
-            pairs = [(grad, param) for grad, param in grads_and_vars]
+            pairs = [(grad, param) for grad, param in given]
         except (TypeError, ValueError):
             raise TypeError(
                 "grads_and_vars must consist of (gradient, parameter) tuples, as of zip(grads, params)"
@@ -96,18 +100,20 @@ class KerasInterface(Optimizer):
                 )
         if not pairs:
             return
-        without = [self._name_of(param) for grad, param in pairs if grad is None]
-        if len(without) == len(pairs):
-            raise ValueError(f"No gradients provided for any variable: {without}.")
+        without = [param for grad, param in pairs if grad is None]
         if without:
-            warnings.warn(f"Gradients do not exist for variables {without}.", stacklevel=2)
+            names = ", ".join(map(self._name_of, without[:5])) + (", ..." if len(without) > 5 else "")
+            if len(without) == len(pairs):
+                raise ValueError(f"No gradients provided for any variable: {names}.")
+            warnings.warn(f"Gradients do not exist for variables: {names}.", stacklevel=2)
+        outer = self._given
         self._given = Given(
             [(grad, param) for grad, param in pairs if grad is not None], bool(experimental_aggregate_gradients)
         )
         try:
             self.step()
         finally:
-            self._given = None
+            self._given = outer
 
     def minimize(
         self,
@@ -262,7 +268,7 @@ class KerasInterface(Optimizer):
         if values[0].numel() != 1 or values[0].is_complex():
             raise ValueError(f"the first weight is the number of iterations, got shape {tuple(values[0].shape)}")
         count = values[0].item()
-        if count != int(count):
+        if not math.isfinite(count) or count != int(count):
             raise ValueError(f"the first weight is the number of iterations, got {count!r}")
         states = [dict(self.state.get(param) or self._new_state(param)) for param in params]
         slots = [state[key] for key in SLOTS.values() for state in states]
@@ -274,10 +280,12 @@ class KerasInterface(Optimizer):
                 )
             if value.is_complex() and not slot.is_complex():
                 raise ValueError(f"weight {index} is complex, the parameter is real")
-        self.iterations = int(count)
         with torch.no_grad():
-            for slot, value in zip(slots, values[1:], strict=True):
-                slot.copy_(value)
+            # All that may fail comes first; and a value may be a slot of this optimizer.
+            copies = [torch.empty_like(slot).copy_(value) for slot, value in zip(slots, values[1:], strict=True)]
+            self.iterations = int(count)
+            for slot, copy in zip(slots, copies, strict=True):
+                slot.copy_(copy)
         for param, state in zip(params, states, strict=True):
             self.state[param] = state
 

@@ -189,6 +189,7 @@ class AdadeltaKeras(KerasInterface):
         """
         sources: dict[str, Source] = {}
         if isinstance(param_group, dict):
+            param_group = dict(param_group)  # a callable in the user's own must stay there
             param_groups.check_keys(param_group)
             own = {key: value for key, value in param_group.items() if key in self.defaults}
             if "learning_rate" in param_group:
@@ -224,6 +225,7 @@ class AdadeltaKeras(KerasInterface):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
+        self._name_callables()
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,6 +272,8 @@ class AdadeltaKeras(KerasInterface):
         shared = [kind for kind, is_given in given.items() if is_given]
         self._has_callables = self._gradient_aggregator is not None or any(self._sources)
         for group, sources in zip(self.param_groups, self._sources, strict=True):
+            if "lr" in sources and sources["lr"].is_schedule:  # whose configuration may have changed
+                group["schedule"] = param_groups.config_of(sources["lr"].given)
             own = [source.name for key, source in sources.items() if key != "lr" or group["schedule"] is None]
             group["callables"] = shared + own
 
@@ -281,8 +285,9 @@ class AdadeltaKeras(KerasInterface):
         """
         self._name_callables()
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            for key, name in {**param_groups.HYPERPARAMETERS, "decay": "decay"}.items():
+        names = {**param_groups.HYPERPARAMETERS, **{name: name for name in hyperparameters.NUMBERS}}
+        for group in state_dict.get("param_groups", ()):  # a hook may have returned something else
+            for key, name in names.items():
                 group[key] = hyperparameters.as_saved(name, group[key])
         return state_dict
 
@@ -556,6 +561,7 @@ class AdadeltaKeras(KerasInterface):
     def _plan(self) -> _Plan | None:
         param_groups.check_agreement(self.param_groups)
         param_groups.check_options(self.param_groups[0])
+        param_groups.check_not_complex(self.param_groups)
         param_groups.check_transformers(self._gradient_transformers, self.param_groups[0])
         makes_state_only = self._check_sources()
         rows = self._rows()
@@ -574,7 +580,7 @@ class AdadeltaKeras(KerasInterface):
         buckets: list[Bucket] = []
         numbers: list[list[int]] = []
         new_values: list[_NewValue] = []
-        called: dict[int, Any] = {}
+        called: dict[Any, Any] = {}
         # To find out by a refusal, and then to plan anew, would call what was called already.
         may_span_devices = (
             self._groups_span_devices or aggregates or bool(self._gradient_transformers) or any(self._sources)
@@ -657,23 +663,29 @@ class AdadeltaKeras(KerasInterface):
         """
         if len(self._sources) != len(self.param_groups):
             raise RuntimeError("param_groups was changed from outside; use add_param_group")
-        makes_state_only = False
+        if self._makes_state_only():
+            return True
         for index, (group, sources) in enumerate(zip(self.param_groups, self._sources, strict=True)):
             for key, source in sources.items():
                 value, given = group[key], param_groups.describe(source)
-                if key == "lr" and not self.state and source.is_foreign(value) and _is_zero(value):
-                    makes_state_only = True
-                elif key == "lr" and getattr(self.step, "_wrapped_by_lr_sched", False):
+                if key == "lr" and getattr(self.step, "_wrapped_by_lr_sched", False):
                     raise RuntimeError(
                         f"the learning rate is given by {given}, and a scheduler of torch.optim is attached too: use "
                         "one of them. A number for optimizer.learning_rate removes the former"
                     )
-                elif source.is_foreign(value):
+                if source.is_foreign(value):
                     raise RuntimeError(
                         f"group {index} has {key}={value!r}, but its {source.name} is given by {given}, which would "
                         f"overwrite that. Set optimizer.{source.name} to use the value instead"
                     )
-        return makes_state_only
+        return False
+
+    def _makes_state_only(self) -> bool:
+        has_source = any("lr" in sources for sources in self._sources)
+        if not has_source or any(self.state.values()) or not all(_is_zero(group["lr"]) for group in self.param_groups):
+            return False
+        grads = [grad for _, grads, _ in self._rows() for grad in grads]
+        return not any(bool(grad.any()) for grad in grads)
 
     def _with_state(self, params: list[Tensor], grads: list[Tensor], new_state: _NewState) -> updates.Lists:
         """Parameters and gradients with their state. State that is missing is made and left in `new_state`."""
@@ -786,13 +798,15 @@ def _by_T(group: dict[str, Any], sources: dict[str, Source], params: list[Tensor
 
 
 def _raw_values(
-    group: dict[str, Any], sources: dict[str, Source], T: torch.dtype, called: dict[int, Any]
+    group: dict[str, Any], sources: dict[str, Source], T: torch.dtype, called: dict[Any, Any]
 ) -> dict[str, Any]:
-    """The hyperparameters of this step as the user gives them. `called` keeps what callables returned, by their id."""
+    """The hyperparameters of this step as the user gives them. `called` keeps what was returned."""
     raw = {key: group[key] for key in param_groups.HYPERPARAMETERS}
     for key, source in sources.items():
         if source.is_schedule:
-            raw[key] = hyperparameters.at_step(source.given, group["iterations"], T)
+            if (id(source.given), T) not in called:
+                called[id(source.given), T] = hyperparameters.at_step(source.given, group["iterations"], T)
+            raw[key] = called[id(source.given), T]
         else:
             if id(source.given) not in called:
                 called[id(source.given)] = source.given()

@@ -63,7 +63,7 @@ def take(options: dict[str, Any], key: str, previous: Source | None, iterations:
     if hyperparameters.is_source(value):
         hyperparameters.check_source(name, value)
         if isinstance(value, LearningRateSchedule):
-            options["schedule"] = _config(value)
+            options["schedule"] = config_of(value)
             options[key] = hyperparameters.at_step(value, int(iterations), torch.float32)
         else:
             options[key] = _UNTIL_CALLED[key]
@@ -81,7 +81,7 @@ def take(options: dict[str, Any], key: str, previous: Source | None, iterations:
     return None
 
 
-def _config(schedule: LearningRateSchedule) -> dict[str, Any] | None:
+def config_of(schedule: Any) -> dict[str, Any] | None:
     """The configuration of a schedule as Keras writes it, or None if its class has none."""
     try:
         return schedules.serialize(schedule)
@@ -92,7 +92,7 @@ def _config(schedule: LearningRateSchedule) -> dict[str, Any] | None:
 def _schedule(config: dict[str, Any], previous: Source | None) -> LearningRateSchedule:
     """The schedule that a configuration describes: the one that is there, if it is the same."""
     known = previous.given if previous is not None and isinstance(previous.given, LearningRateSchedule) else None
-    if known is not None and _config(known) == config:
+    if known is not None and config_of(known) == config:
         return known
     try:
         return schedules.deserialize(config, {} if known is None else {type(known).__name__: type(known)})
@@ -165,6 +165,8 @@ def describe(source: Source) -> str:
 
 
 def _checked_iterations(value: Any) -> int:
+    if not isinstance(value, bool | int) and hasattr(value, "__index__"):
+        value = value.__index__()  # of NumPy
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"iterations must be an int, got {value!r} of type {type(value).__name__}")
     if not 0 <= value < 2**63:

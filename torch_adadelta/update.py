@@ -268,6 +268,11 @@ def _check_tensor(name: Callable[[], str], param: Tensor, kind: str, tensor: Any
         raise RuntimeError(f"{name()}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
     if tensor.shape != param.shape:
         raise RuntimeError(f"{name()} has shape {tuple(param.shape)}, but its {kind} has shape {tuple(tensor.shape)}")
+    if hasattr(tensor, "full_tensor") != hasattr(param, "full_tensor"):
+        what = type(param.data).__name__
+        raise RuntimeError(
+            f"{name()} is a {what}, but its {kind} is a {type(tensor.data).__name__}. Distribute both alike"
+        )
     if tensor.device != param.device:
         raise RuntimeError(f"{name()} is on {param.device}, but its {kind} is on {tensor.device}. Move it there")
     if tensor.is_complex() != param.is_complex() or tensor.dtype not in DTYPES:
