@@ -50,7 +50,7 @@ class Twins:
         )
         self.cuda = AdadeltaKeras(
             [{"params": self.cuda_params[i : i + length]} for i in cuts],
-            **{"lr": 1.0, "fused": True, **options, **({"fused": True} if cuda is None else {"fused": None, **cuda})},
+            **{"lr": 1.0, "fused": "foreach" not in (cuda or {}) or None, **options, **(cuda or {})},
         )
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:

@@ -124,9 +124,7 @@ def test_a_schedule_counts_on_the_device(
 )
 def test_a_schedule_in_a_graph_is_that_of_eager_steps(schedule: Any) -> None:
     """Powers and cosines may be one float32 neighbour off on a GPU, but the same in a graph and without."""
-    captured, eager = (
-        [Parameter(torch.zeros(n, device="cuda")) for n in SIZES] for _ in range(2)
-    )
+    captured, eager = ([Parameter(torch.zeros(n, device="cuda")) for n in SIZES] for _ in range(2))
     optimizers = [AdadeltaKeras(params, schedule, fused=True, capturable=True) for params in (captured, eager)]
     for params in (captured, eager):
         for param, grad in zip(params, grads_of(0), strict=True):
