@@ -769,7 +769,8 @@ class AdadeltaKeras(KerasInterface):
 def _advance_unless(found_inf: Tensor, group: dict[str, Any]) -> None:
     """Counts the step on the device, where it is known whether it was skipped."""
     if not isinstance(group["iterations"], Tensor):
-        group["iterations"] = torch.tensor(group["iterations"], dtype=torch.int64, device=found_inf.device)
+        # Not torch.tensor, which would copy from the host, and wait.
+        group["iterations"] = torch.full((), group["iterations"], dtype=torch.int64, device=found_inf.device)
     counts = found_inf.reshape(()) == 0
     group["iterations"] += counts.to(group["iterations"].device, non_blocking=group["iterations"].is_cuda)
 
