@@ -14,17 +14,17 @@ It needs nothing beyond torch and torch_adadelta. The exit status does not depen
 
 import argparse
 import gc
-import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, Final, NamedTuple
 
 import torch
+from measure import Spread, Step, write_json
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -32,7 +32,6 @@ from torch_adadelta import AdadeltaKeras, ops
 
 LR: Final = 1e-3
 
-Step = Callable[[], object]
 Shape = tuple[int, ...]
 
 # ---- Workloads ------------------------------------------------------------------------------------------------------
@@ -203,20 +202,6 @@ def contenders(workload: Workload, *, with_compile: bool) -> dict[str, Step]:
 
 
 # ---- Time -----------------------------------------------------------------------------------------------------------
-
-
-class Spread(NamedTuple):
-    """The median of some values and their quartiles."""
-
-    median: float
-    lower: float
-    upper: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Of two values or more."""
-        lower, _, upper = quantiles(values, n=4, method="inclusive")
-        return cls(median(values), lower, upper)
 
 
 class Timings(NamedTuple):
@@ -474,7 +459,7 @@ def main() -> int:
         lines += section
     data["bars"] = [verdict._asdict() for verdict in judged]
     if arguments.json:
-        arguments.json.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(arguments.json, data)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join(lines), encoding="utf-8")
     return 0

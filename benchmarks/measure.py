@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from torch_adadelta import ops
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Step = Callable[[], object]
 
@@ -261,8 +262,10 @@ def bytes_text(count: int) -> str:
 _GOOD_AND_BAD: Final = {"met": "green", "not met": "red"}
 
 
-def show(console: Console, table: Table) -> None:
+def show(console: "Console", table: Table) -> None:
     """Prints a table to the terminal."""
+    from rich.table import Table as RichTable  # which nothing else here needs
+
     console.print(table.title, style="bold", markup=False, highlight=False)
     drawn = RichTable()
     for name, side in zip(table.header, table.alignment, strict=True):

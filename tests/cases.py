@@ -158,5 +158,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# What a step may do besides the update, for tests that go through all of it. Some add more.
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipvalue": {"clipvalue": 0.5},
+    "clipnorm": {"clipnorm": 0.7},
+    "global_clipnorm": {"global_clipnorm": 0.9},
+    "both": {"clipvalue": 0.5, "clipnorm": 0.7},
+    "decay": {"decay": 0.5},
+    "maximize": {"maximize": True},
+}
+
+
 def optimizer_with(params: Sequence[Tensor], path: Path, **options: Any) -> AdadeltaKeras:
     return AdadeltaKeras([Parameter(p) for p in params], **options, **path.options)

@@ -6,7 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import REAL_DTYPES, Path, assert_same_bits, assert_unchanged, dtype_name, gradients, snapshot, to_numpy
+from cases import (
+    REAL_DTYPES,
+    STEP_OPTIONS,
+    Path,
+    assert_same_bits,
+    assert_unchanged,
+    dtype_name,
+    gradients,
+    snapshot,
+    to_numpy,
+)
 from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.nn import Parameter
@@ -16,15 +26,9 @@ from torch_adadelta import AdadeltaKeras, ops, schedules
 needs_library = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipvalue": {"clipvalue": 0.5},
-    "clipnorm": {"clipnorm": 0.7},
-    "global_clipnorm": {"global_clipnorm": 0.9},
-    "both": {"clipvalue": 0.5, "clipnorm": 0.7},
-    "decay": {"decay": 0.5},
+    **STEP_OPTIONS,
     "schedule": {"learning_rate": schedules.InverseTimeDecay(1.0, 2, 0.5)},
     "aggregator": {"gradient_aggregator": lambda pairs: [(3 * g, p) for g, p in pairs]},
-    "maximize": {"maximize": True},
 }
 
 

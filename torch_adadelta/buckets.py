@@ -1,8 +1,8 @@
 """From the parameters of a group to buckets, each of which one call updates, and how their gradients are clipped."""
 
 import contextlib
-from collections.abc import Iterable
-from operator import itemgetter
+from collections.abc import Callable, Iterable
+from operator import attrgetter, itemgetter
 from typing import Any, Final
 
 import torch
@@ -50,11 +50,21 @@ def split(
     return buckets
 
 
-def by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
-    indices: dict[torch.device, list[int]] = {}
+def _indices_by(key: Callable[[Tensor], Any], params: Iterable[Tensor]) -> dict[Any, list[int]]:
+    indices: dict[Any, list[int]] = {}
     for index, param in enumerate(params):
-        indices.setdefault(param.device, []).append(index)
+        indices.setdefault(key(param), []).append(index)
     return indices
+
+
+def by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
+    """The indices of the parameters on each device."""
+    return _indices_by(attrgetter("device"), params)
+
+
+def by_T(params: list[Tensor]) -> dict[torch.dtype, list[int]]:
+    """The indices of the parameters of each arithmetic type."""
+    return _indices_by(lambda param: arithmetic_dtype(param.dtype), params)
 
 
 # ---- Clipping -------------------------------------------------------------------------------------------------------
@@ -102,7 +112,7 @@ def _global_factors(
     sums: list[Tensor] = []
     where: list[list[int]] = []
     for bucket, own, bucket_numbers in zip(buckets, keywords, numbers, strict=True):
-        for part, part_keywords, rows in _by_T(bucket, own) if T is torch.float64 else [(bucket, own, None)]:
+        for part, part_keywords, rows in _parts_by_T(bucket, own) if T is torch.float64 else [(bucket, own, None)]:
             sums.append(_square_sums(part, part_keywords, T is torch.float64))
             where.append(bucket_numbers if rows is None else [bucket_numbers[row] for row in rows])
     # The sums of DTensors are DTensors, which mix with each other and with numbers only.
@@ -126,17 +136,14 @@ def _global_factors(
     return [_moved(factor, bucket[2][0][0].device) for bucket in buckets]
 
 
-def _by_T(bucket: Bucket, keywords: dict[str, Any]) -> list[tuple[Bucket, dict[str, Any], list[int] | None]]:
+def _parts_by_T(bucket: Bucket, keywords: dict[str, Any]) -> list[tuple[Bucket, dict[str, Any], list[int] | None]]:
     """A bucket whose norms are taken in float64, as one of each T, with the indices of the parameters in it.
 
     Up to its square a gradient is in the T of its parameter, so what makes a difference in float64 is rounded before.
     """
     group, update, lists, values = bucket
-    rows: dict[torch.dtype, list[int]] = {}
-    for row, param in enumerate(lists[0]):
-        rows.setdefault(arithmetic_dtype(param.dtype), []).append(row)
     parts: list[tuple[Bucket, dict[str, Any], list[int] | None]] = []
-    for T, indices in rows.items():
+    for T, indices in by_T(lists[0]).items():
         selected: Any = tuple([column[i] for i in indices] for column in lists)
         own = keywords
         if T is torch.float32:

@@ -61,9 +61,9 @@ def _number(name: str, value: Any) -> float:
     _check_range(name, number, value)
     if is_numpy_scalar or not _RULES[name].rounds_to_float32:
         return float(number)
-    rounded = round_to_float32(number)
-    _check_range(name, rounded, value)
-    return rounded
+    nearest = round_to_float32(number)
+    _check_range(name, nearest, value)
+    return nearest
 
 
 def _check_range(name: str, number: float, given: Any) -> None:
@@ -275,22 +275,28 @@ def decayed(lr: Value, decay: float | Tensor, iterations: int | Tensor, T: torch
     """Lr / (1 + decay * iterations), every operation rounded to T."""
     decay = float(decay) if isinstance(decay, Tensor) else _number("decay", decay)
     if not isinstance(lr, Tensor) and not isinstance(iterations, Tensor):
-
-        def rounded(number: float) -> float:
-            return round_to_float32(number) if T is torch.float32 else number
-
-        return rounded(rounded(lr) / rounded(1.0 + rounded(decay * rounded(float(iterations)))))
+        divisor = rounded(1.0 + rounded(rounded(decay, T) * rounded(float(iterations), T), T), T)
+        return rounded(rounded(lr, T) / divisor, T)
     device = iterations.device if isinstance(iterations, Tensor) else lr.device  # type: ignore[union-attr]
     t = iterations.to(T) if isinstance(iterations, Tensor) else float(iterations)
     numerator = lr.to(device, T).reshape(()) if isinstance(lr, Tensor) else torch.full((), lr, dtype=T, device=device)
     return numerator / (1 + torch.full((), decay, dtype=T, device=device) * t)
 
 
+def rounded(number: float, T: torch.dtype) -> float:
+    """`number` in T.
+
+    Correctly rounded too where it is a sum, product, quotient or root of float32 numbers that was computed in double:
+    double has digits enough that the two roundings end where one would.
+    """
+    return round_to_float32(number) if T is torch.float32 else number
+
+
 def cast(value: Value, dtype: torch.dtype, device: torch.device) -> Value:
     """`value` in the arithmetic type: a float that `dtype` holds exactly, or a 0-dim Tensor on `device`."""
     if isinstance(value, Tensor):
         return value.to(dtype=dtype, device=device).reshape(())
-    return round_to_float32(value) if dtype is torch.float32 and math.isfinite(value) else value
+    return rounded(value, dtype)
 
 
 def one_minus(rho: Value, dtype: torch.dtype) -> Value:

@@ -12,8 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from torch_adadelta import gradients, hyperparameters, param_groups
 from torch_adadelta import update as updates
-from torch_adadelta.arithmetic import arithmetic_dtype
-from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, choose, clip_keywords, recording, split
+from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, by_T, choose, clip_keywords, recording, split
 from torch_adadelta.gradients import Callback
 from torch_adadelta.hyperparameters import Source
 from torch_adadelta.keras_interface import KerasInterface
@@ -27,7 +26,6 @@ _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delt
 # Belongs to the whole optimizer, and is a key of every group because that is what a state_dict keeps.
 _get_options = itemgetter(*hyperparameters.NUMBERS)
 _NO_OPTIONS: Final = (0.0, None, None, None)
-_ONE_NO_CLIP: Final = (NO_CLIP,)
 
 # What pickle and deepcopy keep besides what every optimizer has.
 _OWN_ATTRIBUTES: Final = ("_sources", "_default_sources", "_gradient_aggregator", "_gradient_transformers")
@@ -214,11 +212,11 @@ class AdadeltaKeras(KerasInterface):
             group["iterations"] = param_groups.iterations_for(group, group["iterations"])
             for index, param in enumerate(group["params"]):
                 updates.check_param(partial(param_groups.name_of, len(self.param_groups) - 1, group, index), param)
-            param_groups.check_not_complex(self.param_groups)
+            param_groups.check_not_complex(self.param_groups, first=len(self.param_groups) - 1)
             if group["fused"] or group["foreach"]:
                 for indices in by_device(group["params"]).values():
                     choose(group, [group["params"][i] for i in indices])
-            self._name_callables()
+            self._name_callables(first=len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             self._sources.pop()
@@ -263,16 +261,16 @@ class AdadeltaKeras(KerasInterface):
         super().__setstate__({**state, "_sources": sources})
         self._name_callables()
 
-    def _name_callables(self) -> None:
-        """Leaves in each group the names of what was given and a state_dict cannot hold."""
+    def _name_callables(self, first: int = 0) -> None:
+        """Leaves in each group, from `first` on, the names of what was given and a state_dict cannot hold."""
         given = {
             "gradient_aggregator": self._gradient_aggregator is not None,
             "gradient_transformers": bool(self._gradient_transformers),
         }
         shared = [kind for kind, is_given in given.items() if is_given]
         self._has_callables = self._gradient_aggregator is not None or any(self._sources)
-        for group, sources in zip(self.param_groups, self._sources, strict=True):
-            if "lr" in sources and sources["lr"].is_schedule:  # whose configuration may have changed
+        for group, sources in zip(self.param_groups[first:], self._sources[first:], strict=True):
+            if _is_scheduled(sources):  # whose configuration may have changed
                 group["schedule"] = param_groups.config_of(sources["lr"].given)
             own = [source.name for key, source in sources.items() if key != "lr" or group["schedule"] is None]
             group["callables"] = shared + own
@@ -543,17 +541,12 @@ class AdadeltaKeras(KerasInterface):
         for group in self.param_groups:
             if _get_options(group) != _NO_OPTIONS:
                 return self._plan()
-            params: list[Tensor] = group["params"]
-            grads = list(map(_get_grad, params))
-            if type(None) in map(type, grads):
-                params, grads = _with_gradient(group)
+            params, grads = _with_gradient(group)
             if not grads:
                 continue
             lists = self._with_state(params, grads, new_state)
             values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
             buckets += split(group, lists, values, self._groups_span_devices)
-        if len(buckets) == 1 and buckets[0][1] is updates.fused and not new_state:
-            return buckets, _ONE_NO_CLIP, new_state, (), True
         if not buckets:
             return None
         return buckets, repeat(NO_CLIP), new_state, (), self._check_all(buckets, new_state)
@@ -582,19 +575,16 @@ class AdadeltaKeras(KerasInterface):
         new_values: list[_NewValue] = []
         called: dict[Any, Any] = {}
         # To find out by a refusal, and then to plan anew, would call what was called already.
-        may_span_devices = (
-            self._groups_span_devices or aggregates or bool(self._gradient_transformers) or any(self._sources)
-        )
+        may_span_devices = self._groups_span_devices or calls_back or any(self._sources)
         for group, sources, (params, grads, where) in zip(self.param_groups, self._sources, rows, strict=True):
             if not params:
                 continue
             lists = self._with_state(params, grads, new_state)
-            for T, indices in _by_T(group, sources, params).items():
+            for T, indices in _rows_by_T(group, sources, params).items():
                 raw = _raw_values(group, sources, T, called) if sources else group
                 new_values.extend((group, key, raw[key], source) for key, source in sources.items())
-                is_scheduled = "lr" in sources and sources["lr"].is_schedule
                 lr, rho, epsilon = hyperparameters.for_step(
-                    raw["lr"], raw["rho"], raw["epsilon"], group["differentiable"], is_scheduled
+                    raw["lr"], raw["rho"], raw["epsilon"], group["differentiable"], _is_scheduled(sources)
                 )
                 if group["decay"]:
                     lr = hyperparameters.decayed(lr, group["decay"], group["iterations"], T)
@@ -667,16 +657,18 @@ class AdadeltaKeras(KerasInterface):
             return True
         for index, (group, sources) in enumerate(zip(self.param_groups, self._sources, strict=True)):
             for key, source in sources.items():
-                value, given = group[key], param_groups.describe(source)
+                value = group[key]
                 if key == "lr" and getattr(self.step, "_wrapped_by_lr_sched", False):
                     raise RuntimeError(
-                        f"the learning rate is given by {given}, and a scheduler of torch.optim is attached too: use "
-                        "one of them. A number for optimizer.learning_rate removes the former"
+                        f"the learning rate is given by {param_groups.describe(source)}, and a scheduler of "
+                        "torch.optim is attached too: use one of them. A number for optimizer.learning_rate removes "
+                        "the former"
                     )
                 if source.is_foreign(value):
                     raise RuntimeError(
-                        f"group {index} has {key}={value!r}, but its {source.name} is given by {given}, which would "
-                        f"overwrite that. Set optimizer.{source.name} to use the value instead"
+                        f"group {index} has {key}={value!r}, but its {source.name} is given by "
+                        f"{param_groups.describe(source)}, which would overwrite that. Set optimizer.{source.name} to "
+                        "use the value instead"
                     )
         return False
 
@@ -788,14 +780,15 @@ def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
 # ---- Hyperparameters of a step --------------------------------------------------------------------------------------
 
 
-def _by_T(group: dict[str, Any], sources: dict[str, Source], params: list[Tensor]) -> dict[torch.dtype, list[int]]:
+def _rows_by_T(group: dict[str, Any], sources: dict[str, Source], params: list[Tensor]) -> dict[torch.dtype, list[int]]:
     """The indices of the parameters by their arithmetic type, if the learning rate depends on it; else all as one."""
-    if not group["decay"] and not ("lr" in sources and sources["lr"].is_schedule):
-        return {torch.float32: list(range(len(params)))}
-    by_T: dict[torch.dtype, list[int]] = {}
-    for index, param in enumerate(params):
-        by_T.setdefault(arithmetic_dtype(param.dtype), []).append(index)
-    return by_T
+    if group["decay"] or _is_scheduled(sources):
+        return by_T(params)
+    return {torch.float32: list(range(len(params)))}
+
+
+def _is_scheduled(sources: dict[str, Source]) -> bool:
+    return "lr" in sources and sources["lr"].is_schedule
 
 
 def _raw_values(
@@ -825,4 +818,6 @@ def _is_capturing() -> bool:
 
 
 def _is_zero(value: Any) -> bool:
-    return bool(value == 0) if not isinstance(value, Tensor) or value.device.type == "cpu" else False
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return False  # to look would be to wait for the device
+    return bool(value == 0)

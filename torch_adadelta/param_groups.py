@@ -121,8 +121,8 @@ def check_agreement(groups: list[dict[str, Any]]) -> None:
                 )
 
 
-def check_not_complex(groups: list[dict[str, Any]]) -> None:
-    for group_index, group in enumerate(groups):
+def check_not_complex(groups: list[dict[str, Any]], first: int = 0) -> None:
+    for group_index, group in enumerate(groups[first:], first):
         if group["clipvalue"] is None:
             continue
         for index, param in enumerate(group["params"]):

@@ -284,7 +284,27 @@ def _from_keras(value: Any) -> Any:
 # ---- The schedules --------------------------------------------------------------------------------------------------
 
 
-class ExponentialDecay(_KerasSchedule):
+class _RateDecay(_KerasSchedule):
+    """What the schedules with a `decay_rate` share; each has its own constructor, which an error names."""
+
+    def _take(self, initial_learning_rate: Value, decay_steps: Value, decay_rate: Value, staircase: bool) -> None:
+        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
+        self.decay_steps = _positive("decay_steps", decay_steps)
+        self.decay_rate = _finite("decay_rate", decay_rate)
+        self.staircase = _boolean("staircase", staircase)
+
+    def _terms(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In T: the initial learning rate, the decay rate, and how often `decay_steps` have passed."""
+        t, lr, decay_steps, decay_rate = _in_T(step, self.initial_learning_rate, self.decay_steps, self.decay_rate)
+        periods = t / decay_steps
+        return lr, decay_rate, torch.floor(periods) if self.staircase else periods
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as plain Python values."""
+        return self._config("initial_learning_rate", "decay_steps", "decay_rate", "staircase")
+
+
+class ExponentialDecay(_RateDecay):
     """Multiplies the learning rate by `decay_rate` every `decay_steps` steps.
 
         initial_learning_rate * decay_rate ** (step / decay_steps)
@@ -311,22 +331,12 @@ class ExponentialDecay(_KerasSchedule):
         staircase: bool = False,
         name: str | None = None,
     ) -> None:
-        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
-        self.decay_steps = _positive("decay_steps", decay_steps)
-        self.decay_rate = _finite("decay_rate", decay_rate)
-        self.staircase = _boolean("staircase", staircase)
+        self._take(initial_learning_rate, decay_steps, decay_rate, staircase)
         self.name = _name(name)
 
     def _value(self, step: Tensor) -> Tensor:
-        t, lr, decay_steps, decay_rate = _in_T(step, self.initial_learning_rate, self.decay_steps, self.decay_rate)
-        exponent = t / decay_steps
-        if self.staircase:
-            exponent = torch.floor(exponent)
+        lr, decay_rate, exponent = self._terms(step)
         return lr * _rounded_once(torch.pow, decay_rate, exponent)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values."""
-        return self._config("initial_learning_rate", "decay_steps", "decay_rate", "staircase")
 
 
 class PiecewiseConstantDecay(_KerasSchedule):
@@ -441,7 +451,7 @@ class PolynomialDecay(_KerasSchedule):
         return self._config("initial_learning_rate", "decay_steps", "end_learning_rate", "power", "cycle")
 
 
-class InverseTimeDecay(_KerasSchedule):
+class InverseTimeDecay(_RateDecay):
     """Divides the learning rate by a number that grows with the steps.
 
         initial_learning_rate / (1 + decay_rate * step / decay_steps)
@@ -468,22 +478,12 @@ class InverseTimeDecay(_KerasSchedule):
         staircase: bool = False,
         name: str | None = None,
     ) -> None:
-        self.initial_learning_rate = _finite("initial_learning_rate", initial_learning_rate)
-        self.decay_steps = _positive("decay_steps", decay_steps)
-        self.decay_rate = _finite("decay_rate", decay_rate)
-        self.staircase = _boolean("staircase", staircase)
+        self._take(initial_learning_rate, decay_steps, decay_rate, staircase)
         self.name = _name(name)
 
     def _value(self, step: Tensor) -> Tensor:
-        t, lr, decay_steps, decay_rate = _in_T(step, self.initial_learning_rate, self.decay_steps, self.decay_rate)
-        fraction = t / decay_steps
-        if self.staircase:
-            fraction = torch.floor(fraction)
+        lr, decay_rate, fraction = self._terms(step)
         return lr / (1 + decay_rate * fraction)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values."""
-        return self._config("initial_learning_rate", "decay_steps", "decay_rate", "staircase")
 
 
 class CosineDecay(_KerasSchedule):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, gradients
+from cases import STEP_OPTIONS, assert_same_bits, gradients
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -15,14 +15,8 @@ DTYPES = (torch.float32, torch.float64, torch.float32, torch.bfloat16)
 SIZES = (300, 7, 70_001, 64)
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipvalue": {"clipvalue": 0.5},
-    "clipnorm": {"clipnorm": 0.7},
-    "global_clipnorm": {"global_clipnorm": 0.9},
-    "both": {"clipvalue": 0.5, "clipnorm": 0.7},
-    "decay": {"decay": 0.5},
+    **STEP_OPTIONS,
     "aggregator": {"gradient_aggregator": lambda pairs: [(3 * g, p) for g, p in pairs]},
-    "maximize": {"maximize": True},
 }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, gradients
+from cases import STEP_OPTIONS, assert_same_bits, gradients
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -16,16 +16,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 WARM_UP = 3
 
 SIZES = (300, 16385, 7, 0, 140_001)
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipvalue": {"clipvalue": 0.5},
-    "clipnorm": {"clipnorm": 0.7},
-    "global_clipnorm": {"global_clipnorm": 0.9},
-    "both": {"clipvalue": 0.5, "clipnorm": 0.7},
-    "decay": {"decay": 0.5},
-    "maximize": {"maximize": True},
-}
 
 PATHS: tuple[dict[str, bool], ...] = ({"fused": True}, {"foreach": True}, {"foreach": False})
 
@@ -72,14 +62,14 @@ def assert_replays_are_steps(pair: Any, before_each: Callable[[int], None] = lam
     pair.assert_same("in a step beside the graph")
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", STEP_OPTIONS.values(), ids=STEP_OPTIONS)
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_replays(options: dict[str, Any], path: dict[str, bool], twins: Callable[..., Any]) -> None:
     pair = twins([torch.zeros(n) for n in SIZES], cuda={"capturable": True, **path}, **options)
     assert_replays_are_steps(pair)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", STEP_OPTIONS.values(), ids=STEP_OPTIONS)
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_a_learning_rate_filled_between_replays(
     options: dict[str, Any], path: dict[str, bool], twins: Callable[..., Any]

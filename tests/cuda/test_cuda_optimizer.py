@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REAL_DTYPES, assert_same_bits, assert_unchanged, dtype_name, gradients, randn, snapshot
+from cases import REAL_DTYPES, STEP_OPTIONS, assert_same_bits, assert_unchanged, dtype_name, gradients, randn, snapshot
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -24,13 +24,8 @@ needs_two_devices = pytest.mark.skipif(
 SHAPES = ((300,), (5, 3), (), (0,), (70_001,))
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipvalue": {"clipvalue": 0.5},
-    "clipnorm": {"clipnorm": 0.7},
-    "global_clipnorm": {"global_clipnorm": 0.9},
+    **STEP_OPTIONS,
     "both": {"clipvalue": 0.5, "global_clipnorm": 0.9},
-    "decay": {"decay": 0.5},
-    "maximize": {"maximize": True},
     "schedule": {"lr": schedules.InverseTimeDecay(1.0, 2, 0.5)},
     "callable": {"rho": lambda: 0.9},
     "transformers": {"gradient_transformers": [lambda pairs: [(3 * g, p) for g, p in pairs]]},

@@ -3,6 +3,7 @@
 
 #include "../../csrc/cuda/square_sums.cuh"
 #include "../../csrc/cuda/update.cuh"
+#include "../../csrc/schemas.h"
 
 namespace {
 
@@ -38,23 +39,7 @@ int64_t chunk() { return torch_adadelta::cuda::kChunk; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(torch_adadelta_emulated, m) {
-  m.def(
-      "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, "
-      "float lr, float rho, float epsilon, bool maximize=False, "
-      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None, "
-      "float? clipvalue=None, float? clipnorm=None, Tensor? square_sums=None, "
-      "float factor=1.0, Tensor? factor_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
-  );
-  m.def(
-      "adadelta_.unclipped(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, "
-      "float lr, float rho, float epsilon, bool maximize=False, "
-      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None) -> ()"
-  );
-  m.def("check_lists(Tensor[] params, Tensor[] grads, Tensor[] square_avgs, Tensor[] acc_deltas) -> ()");
-  m.def(
-      "grad_square_sums(Tensor[] params, Tensor[] grads, float? clipvalue=None, bool in_double=False, "
-      "Tensor? grad_scale=None) -> Tensor"
-  );
+  torch_adadelta::define_ops(m);
   m.def("launches() -> int");
   m.def("set_seed(int seed) -> int");
   m.def("set_edge_blocks(int count) -> int");
