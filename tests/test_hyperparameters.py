@@ -238,6 +238,16 @@ class TestMessages(expecttest.TestCase):
         )
 
 
+@pytest.mark.parametrize("T", [np.float32, np.float64])
+@pytest.mark.parametrize("iterations", [7, torch.tensor(7)], ids=["int", "Tensor"])
+def test_decay_is_cast_to_T_before_it_is_multiplied(T: Any, iterations: Any) -> None:
+    """A NumPy float64 is rounded once to float32, then the product: not the product of the float64 alone."""
+    dtype = torch.float32 if T is np.float32 else torch.float64
+    for decay in np.random.default_rng(0).uniform(0, 1, 300):
+        expected = T(0.5) / (T(1) + T(decay) * T(7))
+        assert float(hyperparameters.decayed(0.5, decay, iterations, dtype)) == expected
+
+
 def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
     """for_step remembers floats by identity."""
     first, second = float("0.1"), float("0.1")
