@@ -8,6 +8,8 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
+CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions -type f -not -name '*.json')
+
 # A stamp for each PyTorch and set of extras; each also installs the package itself, compiled and editable.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
@@ -27,12 +29,12 @@ lint: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -type f)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc tests/cuda_emulator -type f)
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info torch_adadelta/*.so
