@@ -17,6 +17,10 @@
 #include <utility>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the name it has had since PyTorch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace torch_adadelta {
 
 template <typename... Parts>
