@@ -57,52 +57,54 @@ inline const float* float_data(const OptionalTensor& tensor, const char* name, c
 
 }  // namespace detail
 
-// Owns what the dispatcher handed over to adadelta_.
-class UpdateArguments {
+// The hyperparameters and options of an update, which the schemas of adadelta_ and sparse_adadelta_ have in common.
+class OptionArguments {
  public:
-  // `stack` as in the schema of adadelta_, whose last arguments may be missing.
-  UpdateArguments(StableIValue* stack, uint64_t count, int32_t device_type)
-      : params_(stack[0]),
-        grads_(stack[1]),
-        square_avgs_(stack[2]),
-        acc_deltas_(stack[3]),
-        clipvalue_(detail::optional_double(stack, count, 11)),
-        clipnorm_(detail::optional_double(stack, count, 12)),
-        lr_(detail::optional_tensor(stack, count, 8)),
-        rho_(detail::optional_tensor(stack, count, 9)),
-        epsilon_(detail::optional_tensor(stack, count, 10)),
-        square_sums_(detail::optional_tensor(stack, count, 13)),
-        factor_(detail::optional_tensor(stack, count, 15)),
-        grad_scale_(detail::optional_tensor(stack, count, 16)),
-        found_inf_(detail::optional_tensor(stack, count, 17)),
-        entries_(read_entries(params_, grads_, square_avgs_, acc_deltas_, device_type)),
-        place_{device_type, entries_.device_index} {
-    using torch::stable::detail::to;
-    options_.lr = scalar(to<double>(stack[4]), lr_, "lr_tensor");
-    options_.rho = scalar(to<double>(stack[5]), rho_, "rho_tensor");
-    options_.epsilon = scalar(to<double>(stack[6]), epsilon_, "epsilon_tensor");
-    options_.maximize = to<bool>(stack[7]);
-    options_.clipvalue = clipvalue_.value_or(std::numeric_limits<double>::infinity());
-    options_.clipnorm = clipnorm_.value_or(0);
-    options_.factor = scalar(count > 14 ? to<double>(stack[14]) : 1, factor_, "factor_tensor");
-    options_.grad_scale = detail::float_data(grad_scale_, "grad_scale", place_);
-    options_.found_inf = detail::float_data(found_inf_, "found_inf", place_);
-    check_clip();
-    options_.square_sums =
-        square_sums_.has_value() ? static_cast<const double*>(square_sums_->const_data_ptr()) : nullptr;
-  }
-  UpdateArguments(const UpdateArguments&) = delete;
-  UpdateArguments& operator=(const UpdateArguments&) = delete;
+  // They begin at stack[first], and the last of them may be missing.
+  OptionArguments(StableIValue* stack, uint64_t count, uint64_t first)
+      : lr_number_(torch::stable::detail::to<double>(stack[first])),
+        rho_number_(torch::stable::detail::to<double>(stack[first + 1])),
+        epsilon_number_(torch::stable::detail::to<double>(stack[first + 2])),
+        maximize_(torch::stable::detail::to<bool>(stack[first + 3])),
+        lr_(detail::optional_tensor(stack, count, first + 4)),
+        rho_(detail::optional_tensor(stack, count, first + 5)),
+        epsilon_(detail::optional_tensor(stack, count, first + 6)),
+        clipvalue_(detail::optional_double(stack, count, first + 7)),
+        clipnorm_(detail::optional_double(stack, count, first + 8)),
+        square_sums_(detail::optional_tensor(stack, count, first + 9)),
+        factor_number_(first + 10 < count ? torch::stable::detail::to<double>(stack[first + 10]) : 1),
+        factor_(detail::optional_tensor(stack, count, first + 11)),
+        grad_scale_(detail::optional_tensor(stack, count, first + 12)),
+        found_inf_(detail::optional_tensor(stack, count, first + 13)) {}
+  OptionArguments(const OptionArguments&) = delete;
+  OptionArguments& operator=(const OptionArguments&) = delete;
 
-  const Entries& entries() const { return entries_; }
-  const UpdateOptions& options() const { return options_; }
+  // What they say to an update of `param_count` parameters, of which `complex_param` is some complex one, or negative.
+  // Throws unless they fit together and with the parameters.
+  UpdateOptions read(const detail::Place& place, size_t param_count, int64_t complex_param) const {
+    UpdateOptions options;
+    options.lr = scalar(lr_number_, lr_, "lr_tensor", place);
+    options.rho = scalar(rho_number_, rho_, "rho_tensor", place);
+    options.epsilon = scalar(epsilon_number_, epsilon_, "epsilon_tensor", place);
+    options.maximize = maximize_;
+    options.clipvalue = clipvalue_.value_or(std::numeric_limits<double>::infinity());
+    options.clipnorm = clipnorm_.value_or(0);
+    options.factor = scalar(factor_number_, factor_, "factor_tensor", place);
+    options.grad_scale = detail::float_data(grad_scale_, "grad_scale", place);
+    options.found_inf = detail::float_data(found_inf_, "found_inf", place);
+    check_clipvalue(options.clipvalue, complex_param);
+    check_clipnorm(options, place, param_count);
+    options.square_sums =
+        square_sums_.has_value() ? static_cast<const double*>(square_sums_->const_data_ptr()) : nullptr;
+    return options;
+  }
 
  private:
-  Scalar scalar(double number, const OptionalTensor& tensor, const char* name) const {
+  static Scalar scalar(double number, const OptionalTensor& tensor, const char* name, const detail::Place& place) {
     if (!tensor.has_value()) {
       return {number};
     }
-    detail::check_one_element(*tensor, name, place_);
+    detail::check_one_element(*tensor, name, place);
     const void* data = tensor->const_data_ptr();
     switch (tensor->scalar_type()) {
       case torch::headeronly::ScalarType::Double:
@@ -118,9 +120,7 @@ class UpdateArguments {
     }
   }
 
-  // Throws unless the clip options fit together and with the parameters.
-  void check_clip() const {
-    check_clipvalue(options_.clipvalue, entries_.complex_param);
+  void check_clipnorm(const UpdateOptions& options, const detail::Place& place, size_t param_count) const {
     if (clipnorm_.has_value() != square_sums_.has_value()) {
       fail("clipnorm and square_sums must be given together");
     }
@@ -130,27 +130,53 @@ class UpdateArguments {
     if (!(*clipnorm_ >= 0)) {
       fail("clipnorm must be a number >= 0, got ", *clipnorm_);
     }
-    if (factor_.has_value() || options_.factor.number != 1) {
+    if (factor_.has_value() || options.factor.number != 1) {
       fail("clipnorm is ", *clipnorm_, ", but a factor is given, too");
     }
     const auto& sums = *square_sums_;
-    if (!place_.holds(sums) || sums.scalar_type() != torch::headeronly::ScalarType::Double || sums.dim() != 1 ||
-        sums.numel() != static_cast<int64_t>(params_.size()) || !sums.is_contiguous()) {
+    if (!place.holds(sums) || sums.scalar_type() != torch::headeronly::ScalarType::Double || sums.dim() != 1 ||
+        sums.numel() != static_cast<int64_t>(param_count) || !sums.is_contiguous()) {
       fail(
           "square_sums must be a contiguous float64 ",
-          place_.name(),
+          place.name(),
           " tensor with one element for each of ",
-          params_.size(),
+          param_count,
           " parameters"
       );
     }
   }
 
-  TensorList params_, grads_, square_avgs_, acc_deltas_;
+  double lr_number_, rho_number_, epsilon_number_;
+  bool maximize_;
+  OptionalTensor lr_, rho_, epsilon_;
   std::optional<double> clipvalue_, clipnorm_;
-  OptionalTensor lr_, rho_, epsilon_, square_sums_, factor_, grad_scale_, found_inf_;
+  OptionalTensor square_sums_;
+  double factor_number_;
+  OptionalTensor factor_, grad_scale_, found_inf_;
+};
+
+// Owns what the dispatcher handed over to adadelta_.
+class UpdateArguments {
+ public:
+  // `stack` as in the schema of adadelta_, whose last arguments may be missing.
+  UpdateArguments(StableIValue* stack, uint64_t count, int32_t device_type)
+      : params_(stack[0]),
+        grads_(stack[1]),
+        square_avgs_(stack[2]),
+        acc_deltas_(stack[3]),
+        given_(stack, count, 4),
+        entries_(read_entries(params_, grads_, square_avgs_, acc_deltas_, device_type)),
+        options_(given_.read({device_type, entries_.device_index}, params_.size(), entries_.complex_param)) {}
+  UpdateArguments(const UpdateArguments&) = delete;
+  UpdateArguments& operator=(const UpdateArguments&) = delete;
+
+  const Entries& entries() const { return entries_; }
+  const UpdateOptions& options() const { return options_; }
+
+ private:
+  TensorList params_, grads_, square_avgs_, acc_deltas_;
+  OptionArguments given_;
   const Entries& entries_;
-  detail::Place place_;
   UpdateOptions options_;
 };
 

@@ -1,14 +1,11 @@
 // The dense update on the CPU: one parallel_for over the elements of all parameters of a call.
 #include "blocks.h"
 #include "loops.h"
+#include "options.h"
 
 #include "../arguments.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <optional>
 
 namespace torch_adadelta::cpu {
 namespace {
@@ -87,31 +84,6 @@ void update_range(
 
 // ---- The ops --------------------------------------------------------------------------------------------------------
 
-double value_of(const Scalar& scalar) {
-  if (scalar.data == nullptr) {
-    return scalar.number;
-  }
-  switch (scalar.dtype) {
-    case Dtype::kFloat32:
-      return *static_cast<const float*>(scalar.data);
-    case Dtype::kFloat16:
-      return *static_cast<const torch::headeronly::Half*>(scalar.data);
-    case Dtype::kBFloat16:
-      return *static_cast<const torch::headeronly::BFloat16*>(scalar.data);
-    default:
-      return *static_cast<const double*>(scalar.data);
-  }
-}
-
-template <typename T>
-GradientClip<T> clip_of(const Entry& entry, const UpdateOptions& options, double factor) {
-  const auto clip =
-      options.square_sums != nullptr
-          ? GradientClip<T>::by_norm(options.clipvalue, options.clipnorm, options.square_sums[entry.index])
-          : GradientClip<T>::by_factor(options.clipvalue, factor);
-  return clip.scaled_by(options.grad_scale != nullptr ? *options.grad_scale : T(1)).negated_if(options.maximize);
-}
-
 void update_entries(const Entries& lists, const UpdateOptions& options) {
   const double lr = value_of(options.lr), rho = value_of(options.rho), epsilon = value_of(options.epsilon);
   const Hyperparameters<float> in_float(lr, rho, epsilon);
@@ -120,9 +92,9 @@ void update_entries(const Entries& lists, const UpdateOptions& options) {
   const Loops& loops = current_loops();
   const auto update_entry = [&](const Entry& entry, int64_t begin, int64_t end) {
     if (entry.dtype == Dtype::kFloat64) {
-      update_range(loops, entry, begin, end, clip_of<double>(entry, options, factor), in_double);
+      update_range(loops, entry, begin, end, clip_of<double>(options, entry.index, factor), in_double);
     } else {
-      update_range(loops, entry, begin, end, clip_of<float>(entry, options, factor), in_float);
+      update_range(loops, entry, begin, end, clip_of<float>(options, entry.index, factor), in_float);
     }
   };
   const auto& entries = lists.entries;
