@@ -213,6 +213,30 @@ def global_factor(c: Any, squares: Any, T: Any) -> Any:
         return c * np.minimum(T(1) / n, T(1) / c) + (n - n)
 
 
+# ---- Sparse gradients -----------------------------------------------------------------------------------------------
+
+
+class SparseGradient(NamedTuple):
+    """A gradient of which only some rows are given, each as often as it occurs.
+
+    Column k of `indices`, [sparse dimensions, occurrences], is an index into the first dimensions of the parameter;
+    `values[k]` belongs to what it selects.
+    """
+
+    indices: Array
+    values: Array
+
+
+def sum_duplicates(gradient: SparseGradient) -> dict[tuple[int, ...], Array]:
+    """The gradient of each row that occurs: its occurrences added to 0, in their order."""
+    sums: dict[tuple[int, ...], Array] = {}
+    for index, value in zip(gradient.indices.T.tolist(), gradient.values, strict=True):
+        row = tuple(index)
+        with np.errstate(all="ignore"):
+            sums[row] = sums.get(row, np.zeros_like(value)) + value
+    return sums
+
+
 class Oracle:
     """One parameter and its state, stepped with the gradients of your choice.
 
@@ -245,25 +269,39 @@ class Oracle:
         self.square_avg = np.zeros_like(self.p)
         self.acc_delta = np.zeros_like(self.p)
 
-    def step(self, grad: Array | None) -> None:
+    def step(self, grad: Array | SparseGradient | None) -> None:
         """Updates parameter and state in place of the old ones. None, no gradient, changes nothing.
 
         Args:
-            grad: an array of the parameter's shape and any floating (or complex) dtype.
+            grad: an array of the parameter's shape and any floating (or complex) dtype; or a `SparseGradient` of it,
+                which leaves the rows that do not occur as they are.
         """
         if grad is None:
             return
         by = coefficients(self.learning_rate, self.rho, self.epsilon, self.format.T)
-        g = self._in_T(grad)
-        if self.maximize:
-            g = -g
-        new = update(self._in_T(self.p), g, self._in_T(self.square_avg), self._in_T(self.acc_delta), by, self.rsqrt)
-        store = self.format.store
-        self.p, self.square_avg, self.acc_delta = (self._kept(store(x)) for x in new[:3])
+        p, a, u = self.p, self.square_avg, self.acc_delta
+        if isinstance(grad, SparseGradient):
+            values = self._signed(self._in_T(grad.values))
+            p, a, u = p.copy(), a.copy(), u.copy()
+            for row, g in sum_duplicates(SparseGradient(grad.indices, values)).items():
+                p[row], a[row], u[row] = self._updated(g, p[row], a[row], u[row], by)
+        else:
+            p, a, u = self._updated(self._signed(self._in_T(grad)), p, a, u, by)
+        self.p, self.square_avg, self.acc_delta = p, a, u
 
-    def gradient(self, grad: Array | None) -> Array:
-        """A gradient as the pipeline sees it: in T, or in complex T."""
-        return self._kept(self._in_T(grad))
+    def _signed(self, g: Array) -> Array:
+        return -g if self.maximize else g
+
+    def _updated(
+        self, g: Array, p: Array, square_avg: Array, acc_delta: Array, by: Coefficients
+    ) -> tuple[Array, Array, Array]:
+        new = update(self._in_T(p), g, self._in_T(square_avg), self._in_T(acc_delta), by, self.rsqrt)
+        p, square_avg, acc_delta = (self._kept(self.format.store(x)) for x in new[:3])
+        return p, square_avg, acc_delta
+
+    def gradient(self, grad: Array | SparseGradient | None) -> Array:
+        """A gradient as the pipeline sees it: in T, or in complex T; of a sparse one the values."""
+        return self._kept(self._in_T(grad.values if isinstance(grad, SparseGradient) else grad))
 
     def _in_T(self, x: Array | None) -> Array:
         x = np.asarray(x)
@@ -315,12 +353,12 @@ class OracleOptimizer:
         self.square_sum = square_sum
         self.global_square_sum = global_square_sum
 
-    def step(self, grads: Sequence[Array | None]) -> None:
+    def step(self, grads: Sequence[Array | SparseGradient | None]) -> None:
         """One step; gradients that are None are left out. Without any, nothing happens and nothing is counted."""
         rows = [i for i, grad in enumerate(grads) if grad is not None]
         if not rows:
             return
-        clipped = self.clip([(i, self.oracles[i].gradient(grads[i])) for i in rows])
+        clipped = self.clip([(i, grads[i]) for i in rows])
         for i, g in zip(rows, clipped, strict=True):
             oracle = self.oracles[i]
             oracle.learning_rate = self.learning_rate_at(self.iterations, oracle.format.T)
@@ -335,12 +373,17 @@ class OracleOptimizer:
         lr, decay = (T(x) if isinstance(x, np.generic) else T(np.float32(x)) for x in (rate, self.decay))
         return lr / (T(1) + decay * T(t)) if decay else lr
 
-    def clip(self, gradients: list[tuple[int, Array]]) -> list[Array]:
-        """The gradients of the parameters with these indices, in T, clipped."""
-        gs = [g for _, g in gradients]
+    def clip(
+        self, gradients: Sequence[tuple[int, Array | SparseGradient | None]]
+    ) -> list[Array | SparseGradient | None]:
+        """The gradients of the parameters with these indices, in T, clipped; sparse ones by their values as given."""
+        gs = [self.oracles[i].gradient(grad) for i, grad in gradients]
         if self.clipvalue is not None:
             gs = [clip_by_value(g, self.clipvalue) for g in gs]
-        in_order = [g.transpose(self.orders[i]) for g, (i, _) in zip(gs, gradients, strict=True)]
+        in_order = [
+            g if isinstance(grad, SparseGradient) else g.transpose(self.orders[i])
+            for g, (i, grad) in zip(gs, gradients, strict=True)
+        ]
         if self.clipnorm is not None:
             gs = [clip_by_norm(g, self.clipnorm, self.square_sum(x)) for g, x in zip(gs, in_order, strict=True)]
         if self.global_clipnorm is not None:
@@ -348,7 +391,10 @@ class OracleOptimizer:
             wide = [x.astype(np.result_type(x.dtype, widest)) for x in in_order]
             factor = global_factor(self.global_clipnorm, self.global_square_sum(wide), widest)
             gs = [scaled(g, g.real.dtype.type(factor)) for g in gs]
-        return gs
+        return [
+            SparseGradient(grad.indices, g) if isinstance(grad, SparseGradient) else g
+            for g, (_, grad) in zip(gs, gradients, strict=True)
+        ]
 
 
 class Float64Recurrence:
@@ -363,11 +409,20 @@ class Float64Recurrence:
         self.p = p.astype(np.float64)
         self.square_avg, self.acc_delta, self.path = (np.zeros_like(self.p) for _ in range(3))
 
-    def step(self, grad: Array) -> None:
-        """Moves on by one gradient, which is widened to float64."""
-        new = update(self.p, grad.astype(np.float64), self.square_avg, self.acc_delta, self.by)
-        self.p, self.square_avg, self.acc_delta = new[:3]
-        self.path = self.path + np.abs(new.d * self.by.lr)
+    def step(self, grad: Array | SparseGradient) -> None:
+        """Moves on by one gradient, which is widened to float64; a sparse one once it has been summed up."""
+        if isinstance(grad, SparseGradient):
+            for row, g in sum_duplicates(grad).items():
+                self._move(row, g)
+        else:
+            self._move((), grad)
+
+    def _move(self, row: tuple[int, ...], g: Array) -> None:
+        arrays = (self.p, self.square_avg, self.acc_delta)
+        new = update(arrays[0][row], g.astype(np.float64), arrays[1][row], arrays[2][row], self.by)
+        for x, updated in zip(arrays, new[:3], strict=True):
+            x[row] = updated
+        self.path[row] += np.abs(new.d * self.by.lr)
 
 
 def ulp_error(x: Array, truth: Array) -> Array:
