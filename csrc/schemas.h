@@ -24,6 +24,21 @@ void define_ops(Library& m) {
       "grad_square_sums(Tensor[] params, Tensor[] grads, float? clipvalue=None, bool in_double=False, "
       "Tensor? grad_scale=None) -> Tensor"
   );
+  // Sparse gradients, as the dense parts of COO tensors: indices[i] is [sparse dimensions, occurrences] of int64,
+  // values[i] is [occurrences, *the other dimensions of the parameter], contiguous.
+  m.def(
+      "sparse_adadelta_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, Tensor(b!)[] square_avgs, "
+      "Tensor(c!)[] acc_deltas, float lr, float rho, float epsilon, bool maximize=False, "
+      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None, "
+      "float? clipvalue=None, float? clipnorm=None, Tensor? square_sums=None, "
+      "float factor=1.0, Tensor? factor_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+  );
+  // For each of these lists' gradients the first occurrence whose index is out of range, or -1. Throws whatever else
+  // sparse_adadelta_ would throw for the lists.
+  m.def(
+      "first_bad_indices(Tensor[] params, Tensor[] indices, Tensor[] values, Tensor[] square_avgs, "
+      "Tensor[] acc_deltas) -> Tensor"
+  );
 }
 
 }  // namespace torch_adadelta

@@ -75,6 +75,7 @@ class TensorList {
   }
 
   size_t size() const { return handles_.size(); }
+  AtenTensorHandle operator[](size_t index) const { return handles_[index]; }
 
   TensorInfo info(size_t index, const char* list_name, bool written) const {
     const AtenTensorHandle handle = handles_[index];

@@ -259,7 +259,7 @@ def alone() -> tuple[list[bool], list[int], str]:
     grads = [torch.ones(3), torch.ones(2, dtype=torch.complex128).conj(), torch.ones(1).expand(4)]
     with Calls() as calls:
         sums = summed(grads, aggregator)
-    error = error_of(lambda: summed([torch.ones(3).to_sparse()], aggregator))
+    error = error_of(lambda: summed([torch.eye(3).to_sparse_csr()], aggregator))
     return [actual is grad for actual, grad in zip(sums, grads, strict=True)], calls.numels, error[1]
 
 
@@ -267,7 +267,119 @@ def test_one_process_gets_its_gradients_back(two: Processes) -> None:
     for are_same, numels, error in two.run(alone):
         assert are_same == [True, True, True]
         assert numels == []
-        assert "gradient 0 has layout torch.sparse_coo" in error
+        assert "gradient 0 has layout torch.sparse_csr" in error
+
+
+# ---- Sparse gradients -----------------------------------------------------------------------------------------------
+
+SPARSE: list[tuple[tuple[int, ...], int, torch.dtype]] = [
+    ((7, 3), 1, torch.float32),
+    ((7, 3), 1, torch.bfloat16),
+    ((4, 5), 2, torch.float16),
+    ((3, 2, 2), 2, torch.complex64),
+    ((3,), 0, torch.float64),
+    ((9, 0), 1, torch.float32),
+    ((5,), 1, torch.float32),
+]
+
+
+def sparse_gradient(shape: tuple[int, ...], dims: int, dtype: torch.dtype, rank: int) -> Tensor:
+    """Process 1 has no occurrence of some, and the others have different numbers of them."""
+    count = 0 if rank == 1 and len(shape) < 3 else 3 + 2 * rank
+    generator = torch.Generator().manual_seed(10 * rank)
+    indices = torch.stack([torch.randint(n, (count,), generator=generator) for n in shape[:dims]]) if dims else None
+    indices = torch.zeros(0, count, dtype=torch.int64) if indices is None else indices
+    values = randn((count, *shape[dims:]), dtype, generator)
+    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True, is_coalesced=False)
+
+
+def sums_of_sparse(check: bool, with_dense: bool) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], bool]:
+    rank = dist.get_rank()
+    grads = [sparse_gradient(*kind, rank) for kind in SPARSE]
+    kept = [(grad._indices().clone(), grad._values().clone()) for grad in grads]
+    dense = [integers((6,), torch.float32, rank, seed) for seed in range(2 if with_dense else 0)]
+    sums = summed([*dense[:1], *grads, grads[0], *dense[1:]], AllReduceSum(check=check))
+    first = len(dense[:1])
+    assert sums[first] is sums[first + len(grads)]
+    assert not any(grad.is_coalesced() for grad in sums if grad.is_sparse)
+    is_kept = all(
+        torch.equal(grad._indices(), indices) and torch.equal(grad._values(), values)
+        for grad, (indices, values) in zip(grads, kept, strict=True)
+    )
+    occurrences = [(grad._indices(), grad._values()) for grad in sums if grad.is_sparse]
+    return occurrences[:-1], [grad for grad in sums if not grad.is_sparse], is_kept
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("with_dense", [True, False])
+def test_sparse_gradients_hold_the_occurrences_of_all_processes(
+    processes: Processes, check: bool, with_dense: bool
+) -> None:
+    world = range(processes.world_size)
+    for sums, dense, is_kept in processes.run(sums_of_sparse, check, with_dense):
+        assert is_kept
+        for kind, (indices, values) in zip(SPARSE, sums, strict=True):
+            grads = [sparse_gradient(*kind, rank) for rank in world]
+            assert torch.equal(indices, torch.cat([grad._indices() for grad in grads], dim=1))
+            assert_same_bits(values, torch.cat([grad._values() for grad in grads]))
+        for seed, total in enumerate(dense):
+            assert_same_bits(total, sum(integers((6,), torch.float32, rank, seed) for rank in world))  # type: ignore[arg-type]
+
+
+def sum_of_nothing() -> list[int]:
+    with Calls() as calls:
+        (grad,) = summed([torch.sparse_coo_tensor(torch.zeros(1, 0), torch.zeros(0, 3), (5, 3), check_invariants=True)])
+    return [grad._nnz(), *calls.numels]
+
+
+def test_sparse_gradients_without_an_occurrence(two: Processes) -> None:
+    assert two.run(sum_of_nothing) == [[0, 8, 2]] * 2
+
+
+def disagree_on_the_layout(kind: str) -> tuple[str, str]:
+    grad = sparse_gradient((7, 3), 1, torch.float32, 0)
+    if dist.get_rank() == 1:
+        grad = grad.to_dense() if kind == "dense" else grad.to_dense().to_sparse(2)
+    return error_of(lambda: summed([grad]))
+
+
+@pytest.mark.parametrize("kind", ["dense", "dimensions"])
+def test_processes_that_disagree_on_the_layout_are_refused(two: Processes, kind: str) -> None:
+    for error, message in two.run(disagree_on_the_layout, kind):
+        assert error == "RuntimeError"
+        assert "the processes have different lists of gradients" in message
+
+
+def train_tables(shards: list[range], aggregates: bool, options: dict[str, Any]) -> list[Tensor]:
+    """Two tables, one step after the other on these samples."""
+    torch.manual_seed(0)
+    tables = [torch.nn.Embedding(n, 5, sparse=True) for n in (20, 4)]
+    params = [table.weight for table in tables]
+    if aggregates:
+        options = {**options, "gradient_aggregator": all_reduce_sum}
+    optimizer = AdadeltaKeras(params, 1.0, **options)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        rows = [torch.randint(n, (BATCH,), generator=generator) for n in (20, 4)]
+        target = torch.randn(BATCH, 5, generator=generator)
+        optimizer.zero_grad()
+        for shard in shards:
+            (tables[0](rows[0][shard]) * tables[1](rows[1][shard]) - target[shard]).square().sum().backward()
+        optimizer.step()
+    return [tensor.detach().clone() for tensor in (*params, *optimizer.variables()[1:])]
+
+
+def train_tables_both_ways(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    shard = all_shards(dist.get_world_size())[dist.get_rank()]
+    return train_tables([shard], True, options), train_tables([range(BATCH)], False, options)
+
+
+@pytest.mark.parametrize("options", [{}, {"clipnorm": 0.7}, {"global_clipnorm": 0.7}, {"foreach": False}], ids=str)
+def test_tables_train_as_on_the_whole_batch_to_the_bit(processes: Processes, options: dict[str, Any]) -> None:
+    """For any number of processes: nothing is added before the update, which adds in the order of the samples."""
+    for ours, whole in processes.run(train_tables_both_ways, options):
+        for i, (actual, wanted) in enumerate(zip(ours, whole, strict=True)):
+            assert_same_bits(actual, wanted, str(i))
 
 
 # ---- Groups ---------------------------------------------------------------------------------------------------------
@@ -359,7 +471,7 @@ def test_different_lists_are_refused_everywhere(processes: Processes, kind: str)
 def test_message_for_different_lists(three: Processes) -> None:
     expecttest.assert_expected_inline(
         three.run(disagree, "missing")[0][0][1],
-        """all_reduce_sum: the processes have different lists of gradients (processes 0, 1: 3 with 21 elements; process 2: 2 with 16 elements). All need the same shapes, dtypes and kinds of devices in the same order, and the same bucket_bytes. A parameter that a process did not use has no gradient there: give it one of zeros (param.grad = torch.zeros_like(param)), or leave gradient_aggregator out and let DistributedDataParallel(model, find_unused_parameters=True) reduce""",
+        """all_reduce_sum: the processes have different lists of gradients (processes 0, 1: 3 with 21 elements; process 2: 2 with 16 elements). All need the same shapes, dtypes, layouts and kinds of devices in the same order, and the same bucket_bytes. A parameter that a process did not use has no gradient there: give it one of zeros (param.grad = torch.zeros_like(param)), or leave gradient_aggregator out and let DistributedDataParallel(model, find_unused_parameters=True) reduce""",
     )
 
 
@@ -369,7 +481,7 @@ class Subclass(torch.Tensor):
 
 def refused(kind: str) -> Any:
     return {
-        "sparse": lambda: torch.eye(2).to_sparse(),
+        "compressed": lambda: torch.eye(2).to_sparse_csr(),
         "requires_grad": lambda: torch.ones(2, 2, requires_grad=True),
         "none": lambda: None,
         "array": lambda: np.ones((2, 2)),
@@ -386,7 +498,7 @@ def refuse(kind: str) -> tuple[tuple[str, str], Tensor]:
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [
-        ("sparse", "RuntimeError", ("layout torch.sparse_coo", ".to_dense()", "sparse=False")),
+        ("compressed", "RuntimeError", ("layout torch.sparse_csr", ".to_sparse_coo()")),
         ("requires_grad", "RuntimeError", ("requires grad", ".detach()")),
         ("none", "TypeError", ("is None of type NoneType",)),
         ("array", "TypeError", ("ndarray",)),

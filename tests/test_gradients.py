@@ -519,7 +519,6 @@ def test_maximize_comes_last(path: Path) -> None:
             r"a gradient of shape \(1,\) for parameter 0 of group",
         ),
         (lambda pairs: [(g.to("meta"), p) for g, p in pairs], ValueError, "a gradient of device meta for parameter 0"),
-        (lambda pairs: [(g.to_sparse(), p) for g, p in pairs], ValueError, "a gradient of layout torch.sparse_coo for"),
         (lambda pairs: [(g.long(), p) for g, p in pairs], ValueError, "a gradient of torch.int64 for parameter 0"),
         (lambda pairs: [(g + 0j, p) for g, p in pairs], ValueError, "a gradient of torch.complex64 for parameter 0"),
         (lambda pairs: 1 / 0, ZeroDivisionError, "division"),

@@ -1,6 +1,7 @@
 """From the parameters of a group to buckets, each of which one call updates, and how their gradients are clipped."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
 from typing import Any, Final
@@ -8,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_adadelta import gradients, hyperparameters, ops
+from torch_adadelta import gradients, hyperparameters, ops, sparse
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtype
 
@@ -24,29 +25,31 @@ def choose(group: dict[str, Any], params: list[Tensor]) -> updates.Update:
 
 
 def split(
-    group: dict[str, Any], lists: updates.Lists, values: hyperparameters.StepValues, may_span_devices: bool
+    group: dict[str, Any], lists: updates.Lists, values: hyperparameters.StepValues, may_be_mixed: bool
 ) -> Iterable[Bucket]:
-    """Splits the parameters of a group by device and, where the implementation needs it, by dtype.
+    """Splits the parameters of a group by device, by the layout of the gradient and, where needed, by dtype.
 
-    Without `may_span_devices`, a group that the fused update can take by its first parameter is taken to be on one
-    device; the update refuses it if it is not.
+    Without `may_be_mixed`, a group that the fused update can take by its first parameter is taken to be on one device,
+    and its gradients to be dense; the update refuses it if it is not so.
     """
     params = lists[0]
     # Not through choose: every step of every group passes here, and each call counts.
     choice = updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
-    if choice is updates.fused and not may_span_devices:
+    if choice is updates.fused and not may_be_mixed:
         return ((group, updates.fused, lists, values),)
     buckets: list[Bucket] = []
     for on_device in by_device(params).values():
         update = choose(group, [params[i] for i in on_device])
-        by_dtype: dict[Any, list[int]] = {}
-        for i in on_device:
-            # DTensors do not mix with others.
-            kind = (params[i].dtype if update is updates.foreach else None, hasattr(params[i], "full_tensor"))
-            by_dtype.setdefault(kind, []).append(i)
-        for same in by_dtype.values():
-            selected: Any = tuple([tensors[i] for i in same] for tensors in lists)
-            buckets.append((group, update, selected, values))
+        # In runs, for a parameter may be listed twice, and have a gradient of each kind.
+        for is_sparse, run in itertools.groupby(on_device, lambda i: sparse.is_sparse(lists[1][i])):
+            by_dtype: dict[Any, list[int]] = {}
+            for i in run:
+                # DTensors do not mix with others.
+                kind = (params[i].dtype if update is updates.foreach else None, hasattr(params[i], "full_tensor"))
+                by_dtype.setdefault(None if is_sparse else kind, []).append(i)
+            for same in by_dtype.values():
+                selected: Any = tuple([tensors[i] for i in same] for tensors in lists)
+                buckets.append((group, sparse.counterpart(update) if is_sparse else update, selected, values))
     return buckets
 
 
@@ -97,7 +100,7 @@ def clip_keywords(
 def _amp_keywords(bucket: Bucket, grad_scale: Tensor | None, found_inf: Tensor | None) -> dict[str, Any]:
     named = (("grad_scale", grad_scale), ("found_inf", found_inf))
     given = {name: tensor for name, tensor in named if tensor is not None}
-    if given and bucket[1] is not updates.fused:
+    if given and bucket[1] not in (updates.fused, sparse.fused):
         raise RuntimeError(f"{' and '.join(given)} need the fused update; pass fused=True")
     device = bucket[2][0][0].device
     return {name: _moved(tensor, device).float() for name, tensor in given.items()}
@@ -172,7 +175,9 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 def _square_sums(bucket: Bucket, keywords: dict[str, Any], in_double: bool) -> Tensor:
     group, update, (params, grads, _, _), _ = bucket
     before = {name: keywords[name] for name in ("clipvalue", "grad_scale") if name in keywords}
-    if update is updates.fused:
+    if update in sparse.UPDATES:
+        params = grads = sparse.values_in_T(params, grads)
+    if update in (updates.fused, sparse.fused):
         return ops.grad_square_sums(params, grads, in_double=in_double, **before)
     with recording(group["differentiable"]):
         return gradients.square_sums(params, grads, in_double=in_double, **before)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from torch_adadelta.sparse import is_sparse, parts
 from torch_adadelta.update import overlaps_itself
 
 _P = TypeVar("_P")
@@ -40,22 +42,27 @@ class AllReduceSum:
     of the group must make the call, with as many gradients, of the same shapes and dtypes in the same order; a process
     without any calls it with an empty list.
 
-    The sum is computed in the gradient's dtype, complex numbers as pairs of reals. It has the same bits in every
-    process (``torch.distributed.all_reduce`` promises that), but the backend chooses the order of summation: with more
-    than two processes the last bits may depend on it. The sums are written into the gradients, which is meant for
-    copies, as an optimizer passes them. Only a gradient that cannot be written to, since it is lazily conjugated or
+    The sum of a sparse gradient (``torch.sparse_coo``) is a new one that holds the occurrences of all processes, in the
+    order of the ranks, and is not coalesced: the update adds them, in that order. Those of a device travel in one
+    ``all_gather``, in which each process sends as much as the one that has most.
+
+    The sum of a dense one is computed in the gradient's dtype, complex numbers as pairs of reals. It has the same bits
+    in every process (``torch.distributed.all_reduce`` promises that), but the backend chooses the order of summation:
+    with more than two processes the last bits may depend on it. The sums are written into the gradients, which is meant
+    for copies, as an optimizer passes them. Only a gradient that cannot be written to, since it is lazily conjugated or
     negated or its elements share memory, is returned as a new tensor. While the sums run, a second copy exists of all
-    gradients but those that are contiguous and alone in their bucket. One process by itself gets its gradients back as
-    they are.
+    gradients but those that are contiguous and alone in their bucket.
+
+    One process by itself gets its gradients back as they are.
 
     An instance can be compared, copied (the copy is the instance itself) and, if ``group`` is None, pickled.
 
     Raises:
         TypeError: a gradient is not a plain Tensor.
         ValueError: ``bucket_bytes`` is not positive.
-        RuntimeError: there is no process group, or this process is not in it; a gradient is sparse, requires grad
-            where autograd is on, or is on a device that the group's backends do not serve; with ``check``, in every
-            process: the lists differ, or another process refused its own.
+        RuntimeError: there is no process group, or this process is not in it; a gradient is of a compressed sparse
+            layout, requires grad where autograd is on, or is on a device that the group's backends do not serve; with
+            ``check``, in every process: the lists differ, or another process refused its own.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -110,9 +117,12 @@ class AllReduceSum:
         if self.check:
             # A process that raised by itself would leave the others waiting: it tells them first.
             _check_agreement(self.group, distinct, self.bucket_bytes, refusal)
-        sums = [_with_own_memory(grad) for grad in distinct]
+        dense = [grad for grad in distinct if not is_sparse(grad)]
+        sums = [_with_own_memory(grad) for grad in dense]
         _all_reduce(sums, self.bucket_bytes, self.group)
-        sum_of = dict(zip(map(id, distinct), sums, strict=True))
+        sum_of = dict(zip(map(id, dense), sums, strict=True))
+        sparse = [grad for grad in distinct if is_sparse(grad)]
+        sum_of.update(zip(map(id, sparse), _concatenated(sparse, self.group), strict=True))
         return [(sum_of[id(grad)], param) for grad, param in pairs]
 
 
@@ -173,6 +183,71 @@ def _buckets(tensors: list[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
     return buckets
 
 
+# ---- Sparse gradients -----------------------------------------------------------------------------------------------
+
+# So that what follows some bytes can be read as numbers of any dtype.
+_ALIGNMENT: Final = 16
+
+
+def _concatenated(grads: list[Tensor], group: "dist.ProcessGroup | None") -> list[Tensor]:
+    """Sparse gradients with the occurrences of all processes, in the order of the ranks."""
+    if not grads:
+        return []
+    counts = _gathered([grad._nnz() for grad in grads], group, grads)
+    of_device: dict[torch.device, list[int]] = {}
+    for i, grad in enumerate(grads):
+        of_device.setdefault(grad.device, []).append(i)
+    result = list(grads)
+    # All devices are begun before the first is waited for.
+    begun = []
+    for device, same in of_device.items():
+        mine = torch.cat([part for i in same for part in map(_to_bytes, parts(grads[i]))])
+        longest = max(sum(sum(_byte_sizes(grads[i], row[i])) for i in same) for row in counts)
+        padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
+        received = list(torch.empty(len(counts), longest, dtype=torch.uint8, device=device))
+        work = dist.all_gather(received, padded, group=group, async_op=True) if longest > 0 else None
+        begun.append((work, same, received, padded))  # what travels must not be freed yet
+    for work, same, received, _ in begun:
+        if work is not None:
+            work.wait()
+        begins = [0] * len(counts)
+        for i in same:
+            indices, values = [], []
+            for rank, data in enumerate(received):
+                count = counts[rank][i]
+                of_indices, of_values = _byte_sizes(grads[i], count)
+                middle = begins[rank] + of_indices
+                end = middle + of_values
+                indices.append(_from_bytes(data[begins[rank] : middle], grads[i]._indices(), count, dim=1))
+                values.append(_from_bytes(data[middle:end], grads[i]._values(), count, dim=0))
+                begins[rank] = end
+            result[i] = torch.sparse_coo_tensor(
+                torch.cat(indices, dim=1), torch.cat(values), grads[i].shape, is_coalesced=False, check_invariants=False
+            )
+    return result
+
+
+def _byte_sizes(grad: Tensor, count: int) -> tuple[int, int]:
+    """What indices and values of a gradient with `count` occurrences take, padding included."""
+    of_value = math.prod(grad._values().shape[1:]) * grad._values().element_size()
+    return _padded(8 * grad.sparse_dim() * count), _padded(of_value * count)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _to_bytes(part: Tensor) -> Tensor:
+    flat = part.reshape(-1).contiguous().view(torch.uint8)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % _ALIGNMENT))
+
+
+def _from_bytes(data: Tensor, like: Tensor, count: int, dim: int) -> Tensor:
+    """`count` occurrences along `dim`, otherwise of the shape and dtype of `like`."""
+    shape = [*like.shape[:dim], count, *like.shape[dim + 1 :]]
+    return data[: math.prod(shape) * like.element_size()].view(like.dtype).view(shape)
+
+
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,10 +274,10 @@ def _check_gradient(position: int, grad: Any, backends: str) -> None:
             f"all_reduce_sum: gradient {position} is a {type(grad).__name__}; only plain tensors can be summed here. "
             "FSDP and tensor parallelism have reduced their gradients already: leave gradient_aggregator out"
         )
-    if grad.layout is not torch.strided:
+    if grad.layout is not torch.strided and not is_sparse(grad):
         raise RuntimeError(
-            f"all_reduce_sum: gradient {position} has layout {grad.layout}; only dense gradients can be summed. Use "
-            "sparse=False in the layer that made it, or .to_dense()"
+            f"all_reduce_sum: gradient {position} has layout {grad.layout}; only dense and torch.sparse_coo gradients "
+            "can be summed. Use .to_sparse_coo()"
         )
     if grad.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
@@ -225,7 +300,8 @@ def _fingerprint(grads: list[Tensor], bucket_bytes: int) -> tuple[int, int, int]
     text = [str(bucket_bytes)]
     for grad in grads:
         ordinal = ordinals.setdefault(grad.device, len(ordinals))
-        text.append(f"{tuple(grad.shape)}{grad.dtype}{grad.device.type}{ordinal}")
+        sparse_dim = grad.sparse_dim() if is_sparse(grad) else ""
+        text.append(f"{tuple(grad.shape)}{grad.dtype}{grad.device.type}{ordinal}{sparse_dim}")
     digest = hashlib.blake2b(" ".join(text).encode(), digest_size=8).digest()
     return len(grads), sum(grad.numel() for grad in grads), int.from_bytes(digest, "little", signed=True)
 
@@ -285,10 +361,10 @@ def _check_agreement(
         f"{_processes(same)}: {count} with {elements} elements" for (_, count, elements, _), same in alike.items()
     )
     raise RuntimeError(
-        f"all_reduce_sum: the processes have different lists of gradients ({lists}). All need the same shapes, dtypes "
-        "and kinds of devices in the same order, and the same bucket_bytes. A parameter that a process did not use has "
-        "no gradient there: give it one of zeros (param.grad = torch.zeros_like(param)), or leave gradient_aggregator "
-        "out and let DistributedDataParallel(model, find_unused_parameters=True) reduce"
+        f"all_reduce_sum: the processes have different lists of gradients ({lists}). All need the same shapes, dtypes, "
+        "layouts and kinds of devices in the same order, and the same bucket_bytes. A parameter that a process did not "
+        "use has no gradient there: give it one of zeros (param.grad = torch.zeros_like(param)), or leave "
+        "gradient_aggregator out and let DistributedDataParallel(model, find_unused_parameters=True) reduce"
     )
 
 

@@ -168,6 +168,11 @@ def clip(
 
 def for_callback(param: Tensor, grad: Tensor, grad_scale: Tensor | None = None) -> Tensor:
     """A copy of a gradient in the parameter's arithmetic type, unscaled: a callback may overwrite it."""
+    if grad.layout is torch.sparse_coo:
+        values = for_callback(param, grad._values(), grad_scale)
+        return torch.sparse_coo_tensor(
+            grad._indices().clone(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
+        )
     T = arithmetic_dtype(param.dtype)
     dtype = T.to_complex() if grad.is_complex() else T
     g = grad.to(dtype, copy=True).resolve_conj().resolve_neg()
@@ -207,10 +212,14 @@ def run_callback(
         for what, got, wanted in (
             ("shape", tuple(grad.shape), tuple(param.shape)),
             ("device", grad.device, param.device),
-            ("layout", grad.layout, torch.strided),
         ):
             if got != wanted:
                 raise ValueError(f"{who} returned a gradient of {what} {got} for {name_of(param)} of {what} {wanted}")
+        if grad.layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(
+                f"{who} returned a gradient of layout {grad.layout} for {name_of(param)}; it must be dense or "
+                "torch.sparse_coo. Use .to_sparse_coo()"
+            )
         if grad.is_complex() != param.is_complex() or not (grad.is_complex() or grad.is_floating_point()):
             raise ValueError(f"{who} returned a gradient of {grad.dtype} for {name_of(param)} of {param.dtype}")
     return [grad for grad, _ in pairs]

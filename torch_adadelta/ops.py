@@ -118,17 +118,15 @@ def adadelta_(
     if not clip and type(lr) is float and type(rho) is float and type(epsilon) is float:
         _adadelta_unclipped(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
     else:
-        _adadelta_clipped(params, grads, square_avgs, acc_deltas, (lr, rho, epsilon), maximize, **clip)
+        _adadelta(params, grads, square_avgs, acc_deltas, *_option_arguments(lr, rho, epsilon, maximize, **clip))
     # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
     _increment_version(params)
 
 
-def _adadelta_clipped(
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    acc_deltas: list[Tensor],
-    hyperparameters: tuple[float | Tensor, ...],
+def _option_arguments(
+    lr: float | Tensor,
+    rho: float | Tensor,
+    epsilon: float | Tensor,
     maximize: bool,
     *,
     clipvalue: float = inf,
@@ -137,12 +135,13 @@ def _adadelta_clipped(
     factor: float | Tensor = 1.0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
-    values = (*hyperparameters, factor)
+) -> tuple[Any, ...]:
+    """The arguments of an update op that follow its lists."""
+    values = (lr, rho, epsilon, factor)
     *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
     *tensors, factor_tensor = [value if isinstance(value, Tensor) else None for value in values]
     options = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor, grad_scale, found_inf)
-    _adadelta(params, grads, square_avgs, acc_deltas, *numbers, maximize, *tensors, *options)
+    return (*numbers, maximize, *tensors, *options)
 
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
@@ -173,6 +172,55 @@ def grad_square_sums(
     return result
 
 
+def sparse_adadelta_(
+    params: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    lr: float | Tensor,
+    rho: float | Tensor,
+    epsilon: float | Tensor,
+    maximize: bool = False,
+    **clip: Any,
+) -> None:
+    """`adadelta_` by sparse gradients: only the rows that occur are read or written.
+
+    The gradient of parameter i consists of the dense parts of a COO tensor: `indices[i]`, [sparse dimensions,
+    occurrences] of int64, and `values[i]`, [occurrences, *the other dimensions of the parameter], contiguous. Each
+    value is cast, divided by `grad_scale`, clipped and negated by itself, as an element of a dense gradient is; then
+    those of one row are added to 0 in the order in which they occur. `square_sums` are those of `values`. On the CPU
+    the same bits come out of any number of threads.
+
+    Raises RuntimeError, before anything is written, if the tensors or the options do not fit together, and on the CPU
+    for an index out of range. On other devices an occurrence with such an index is left out: `first_bad_indices` finds
+    it.
+    """
+    if not params:
+        return
+    _sparse_adadelta(
+        params, indices, values, square_avgs, acc_deltas, *_option_arguments(lr, rho, epsilon, maximize, **clip)
+    )
+    _increment_version(params)
+
+
+def first_bad_indices(
+    params: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+) -> Tensor:
+    """The first occurrence in each gradient whose index is out of range, or -1: int64 [number of parameters].
+
+    Raises RuntimeError for lists, not empty ones, that `sparse_adadelta_` would refuse for another reason.
+    """
+    result: Tensor = torch.ops.torch_adadelta.first_bad_indices.default(
+        params, indices, values, square_avgs, acc_deltas
+    )
+    return result
+
+
 def cpu_capability() -> str:
     """The instruction set that the CPU kernels use: "default", "AVX2" or "AVX512"."""
     return CPU_CAPABILITIES[torch.ops.torch_adadelta.cpu_capability.default()]
@@ -190,6 +238,7 @@ def set_cpu_capability(name: str) -> str:
 if is_loaded:
     _adadelta: Final[Any] = torch.ops.torch_adadelta.adadelta_.default
     _adadelta_unclipped: Final[Any] = torch.ops.torch_adadelta.adadelta_.unclipped
+    _sparse_adadelta: Final[Any] = torch.ops.torch_adadelta.sparse_adadelta_.default
 
     def _fake(*args: Any, **kwargs: Any) -> None:
         # PyTorch calls a fake implementation, to trace, with fake tensors of the device they stand for; but also when
@@ -202,12 +251,19 @@ if is_loaded:
     torch.library.register_fake("torch_adadelta::adadelta_", _fake)
     torch.library.register_fake("torch_adadelta::adadelta_.unclipped", _fake)
     torch.library.register_fake("torch_adadelta::check_lists", _fake)
+    torch.library.register_fake("torch_adadelta::sparse_adadelta_", _fake)
 
     def _fake_grad_square_sums(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         _fake(params, *args, **kwargs)
         return params[0].new_empty(len(params), dtype=torch.float64)
 
     torch.library.register_fake("torch_adadelta::grad_square_sums", _fake_grad_square_sums)
+
+    def _fake_first_bad_indices(params: list[Tensor], *args: Any) -> Tensor:
+        _fake(params, *args)
+        return params[0].new_empty(len(params), dtype=torch.int64)
+
+    torch.library.register_fake("torch_adadelta::first_bad_indices", _fake_first_bad_indices)
 
     # So that the sets can be compared on a whole program, as PyTorch's ATEN_CPU_CAPABILITY allows for its own kernels.
     if _wanted := os.environ.get("TORCH_ADADELTA_CPU_CAPABILITY"):

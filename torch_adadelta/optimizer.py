@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torch_adadelta import gradients, hyperparameters, param_groups
+from torch_adadelta import gradients, hyperparameters, param_groups, sparse
 from torch_adadelta import update as updates
 from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, by_T, choose, clip_keywords, recording, split
 from torch_adadelta.gradients import Callback
@@ -44,8 +44,8 @@ _Plan = tuple[Iterable[Bucket], Iterable[dict[str, Any]], _NewState, Iterable[_N
 _Rows = tuple[list[Tensor], list[Tensor], list[int]]
 
 
-class _SpansDevices(Exception):
-    """The parameters of a group turned out to be on several devices, before anything was written."""
+class _IsMixed(Exception):
+    """A group turned out to be on several devices, or to have sparse gradients, before anything was written."""
 
 
 class AdadeltaKeras(KerasInterface):
@@ -115,8 +115,9 @@ class AdadeltaKeras(KerasInterface):
     ``tensorflow/python/keras/optimizer_v2/adadelta.py``, TensorFlow 2.4.
     """
 
-    # Whether a group was seen whose parameters are on several devices. To ask each one at each step costs too much.
-    _groups_span_devices = False
+    # Whether a group was seen whose parameters are on several devices, or that has sparse gradients. To ask each one at
+    # each step costs too much.
+    _groups_are_mixed = False
 
     # Set by GradScaler around a step: what the gradients are divided by, and whether one of them is infinite or nan. At
     # other times GradScaler wants them to be absent, or None.
@@ -470,8 +471,8 @@ class AdadeltaKeras(KerasInterface):
         try:
             try:
                 self._apply()
-            except _SpansDevices:
-                self._groups_span_devices = True
+            except _IsMixed:
+                self._groups_are_mixed = True
                 self._apply()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
@@ -546,7 +547,7 @@ class AdadeltaKeras(KerasInterface):
                 continue
             lists = self._with_state(params, grads, new_state)
             values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
-            buckets += split(group, lists, values, self._groups_span_devices)
+            buckets += split(group, lists, values, self._groups_are_mixed)
         if not buckets:
             return None
         return buckets, repeat(NO_CLIP), new_state, (), self._check_all(buckets, new_state)
@@ -575,7 +576,7 @@ class AdadeltaKeras(KerasInterface):
         new_values: list[_NewValue] = []
         called: dict[Any, Any] = {}
         # To find out by a refusal, and then to plan anew, would call what was called already.
-        may_span_devices = self._groups_span_devices or calls_back or any(self._sources)
+        may_be_mixed = self._groups_are_mixed or calls_back or any(self._sources)
         for group, sources, (params, grads, where) in zip(self.param_groups, self._sources, rows, strict=True):
             if not params:
                 continue
@@ -592,7 +593,7 @@ class AdadeltaKeras(KerasInterface):
                 columns: Any = (*lists, where)
                 if len(indices) < len(params):
                     columns = tuple([column[i] for i in indices] for column in columns)
-                for _, update, selected, values in split(group, columns, (lr, rho, epsilon), may_span_devices):
+                for _, update, selected, values in split(group, columns, (lr, rho, epsilon), may_be_mixed):
                     *tensors, numbers_here = selected
                     buckets.append((group, update, tuple(tensors), values))  # type: ignore[arg-type]
                     numbers.append(numbers_here)  # type: ignore[arg-type]
@@ -728,11 +729,35 @@ class AdadeltaKeras(KerasInterface):
         if not checks_itself or new_state:
             for bucket in buckets:
                 self._check(bucket)
+        if not checks_itself:
+            self._check_indices(buckets)
         return checks_itself
+
+    def _check_indices(self, buckets: list[Bucket]) -> None:
+        """Raises IndexError, naming the parameter, unless all sparse gradients are of rows that there are."""
+        found = []
+        for bucket in buckets:
+            _, update, lists, _ = bucket
+            if update not in sparse.UPDATES:
+                continue
+            if _HAS_CUDA and _is_capturing():
+                raise RuntimeError(
+                    f"step() is being captured in a CUDA graph, but {self._name_of(lists[0][0])} has a sparse "
+                    "gradient, whose indices the host must check. Use sparse=False in the layer that made it, or "
+                    ".to_dense()"
+                )
+            try:
+                found.append((lists, sparse.first_bad_indices(update, lists)))
+            except RuntimeError:
+                self._explain(bucket)
+                raise
+        sparse.check_indices(found, self._name_of)
 
     def _check(self, bucket: Bucket) -> None:
         """Raises, naming the parameter, unless all of the bucket can be updated."""
         _, update, lists, _ = bucket
+        if update is sparse.fused:
+            return  # _check_indices does it all
         if update is not updates.fused:
             self._check_rows(bucket)
             return
@@ -744,9 +769,9 @@ class AdadeltaKeras(KerasInterface):
 
     def _explain(self, bucket: Bucket) -> None:
         """After the compiled op refused a bucket, by the index: raises the same by the name, if it can be found."""
-        params = bucket[2][0]
-        if not self._groups_span_devices and len(by_device(params)) > 1:
-            raise _SpansDevices from None
+        params, grads, _, _ = bucket[2]
+        if not self._groups_are_mixed and (len(by_device(params)) > 1 or any(map(sparse.is_sparse, grads))):
+            raise _IsMixed from None
         try:
             self._check_rows(bucket)
         except (RuntimeError, TypeError, ValueError) as explained:

@@ -255,10 +255,10 @@ def check_param(name: Callable[[], str], param: Tensor) -> None:
 
 def check_gradient(name: Callable[[], str], param: Tensor, grad: Tensor) -> None:
     """Raises RuntimeError, naming the parameter, unless the gradient fits it."""
-    if grad.layout is not torch.strided:
+    if grad.layout not in (torch.strided, torch.sparse_coo):
         raise RuntimeError(
-            f"{name()} has a gradient of layout {grad.layout}; only dense gradients can be applied. Use sparse=False "
-            "in the layer that made it, or .to_dense()"
+            f"{name()} has a gradient of layout {grad.layout}; only dense and torch.sparse_coo gradients can be "
+            "applied. Use .to_sparse_coo()"
         )
     _check_tensor(name, param, "gradient", grad)
 
@@ -287,6 +287,11 @@ def check_row(
     if differentiable and param.is_leaf and param.requires_grad:
         raise RuntimeError(f"{name()} is a leaf that requires grad: with differentiable=True pass a clone of it")
     check_gradient(name, param, grad)
+    is_sparse = grad.layout is torch.sparse_coo
+    if is_sparse and differentiable:
+        raise RuntimeError(
+            f"{name()} has a sparse gradient, which autograd cannot follow: with differentiable=True use .to_dense()"
+        )
     for kind, tensor in (("state square_avg", square_avg), ("state acc_delta", acc_delta)):
         _check_tensor(name, param, kind, tensor)
         if tensor.dtype != param.dtype:
@@ -302,8 +307,12 @@ def check_row(
             raise RuntimeError(f"{name()} or its state was made in inference mode, outside which it cannot be updated")
     if param.is_meta or param.numel() == 0:
         return
-    written, read = [_memory_range(tensor) for tensor in (param, square_avg, acc_delta)], _memory_range(grad)
-    if _overlap([*written, read]):
-        grad_is_param = read == written[0] and grad.dtype == param.dtype and grad.stride() == param.stride()
+    written = [_memory_range(tensor) for tensor in (param, square_avg, acc_delta)]
+    memory = grad._values() if is_sparse else grad
+    ranges = [*written, _memory_range(memory)] if memory.numel() > 0 else written
+    if _overlap(ranges):
+        grad_is_param = (
+            not is_sparse and ranges[-1] == written[0] and grad.dtype == param.dtype and grad.stride() == param.stride()
+        )
         if not grad_is_param or _overlap(written):
             raise RuntimeError(f"{name()}: it, its gradient and its state share memory. Use .clone()")

@@ -35,6 +35,15 @@ using SquareLoop = void (*)(double* lanes, const T* grad, int64_t count, T limit
 template <typename T>
 using ComplexSquareLoop = void (*)(double* lanes, const T* grad, int64_t count);
 
+// Adds `count` elements, clipped, to sums.
+template <typename T>
+using AddLoop = void (*)(T* sum, const T* grad, int64_t count, const GradientClip<T>& clip);
+
+// Updates `count` elements, whose gradient is taken as it is, without looking ahead in memory.
+template <typename T>
+using RowLoop =
+    void (*)(T* param, const T* grad, T* square_avg, T* acc_delta, int64_t count, const Hyperparameters<T>& h);
+
 struct Loops {
   UpdateLoop<float, float> update_float;
   UpdateLoop<double, double> update_double;
@@ -51,6 +60,10 @@ struct Loops {
   ComplexSquareLoop<float> add_complex_squares_float;
   ComplexSquareLoop<double> add_complex_squares_double;
   double (*sum_lanes)(double* lanes);  // which are overwritten
+  AddLoop<float> add_float;
+  AddLoop<double> add_double;
+  RowLoop<float> update_row_float;
+  RowLoop<double> update_row_double;
 };
 
 extern const Loops loops_default;

@@ -343,6 +343,25 @@ void update_16bit(
   });
 }
 
+// ---- Rows of sparse gradients ---------------------------------------------------------------------------------------
+
+template <typename T, typename Clip>
+ADADELTA_INLINE void add_loop(T* __restrict__ sum, const T* __restrict__ grad, int64_t count, const Clip clip) {
+  for (int64_t i = 0; i < count; ++i) {
+    sum[i] = sum[i] + clip(grad[i]);
+  }
+}
+
+template <typename T>
+void add(T* sum, const T* grad, int64_t count, const GradientClip<T>& clip) {
+  with_least(clip, [&](auto least) { add_loop(sum, grad, count, least); });
+}
+
+template <typename T>
+void update_row(T* param, const T* grad, T* square_avg, T* acc_delta, int64_t count, const Hyperparameters<T>& h) {
+  update_loop(param, grad, square_avg, acc_delta, count, AsItIs(), h);
+}
+
 // ---- Squares --------------------------------------------------------------------------------------------------------
 
 using torch_adadelta::kSumLanes;
@@ -402,6 +421,10 @@ constexpr torch_adadelta::cpu::Loops kLoops = {
     add_complex_squares<float>,
     add_complex_squares<double>,
     sum_lanes,
+    add<float>,
+    add<double>,
+    update_row<float>,
+    update_row<double>,
 };
 
 }  // namespace

@@ -1,0 +1,280 @@
+// The update by sparse gradients on the CPU: the occurrences of a gradient are brought into the order of their rows,
+// and one parallel_for goes over them. Whoever meets the first occurrence of a row sums up the row's gradient, in the
+// order in which its occurrences were given, and updates the row.
+#include "blocks.h"
+#include "loops.h"
+#include "options.h"
+
+#include "../sparse.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+namespace torch_adadelta::cpu {
+namespace {
+
+// ---- The order of the rows ------------------------------------------------------------------------------------------
+
+struct Occurrence {
+  int64_t row;
+  int64_t position;  // in the gradient
+};
+
+// The first occurrence whose row the parameter does not have, or -1.
+int64_t first_bad_index(const SparseEntry& entry) {
+  int64_t first = entry.indices.count;
+  for (int64_t d = 0; d < entry.indices.dims; ++d) {
+    const auto size = static_cast<uint64_t>(entry.sparse_dims[d].size);
+    for (int64_t k = 0; k < first; ++k) {
+      if (static_cast<uint64_t>(entry.indices.at(d, k)) >= size) {
+        first = k;
+      }
+    }
+  }
+  return first == entry.indices.count ? -1 : first;
+}
+
+// A stable sort by the row, a byte at a time.
+void sort_by_row(std::vector<Occurrence>& occurrences, int64_t rows) {
+  const auto is_before = [](const Occurrence& x, const Occurrence& y) { return x.row < y.row; };
+  if (std::is_sorted(occurrences.begin(), occurrences.end(), is_before)) {
+    return;
+  }
+  std::vector<Occurrence> sorted(occurrences.size());
+  for (int shift = 0; shift < 64 && (rows - 1) >> shift > 0; shift += 8) {
+    const auto digit = [shift](const Occurrence& x) { return (x.row >> shift) & 0xff; };
+    std::array<size_t, 256> place{};
+    for (const Occurrence& x : occurrences) {
+      ++place[digit(x)];
+    }
+    size_t begin = 0;
+    for (size_t& count : place) {
+      begin += std::exchange(count, begin);
+    }
+    for (const Occurrence& x : occurrences) {
+      sorted[place[digit(x)]++] = x;
+    }
+    occurrences.swap(sorted);
+  }
+}
+
+std::vector<Occurrence> occurrences_by_row(const SparseEntry& entry) {
+  std::vector<Occurrence> occurrences(entry.indices.count);
+  for (int64_t k = 0; k < entry.indices.count; ++k) {
+    int64_t row = 0;
+    for (int64_t d = 0; d < entry.indices.dims; ++d) {
+      row = row * entry.sparse_dims[d].size + entry.indices.at(d, k);
+    }
+    occurrences[k] = {row, k};
+  }
+  sort_by_row(occurrences, entry.rows);
+  return occurrences;
+}
+
+// ---- One row --------------------------------------------------------------------------------------------------------
+
+// Where the row that an occurrence names begins.
+struct Row {
+  char* param;
+  char* square_avg;
+  char* acc_delta;
+
+  Row(const SparseEntry& entry, int64_t position)
+      : param(entry.param), square_avg(entry.square_avg), acc_delta(entry.acc_delta) {
+    for (int64_t d = 0; d < entry.indices.dims; ++d) {
+      const Dimension& dim = entry.sparse_dims[d];
+      const int64_t index = entry.indices.at(d, position);
+      param += index * dim.param;
+      square_avg += index * dim.square_avg;
+      acc_delta += index * dim.acc_delta;
+    }
+  }
+};
+
+template <typename T>
+auto loops_of(const Loops& loops) {
+  if constexpr (std::is_same_v<T, float>) {
+    return std::pair(loops.add_float, loops.update_row_float);
+  } else {
+    return std::pair(loops.add_double, loops.update_row_double);
+  }
+}
+
+// The elements [begin, end) of the row that the occurrences [first, last) name. T is the arithmetic type.
+template <typename T>
+void update_row(
+    const Loops& loops,
+    const SparseEntry& entry,
+    const Occurrence* first,
+    const Occurrence* last,
+    int64_t begin,
+    int64_t end,
+    const GradientClip<T>& clip,
+    const Hyperparameters<T>& h
+) {
+  constexpr Dtype kT = std::is_same_v<T, float> ? Dtype::kFloat32 : Dtype::kFloat64;
+  const auto [add, update] = loops_of<T>(loops);
+  const Row row(entry, first->position);
+  const int64_t size = item_size(entry.dtype);
+  alignas(64) T grad[kBlock], buffer[kBlock], square_avg[kBlock], acc_delta[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = std::min(kBlock, end - at);
+    std::fill_n(grad, count, T(0));
+    for (const Occurrence* occurrence = first; occurrence != last; ++occurrence) {
+      const char* value = entry.values + (occurrence->position * entry.row_numel + at) * item_size(entry.value_dtype);
+      if (entry.value_dtype == kT) {
+        add(grad, reinterpret_cast<const T*>(value), count, clip);
+      } else {
+        load_contiguous(loops, buffer, value, entry.value_dtype, count);
+        add(grad, buffer, count, clip);
+      }
+    }
+    T* param = buffer;
+    if (!entry.contiguous_row) {
+      load_strided<&Dimension::param>(loops, param, row.param, entry.dtype, entry.row, at, count);
+      load_strided<&Dimension::square_avg>(loops, square_avg, row.square_avg, entry.dtype, entry.row, at, count);
+      load_strided<&Dimension::acc_delta>(loops, acc_delta, row.acc_delta, entry.dtype, entry.row, at, count);
+      update(param, grad, square_avg, acc_delta, count, h);
+      store_strided<&Dimension::param>(loops, row.param, entry.dtype, param, entry.row, at, count);
+      store_strided<&Dimension::square_avg>(loops, row.square_avg, entry.dtype, square_avg, entry.row, at, count);
+      store_strided<&Dimension::acc_delta>(loops, row.acc_delta, entry.dtype, acc_delta, entry.row, at, count);
+    } else if (entry.dtype == kT) {
+      update(
+          reinterpret_cast<T*>(row.param) + at,
+          grad,
+          reinterpret_cast<T*>(row.square_avg) + at,
+          reinterpret_cast<T*>(row.acc_delta) + at,
+          count,
+          h
+      );
+    } else {
+      load_contiguous(loops, param, row.param + at * size, entry.dtype, count);
+      load_contiguous(loops, square_avg, row.square_avg + at * size, entry.dtype, count);
+      load_contiguous(loops, acc_delta, row.acc_delta + at * size, entry.dtype, count);
+      update(param, grad, square_avg, acc_delta, count, h);
+      store_contiguous(loops, row.param + at * size, entry.dtype, param, count);
+      store_contiguous(loops, row.square_avg + at * size, entry.dtype, square_avg, count);
+      store_contiguous(loops, row.acc_delta + at * size, entry.dtype, acc_delta, count);
+    }
+  }
+}
+
+// ---- One parameter --------------------------------------------------------------------------------------------------
+
+// Elements below which another thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+// Elements of a row that a thread takes at a time, so that several can work on a long one.
+constexpr int64_t kColumns = 4096;
+
+// No processor expects the rows of a large table; they are asked for this many occurrences ahead.
+constexpr int64_t kAhead = 4;
+constexpr int64_t kMostBytesAhead = 1024;
+
+void prefetch_row(const SparseEntry& entry, int64_t position, int64_t column) {
+  const auto ask = [](const char* data, int64_t bytes) {
+    for (int64_t byte = 0; byte < std::min(bytes, kMostBytesAhead); byte += 64) {
+      __builtin_prefetch(data + byte, 1);
+    }
+  };
+  const Row row(entry, position);
+  const int64_t count = std::min(kColumns, entry.row_numel - column);
+  const int64_t size = item_size(entry.dtype), value_size = item_size(entry.value_dtype);
+  ask(row.param + column * size, count * size);
+  ask(row.square_avg + column * size, count * size);
+  ask(row.acc_delta + column * size, count * size);
+  ask(entry.values + (position * entry.row_numel + column) * value_size, count * value_size);
+}
+
+template <typename T>
+void update_entry(
+    const Loops& loops, const SparseEntry& entry, const GradientClip<T>& clip, const Hyperparameters<T>& h
+) {
+  const std::vector<Occurrence> occurrences = occurrences_by_row(entry);
+  const auto count = static_cast<int64_t>(occurrences.size());
+  const auto is_first = [&](int64_t k) { return k == 0 || occurrences[k].row != occurrences[k - 1].row; };
+
+  // The occurrences in [first, last) of which each is the first of its row, at the elements [begin, end).
+  const auto update_rows = [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
+    for (int64_t k = first; k < last; ++k) {
+      if (!is_first(k)) {
+        continue;
+      }
+      int64_t stop = k + 1;
+      while (stop < count && occurrences[stop].row == occurrences[k].row) {
+        ++stop;
+      }
+      if (stop + kAhead < count) {
+        prefetch_row(entry, occurrences[stop + kAhead].position, begin);
+      }
+      update_row(loops, entry, &occurrences[k], occurrences.data() + stop, begin, end, clip, h);
+    }
+  };
+  const int64_t columns = std::min(kColumns, entry.row_numel);
+  const int64_t pieces = (entry.row_numel + columns - 1) / columns;
+  const int64_t grain = std::max(kGrain / columns, int64_t(1));
+  torch::stable::parallel_for(0, pieces * count, grain, [&](int64_t from, int64_t to) {
+    while (from < to) {
+      const int64_t piece = from / count;
+      const int64_t first = from - piece * count;
+      const int64_t last = std::min(to - piece * count, count);
+      update_rows(first, last, piece * columns, std::min((piece + 1) * columns, entry.row_numel));
+      from += last - first;
+    }
+  });
+}
+
+// ---- The ops --------------------------------------------------------------------------------------------------------
+
+// sparse_adadelta_ in schemas.h.
+void sparse_adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  const SparseLists lists(stack, aoti_torch_device_type_cpu());
+  const OptionArguments given(stack, argument_count, 5);
+  const SparseEntries entries = lists.read();
+  const UpdateOptions options = given.read(lists.place(entries), lists.size(), entries.complex_param);
+  check_values(entries);
+  for (const SparseEntry& entry : entries.entries) {
+    if (const int64_t bad = first_bad_index(entry); bad >= 0) {
+      fail("index ", bad, " of the gradient of parameter ", entry.index, " is out of range");
+    }
+  }
+  if (options.found_inf != nullptr && *options.found_inf != 0) {
+    return;
+  }
+  const double lr = value_of(options.lr), rho = value_of(options.rho), epsilon = value_of(options.epsilon);
+  const double factor = value_of(options.factor);
+  const Loops& loops = current_loops();
+  for (const SparseEntry& entry : entries.entries) {
+    if (entry.count() == 0) {
+      continue;
+    }
+    if (entry.dtype == Dtype::kFloat64) {
+      const auto clip = clip_of<double>(options, entry.index, factor);
+      update_entry(loops, entry, clip, Hyperparameters<double>(lr, rho, epsilon));
+    } else {
+      const auto clip = clip_of<float>(options, entry.index, factor);
+      update_entry(loops, entry, clip, Hyperparameters<float>(lr, rho, epsilon));
+    }
+  }
+}
+
+// first_bad_indices in schemas.h.
+void first_bad_indices(StableIValue* stack, uint64_t, uint64_t) {
+  const SparseLists lists(stack, aoti_torch_device_type_cpu());
+  const SparseEntries entries = lists.read();
+  torch::stable::Tensor result = new_integers(static_cast<int64_t>(lists.size()), lists.place(entries));
+  auto* positions = static_cast<int64_t*>(result.mutable_data_ptr());
+  for (const SparseEntry& entry : entries.entries) {
+    positions[entry.index] = first_bad_index(entry);
+  }
+  stack[0] = torch::stable::detail::from(result);
+}
+
+}  // namespace
+}  // namespace torch_adadelta::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) {
+  m.impl("sparse_adadelta_", torch_adadelta::cpu::sparse_adadelta_);
+  m.impl("first_bad_indices", torch_adadelta::cpu::first_bad_indices);
+}
