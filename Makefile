@@ -21,9 +21,10 @@ demo: $(INSTALLED)-examples
 test: $(INSTALLED)-test-keras-examples
 	$(VENV)/bin/python -m pytest
 
-# Threads are kept where they are: some systems put two on one core and leave them there.
-bench: $(INSTALLED)-bench
-	OMP_PROC_BIND=true $(VENV)/bin/python benchmarks/dense_step.py
+# Some ten minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.
+BENCH ?=
+bench: $(INSTALLED)-bench-keras
+	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
 
 lint: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check .

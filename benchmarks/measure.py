@@ -1,26 +1,27 @@
-"""Times callables side by side, measures the memory that one of them takes, and reports as text, Markdown and JSON."""
+"""Times callables side by side, measures the memory that one of them takes, and says on what machine."""
 
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from torch_adadelta import ops
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 Step = Callable[[], object]
+
+# Makes some calls, and returns how many seconds they took together.
+Timer = Callable[[int], float]
 
 
 class Spread(NamedTuple):
@@ -45,45 +46,58 @@ class Spread(NamedTuple):
 class Timings(NamedTuple):
     """Seconds of one call, for each contender a value a round; and the reason for each that could not run.
 
+    `first` is the very first call, which may compile something. A slow contender takes part in the first rounds only.
     `disturbance` is the share (0 to 1) of the machine's processors that other processes used meanwhile, None if
     unknown. It falsifies most what runs on all processors: the threads wait for the one that was held up.
     """
 
     seconds: dict[str, list[float]]
+    first: dict[str, float]
     absent: dict[str, str]
     disturbance: float | None
 
     @property
     def rounds(self) -> int:
         """How many rounds there were."""
-        return len(next(iter(self.seconds.values())))
+        return max(map(len, self.seconds.values()), default=0)
 
     def spread(self, name: str) -> Spread:
         """The seconds of one call."""
         return Spread.of(self.seconds[name])
 
     def ratio(self, name: str, other: str) -> Spread:
-        """How many times as long `name` takes as `other`, over the rounds."""
-        return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
+        """How many times as long `name` takes as `other`, over the rounds that both took part in."""
+        return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=False)])
 
     def difference(self, name: str, other: str) -> Spread:
-        """How many seconds longer `name` takes than `other`, over the rounds."""
-        return Spread.of([a - b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
+        """How many seconds longer `name` takes than `other`, over the rounds that both took part in."""
+        return Spread.of([a - b for a, b in zip(self.seconds[name], self.seconds[other], strict=False)])
 
 
 LEAST_ROUNDS: Final = 5  # whatever the budget
+MOST_ROUNDS: Final = 100
+
+# Where a call takes more than this share of the budget, the contender has these rounds only.
+SLOW_SHARE: Final = 1 / 40
+SLOW_ROUNDS: Final = 3
 
 # A call of more turns than this needs no other before it: what the caches lost costs it next to nothing.
 SLOW_CALL_IN_TURNS: Final = 4
 
 
+def timer(step: Step) -> Timer:
+    """Times a callable of this process. The garbage collector is off meanwhile, as in timeit."""
+    return partial(_seconds, step)
+
+
 def interleave(
-    contenders: Mapping[str, Callable[[], Step]],
+    contenders: Mapping[str, Callable[[], Timer]],
     *,
     budget: float,
     turn: float,
     fits_cache: bool,
     rounds: int | None = None,
+    busy: Callable[[], float] = time.process_time,
 ) -> Timings:
     """Times contenders round-robin, so that all of them see the machine's good and bad moments.
 
@@ -91,53 +105,58 @@ def interleave(
     Every other round goes backwards, which cancels a drift inside the rounds.
 
     Args:
-        contenders: for each name, what makes the callable. One that raises a RuntimeError, there or in its first call,
-            is absent.
+        contenders: for each name, what makes its timer. One that raises a RuntimeError, there or in a call, is absent.
         budget: the seconds after which no new round begins, once there are five.
         turn: the least duration of a turn.
         fits_cache: whether the caches can hold a contender's data. A turn that is not timed then precedes each that is,
             and brings back what the others displaced; it takes some calls.
         rounds: the number of rounds, whatever the budget.
+        busy: the processor seconds that the contenders have used so far.
     """
-    steps: dict[str, tuple[Step, int, bool]] = {}
+    turns: dict[str, tuple[Timer, int, bool, int]] = {}
+    first: dict[str, float] = {}
     absent: dict[str, str] = {}
     for name, build in contenders.items():
         try:
-            step = build()
-            step()
+            timed = build()
+            first[name] = timed(1)
+            calls = 1
+            while (seconds := timed(calls)) < turn:
+                calls = max(calls + 1, round(calls * min(1.2 * turn / seconds, 10)))
         except RuntimeError as error:
+            first.pop(name, None)
             absent[name] = str(error).strip().partition("\n")[0] or type(error).__name__
             continue
-        calls = 1
-        while (seconds := _seconds(step, calls)) < turn:
-            calls = max(calls + 1, round(calls * min(1.2 * turn / seconds, 10)))
-        steps[name] = step, calls, fits_cache and seconds < SLOW_CALL_IN_TURNS * turn
+        most = SLOW_ROUNDS if seconds / calls > SLOW_SHARE * budget else MOST_ROUNDS
+        turns[name] = timed, calls, fits_cache and seconds < SLOW_CALL_IN_TURNS * turn, rounds or most
 
-    values: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    others_before = _seconds_of_others()
+    values: dict[str, list[float]] = {name: [] for name in turns}
+    order = list(turns)
+    others_before = _seconds_of_others(busy)
     start = time.perf_counter()
-    for done in range(rounds or sys.maxsize):
+    for done in range(rounds or MOST_ROUNDS):
         if not rounds and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
         for name in order:
-            step, calls, warms_up = steps[name]
+            timed, calls, warms_up, most = turns[name]
+            if done >= most:
+                continue
             if warms_up:
-                _seconds(step, calls)
-            values[name].append(_seconds(step, calls) / calls)
+                timed(calls)
+            values[name].append(timed(calls) / calls)
         order.reverse()
 
     disturbance = None
-    others = _seconds_of_others()
+    others = _seconds_of_others(busy)
     if others is not None and others_before is not None:
         available = (time.perf_counter() - start) * (os.cpu_count() or 1)
         disturbance = max(0.0, others - others_before) / available
-    return Timings(values, absent, disturbance)
+    return Timings(values, first, absent, disturbance)
 
 
 def _seconds(step: Step, calls: int) -> float:
     collects = gc.isenabled()
-    gc.disable()  # as timeit does
+    gc.disable()
     try:
         start = time.perf_counter()
         for _ in range(calls):
@@ -148,15 +167,15 @@ def _seconds(step: Step, calls: int) -> float:
             gc.enable()
 
 
-def _seconds_of_others() -> float | None:
-    """Processor seconds since the start of the machine that this process did not use, or None if unknown."""
+def _seconds_of_others(busy: Callable[[], float]) -> float | None:
+    """Processor seconds since the start of the machine that were used by others than us, or None if unknown."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:
         return None
     user, nice, system, _idle, _wait_for_disk, interrupts, soft_interrupts, stolen, *_guests = map(int, fields)
     ticks = user + nice + system + interrupts + soft_interrupts + stolen
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+    return ticks / os.sysconf("SC_CLK_TCK") - busy()
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -196,12 +215,20 @@ def _high_water_mark() -> int:
 
 def count_abnormal(tensor: torch.Tensor) -> int:
     """How many elements are infinite, nan or subnormal, with all of which a processor may take another time."""
-    sizes = tensor.detach().abs()
+    sizes = (tensor.detach()._values() if tensor.is_sparse else tensor.detach()).abs()
     is_normal = (sizes >= torch.finfo(tensor.dtype).tiny) & (sizes <= torch.finfo(tensor.dtype).max)
     return int(torch.count_nonzero(~(is_normal | (sizes == 0))))
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a report as JSON."""
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- The machine ----------------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, str]:
@@ -211,10 +238,21 @@ def machine() -> dict[str, str]:
         "processor": _processor(),
         "instruction set": ops.cpu_capability() if ops.is_loaded else "none (no compiled library)",
         "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "Python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
     }
+
+
+# Ours, and those that peers come from.
+PACKAGES: Final = ("torch_adadelta", "torch", "tensorflow", "tf-keras", "keras", "jax", "optax", "pytorch_optimizer")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _processor() -> str:
@@ -228,69 +266,3 @@ def _processor() -> str:
     if {"cpu family", "model"} <= fields.keys():
         name += f" (family {fields['cpu family']}, model {fields['model']})"
     return name
-
-
-class Table(NamedTuple):
-    """A table of a report; its rows are text, one at least, its notes stand under it."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    notes: Sequence[str] = ()
-
-    @property
-    def alignment(self) -> list[Literal["left", "right"]]:
-        """Numbers to the right, names and words to the left."""
-        columns = list(zip(*self.rows, strict=True))
-        return [
-            "right" if column > 0 and any(cell[:1].isdigit() for cell in cells) else "left"
-            for column, cells in enumerate(columns)
-        ]
-
-
-def seconds_text(*values: float) -> str:
-    """A duration, or a range of them, in the unit that fits: "11.8 ms", "980-1430 ms"."""
-    scale, unit = next((s, u) for s, u in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if s == 1e6 or values[-1] * s >= 1)
-    return f"{'-'.join(f'{scale * value:#.3g}'.rstrip('.') for value in values)} {unit}"
-
-
-def bytes_text(count: int) -> str:
-    """A number of bytes: "134.12 MB", "20 kB"."""
-    return f"{count / 1e6:.2f} MB" if count >= 10**6 else f"{count / 1e3:.0f} kB"
-
-
-_GOOD_AND_BAD: Final = {"met": "green", "not met": "red"}
-
-
-def show(console: "Console", table: Table) -> None:
-    """Prints a table to the terminal."""
-    from rich.table import Table as RichTable  # which nothing else here needs
-
-    console.print(table.title, style="bold", markup=False, highlight=False)
-    drawn = RichTable()
-    for name, side in zip(table.header, table.alignment, strict=True):
-        drawn.add_column(name, justify=side)
-    for row in table.rows:
-        drawn.add_row(*row, style=_GOOD_AND_BAD.get(row[-1]))
-    console.print(drawn)
-    for note in table.notes:
-        console.print(f"  {note}", markup=False, highlight=False)
-    console.print()
-
-
-def write_markdown(path: Path, tables: Sequence[Table], facts: Mapping[str, str]) -> None:
-    """Writes a report as Markdown."""
-    lines = [", ".join(f"{key}: {value}" for key, value in facts.items()), ""]
-    for table in tables:
-        lines += [f"### {table.title}", ""]
-        rule = [":--" if side == "left" else "--:" for side in table.alignment]
-        lines += ["| " + " | ".join(cells) + " |" for cells in (table.header, rule, *table.rows)] + [""]
-        for note in table.notes:
-            lines += [f"- {note}"]
-        lines += [""] if table.notes else []
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes a report as JSON."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,419 @@
+"""The optimizers that are compared, each as a callable that makes one whole step.
+
+Each belongs to a family, whose contenders run in a process of their own (workers.py): frameworks bring threads, memory
+pools and ideas of the processor along, and would disturb each other in one. What a family needs is imported there, and
+not before. All of Adadelta have our rho, epsilon and learning rate, and the same gradients and state.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from measure import Step
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+from workloads import Tensors, Workload
+
+from torch_adadelta import AdadeltaKeras, ops
+
+LR: Final = 1e-3
+RHO: Final = 0.95
+EPSILON: Final = 1e-7
+
+FUSED: Final = "AdadeltaKeras, fused"
+FUSED_FLOAT32: Final = "AdadeltaKeras, fused, float32"
+CLIPVALUE: Final = "AdadeltaKeras, fused, clipvalue"
+CLIPNORM: Final = "AdadeltaKeras, fused, clipnorm"
+GLOBAL_CLIPNORM: Final = "AdadeltaKeras, fused, global_clipnorm"
+FOREACH: Final = "AdadeltaKeras, foreach"
+FOR_LOOP: Final = "AdadeltaKeras, for-loop"
+TORCH_FOREACH: Final = "torch.optim.Adadelta, foreach"
+TORCH_FOR_LOOP: Final = "torch.optim.Adadelta, for-loop"
+TORCH_COMPILED: Final = "torch.optim.Adadelta, torch.compile"
+ADAM: Final = "torch.optim.Adam, fused"
+ADAGRAD: Final = "torch.optim.Adagrad, fused"
+PYTORCH_OPTIMIZER: Final = "pytorch_optimizer.AdaDelta"
+KERAS: Final = "Keras 3 on torch"
+TF_EAGER: Final = "tf_keras legacy (TensorFlow's op), eager"
+TF_GRAPH: Final = "tf_keras legacy (TensorFlow's op), graph"
+OPTAX: Final = "optax.adadelta, jax.jit"
+SPARSE_ADAM: Final = "torch.optim.SparseAdam"
+SPARSE_ADAGRAD: Final = "torch.optim.Adagrad, for-loop"
+DENSE: Final = ", dense gradient"  # after the name of one that gets a dense gradient of a table
+EMPTY: Final = "an empty Optimizer.step()"
+ADD: Final = "a.add_(b, alpha=c)"
+
+# Never reached, so that the state keeps its fixed point; the work is the same as if it were.
+CLIPPED: Final[dict[str, dict[str, Any]]] = {
+    CLIPVALUE: {"clipvalue": 1e6},
+    CLIPNORM: {"clipnorm": 1e6},
+    GLOBAL_CLIPNORM: {"global_clipnorm": 1e6},
+}
+
+# Tensors that must be moved: a step reads the gradient, and reads and writes the parameter and two states; add_ reads
+# both of its tensors and writes one.
+STEP_TENSORS: Final = 7
+ADD_TENSORS: Final = 3
+
+# ---- PyTorch --------------------------------------------------------------------------------------------------------
+
+
+class EmptyStep(Optimizer):
+    """An optimizer that does nothing: what remains are the hooks that PyTorch puts around every step."""
+
+    def __init__(self, params: list[Any]) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> Any:
+        """Does nothing."""
+
+
+def with_state(optimizer: Optimizer, tensors: Tensors, **more: Callable[[], Tensor]) -> Optimizer:
+    """Gives an Adadelta its state; `more` makes what else it keeps for each parameter."""
+    for param, _, square_avg, acc_delta in zip(*tensors, strict=True):
+        state = {"square_avg": square_avg, "acc_delta": acc_delta}
+        optimizer.state[param] = {**{name: make() for name, make in more.items()}, **state}
+    return optimizer
+
+
+def keras_like(tensors: Tensors, *, foreach: bool | None = None, **options: Any) -> Step:
+    """Our optimizer: the fused kernel by default, as a user gets it, or one of the Python paths."""
+    if foreach is None and not ops.is_loaded:
+        raise RuntimeError(f"the compiled library is missing: {ops.load_error}")
+    return with_state(AdadeltaKeras(tensors.params, LR, RHO, EPSILON, foreach=foreach, **options), tensors).step
+
+
+def _zero() -> Tensor:
+    return torch.tensor(0.0)
+
+
+def torch_adadelta(tensors: Tensors, *, foreach: bool) -> Step:
+    """PyTorch's optimizer."""
+    optimizer = torch.optim.Adadelta(tensors.params, lr=LR, rho=RHO, eps=EPSILON, foreach=foreach)
+    return with_state(optimizer, tensors, step=_zero).step
+
+
+def torch_compiled(tensors: Tensors) -> Step:
+    """PyTorch's optimizer under torch.compile; it compiles in its first call."""
+    optimizer_step = torch_adadelta(tensors, foreach=True)
+
+    @torch.compile(fullgraph=False)
+    def step() -> None:
+        optimizer_step()
+
+    return step
+
+
+def torch_adam(tensors: Tensors) -> Step:
+    """PyTorch's fused Adam, which moves as many bytes as Adadelta."""
+    optimizer = torch.optim.Adam(tensors.params, lr=LR, fused=True)
+    for param, grad, _, _ in zip(*tensors, strict=True):
+        optimizer.state[param] = {"step": _zero(), "exp_avg": grad.clone(), "exp_avg_sq": grad.square()}
+    return optimizer.step
+
+
+def torch_adagrad(tensors: Tensors) -> Step:
+    """PyTorch's fused Adagrad, which has one state less to move."""
+    return torch.optim.Adagrad(tensors.params, lr=LR, fused=True).step
+
+
+def pytorch_optimizer(tensors: Tensors) -> Step:
+    """The Adadelta of the package pytorch_optimizer."""
+    from pytorch_optimizer import AdaDelta
+
+    optimizer = with_state(AdaDelta(tensors.params, lr=LR, rho=RHO, eps=EPSILON), tensors)
+    optimizer.param_groups[0]["step"] = 0
+    return optimizer.step
+
+
+def torch_sparse_adam(tensors: Tensors) -> Step:
+    """PyTorch's Adam that updates the rows of a sparse gradient alone."""
+    return torch.optim.SparseAdam(tensors.params, lr=LR).step
+
+
+def torch_sparse_adagrad(tensors: Tensors) -> Step:
+    """PyTorch's Adagrad, which takes sparse gradients in its for-loop."""
+    return torch.optim.Adagrad(tensors.params, lr=LR).step
+
+
+def add(tensors: Tensors) -> Step:
+    """The bandwidth probe."""
+    (b,) = tensors.grads
+    a = b.clone()
+    return lambda: a.add_(b, alpha=LR)
+
+
+# ---- Other frameworks -----------------------------------------------------------------------------------------------
+
+
+def as_numpy(tensor: Tensor) -> Any:
+    """The numbers of a tensor; bfloat16 with the help of ml_dtypes, which all frameworks bring along."""
+    if tensor.dtype is not torch.bfloat16:
+        return tensor.detach().numpy()
+    import ml_dtypes
+
+    return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def keras(tensors: Tensors) -> Step:
+    """Adadelta of Keras 3 on the PyTorch backend."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    dtype = str(tensors.params[0].dtype).removeprefix("torch.")
+    variables = [keras.Variable(param.detach(), dtype=dtype) for param in tensors.params]
+    optimizer = keras.optimizers.Adadelta(LR, RHO, EPSILON)
+    optimizer.build(variables)
+    for states in (optimizer._accumulated_grads, optimizer._accumulated_delta_vars):
+        for state, square in zip(states, tensors.square_avgs, strict=True):
+            state.assign(square)
+    return partial(optimizer.apply, tensors.grads, variables)
+
+
+def tf_keras(tensors: Tensors, *, graph: bool) -> Step:
+    """TensorFlow's op, tf.raw_ops.ResourceApplyAdadelta, called by the class of TensorFlow 2.4."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+    import tf_keras
+
+    optimizer = tf_keras.optimizers.legacy.Adadelta(LR, RHO, EPSILON)
+    variables = [tf.Variable(as_numpy(param)) for param in tensors.params]
+    optimizer._create_all_weights(variables)
+    for variable, square in zip(variables, tensors.square_avgs, strict=True):
+        for slot in ("accum_grad", "accum_var"):
+            optimizer.get_slot(variable, slot).assign(as_numpy(square))
+    grads = [
+        tf.IndexedSlices(as_numpy(grad._values()), as_numpy(grad._indices()[0]), tuple(grad.shape))
+        if grad.is_sparse
+        else tf.constant(as_numpy(grad))
+        for grad in tensors.grads
+    ]
+    pairs = list(zip(grads, variables, strict=True))
+
+    def step() -> None:
+        optimizer.apply_gradients(pairs)
+
+    return tf.function(step) if graph else step
+
+
+def optax(tensors: Tensors) -> Step:
+    """Adadelta of optax, compiled as a whole with the update of the parameters, which are donated to it."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import optax
+
+    transformation = optax.adadelta(LR, RHO, EPSILON)
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = transformation.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1))
+    grads = [jax.numpy.array(as_numpy(grad)) for grad in tensors.grads]
+    params = [jax.numpy.array(as_numpy(param)) for param in tensors.params]
+    squares = [[jax.numpy.array(as_numpy(s)) for s in tensors.square_avgs] for _ in range(2)]
+    state = optax.tree.set(transformation.init(params), e_g=squares[0], e_x=squares[1])
+    held = [params, state]
+
+    def step() -> None:
+        held[:] = compiled(*held, grads)
+        jax.block_until_ready(held)
+
+    return step
+
+
+# ---- All of them ----------------------------------------------------------------------------------------------------
+
+# What makes a step, by the family whose process it runs in.
+STEPS: Final[dict[str, dict[str, Callable[[Tensors], Step]]]] = {
+    # Those whose ratio matters most stand side by side.
+    "torch": {
+        ADD: add,
+        FUSED: keras_like,
+        **{name: partial(keras_like, **options) for name, options in CLIPPED.items()},
+        FUSED_FLOAT32: keras_like,
+        EMPTY: lambda tensors: EmptyStep(tensors.params).step,
+        ADAM: torch_adam,
+        ADAGRAD: torch_adagrad,
+        TORCH_COMPILED: torch_compiled,
+        TORCH_FOREACH: partial(torch_adadelta, foreach=True),
+        TORCH_FOR_LOOP: partial(torch_adadelta, foreach=False),
+        FOREACH: partial(keras_like, foreach=True),
+        FOR_LOOP: partial(keras_like, foreach=False),
+        PYTORCH_OPTIMIZER: pytorch_optimizer,
+        SPARSE_ADAM: torch_sparse_adam,
+        SPARSE_ADAGRAD: torch_sparse_adagrad,
+        FUSED + DENSE: keras_like,
+        TORCH_FOREACH + DENSE: partial(torch_adadelta, foreach=True),
+    },
+    "keras": {KERAS: keras},
+    "tensorflow": {TF_EAGER: partial(tf_keras, graph=False), TF_GRAPH: partial(tf_keras, graph=True)},
+    "jax": {OPTAX: optax},
+}
+
+FAMILIES: Final = {name: family for family, names in STEPS.items() for name in names}
+
+# Whom sparse gradients are given to, and who is there for their sake.
+ROWS_ONLY: Final = (SPARSE_ADAM, SPARSE_ADAGRAD, FUSED + DENSE, TORCH_FOREACH + DENSE)
+ROWS_FIELD: Final = (FUSED, FOR_LOOP, SPARSE_ADAM, SPARSE_ADAGRAD, TF_EAGER, TF_GRAPH, *ROWS_ONLY[2:])
+MOST_ROWS_IF_DENSE: Final = 1_000_000
+
+# Where ours runs in Python, a step takes 40 to 70 times as long as the fused one.
+MOST_ELEMENTS_IN_PYTHON: Final = 2**25
+
+
+class Field(NamedTuple):
+    """The contenders of a workload, and who is left out on purpose, and why."""
+
+    names: list[str]
+    left_out: dict[str, str]
+
+
+def field_of(workload: Workload, *, with_compile: bool = True) -> Field:
+    """Everybody who can be compared on a workload."""
+    names: list[str] = []
+    left_out: dict[str, str] = {}
+    is_one = len(workload.shapes) == 1
+    everybody = ROWS_FIELD if workload.occurring else [name for name in FAMILIES if name not in ROWS_ONLY]
+    for name in everybody:
+        if name.endswith(DENSE) and workload.shapes[0][0] > MOST_ROWS_IF_DENSE:
+            left_out[name] = "too much to move"
+            continue
+        if name == ADD and (not is_one or workload.fits_cache):
+            continue
+        if name in CLIPPED and not workload.clips:
+            continue
+        if name == FUSED_FLOAT32 and workload.dtype is torch.float32:
+            continue
+        if workload.threads is not None and FAMILIES[name] != "torch":
+            continue  # they take their threads from the machine
+        if name in (FOREACH, FOR_LOOP) and not workload.occurring and workload.numel > MOST_ELEMENTS_IN_PYTHON:
+            left_out[name] = "a step takes seconds"
+        elif name == TORCH_COMPILED and not with_compile:
+            left_out[name] = "compiling was not asked for"
+        elif name == TORCH_COMPILED and not workload.compiles:
+            left_out[name] = "takes long to compile"
+        else:
+            names.append(name)
+    return Field(names, left_out)
+
+
+# ---- Everything but the step ----------------------------------------------------------------------------------------
+
+OPERATIONS: Final = (
+    "construction",
+    "first step",
+    "state_dict",
+    "load_state_dict",
+    "zero_grad",
+)
+RESTORING: Final = "giving the gradients back"
+
+OURS: Final = "AdadeltaKeras"
+THEIRS: Final = "torch.optim.Adadelta"
+
+
+def operations(tensors: Tensors) -> Mapping[str, Callable[[], Step]]:
+    """What makes each operation of an optimizer's life, under the operation's name, a colon and the optimizer's."""
+    makers: dict[str, Callable[[], Optimizer]] = {
+        OURS: lambda: AdadeltaKeras(tensors.params, LR, RHO, EPSILON),
+        THEIRS: lambda: torch.optim.Adadelta(tensors.params, lr=LR, rho=RHO, eps=EPSILON),
+    }
+
+    def give_back() -> None:
+        for param, grad in zip(tensors.params, tensors.grads, strict=True):
+            param.grad = grad
+
+    def first_step(make: Callable[[], Optimizer]) -> Step:
+        optimizer = make()
+
+        def step() -> None:
+            optimizer.state.clear()
+            optimizer.step()
+
+        return step
+
+    def after_a_step(make: Callable[[], Optimizer]) -> Optimizer:
+        optimizer = make()
+        optimizer.step()
+        return optimizer
+
+    def loading(make: Callable[[], Optimizer]) -> Step:
+        saved = after_a_step(make).state_dict()
+        return partial(make().load_state_dict, saved)
+
+    def zero_grad(make: Callable[[], Optimizer]) -> Step:
+        optimizer = make()
+
+        def step() -> None:
+            optimizer.zero_grad()
+            give_back()
+
+        return step
+
+    by_operation: dict[str, Callable[[Callable[[], Optimizer]], Step]] = {
+        "construction": lambda make: make,
+        "first step": first_step,
+        "state_dict": lambda make: after_a_step(make).state_dict,
+        "load_state_dict": loading,
+        "zero_grad": zero_grad,
+    }
+    return {
+        RESTORING: lambda: give_back,
+        **{
+            f"{operation}: {optimizer}": partial(by_operation[operation], make)
+            for operation in OPERATIONS
+            for optimizer, make in makers.items()
+        },
+    }
+
+
+# ---- A whole training -----------------------------------------------------------------------------------------------
+
+ALONE: Final = "no optimizer: forward and backward alone"
+
+BATCH_SIZE: Final = 32
+
+
+def training() -> Mapping[str, Callable[[], Step]]:
+    """An epoch of examples/train_digits.py for each optimizer, from the same weights at every call."""
+
+    def epoch_of(make: Callable[[Any], Optimizer] | None) -> Step:
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+        try:
+            import train_digits
+        finally:
+            del sys.path[0]
+        digits = train_digits.load()
+        torch.manual_seed(0)
+        model = train_digits.build_model()
+        initial = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer = make(model.parameters()) if make else None
+        count = len(digits.train_labels)
+        batches = torch.randperm(count).tensor_split(math.ceil(count / BATCH_SIZE))
+
+        def epoch() -> None:
+            model.load_state_dict(initial)
+            for indices in batches:
+                model.zero_grad()
+                output = model(digits.train_images[indices])
+                torch.nn.functional.cross_entropy(output, digits.train_labels[indices]).backward()
+                if optimizer:
+                    optimizer.step()
+
+        return epoch
+
+    makers: dict[str, Callable[[Any], Optimizer] | None] = {
+        ALONE: None,
+        OURS: lambda params: AdadeltaKeras(params, 1.0),
+        f"{OURS}, clipnorm": lambda params: AdadeltaKeras(params, 1.0, clipnorm=1.0),
+        TORCH_FOREACH: lambda params: torch.optim.Adadelta(params, lr=1.0, foreach=True),
+        TORCH_FOR_LOOP: lambda params: torch.optim.Adadelta(params, lr=1.0, foreach=False),
+        ADAM: lambda params: torch.optim.Adam(params, fused=True),
+    }
+    return {name: partial(epoch_of, make) for name, make in makers.items()}

@@ -1,0 +1,212 @@
+"""Processes that contenders run in, and the turns that they are given there.
+
+A worker holds what was built for one workload. It answers calls of `Stage`'s methods; whatever goes wrong in one of
+them becomes a RuntimeError with its text here.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import contenders
+import torch
+from measure import Step, Timer, count_abnormal, extra_memory, timer
+from workloads import Tensors, Workload
+
+# Bytes that the contenders of one process take at most, as a multiple of what the parameters take: parameters,
+# gradients and states, those of Adam and Adagrad, and the temporaries of multi-tensor operations.
+MOST_COPIES: Final = {"torch": 12, "keras": 12, "tensorflow": 12, "jax": 10}
+MOST_COPIES_OF_TABLE: Final = 8  # with sparse gradients
+
+
+class Stage:
+    """What a worker has built: steps by name, on tensors that they share as far as they can."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.tensors: dict[Workload, Tensors] = {}
+        self.steps: dict[str, Step] = {}
+
+    def tensors_of(self, workload: Workload) -> Tensors:
+        """The tensors of a workload, the same at every call."""
+        if not self.tensors:
+            copies = MOST_COPIES_OF_TABLE if workload.occurring else MOST_COPIES[self.family]
+            needed = copies * workload.numel * workload.dtype.itemsize
+            free = available_memory()
+            if free is not None and needed > free:
+                raise RuntimeError(f"might need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        if workload not in self.tensors:
+            self.tensors[workload] = Tensors.of(workload)
+        return self.tensors[workload]
+
+    def build_step(self, workload: Workload, name: str) -> None:
+        """Builds an optimizer of `contenders.STEPS`."""
+        if name == contenders.FUSED_FLOAT32:
+            workload = workload._replace(dtype=torch.float32)
+        if name.endswith(contenders.DENSE):
+            workload = workload._replace(occurring=0)
+        self.steps[name] = contenders.STEPS[self.family][name](self.tensors_of(workload))
+
+    def build_operation(self, workload: Workload, name: str) -> None:
+        """Builds one of `contenders.operations`."""
+        self.steps[name] = contenders.operations(self.tensors_of(workload))[name]()
+
+    def build_training(self, name: str) -> None:
+        """Builds one of `contenders.training`."""
+        self.steps[name] = contenders.training()[name]()
+
+    def time(self, name: str, calls: int) -> float:
+        """The seconds of some calls."""
+        return timer(self.steps[name])(calls)
+
+    def extra_memory(self, name: str) -> int:
+        """See `measure.extra_memory`."""
+        return extra_memory(self.steps[name])
+
+    def abnormal(self) -> int:
+        """How many infinite, nan or subnormal numbers parameters and states hold."""
+        lists = (list_ for tensors in self.tensors.values() for list_ in tensors)
+        return sum(count_abnormal(tensor) for list_ in lists for tensor in list_)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        if not self.steps:
+            return  # to collect what frameworks hold takes a while
+        self.steps.clear()
+        self.tensors.clear()
+        gc.collect()
+
+
+def available_memory() -> int | None:
+    """The bytes that can be had without swapping, or None if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":") for line in lines)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def serve(connection: Connection, family: str, threads: int) -> None:
+    """What a worker does: it answers with a result, or with the text of an error."""
+    torch.set_num_threads(threads)
+    stage = Stage(family)
+    while (request := connection.recv()) is not None:
+        method, arguments = request
+        answer: tuple[Any, str | None]
+        try:
+            answer = getattr(stage, method)(*arguments), None
+        except ModuleNotFoundError as error:
+            answer = None, f"{error.name} is not installed"
+        except Exception as error:  # of whatever kind: the run goes on without this contender
+            answer = None, str(error).strip() or type(error).__name__
+        connection.send(answer)
+
+
+class Worker:
+    """A process for the contenders of one family."""
+
+    def __init__(self, family: str, threads: int) -> None:
+        spawn = get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(theirs, family, threads), daemon=True)
+        # Some systems put two of OpenMP's threads on one core and leave them there. Where OpenMP binds its threads, it
+        # binds the main one, and so those of other frameworks, to one core.
+        with environment(OMP_PROC_BIND="true" if family in ("torch", "keras") and threads > 1 else "false"):
+            self.process.start()
+        theirs.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the worker's stage."""
+        try:
+            self.connection.send((method, arguments))
+            result, error = self.connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError("its process has ended") from None
+        if error is not None:
+            raise RuntimeError(error)
+        return result
+
+    def builder(self, method: str, *arguments: Any) -> Callable[[], Timer]:
+        """What builds a contender, whose name is the last argument, and makes its timer."""
+
+        def build() -> Timer:
+            self.call(method, *arguments)
+            return partial(self.call, "time", arguments[-1])
+
+        return build
+
+    def seconds(self) -> float:
+        """The processor seconds that the process has used."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process.is_alive():
+            self.connection.send(None)
+            self.process.join(10)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Environment variables for a while, for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Workers:
+    """The workers of a run, each started when it is first needed."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.by_kind: dict[tuple[str, int], Worker] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def of(self, family: str, threads: int | None = None) -> Worker:
+        """The worker of a family, with a number of threads of its own or that of the run."""
+        kind = family, threads or self.threads
+        if kind not in self.by_kind:
+            self.by_kind[kind] = Worker(*kind)
+        return self.by_kind[kind]
+
+    def seconds(self) -> float:
+        """The processor seconds that all have used."""
+        own = os.times()
+        return own.user + own.system + sum(worker.seconds() for worker in self.by_kind.values())
+
+    def clear(self) -> None:
+        """Lets all forget what they built."""
+        for worker in self.by_kind.values():
+            if worker.process.is_alive():
+                worker.call("clear")
+
+    def close(self) -> None:
+        """Ends all."""
+        for worker in self.by_kind.values():
+            worker.close()
+        self.by_kind.clear()
