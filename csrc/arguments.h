@@ -169,11 +169,13 @@ class UpdateArguments {
         options_(given_.read({device_type, entries_.device_index}, params_.size(), entries_.complex_param)) {}
   UpdateArguments(const UpdateArguments&) = delete;
   UpdateArguments& operator=(const UpdateArguments&) = delete;
+  ~UpdateArguments() { gil_.emplace(); }
 
   const Entries& entries() const { return entries_; }
   const UpdateOptions& options() const { return options_; }
 
  private:
+  std::optional<HeldGil> gil_;  // before what is destroyed while it is held
   TensorList params_, grads_, square_avgs_, acc_deltas_;
   OptionArguments given_;
   const Entries& entries_;
@@ -195,6 +197,7 @@ class SquareSumArguments {
   }
   SquareSumArguments(const SquareSumArguments&) = delete;
   SquareSumArguments& operator=(const SquareSumArguments&) = delete;
+  ~SquareSumArguments() { gil_.emplace(); }
 
   const Gradients& gradients() const { return gradients_; }
   double clipvalue() const { return clipvalue_; }
@@ -214,6 +217,7 @@ class SquareSumArguments {
   torch::stable::Tensor new_result() const { return new_doubles(static_cast<int64_t>(params_.size())); }
 
  private:
+  std::optional<HeldGil> gil_;  // before what is destroyed while it is held
   TensorList params_, grads_;
   double clipvalue_;
   OptionalTensor grad_scale_;

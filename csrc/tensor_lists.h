@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dtypes.h"
+#include "gil.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -47,8 +48,8 @@ struct TensorInfo {
 
 inline int64_t element_size(const TensorInfo& x) { return item_size(x.dtype) * (x.is_complex ? 2 : 1); }
 
-// Owns the tensors of a list that the dispatcher handed over. Bare handles instead of torch::stable::Tensor, whose
-// shared_ptr would cost one more allocation a tensor.
+// Owns the tensors of a list that the dispatcher handed over; to let go of many, hold the GIL. Bare handles instead of
+// torch::stable::Tensor, whose shared_ptr would cost one more allocation a tensor.
 class TensorList {
  public:
   explicit TensorList(StableIValue value) {

@@ -2,6 +2,7 @@
 #include "blocks.h"
 #include "loops.h"
 #include "options.h"
+#include "parallel.h"
 
 #include "../arguments.h"
 
@@ -9,9 +10,6 @@
 
 namespace torch_adadelta::cpu {
 namespace {
-
-// Elements below which another thread costs more than it saves (some 10 microseconds of work).
-constexpr int64_t kGrain = 32768;
 
 // ---- One parameter --------------------------------------------------------------------------------------------------
 
@@ -101,14 +99,12 @@ void update_entries(const Entries& lists, const UpdateOptions& options) {
 
   if (!lists.disjoint) {
     for (const Entry& entry : entries) {
-      torch::stable::parallel_for(0, entry.numel, kGrain, [&](int64_t begin, int64_t end) {
-        update_entry(entry, begin, end);
-      });
+      parallel_pieces(entry.numel, [&](int64_t begin, int64_t end) { update_entry(entry, begin, end); });
     }
     return;
   }
 
-  const auto update_range = [&](int64_t begin, int64_t end) {
+  parallel_pieces(lists.numel(), [&](int64_t begin, int64_t end) {
     auto entry = std::upper_bound(entries.begin(), entries.end(), begin, [](int64_t position, const Entry& e) {
       return position < e.end;
     });
@@ -118,8 +114,7 @@ void update_entries(const Entries& lists, const UpdateOptions& options) {
       update_entry(*entry, begin - start, stop - start);
       begin = stop;
     }
-  };
-  torch::stable::parallel_for(0, lists.numel(), kGrain, update_range);
+  });
 }
 
 // adadelta_ in ops.cpp, and adadelta_.unclipped, whose arguments are the first of those. Boxed, so that each list is
