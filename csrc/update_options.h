@@ -19,13 +19,13 @@ struct UpdateOptions {
   Scalar lr;
   Scalar rho;
   Scalar epsilon;
-  bool maximize;
-  double clipvalue;           // or infinity
-  double clipnorm;            // with square_sums
-  const double* square_sums;  // of each parameter's gradient; nullptr without clipnorm
-  Scalar factor;
-  const float* grad_scale;  // what the gradients are divided by first; nullptr without
-  const float* found_inf;   // nothing is written if it is not zero; nullptr without
+  bool maximize = false;
+  double clipvalue = std::numeric_limits<double>::infinity();
+  double clipnorm = 0;                  // with square_sums
+  const double* square_sums = nullptr;  // of each parameter's gradient; nullptr without clipnorm
+  Scalar factor = {1};
+  const float* grad_scale = nullptr;  // what the gradients are divided by first; nullptr without
+  const float* found_inf = nullptr;   // nothing is written if it is not zero; nullptr without
 
   // Whether gradients are taken as they are, or negated.
   bool is_plain() const {

@@ -141,21 +141,107 @@ def test_replaced_state_and_swapped_data_are_honoured(path: Path) -> None:
 
 
 def test_nothing_but_the_optimizer_holds_its_tensors(path: Path) -> None:
-    """Replaced state is freed at once, parameters can be swapped, and a cycle through the optimizer is collected."""
+    """Replaced state is freed by the next step, parameters can be swapped, a cycle through the optimizer is collected."""
     params = [Parameter(torch.ones(3)) for _ in range(20)]
     optimizer = AdadeltaKeras(params, **path.options)
     advance(optimizer, 2)
     old = weakref.ref(optimizer.state[params[0]]["square_avg"])
     optimizer.state[params[0]]["square_avg"] = torch.ones(3)
+    advance(optimizer)
     assert old() is None
     optimizer.zero_grad()
     torch.utils.swap_tensors(params[1], Parameter(torch.full((3,), 2.0)))
     advance(optimizer)
     params[0].optimizer = optimizer  # type: ignore[attr-defined]
-    gone = weakref.ref(optimizer)
+    gone = weakref.ref(optimizer), weakref.ref(optimizer.state[params[0]]["acc_delta"])
     del optimizer, params
     gc.collect()
-    assert gone() is None
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_large_state_is_freed_when_it_is_replaced(path: Path) -> None:
+    param = Parameter(torch.ones(2**22 + 1))
+    optimizer = AdadeltaKeras([param], **path.options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    old = weakref.ref(optimizer.state[param]["square_avg"])
+    optimizer.state[param]["square_avg"] = torch.ones_like(param)
+    assert old() is None
+
+
+def test_loading_lets_go_of_the_state_before(path: Path) -> None:
+    optimizer = stepped(path)
+    single = AdadeltaKeras([Parameter(torch.ones(3)) for _ in range(5)], **path.options)
+    advance(single, 2)
+    for each in (optimizer, single):
+        old = [weakref.ref(tensor) for state in each.state.values() for tensor in state.values()]
+        each.load_state_dict(copy.deepcopy(each.state_dict()))
+        gc.collect()
+        assert {ref() for ref in old} == {None}
+
+
+def test_state_may_change_in_every_way_between_two_steps(path: Path) -> None:
+    """Each tensor of each parameter is replaced, or its memory, in turn; no step may use what was there before."""
+    params = [Parameter(torch.ones(2, 2)) for _ in range(4)]
+    optimizer = AdadeltaKeras(params, 1.0, **path.options)
+    oracles = [oracle_of(p, learning_rate=1.0) for p in params]
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        number += 1
+        for i, (param, oracle) in enumerate(zip(params, oracles, strict=True)):
+            param.grad = gradients((2, 2), torch.float32, steps=1, seed=10 * number + i)[0]
+            oracle.step(param.grad.numpy())
+        optimizer.step()
+        for param, oracle in zip(params, oracles, strict=True):
+            assert_like_oracle(param, optimizer.state[param], oracle)
+
+    step()
+    for i, key in itertools.product(range(4), ("square_avg", "acc_delta")):
+        state = optimizer.state[params[i]]
+        new = torch.rand(2, 2)
+        setattr(oracles[i], key, new.numpy().copy())
+        state[key] = new.clone()
+        step()
+        setattr(oracles[i], key, new.numpy().copy())
+        state[key].data = new.clone()
+        step()
+        state[key].copy_(new)
+        setattr(oracles[i], key, new.numpy().copy())
+        step()
+        # The same memory, seen the other way round.
+        setattr(oracles[i], key, to_numpy(state[key]).T.copy())
+        state[key].data = state[key].data.t()
+        step()
+    for param, oracle in zip(params, oracles, strict=True):
+        oracle.p = to_numpy(param).T.copy()
+        param.data = param.data.t()
+        step()
+    # One of two states with equal values, which == would not tell apart.
+    optimizer.state[params[0]]["square_avg"] = optimizer.state[params[0]]["square_avg"].clone()
+    step()
+
+
+@needs_library
+@pytest.mark.parametrize("key", ["square_avg", "acc_delta"])
+def test_state_that_no_longer_fits_is_noticed_where_it_is_held(key: str) -> None:
+    """A step like the one before it, but for the shape, dtype or layout of a state tensor."""
+    for spoil, message in (
+        (lambda x: x.double(), "dtype"),
+        (lambda x: x[:2], "shape"),
+        (lambda x: x[:1].expand(4), "dense tensor of its own memory"),
+    ):
+        optimizer = AdadeltaKeras([Parameter(torch.ones(4)) for _ in range(3)], fused=True)
+        advance(optimizer, 2)
+        last = optimizer.param_groups[0]["params"][-1]
+        before = snapshot(optimizer)
+        good = optimizer.state[last][key].data
+        optimizer.state[last][key].data = spoil(good)
+        with pytest.raises(RuntimeError, match=message):
+            advance(optimizer)
+        optimizer.state[last][key].data = good
+        assert_unchanged(optimizer, before)
 
 
 def test_state_in_another_order_than_the_parameters(path: Path) -> None:

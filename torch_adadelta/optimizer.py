@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, Final, overload
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torch_adadelta import gradients, hyperparameters, param_groups, sparse
+from torch_adadelta import gradients, hyperparameters, ops, param_groups, sparse
 from torch_adadelta import update as updates
 from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, by_T, choose, clip_keywords, recording, split
 from torch_adadelta.gradients import Callback
@@ -19,6 +19,12 @@ from torch_adadelta.keras_interface import KerasInterface
 from torch_adadelta.schedules import LearningRateSchedule
 
 _HAS_CUDA: Final = torch.version.cuda is not None
+
+# State of more elements is not held: what replaced it would wait in memory for the next step, and for large tensors it
+# makes no difference to speed.
+_MOST_HELD: Final = 2**22
+
+_is_compiling, _count_dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
 _get_grad = attrgetter("grad")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
@@ -118,6 +124,9 @@ class AdadeltaKeras(KerasInterface):
     # Whether a group was seen whose parameters are on several devices, or that has sparse gradients. To ask each one at
     # each step costs too much.
     _groups_are_mixed = False
+
+    # The state of the only bucket of a plain step on the CPU, as the compiled library knows it.
+    _held_state: ops.HeldState | None = None
 
     # Set by GradScaler around a step: what the gradients are divided by, and whether one of them is infinite or nan. At
     # other times GradScaler wants them to be absent, or None.
@@ -259,6 +268,7 @@ class AdadeltaKeras(KerasInterface):
                 param_groups.check_state(param_groups.name_of(group_index, group, index), param, saved)
                 if saved and param.is_complex():  # Optimizer.load_state_dict casts real state only
                     state["state"][param] = {key: tensor.to(param.dtype) for key, tensor in saved.items()}
+        self._held_state = None
         super().__setstate__({**state, "_sources": sources})
         self._name_callables()
 
@@ -550,7 +560,26 @@ class AdadeltaKeras(KerasInterface):
             buckets += split(group, lists, values, self._groups_are_mixed)
         if not buckets:
             return None
-        return buckets, repeat(NO_CLIP), new_state, (), self._check_all(buckets, new_state)
+        checks_itself = self._check_all(buckets, new_state)
+        if checks_itself:
+            buckets = [self._with_held_state(buckets[0])]
+        return buckets, repeat(NO_CLIP), new_state, (), checks_itself
+
+    def _with_held_state(self, bucket: Bucket) -> Bucket:
+        """A fused bucket with state on the CPU as one that need not hand that over anew."""
+        group, _, lists, values = bucket
+        held_state = self._held_state
+        if _is_compiling() or _count_dispatch_modes():
+            return bucket
+        if held_state is None or lists[2] is not held_state.square_avgs:
+            self._held_state = None
+            try:
+                if not lists[2][0].is_cpu or any(n > _MOST_HELD for n in accumulate(map(Tensor.numel, lists[2]))):
+                    return bucket
+                self._held_state = held_state = ops.HeldState(*lists[2:])
+            except (AttributeError, RuntimeError, TypeError):  # no dense tensors: the update will say which
+                return bucket
+        return group, held_state.adadelta_, lists, values
 
     def _plan(self) -> _Plan | None:
         param_groups.check_agreement(self.param_groups)
@@ -687,7 +716,14 @@ class AdadeltaKeras(KerasInterface):
             states = self.state.values()  # in the same order; to hash a thousand parameters takes much longer
         else:
             states = list(map(self.state.get, params))
+        held = self._held_state
         try:
+            if (
+                held is not None
+                and len(held.square_avgs) == len(params)
+                and held.holds(map(_get_square_avg, states), map(_get_acc_delta, states))
+            ):
+                return params, grads, held.square_avgs, held.acc_deltas
             return params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states))
         except (KeyError, TypeError):  # some parameter has no state yet, or an empty one
             states = [self._complete(p, state, new_state) for p, state in zip(params, states, strict=True)]

@@ -5,6 +5,7 @@
 #include "parallel.h"
 
 #include "../arguments.h"
+#include "../held_state.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -127,6 +128,23 @@ void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   }
 }
 
+// adadelta_.held in ops.cpp.
+void adadelta_held(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  std::optional<HeldGil> gil;  // before what is destroyed while it is held
+  const TensorList params(stack[0]), grads(stack[1]);
+  const auto state = held_state(to<int64_t>(stack[2]));
+  UpdateOptions options;
+  options.lr = {to<double>(stack[3])};
+  options.rho = {to<double>(stack[4])};
+  options.epsilon = {to<double>(stack[5])};
+  options.maximize = to<bool>(stack[6]);
+  update_entries(
+      read_entries(params, grads, state->square_avgs, state->acc_deltas, aoti_torch_device_type_cpu()), options
+  );
+  gil.emplace();
+}
+
 // check_lists in ops.cpp: what adadelta_ checks, and nothing more.
 void check_lists(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
@@ -139,5 +157,6 @@ void check_lists(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) {
   m.impl("adadelta_", torch_adadelta::cpu::adadelta_);
   m.impl("adadelta_.unclipped", torch_adadelta::cpu::adadelta_);
+  m.impl("adadelta_.held", torch_adadelta::cpu::adadelta_held);
   m.impl("check_lists", torch_adadelta::cpu::check_lists);
 }
