@@ -19,12 +19,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
+import shapes
 import torch
-from measure import Spread, Step, write_json
+from measure import Spread, Step, Timings, interleave, write_json
+from shapes import Shape
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -32,29 +35,7 @@ from torch_adadelta import AdadeltaKeras, ops
 
 LR: Final = 1e-3
 
-Shape = tuple[int, ...]
-
 # ---- Workloads ------------------------------------------------------------------------------------------------------
-
-
-def resnet50_shapes() -> list[Shape]:
-    """The shapes of the 161 parameters of a ResNet-50 for 1000 classes, in the order of its layers."""
-    shapes: list[Shape] = []
-
-    def add_convolution(inputs: int, outputs: int, kernel: int) -> None:
-        shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])  # its batch norm has two vectors
-
-    add_convolution(3, 64, 7)
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            add_convolution(channels, width, 1)
-            add_convolution(width, width, 3)
-            add_convolution(width, 4 * width, 1)
-            if block == 0:
-                add_convolution(channels, 4 * width, 1)  # the shortcut
-            channels = 4 * width
-    return [*shapes, (1000, channels), (1000,)]
 
 
 class Workload(NamedTuple):
@@ -79,7 +60,7 @@ def workloads() -> list[Workload]:
         result += [
             Workload(f"1x64M{suffix}", [(2**26,)], dtype, True),
             Workload(f"1x1G{suffix}", [(2**30,)], dtype, True, is_quick=False),
-            Workload(f"resnet50{suffix}", resnet50_shapes(), dtype, False),
+            Workload(f"resnet50{suffix}", shapes.resnet50(), dtype, False),
             Workload(f"1000x16{suffix}", [(16,)] * 1000, dtype, False),
         ]
     return result
@@ -204,63 +185,52 @@ def contenders(workload: Workload, *, with_compile: bool) -> dict[str, Step]:
 # ---- Time -----------------------------------------------------------------------------------------------------------
 
 
-class Timings(NamedTuple):
-    """Seconds of one step, for each contender a value a round; the time of the host alone; who is absent, and why."""
+class HostTimings(NamedTuple):
+    """What `interleave` says; and the seconds of the host in one step, for each contender a value a round."""
 
-    seconds: dict[str, list[float]]
+    timings: Timings
     host: dict[str, list[float]]
-    absent: dict[str, str]
-
-    def ratio(self, name: str, other: str) -> Spread:
-        """How many times as long `name` takes as `other`, over the rounds."""
-        return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
 
 
-def timed(step: Step, calls: int) -> tuple[float, float]:
-    """Seconds of one step, and of the host in it, over some steps."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    host = time.perf_counter() - start
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls, host / calls
+class DeviceTimer:
+    """Times calls by CUDA events, and keeps how long the host took for each of them."""
 
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.host: list[float] = []
 
-LEAST_ROUNDS: Final = 7
+    def __call__(self, calls: int) -> float:
+        """The seconds of some calls."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.step()
+        self.host.append((time.perf_counter() - start) / calls)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
 
 # Launches that the driver takes before it makes the host wait are some hundred: not to be reached.
 MOST_CALLS: Final = 100
 
 
-def interleave(steps: Mapping[str, Step], *, budget: float, turn: float, rounds: int | None) -> Timings:
-    """Times contenders round-robin, every other round backwards; see `interleave` in measure.py."""
-    calls: dict[str, int] = {}
-    absent: dict[str, str] = {}
-    for name, step in steps.items():
-        try:
-            for _ in range(3):
-                step()
-            seconds, _ = timed(step, 2)
-        except RuntimeError as error:  # out of memory, or nothing to compile with
-            absent[name] = str(error).strip().partition("\n")[0] or type(error).__name__
-            continue
-        calls[name] = min(MOST_CALLS, max(1, round(turn / seconds)))
-    timings = Timings({name: [] for name in calls}, {name: [] for name in calls}, absent)
-    order = list(calls)
-    start = time.perf_counter()
-    for done in range(rounds or sys.maxsize):
-        if not rounds and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
-            break
-        for name in order:
-            seconds, host = timed(steps[name], calls[name])
-            timings.seconds[name].append(seconds)
-            timings.host[name].append(host)
-        order.reverse()
-    return timings
+def measure(steps: Mapping[str, Step], *, budget: float, turn: float, rounds: int | None) -> HostTimings:
+    """Times contenders round-robin."""
+    timers = {name: DeviceTimer(step) for name, step in steps.items()}
+    timings = interleave(
+        {name: partial(lambda timer: timer, timer) for name, timer in timers.items()},
+        budget=budget,
+        turn=turn,
+        fits_cache=False,
+        rounds=rounds,
+        most_calls=MOST_CALLS,
+    )
+    # The calls before the first round are not of one.
+    host = {name: timers[name].host[-len(values) :] for name, values in timings.seconds.items()}
+    return HostTimings(timings, host)
 
 
 def extra_memory(step: Step) -> int:
@@ -351,8 +321,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
-def timings_lines(workload: Workload, timings: Timings) -> list[str]:
+def timings_lines(workload: Workload, measured: HostTimings) -> list[str]:
     """A section: one row a contender."""
+    timings, host = measured
     rows = []
     for name, values in timings.seconds.items():
         spread = Spread.of(values)
@@ -361,9 +332,9 @@ def timings_lines(workload: Workload, timings: Timings) -> list[str]:
         has_rate = workload.is_large and name not in (TORCH_FOREACH, CLIPNORM, GLOBAL_CLIPNORM)
         rate = f"{moved / spread.median / 1e9:.0f} GB/s" if has_rate else ""
         ratio = f"{timings.ratio(name, FUSED).median:.3g}" if FUSED in timings.seconds else ""
-        rows.append((name, duration_text(spread), seconds_text(median(timings.host[name])), ratio, rate))
-    rounds = len(next(iter(timings.seconds.values()), []))
-    lines = [f"### {workload.name}: {len(workload.shapes):,} tensors, {workload.numel:,} elements, {rounds} rounds", ""]
+        rows.append((name, duration_text(spread), seconds_text(median(host[name])), ratio, rate))
+    title = f"{workload.name}: {len(workload.shapes):,} tensors, {workload.numel:,} elements, {timings.rounds} rounds"
+    lines = [f"### {title}", ""]
     if rows:
         lines += table(("contender", "one step (quartiles)", "host", "time / fused", "bytes it must move"), rows)
     return [*lines, "", *(f"- absent: {name}: {reason}" for name, reason in timings.absent.items()), ""]
@@ -433,11 +404,12 @@ def main() -> int:
             data["workloads"].append({"name": workload.name, "left out": section[2][2:]})
         else:
             steps = contenders(workload, with_compile=arguments.compile)
-            timings = interleave(steps, budget=1 if arguments.quick else 5, turn=0.02, rounds=arguments.rounds)
+            measured = measure(steps, budget=1 if arguments.quick else 5, turn=0.02, rounds=arguments.rounds)
+            timings = measured.timings
             ours = [name for name in (FUSED, CLIPNORM, GLOBAL_CLIPNORM) if name in timings.seconds]
             memory: dict[str, int] = {name: extra_memory(steps[name]) for name in ours}
             del steps
-            section = timings_lines(workload, timings)
+            section = timings_lines(workload, measured)
             judged += verdicts(workload, timings, memory)
             data["workloads"].append(
                 {
@@ -446,7 +418,7 @@ def main() -> int:
                     "elements": workload.numel,
                     "dtype": str(workload.dtype).removeprefix("torch."),
                     "seconds": {name: Spread.of(values)._asdict() for name, values in timings.seconds.items()},
-                    "host seconds": {name: Spread.of(values)._asdict() for name, values in timings.host.items()},
+                    "host seconds": {name: Spread.of(values)._asdict() for name, values in measured.host.items()},
                     "extra memory": memory,
                     "absent": timings.absent,
                 }

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -97,6 +98,7 @@ def interleave(
     turn: float,
     fits_cache: bool,
     rounds: int | None = None,
+    most_calls: int = sys.maxsize,
     busy: Callable[[], float] = time.process_time,
 ) -> Timings:
     """Times contenders round-robin, so that all of them see the machine's good and bad moments.
@@ -111,6 +113,7 @@ def interleave(
         fits_cache: whether the caches can hold a contender's data. A turn that is not timed then precedes each that is,
             and brings back what the others displaced; it takes some calls.
         rounds: the number of rounds, whatever the budget.
+        most_calls: the most calls of a turn, however short they are.
         busy: the processor seconds that the contenders have used so far.
     """
     turns: dict[str, tuple[Timer, int, bool, int]] = {}
@@ -121,8 +124,8 @@ def interleave(
             timed = build()
             first[name] = timed(1)
             calls = 1
-            while (seconds := timed(calls)) < turn:
-                calls = max(calls + 1, round(calls * min(1.2 * turn / seconds, 10)))
+            while (seconds := timed(calls)) < turn and calls < most_calls:
+                calls = min(max(calls + 1, round(calls * min(1.2 * turn / seconds, 10))), most_calls)
         except RuntimeError as error:
             first.pop(name, None)
             absent[name] = str(error).strip().partition("\n")[0] or type(error).__name__

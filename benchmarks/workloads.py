@@ -112,17 +112,17 @@ HOST: Final = "the host: Python, the dispatcher, reading the lists"
 _BFLOAT16: Final = torch.bfloat16
 
 WORKLOADS: Final = (
-    Workload("1x16M", one(2**24), budget=22, turn=0.03, fits_cache=False, clips=True, compiles=True, limit=MEMORY),
+    Workload("1x16M", one(2**24), budget=15, turn=0.03, fits_cache=False, clips=True, compiles=True, limit=MEMORY),
     Workload("200x4096", many(200, 4096), budget=9, turn=5e-3, clips=True, compiles=True, limit=ARITHMETIC),
     Workload("1000x16", many(1000, 16), budget=9, turn=5e-3, clips=True, limit=HOST),
     Workload("1x16", one(16), budget=4, turn=5e-4, compiles=True, limit=HOST),
     Workload("1x32K, 1 thread", one(2**15), turn=2e-3, threads=1, compiles=True, limit=ARITHMETIC),
-    Workload("resnet50", tuple(shapes.resnet50()), budget=8, turn=0.03, fits_cache=False, limit=MEMORY),
-    Workload("vit_b16", tuple(shapes.vit_b16()), budget=8, turn=0.03, fits_cache=False, limit=MEMORY),
-    Workload("gpt2_small", tuple(shapes.gpt2_small()), budget=8, turn=0.03, fits_cache=False, limit=MEMORY),
-    Workload("embedding", tuple(shapes.embedding(10**6)), budget=6, turn=0.03, fits_cache=False, limit=MEMORY),
+    Workload("resnet50", tuple(shapes.resnet50()), budget=6, turn=0.03, fits_cache=False, limit=MEMORY),
+    Workload("vit_b16", tuple(shapes.vit_b16()), budget=6, turn=0.03, fits_cache=False, limit=MEMORY),
+    Workload("gpt2_small", tuple(shapes.gpt2_small()), budget=6, turn=0.03, fits_cache=False, limit=MEMORY),
+    Workload("embedding", tuple(shapes.embedding(10**6)), budget=4, turn=0.03, fits_cache=False, limit=MEMORY),
     Workload(
-        "1x16M-bfloat16", one(2**24), _BFLOAT16, budget=10, turn=0.03, fits_cache=False, clips=True, limit=MEMORY_16BIT
+        "1x16M-bfloat16", one(2**24), _BFLOAT16, budget=8, turn=0.03, fits_cache=False, clips=True, limit=MEMORY_16BIT
     ),
     Workload("200x4096-bfloat16", many(200, 4096), _BFLOAT16, turn=5e-3, limit=ARITHMETIC),
     Workload("1000x16-bfloat16", many(1000, 16), _BFLOAT16, turn=5e-3, limit=HOST),

@@ -76,6 +76,21 @@ def test_contenders_take_turns_in_both_directions() -> None:
     assert timings.difference("b", "a").median == pytest.approx(1e-3)
 
 
+def test_a_turn_has_no_more_calls_than_allowed() -> None:
+    from measure import interleave
+
+    turns: list[int] = []
+
+    def timed(calls: int) -> float:
+        turns.append(calls)
+        return calls * 1e-6
+
+    timings = interleave({"a": lambda: timed}, budget=1.0, turn=1.0, fits_cache=False, rounds=4, most_calls=70)
+    assert turns[-4:] == [70] * 4
+    assert max(turns) == 70
+    assert timings.spread("a").median == pytest.approx(1e-6)
+
+
 def test_a_contender_that_cannot_run_is_absent_and_a_slow_one_has_few_rounds() -> None:
     from measure import SLOW_ROUNDS, interleave
 
