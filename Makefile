@@ -13,13 +13,18 @@ CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions -type f -no
 # A stamp for each PyTorch and set of extras; each also installs the package itself, compiled and editable.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test nightly bench lint format clean
 
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
 
 test: $(INSTALLED)-test-keras-examples
 	$(VENV)/bin/python -m pytest
+
+# What takes hours: LIVES drawn lives of an optimizer (see tests/test_drawn_lives.py), each time others.
+LIVES ?= 100000
+nightly: $(INSTALLED)-test
+	TORCH_ADADELTA_LIVES=$(LIVES) $(VENV)/bin/python -m pytest tests/test_drawn_lives.py
 
 # Some ten minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.
 BENCH ?=

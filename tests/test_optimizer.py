@@ -244,6 +244,22 @@ def test_state_that_no_longer_fits_is_noticed_where_it_is_held(key: str) -> None
         assert_unchanged(optimizer, before)
 
 
+@pytest.mark.parametrize("key", ["square_avg", "acc_delta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_state_that_is_a_lazy_view_is_refused(path: Path, dtype: torch.dtype, key: str) -> None:
+    """What is written to a resolved copy of it would be lost."""
+    optimizer = AdadeltaKeras([Parameter(torch.ones(4, dtype=dtype)) for _ in range(2)], **path.options)
+    advance(optimizer)
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    state[key] = state[key].conj() if dtype.is_complex else torch._neg_view(-state[key])
+    before = snapshot(optimizer)
+    with pytest.raises(
+        RuntimeError, match=f"parameter 1 of group 0: its state {key} is a lazily conjugated or negated"
+    ):
+        advance(optimizer)
+    assert_unchanged(optimizer, before)
+
+
 def test_state_in_another_order_than_the_parameters(path: Path) -> None:
     """Parameters get their state in the order of their first gradients, which need not be theirs in the group."""
     params = [Parameter(torch.ones(3)) for _ in range(3)]

@@ -150,10 +150,15 @@ class HeldState:
 
     Whoever has it must see to it, with `holds`, that the accumulators are still those: nobody else would notice that
     others have taken their place. The memory, shape and dtype of each are looked at anew by every update. Not for what
-    is traced: the schema of the op does not show that the accumulators are written to.
+    is traced: the schema of the op does not show that the accumulators are written to. As long as one is held,
+    `torch.utils.swap_tensors` refuses it.
+
+    Raises RuntimeError for complex numbers and for a negated view, whose pending operation the op would not see.
     """
 
     def __init__(self, square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
+        if any(x.is_complex() or x.is_neg() for tensors in (square_avgs, acc_deltas) for x in tensors):
+            raise RuntimeError("complex or negated accumulators cannot be held")
         self.square_avgs: Final = square_avgs
         self.acc_deltas: Final = acc_deltas
         self._number: int = torch.ops.torch_adadelta.hold_state.default(square_avgs, acc_deltas)

@@ -577,7 +577,11 @@ class AdadeltaKeras(KerasInterface):
                 if not lists[2][0].is_cpu or any(n > _MOST_HELD for n in accumulate(map(Tensor.numel, lists[2]))):
                     return bucket
                 self._held_state = held_state = ops.HeldState(*lists[2:])
-            except (AttributeError, RuntimeError, TypeError):  # no dense tensors: the update will say which
+            except (
+                AttributeError,
+                RuntimeError,
+                TypeError,
+            ):  # none that can be held; if no update can, it will say which
                 return bucket
         return group, held_state.adadelta_, lists, values
 

@@ -300,6 +300,10 @@ def check_row(
             )
         if tensor.layout is not torch.strided or overlaps_itself(tensor):
             raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
+        if tensor.is_conj() or tensor.is_neg():
+            raise RuntimeError(
+                f"{name()}: its {kind} is a lazily conjugated or negated view. Use .resolve_conj().resolve_neg()"
+            )
     if not _PLAIN_TYPES.issuperset(map(type, (param, grad, square_avg, acc_delta))):
         return
     for tensor in (param, square_avg, acc_delta):
