@@ -1,4 +1,4 @@
-# make demo · test · bench · lint: each from nothing. They make .venv and install what they need into it.
+# make demo · test · bench · lint · docs · sanitize · wheel: each from nothing. They make .venv and install what they need into it.
 
 # Another PyTorch: make test TORCH=torch==2.10.0
 TORCH ?= torch==2.13.0
@@ -8,12 +8,12 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions -type f -not -name '*.json')
+CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/sanitizers -type f -not -name '*.json')
 
 # A stamp for each PyTorch and set of extras; each also installs the package itself, compiled and editable.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
-.PHONY: demo test nightly bench lint format clean
+.PHONY: demo test nightly bench lint format docs sanitize wheel matrix clean
 
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
@@ -41,6 +41,28 @@ format: $(INSTALLED)-lint-test-examples
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+# The pages of docs/ and the reference of every public name; a warning is an error.
+docs: $(INSTALLED)-docs
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build
+	@echo docs/_build/index.html
+
+# The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer, LeakSanitizer and ThreadSanitizer.
+sanitize: $(INSTALLED)-test
+	PYTHON="$(abspath $(VENV))/bin/python" scripts/sanitize.sh
+
+# One file for every PyTorch from 2.10 and every Python from 3.10, tagged for the oldest glibc that its symbols allow.
+wheel: $(INSTALLED)-wheel
+	rm -rf build dist
+	$(VENV)/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	$(VENV)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --wheel-dir dist --exclude 'libtorch*' \
+		--exclude 'libc10*' build/wheel/*.whl
+	$(VENV)/bin/python scripts/check_wheel.py dist/*.whl
+
+# The wheel's tests on one PyTorch and Python after another; the script says which, and how to choose.
+matrix: wheel
+	scripts/version_matrix.sh dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info torch_adadelta/*.so

@@ -8,6 +8,7 @@ architectures.
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,10 @@ COMPILE_FLAGS = [
     # Every operation is rounded on its own, as in Keras.
     "-ffp-contract=off",
 ]
+
+# Before PyTorch's libraries, which hold parts of a newer libstdc++ under names without a version: whoever takes those
+# depends on how that PyTorch was built.
+FIRST_LIBRARIES = ["stdc++"]
 
 CUDA_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
@@ -123,12 +128,17 @@ def options() -> dict:
             "torch first, then run `pip install --no-build-isolation .` (or set TORCH_ADADELTA_NO_EXT=1 to do without "
             "the compiled library)."
         )
+    try:
+        runpy.run_path("torch_adadelta/compatibility.py")
+    except ImportError as error:
+        sys.exit(str(error))
     headers = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
     libraries = [
         CppExtension(
             "torch_adadelta._C",
             sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
             depends=headers,
+            libraries=[*FIRST_LIBRARIES],
             extra_compile_args=COMPILE_FLAGS,
             py_limited_api=True,  # no libtorch_python
         )
@@ -145,7 +155,7 @@ def options() -> dict:
                 depends=headers,
                 include_dirs=[str(toolkit / "include")],
                 library_dirs=[str(toolkit / "lib64")],
-                libraries=["cudart_static", "dl", "pthread", "rt"],
+                libraries=[*FIRST_LIBRARIES, "cudart_static", "dl", "pthread", "rt"],
                 # By libtorch the loader finds what only a PyTorch with CUDA has.
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
                 extra_compile_args={"cxx": COMPILE_FLAGS, "nvcc": [*CUDA_FLAGS, *architecture_flags(toolkit)]},

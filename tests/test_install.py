@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -52,11 +53,18 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
-def build_wheel(tree: Path, **environment: str) -> tuple[Path, str]:
+def build_wheel(tree: Path, source: Path | None = None, **environment: str) -> tuple[Path, str]:
     pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index")
-    result = run(*pip, "--wheel-dir", str(tree / "wheels"), str(tree), **environment)
+    result = run(*pip, "--wheel-dir", str(tree / "wheels"), str(source or tree), **environment)
     (wheel,) = (tree / "wheels").iterdir()
     return wheel, result.stdout + result.stderr
+
+
+def build_sdist(tree: Path) -> Path:
+    code = "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta; build_meta.build_sdist('sdist')"
+    run(sys.executable, "-c", code, str(tree))
+    (sdist,) = (tree / "sdist").iterdir()
+    return sdist
 
 
 def unpack(wheel: Path) -> dict[str, str]:
@@ -75,7 +83,13 @@ def without_numbers(text: str) -> str:
 
 
 def test_wheel_fits_any_python_and_holds_the_library(tree: Path) -> None:
-    wheel, _ = build_wheel(tree)
+    """Built from an sdist, which must hold all that it takes."""
+    sdist = build_sdist(tree)
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*.*")} <= held
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "torch_adadelta/py.typed"} <= held
+    wheel, _ = build_wheel(tree, sdist)
     assert re.fullmatch(r"torch_adadelta-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"torch_adadelta/_C.so", "torch_adadelta/py.typed", "torch_adadelta/__main__.py"} <= names
@@ -208,6 +222,48 @@ def test_a_build_that_cannot_see_torch_says_what_to_do(tree: Path) -> None:
     assert "install torch first, then run `pip install --no-build-isolation .`" in " ".join(
         (result.stdout + result.stderr).split()
     )
+
+
+def old_torch(folder: Path) -> dict[str, str]:
+    """The environment of a Python that finds a PyTorch of which nothing more is known than that it is too old."""
+    (folder / "torch" / "utils").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text("__version__ = '2.9.1'")
+    (folder / "torch" / "utils" / "__init__.py").touch()
+    (folder / "torch" / "utils" / "cpp_extension.py").write_text("BuildExtension = CppExtension = None")
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_too_old_a_torch_is_refused_at_build_and_at_import(tree: Path) -> None:
+    sentence = (
+        "torch_adadelta needs PyTorch 2.10 or later, and this is PyTorch 2.9.1: run `pip install --upgrade torch`"
+    )
+    old = old_torch(tree / "old")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    result = run(*pip, "--wheel-dir", str(tree / "wheels"), str(tree), check=False, **old)
+    assert result.returncode != 0
+    assert sentence in " ".join((result.stdout + result.stderr).split())
+    result = run(sys.executable, "-c", "import torch_adadelta", check=False, PYTHONPATH=f"{old['PYTHONPATH']}:{tree}")
+    assert result.stderr.splitlines()[-1] == f"ImportError: {sentence}"
+
+
+def older_pythons() -> list[str]:
+    """Pythons on PATH that are too old, and run."""
+    found = [path for minor in (8, 9) if (path := shutil.which(f"python3.{minor}"))]
+    return [
+        path for path in found if subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+    ]
+
+
+def test_too_old_a_python_is_refused(tree: Path) -> None:
+    """At install by pip, which reads it in the metadata; at import by the first file of the package."""
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
+    code = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); runpy.run_path(sys.argv[1])"
+    for python, program in [(sys.executable, code), *((path, "import torch_adadelta") for path in older_pythons())]:
+        argument = str(ROOT / "torch_adadelta" / "compatibility.py")
+        result = run(python, "-c", program, argument, check=False, PYTHONPATH=str(tree))
+        assert result.stderr.splitlines()[-1].startswith(
+            "ImportError: torch_adadelta needs Python 3.10 or later, and this is Python 3."
+        )
 
 
 def test_a_compile_error_is_not_passed_over(tree: Path) -> None:

@@ -1,5 +1,6 @@
 """The Adadelta of tf.keras for PyTorch: the same numbers, at the speed of the memory bus."""
 
+from torch_adadelta import compatibility as _compatibility  # noqa: F401  (first: it refuses what is too old)
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.version import __version__
 
