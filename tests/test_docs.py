@@ -1,19 +1,30 @@
-"""The Python blocks of the pages in docs/: each runs, section by section; those that cannot run here are compiled."""
+"""The code in README.md, docs/ and CONTRIBUTING.md: Python blocks run, section by section, those that cannot run here are
+compiled and counted, and commands name what there is.
+"""
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
 
-DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
+ROOT: Final = Path(__file__).resolve().parent.parent
+DOCS: Final = ROOT / "docs"
+PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
+
+# Python blocks that the tests do not run, each marked on its page with the reason.
+MOST_NOT_RUN: Final = 4
 
 _BLOCK: Final = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
 class Section(NamedTuple):
-    """The blocks under one heading, which share their variables."""
+    """The blocks under one heading, or of the whole README, which share their variables."""
 
     page: str
     heading: str
@@ -25,8 +36,9 @@ class Section(NamedTuple):
 
 def sections() -> list[Section]:
     found = []
-    for page in sorted(DOCS.glob("*.md")):
-        for text in re.split(r"^## ", page.read_text(), flags=re.MULTILINE):
+    for page in PAGES:
+        whole = page.read_text() if page.exists() else ""
+        for text in [whole] if page.name == "README.md" else re.split(r"^## ", whole, flags=re.MULTILINE):
             blocks = [(match[1] is None, match[2]) for match in _BLOCK.finditer(text)]
             if blocks:
                 found.append(Section(page.name, text.partition("\n")[0], blocks))
@@ -47,21 +59,79 @@ def test_blocks_run(section: Section) -> None:
 
 
 def test_every_block_is_found() -> None:
-    for page in DOCS.glob("*.md"):
+    not_run = []
+    for page in PAGES:
         text = page.read_text()
         assert text.count("```python") == len(_BLOCK.findall(text))
-        assert text.count("<!-- not run") == sum(bool(marked) for marked, _ in _BLOCK.findall(text))
-
-
-def test_links_lead_somewhere() -> None:
-    for page in DOCS.glob("*.md"):
-        text = page.read_text()
-        anchors = {
-            re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-            for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert len(re.findall("^<!-- not run", text, re.MULTILINE)) == sum(
+            bool(marked) for marked, _ in _BLOCK.findall(text)
+        )
+        # Directives of the generator, and nothing else, are the other blocks.
+        assert set(re.findall(r"^```(.*)", text, re.MULTILINE)) <= {
+            "",
+            "python",
+            "{toctree}",
+            "{eval-rst}",
+            "{include} ../README.md",
         }
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in anchors, target
-            elif "://" not in target:
-                assert (page.parent / target.partition("#")[0]).exists(), target
+        not_run += [f"{page.name}: {marked}" for marked, _ in _BLOCK.findall(text) if marked]
+    assert len(not_run) <= MOST_NOT_RUN, "\n".join(not_run)
+
+
+def commands() -> list[tuple[str, str]]:
+    """The page and the text of each command line in an indented block, without its comment."""
+    programs = r"make|\.venv/bin/\w+|python|pip|scripts/\S+|CXX=\S+ pip|(?:\w+=\S* )*python"
+    found = []
+    for page in PAGES:
+        for line in re.findall(rf"^    ((?:{programs}) .*|scripts/\S+)$", page.read_text(), re.MULTILINE):
+            found.append((page.name, re.sub(r"\s+# .*", "", line)))
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=" ".join)
+def test_commands_name_what_there_is(page: str, command: str) -> None:
+    words = [word for word in command.split() if "=" not in word]
+    if words[0] == "make":
+        targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in " ".join(targets).split()
+    for word in words:
+        if re.fullmatch(r"(?!\.venv)[\w./]+/[\w./]+|\w+\.py", word):
+            assert (ROOT / word).exists(), f"{page} tells of {word}"
+    if "-m" in words and (module := words[words.index("-m") + 1]) == "torch_adadelta":
+        assert (ROOT / module / "__main__.py").exists()
+    assert words[0] in ("make", "python", "pip") or (ROOT / words[0]).exists() or words[0].startswith(".venv/bin/")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), target
+        if anchor and other.suffix == ".md":
+            anchors = {
+                re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                for heading in re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+            }
+            assert anchor in anchors, target
+
+
+def test_troubleshooting_knows_what_the_diagnostics_print() -> None:
+    """Each line of `python -m torch_adadelta`, and each message that the page quotes as ours, stands in the sources."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    printed = subprocess.run(
+        [sys.executable, "-m", "torch_adadelta"], capture_output=True, text=True, check=True
+    ).stdout
+    labels = re.findall(r"^ {0,2}(\w+(?:[ -]\w+)?)(?: {2,}| \d)", printed, re.MULTILINE)
+    assert {"Python", "CPU library", "CPU kernels", "for-loop", "fused"} <= set(labels)
+    for label in labels:
+        assert f"`{label}`" in page, label
+    sources = " ".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text())
+        for path in [*(ROOT / "torch_adadelta").glob("*.py"), ROOT / "setup.py"]
+    )
+    for quoted in re.findall(r"^\*\*`([^`]+)`", page, re.MULTILINE) + re.findall(r"warning `([^`]+)`", page):
+        assert quoted in sources, quoted

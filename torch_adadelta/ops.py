@@ -231,7 +231,7 @@ def sparse_adadelta_(
     """`adadelta_` by sparse gradients: only the rows that occur are read or written.
 
     The gradient of parameter i consists of the dense parts of a COO tensor: `indices[i]`, [sparse dimensions,
-    occurrences] of int64, and `values[i]`, [occurrences, *the other dimensions of the parameter], contiguous. Each
+    occurrences] of int64, and `values[i]`, [occurrences, the other dimensions of the parameter], contiguous. Each
     value is cast, divided by `grad_scale`, clipped and negated by itself, as an element of a dense gradient is; then
     those of one row are added to 0 in the order in which they occur. `square_sums` are those of `values`. On the CPU
     the same bits come out of any number of threads.
