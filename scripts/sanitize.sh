@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Runs the CPU kernels, compiled anew, under sanitizers:
+#
+#     scripts/sanitize.sh [address] [thread]
+#
+# address: AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer, under tests/sanitizers/driver.cpp and under
+#          the tests of the ops (TESTS names others).
+# thread:  ThreadSanitizer, under the driver. Python and OpenMP are left out: they are not compiled for it.
+#
+# PYTHON is an interpreter with PyTorch and the tests' requirements, CXX the compiler (g++ or clang++). What is built
+# stays in build/sanitize, and is built again only where a source has changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+CXX=${CXX:-c++}
+TESTS=${TESTS:-tests/test_ops.py tests/test_clip_ops.py}
+
+# The flags of the build; what they do to roundings is tested, so it is what must be watched.
+flags=$("$PYTHON" - <<'END'
+import pathlib, re
+from torch.utils.cpp_extension import include_paths
+listed = re.search(r"COMPILE_FLAGS = \[(.*?)\n\]", pathlib.Path("setup.py").read_text(), re.DOTALL)[1]
+print("-DTORCH_TARGET_VERSION=0x020a000000000000", *re.findall(r'^ *"(-[^"{]+)"', listed, re.MULTILINE))
+print(*(f"-isystem {path}" for path in include_paths()))
+END
+)
+libraries=$("$PYTHON" -c 'import torch.utils.cpp_extension as c; print(*c.library_paths())')
+
+link=(-ltorch -ltorch_cpu -lc10 -ldl -pthread)
+for path in $libraries; do
+  link+=("-L$path" "-Wl,-rpath,$path")
+done
+
+# Compiles the library and the driver into build/sanitize/NAME. Arguments: NAME, the options that choose sanitizers.
+build() {
+  local folder=build/sanitize/$1
+  shift
+  mkdir -p "$folder"
+  local compile="$CXX -std=c++20 -g -fPIC -fno-omit-frame-pointer $(echo $flags | sed 's/-O3/-O1/') $*"
+  for source in $(find csrc -name '*.cpp') tests/sanitizers/driver.cpp; do
+    local object=$folder/$(echo "$source" | tr / _).o
+    if [ ! -e "$object" ] || [ -n "$(find csrc setup.py "$source" -newer "$object" -type f)" ]
+    then
+      echo "$compile -c $source -o $object"
+    fi
+  done | xargs -d '\n' -r -P "$(nproc)" -I{} sh -c '{}'
+  $CXX "$@" -shared "$folder"/csrc_*.o -o "$folder/_C.so" "${link[@]}"
+  $CXX "$@" -rdynamic "$folder"/tests_*.o -o "$folder/driver" -Wl,--no-as-needed "${link[@]}"
+}
+
+check_address() {
+  build address -fsanitize=address,undefined -fno-sanitize-recover=all
+  # What PyTorch keeps until the end of the process is reachable, and so no leak.
+  build/sanitize/address/driver build/sanitize/address/_C.so
+
+  # The package with the library that is watched. The sanitizers come first, for Python does not know them.
+  local package=$PWD/build/sanitize/address/package
+  rm -rf "$package"
+  mkdir -p "$package"
+  cp -r torch_adadelta "$package"
+  cp build/sanitize/address/_C.so "$package/torch_adadelta"
+  local tests=()
+  for test in $TESTS; do
+    tests+=("$PWD/$test")
+  done
+  # Python leaves much behind at its end, and libstdc++ must be there when the sanitizer looks for its functions.
+  # Python looks for modules where it is started first, so that is not the checkout.
+  cd "$package"
+  LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libubsan.so) $($CXX -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+    PYTHONPATH=$PWD "$PYTHON" -m pytest -q -p no:cacheprovider "${tests[@]}"
+  cd - >/dev/null
+}
+
+check_thread() {
+  build thread -fsanitize=thread
+  TSAN_OPTIONS=halt_on_error=1 build/sanitize/thread/driver build/sanitize/thread/_C.so
+}
+
+for sanitizer in "${@:-address thread}"; do
+  for name in $sanitizer; do
+    "check_$name"
+    echo "sanitize: $name: nothing found"
+  done
+done

@@ -1,0 +1,535 @@
+// Calls every CPU op through PyTorch's dispatcher, without Python, for sanitizers to watch:
+//
+//     driver LIBRARY
+//
+// on each instruction set, for tensors of every dtype and several layouts whose memory ends with their last element,
+// with each option, by wrong arguments too, and from several threads at a time while another changes the instruction
+// set. All runs of a case must give the same bits. PyTorch's loop over its threads is replaced by one over std::thread:
+// the sanitizers do not know of what OpenMP's threads wait for.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+// ---- PyTorch's threads ----------------------------------------------------------------------------------------------
+
+constexpr int64_t kThreads = 4;
+
+extern "C" AOTITorchError torch_get_num_threads(uint32_t* count) {
+  *count = kThreads;
+  return AOTI_TORCH_SUCCESS;
+}
+
+extern "C" AOTITorchError torch_parallel_for(
+    int64_t begin, int64_t end, int64_t grain, ParallelFunc run, void* context
+) {
+  const int64_t count = end - begin;
+  const int64_t pieces = std::min(kThreads, (count + grain - 1) / std::max<int64_t>(grain, 1));
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < pieces; ++i) {
+    threads.emplace_back(run, begin + count * i / pieces, begin + count * (i + 1) / pieces, context);
+  }
+  if (count > 0) {
+    run(begin, begin + count / std::max<int64_t>(pieces, 1), context);
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  return AOTI_TORCH_SUCCESS;
+}
+
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Sizes = std::vector<int64_t>;
+using OptionalTensor = std::optional<Tensor>;
+
+#define CHECK_CODE(call)                                                                        \
+  if ((call) != AOTI_TORCH_SUCCESS) {                                                           \
+    throw std::runtime_error(std::string(#call) + " failed, line " + std::to_string(__LINE__)); \
+  }
+
+void check(bool condition, const std::string& what) {
+  if (!condition) {
+    throw std::logic_error(what);
+  }
+}
+
+// ---- Tensors --------------------------------------------------------------------------------------------------------
+
+enum Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kComplex64 };
+
+int32_t torch_dtype(Dtype dtype) {
+  switch (dtype) {
+    case kFloat32:
+      return aoti_torch_dtype_float32();
+    case kFloat64:
+      return aoti_torch_dtype_float64();
+    case kFloat16:
+      return aoti_torch_dtype_float16();
+    case kBFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case kInt64:
+      return aoti_torch_dtype_int64();
+    default:
+      return aoti_torch_dtype_complex64();
+  }
+}
+
+int64_t item_size(Dtype dtype) { return dtype == kFloat32 ? 4 : dtype == kFloat16 || dtype == kBFloat16 ? 2 : 8; }
+
+enum Order { kContiguous, kTransposed, kGaps, kUnaligned };
+
+// Where the elements of a matrix lie, in elements from the first one.
+struct Place {
+  int64_t rows, columns, row_stride, column_stride, offset;
+
+  Place(int64_t rows, int64_t columns, Order order)
+      : rows(rows),
+        columns(columns),
+        row_stride(
+            order == kTransposed ? 1
+            : order == kGaps     ? 2 * columns + 1
+                                 : columns
+        ),
+        column_stride(
+            order == kTransposed ? rows
+            : order == kGaps     ? 2
+                                 : 1
+        ),
+        offset(order == kUnaligned ? 1 : 0) {}
+
+  // Up to the end of the last element.
+  int64_t length() const {
+    return rows * columns == 0 ? offset : offset + (rows - 1) * row_stride + (columns - 1) * column_stride + 1;
+  }
+};
+
+// A matrix of `dtype` whose element k, counted by rows, is value(k).
+template <typename Value>
+Tensor matrix(const Place& place, Dtype dtype, const Value& value) {
+  const int64_t length = place.length(), one = 1;
+  AtenTensorHandle memory = nullptr, view = nullptr;
+  CHECK_CODE(aoti_torch_empty_strided(1, &length, &one, torch_dtype(dtype), aoti_torch_device_type_cpu(), 0, &memory));
+  const Tensor owner(memory);
+  auto* bytes = static_cast<char*>(owner.mutable_data_ptr());
+  if (length > 0) {
+    std::memset(bytes, 0, length * item_size(dtype));
+  }
+  for (int64_t k = 0; k < place.rows * place.columns; ++k) {
+    const int64_t at = place.offset + k / place.columns * place.row_stride + k % place.columns * place.column_stride;
+    const double number = value(k);
+    switch (dtype) {
+      case kFloat32:
+        reinterpret_cast<float*>(bytes)[at] = static_cast<float>(number);
+        break;
+      case kFloat64:
+        reinterpret_cast<double*>(bytes)[at] = number;
+        break;
+      case kFloat16:
+        reinterpret_cast<Half*>(bytes)[at] = static_cast<float>(number);
+        break;
+      case kBFloat16:
+        reinterpret_cast<BFloat16*>(bytes)[at] = static_cast<float>(number);
+        break;
+      case kInt64:
+        reinterpret_cast<int64_t*>(bytes)[at] = static_cast<int64_t>(number);
+        break;
+      case kComplex64:
+        reinterpret_cast<float*>(bytes)[2 * at] = static_cast<float>(number);
+        reinterpret_cast<float*>(bytes)[2 * at + 1] = static_cast<float>(1 - number);
+        break;
+    }
+  }
+  const std::array sizes{place.rows, place.columns}, strides{place.row_stride, place.column_stride};
+  CHECK_CODE(aoti_torch__reinterpret_tensor(owner.get(), 2, sizes.data(), strides.data(), place.offset, &view));
+  return Tensor(view);
+}
+
+// One number.
+Tensor scalar(double value, Dtype dtype = kFloat32) {
+  return matrix(Place(1, 1, kContiguous), dtype, [=](int64_t) { return value; });
+}
+
+// Numbers of either sign in [-1, 1), always the same ones for a seed.
+auto noise(uint64_t seed) {
+  return [seed](int64_t k) {
+    uint64_t x = (seed * 1000003 + static_cast<uint64_t>(k) + 1) * 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 29)) * 0xbf58476d1ce4e5b9u;
+    return static_cast<double>(x >> 33) / (1u << 30) - 1.0;
+  };
+}
+
+double zero(int64_t) { return 0; }
+
+struct Lists {
+  Tensors params, grads, square_avgs, acc_deltas;
+  std::vector<int64_t> bytes;  // of the memory of each parameter, from its first element
+
+  void add(const Place& place, Dtype dtype, const Place& grad_place, Dtype grad_dtype) {
+    const uint64_t seed = params.size();
+    params.push_back(matrix(place, dtype, noise(seed)));
+    grads.push_back(matrix(grad_place, grad_dtype, noise(seed + 7777)));
+    square_avgs.push_back(matrix(place, dtype, zero));
+    acc_deltas.push_back(matrix(place, dtype, zero));
+    bytes.push_back(place.rows * place.columns == 0 ? 0 : (place.length() - place.offset) * item_size(dtype));
+  }
+
+  // All that an update may have written to.
+  std::string bits() const {
+    std::string bits;
+    for (const Tensors* tensors : {&params, &square_avgs, &acc_deltas}) {
+      for (size_t i = 0; i < tensors->size(); ++i) {
+        if (bytes[i] > 0) {
+          bits.append(static_cast<const char*>((*tensors)[i].const_data_ptr()), bytes[i]);
+        }
+      }
+    }
+    return bits;
+  }
+};
+
+constexpr std::array kOrders{kContiguous, kTransposed, kGaps, kUnaligned};
+constexpr std::array kReal{kFloat32, kFloat64, kFloat16, kBFloat16};
+
+// Around the blocks of 512 elements in which the kernels convert, and beyond what one thread does alone.
+Lists dense_lists(bool with_complex) {
+  Lists lists;
+  for (const auto& [rows, columns] : {std::pair{1, 1}, {5, 7}, {1, 511}, {16, 32}, {3, 171}, {0, 4}}) {
+    for (const Order order : kOrders) {
+      for (const Dtype dtype : kReal) {
+        lists.add(Place(rows, columns, order), dtype, Place(rows, columns, order), dtype);
+        const Order other = kOrders[(order + 1) % kOrders.size()];
+        lists.add(Place(rows, columns, order), dtype, Place(rows, columns, other), kReal[(dtype + 1) % kReal.size()]);
+      }
+      if (with_complex) {
+        lists.add(Place(rows, columns, order), kComplex64, Place(rows, columns, kContiguous), kComplex64);
+      }
+    }
+  }
+  for (const Order order : kOrders) {
+    lists.add(Place(301, 233, order), kReal[order], Place(301, 233, kContiguous), kReal[order]);
+  }
+  return lists;
+}
+
+// ---- The ops --------------------------------------------------------------------------------------------------------
+
+template <typename... Arguments>
+StableIValue call(const char* name, const char* overload, const Arguments&... arguments) {
+  // Room for a result where there are no arguments.
+  std::array<StableIValue, std::max<size_t>(sizeof...(arguments), 1)> stack{torch::stable::detail::from(arguments)...};
+  const std::string full = std::string("torch_adadelta::") + name;
+  if (torch_call_dispatcher(full.c_str(), overload, stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error(full + " raised");
+  }
+  return stack[0];
+}
+
+template <typename T>
+T result(StableIValue value) {
+  return torch::stable::detail::to<T>(value);
+}
+
+struct Options {
+  const char* name;
+  std::optional<double> clipvalue = std::nullopt, clipnorm = std::nullopt;
+  double factor = 1;
+  OptionalTensor factor_tensor = std::nullopt, grad_scale = std::nullopt, found_inf = std::nullopt, lr = std::nullopt;
+  bool in_double = false;
+};
+
+std::vector<Options> all_options() {
+  return {
+      {.name = "clipvalue", .clipvalue = 0.25},
+      {.name = "clipnorm", .clipnorm = 0.5},
+      {.name = "clipnorm, scaled", .clipvalue = 0.25, .clipnorm = 0.5, .grad_scale = scalar(3)},
+      {.name = "clipnorm, in double", .clipnorm = 0.5, .in_double = true},
+      {.name = "factor", .factor = 0.3, .lr = scalar(0.5, kFloat64)},
+      {.name = "factor tensor", .factor_tensor = scalar(0.3, kBFloat16), .found_inf = scalar(0)},
+      {.name = "found_inf", .found_inf = scalar(1)},
+  };
+}
+
+void update(const Lists& lists, const Options& options) {
+  OptionalTensor sums;
+  if (options.clipnorm.has_value()) {
+    sums = result<Tensor>(call(
+        "grad_square_sums", "", lists.params, lists.grads, options.clipvalue, options.in_double, options.grad_scale
+    ));
+  }
+  call(
+      "adadelta_",
+      "",
+      lists.params,
+      lists.grads,
+      lists.square_avgs,
+      lists.acc_deltas,
+      0.75,
+      0.9,
+      1e-6,
+      true,
+      options.lr,
+      OptionalTensor(),
+      OptionalTensor(),
+      options.clipvalue,
+      options.clipnorm,
+      sums,
+      options.factor,
+      options.factor_tensor,
+      options.grad_scale,
+      options.found_inf
+  );
+}
+
+// ---- Cases: each makes its tensors anew, and returns what became of them
+// ----------------------------------------------
+
+std::string plain() {
+  const Lists lists = dense_lists(true);
+  for (int step = 0; step < 2; ++step) {
+    call(
+        "adadelta_",
+        "unclipped",
+        lists.params,
+        lists.grads,
+        lists.square_avgs,
+        lists.acc_deltas,
+        0.75,
+        0.9,
+        1e-6,
+        false,
+        OptionalTensor(),
+        OptionalTensor(),
+        OptionalTensor()
+    );
+  }
+  return lists.bits();
+}
+
+std::string held() {
+  const Lists lists = dense_lists(true);
+  const auto number = result<int64_t>(call("hold_state", "", lists.square_avgs, lists.acc_deltas));
+  for (int step = 0; step < 2; ++step) {
+    call("adadelta_", "held", lists.params, lists.grads, number, 0.75, 0.9, 1e-6, false);
+  }
+  call("drop_state", "", number);
+  return lists.bits();
+}
+
+// A parameter twice, which must be updated one time after the other.
+std::string repeated() {
+  Lists lists;
+  lists.add(Place(301, 233, kContiguous), kFloat32, Place(301, 233, kTransposed), kFloat16);
+  lists.params.push_back(lists.params[0]);
+  lists.grads.push_back(lists.grads[0]);
+  lists.square_avgs.push_back(lists.square_avgs[0]);
+  lists.acc_deltas.push_back(lists.acc_deltas[0]);
+  lists.bytes.push_back(lists.bytes[0]);
+  update(lists, {.name = "repeated"});
+  return lists.bits();
+}
+
+std::string sparse() {
+  std::string bits;
+  for (const Dtype dtype : kReal) {
+    for (const Order order : {kContiguous, kTransposed}) {
+      for (const auto& [rows, columns, occurrences] : {std::array{50, 5001, 130}, {40000, 3, 20001}, {7, 1, 0}}) {
+        Lists lists;
+        lists.add(Place(rows, columns, order), dtype, Place(1, 1, kContiguous), dtype);
+        const auto random = noise(3);
+        const auto row = [&](int64_t k) {
+          return static_cast<double>(static_cast<int64_t>((random(k) + 1) / 2 * rows));
+        };
+        const Tensors indices{matrix(Place(1, occurrences, kContiguous), kInt64, row)};
+        const Dtype value_dtype = order == kContiguous ? dtype : kReal[(dtype + 1) % kReal.size()];
+        const Tensors values{matrix(Place(occurrences, columns, kContiguous), value_dtype, noise(4))};
+        const OptionalTensor none;
+        const std::optional<double> no_number, clipvalue(0.25);
+        call(
+            "sparse_adadelta_",
+            "",
+            lists.params,
+            indices,
+            values,
+            lists.square_avgs,
+            lists.acc_deltas,
+            0.75,
+            0.9,
+            1e-6,
+            false,
+            none,
+            none,
+            none,
+            clipvalue,
+            no_number,
+            none,
+            1.0,
+            none,
+            none,
+            none
+        );
+        bits += lists.bits();
+      }
+    }
+  }
+  return bits;
+}
+
+template <typename Call>
+void check_raises(const std::string& what, const Lists& lists, const Call& wrong) {
+  const std::string before = lists.bits();
+  try {
+    wrong();
+  } catch (const std::runtime_error&) {
+    check(lists.bits() == before, what + ": something was written");
+    return;
+  }
+  check(false, what + ": no exception");
+}
+
+void wrong_arguments() {
+  Lists lists;
+  lists.add(Place(5, 7, kContiguous), kFloat32, Place(5, 7, kContiguous), kFloat32);
+  lists.add(Place(3, 3, kContiguous), kFloat64, Place(3, 3, kContiguous), kFloat64);
+  for (Tensors Lists::* part : {&Lists::params, &Lists::grads, &Lists::square_avgs, &Lists::acc_deltas}) {
+    Lists shorter = lists;
+    (shorter.*part).pop_back();
+    check_raises("a list too short", lists, [&] { update(shorter, {.name = ""}); });
+    Lists other = lists;
+    (other.*part)[1] = matrix(Place(9, 1, kContiguous), kFloat64, zero);
+    check_raises("another shape", lists, [&] { update(other, {.name = ""}); });
+    (other.*part)[1] = matrix(Place(3, 3, kContiguous), kInt64, zero);
+    check_raises("another dtype", lists, [&] { update(other, {.name = ""}); });
+    check_raises("lists to check", lists, [&] {
+      call("check_lists", "", other.params, other.grads, other.square_avgs, other.acc_deltas);
+    });
+  }
+  check_raises("a negative clipvalue", lists, [&] { update(lists, {.name = "", .clipvalue = -1.0}); });
+  check_raises("a rate of two elements", lists, [&] {
+    update(lists, {.name = "", .lr = matrix(Place(2, 1, kContiguous), kFloat32, zero)});
+  });
+  check_raises("state of another length", lists, [&] {
+    call("hold_state", "", lists.square_avgs, Tensors{lists.acc_deltas[0]});
+  });
+  check_raises("no such state", lists, [&] {
+    call("adadelta_", "held", lists.params, lists.grads, int64_t(-1), 0.75, 0.9, 1e-6, false);
+  });
+  const OptionalTensor none;
+  const std::optional<double> no_number;
+  for (const double index : {-1.0, 5.0, 1e18}) {
+    const Tensors indices{matrix(Place(1, 2, kContiguous), kInt64, [=](int64_t k) { return k == 0 ? 0 : index; })};
+    const Tensors values{matrix(Place(2, 7, kContiguous), kFloat32, zero)};
+    const Tensors param{lists.params[0]}, square_avg{lists.square_avgs[0]}, acc_delta{lists.acc_deltas[0]};
+    check_raises("a row that is not there", lists, [&] {
+      call(
+          "sparse_adadelta_",
+          "",
+          param,
+          indices,
+          values,
+          square_avg,
+          acc_delta,
+          0.75,
+          0.9,
+          1e-6,
+          false,
+          none,
+          none,
+          none,
+          no_number,
+          no_number,
+          none,
+          1.0,
+          none,
+          none,
+          none
+      );
+    });
+  }
+}
+
+std::vector<std::string> all_cases() {
+  std::vector<std::string> results{plain(), held(), repeated(), sparse()};
+  check(results[0] == results[1], "held state: other bits");
+  for (const Options& options : all_options()) {
+    const Lists lists = dense_lists(!options.clipvalue.has_value());
+    const std::string before = lists.bits();
+    update(lists, options);
+    const bool is_skipped = options.name == std::string("found_inf");
+    check((lists.bits() == before) == is_skipped, std::string(options.name) + ": written or not");
+    results.push_back(lists.bits());
+  }
+  wrong_arguments();
+  return results;
+}
+
+int64_t set_capability(int64_t value) { return result<int64_t>(call("set_cpu_capability", "", value)); }
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2 || dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    std::fprintf(stderr, "usage: driver LIBRARY: %s\n", argc == 2 ? dlerror() : "no library");
+    return 2;
+  }
+  try {
+    const auto best = result<int64_t>(call("cpu_capability", ""));
+    const std::vector<std::string> expected = all_cases();
+    for (int64_t capability = 0; capability < best; ++capability) {
+      set_capability(capability);
+      check(all_cases() == expected, "instruction set " + std::to_string(capability) + ": other bits");
+    }
+    check_raises("an instruction set that there is not", Lists(), [&] { set_capability(99); });
+
+    std::atomic<int> running{2};
+    std::array<std::exception_ptr, 2> errors;
+    std::vector<std::thread> threads;
+    for (std::exception_ptr& error : errors) {
+      threads.emplace_back([&] {
+        try {
+          check(all_cases() == expected, "two threads at a time: other bits");
+        } catch (...) {
+          error = std::current_exception();
+        }
+        --running;
+      });
+    }
+    for (int64_t i = 0; running > 0; ++i) {
+      set_capability(i % (best + 1));
+      std::this_thread::yield();
+    }
+    for (std::thread& thread : threads) {
+      thread.join();
+    }
+    for (const std::exception_ptr& error : errors) {
+      if (error) {
+        std::rethrow_exception(error);
+      }
+    }
+    std::printf("%zu cases, %lld instruction sets: the same bits\n", expected.size(), static_cast<long long>(best + 1));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "driver: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
