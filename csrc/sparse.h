@@ -6,6 +6,7 @@
 // numbered in the order of those dimensions, the last one fastest.
 #pragma once
 
+#include "adadelta.h"
 #include "arguments.h"
 #include "tensor_lists.h"
 
@@ -24,7 +25,9 @@ struct Indices {
   int64_t dim_stride;
   int64_t count_stride;
 
-  int64_t at(int64_t dim, int64_t occurrence) const { return data[dim * dim_stride + occurrence * count_stride]; }
+  ADADELTA_INLINE int64_t at(int64_t dim, int64_t occurrence) const {
+    return data[dim * dim_stride + occurrence * count_stride];
+  }
 };
 
 // One parameter with a sparse gradient, ready to be updated.

@@ -562,3 +562,255 @@ def test_square_sums_of_as_many_large_tensors_as_a_table_holds(count: int, launc
     before = emulated.launches()
     emulated.grad_square_sums(grads, grads)
     assert emulated.launches() - before == launches
+
+
+# ---- Sparse gradients -----------------------------------------------------------------------------------------------
+
+SparseLists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def assert_same_sparse_update(make: Callable[[], SparseLists], seeds: tuple[int, ...] = (0, 1), **options: Any) -> int:
+    """As `assert_same_update`, for sparse gradients; the order of blocks and threads must not matter."""
+    results = []
+    launches = 0
+    for op, seed in ((cpu, 0), *((emulated, seed) for seed in seeds)):
+        lists = make()
+        if op is emulated:
+            emulated.set_seed(seed)
+        given = dict(options)
+        if options.get("square_sums") is True:
+            values = [
+                x.to(torch.promote_types(x.dtype, torch.float64 if p.dtype in _DOUBLE else torch.float32))
+                for x, p in zip(lists[2], lists[0], strict=True)
+            ]
+            given["square_sums"] = cpu.grad_square_sums(values, values, options.get("clipvalue"))
+        for _ in range(2):
+            before = emulated.launches()
+            op.sparse_adadelta_(*lists, *HYPERPARAMETERS, **given)
+            launches = emulated.launches() - before
+        results.append(lists)
+    names = ("param", "indices", "values", "square_avg", "acc_delta")
+    for others in results[1:]:
+        for name, tensors, expected in zip(names, others, results[0], strict=True):
+            for i, (x, y) in enumerate(zip(tensors, expected, strict=True)):
+                if name == "indices":
+                    assert torch.equal(x, y)
+                else:
+                    assert_same_bits(whole_memory(x), whole_memory(y), f"{name} {i}")
+    return launches
+
+
+_DOUBLE = (torch.float64, torch.complex128)
+
+
+def sparse_lists(
+    shapes: list[tuple[tuple[int, ...], int]],
+    dtype: torch.dtype,
+    value_dtypes: tuple[torch.dtype, ...] = (),
+    count: int = 23,
+) -> SparseLists:
+    """Tables of these shapes and numbers of sparse dimensions; half of the occurrences are of one row."""
+    params, all_indices, all_values = [], [], []
+    dtypes = value_dtypes or (dtype,)
+    for i, (shape, dims) in enumerate(shapes):
+        generator = torch.Generator().manual_seed(i)
+        rows = [torch.randint(size, (count,), generator=generator) for size in shape[:dims]]
+        indices = torch.stack(rows) if rows else torch.zeros(0, count, dtype=torch.int64)
+        indices[:, ::2] = torch.tensor(shape[:dims], dtype=torch.int64)[:, None] - 1
+        params.append(randn(shape, dtype, generator))
+        all_indices.append(indices)
+        all_values.append(gradients((count, *shape[dims:]), dtypes[i % len(dtypes)], steps=1, seed=i)[0])
+    return params, all_indices, all_values, *states_of(params)
+
+
+# Rows of one element, of no vector's and of many vectors' length; several pieces; several and no sparse dimensions.
+TABLES = [
+    ((9, 5), 1),
+    ((7, 64), 1),
+    ((40,), 1),
+    ((3, 2, 6), 2),
+    ((3, 4), 2),
+    ((5, 8), 0),
+    ((), 0),
+    ((4, 132), 1),
+    ((3, 1030), 1),
+    ((2, 0), 1),
+]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_sparse_update(dtype: torch.dtype, name: str) -> None:
+    """Two launches a table: one for the numbers of the rows, one for the update; none for rows without elements."""
+    launches = assert_same_sparse_update(lambda: sparse_lists(TABLES, dtype), **options_for(dtype, name))
+    assert launches == 2 * (len(TABLES) - 1)
+
+
+@pytest.mark.parametrize("name", ["plain", "clipvalue-clipnorm", "scale-clipvalue-factor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_sparse_update_by_values_of_another_dtype(dtype: torch.dtype, name: str) -> None:
+    value_dtypes = COMPLEX_DTYPES if dtype.is_complex else REAL_DTYPES
+    tables = [table for table in (((9, 5), 1), ((7, 64), 1)) for _ in value_dtypes]
+    if name == "clipvalue-clipnorm" and dtype not in _DOUBLE:
+        value_dtypes = tuple(d for d in value_dtypes if d not in _DOUBLE)  # whose norms are taken after a cast
+    assert_same_sparse_update(lambda: sparse_lists(tables, dtype, value_dtypes), **options_for(dtype, name))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 513])
+def test_sparse_update_around_what_is_read_ahead(count: int) -> None:
+    """Runs of every length up to the count, in the middle and at the end."""
+
+    def make() -> SparseLists:
+        made = sparse_lists([((count + 3, 4), 1), ((4, 3), 1), ((4, 4), 1)], torch.float32, count=count)
+        made[1][1] = torch.full((1, count), 1)
+        made[1][2] = torch.cat([torch.full((1, count - count // 2), 3), torch.full((1, count // 2), 0)], dim=1)
+        return made
+
+    assert assert_same_sparse_update(make) == (0 if count == 0 else 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+def test_sparse_update_of_one_row_many_times(dtype: torch.dtype) -> None:
+    def make() -> SparseLists:
+        made = sparse_lists([((50, 12), 1)], dtype, count=3000)
+        made[1][0][0, 100:2900] = 17
+        return made
+
+    assert_same_sparse_update(make, seeds=(1,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sparse_update_of_any_layout(layout: str, dtype: torch.dtype) -> None:
+    shape = (5, 3, 1, 12)
+
+    def make() -> SparseLists:
+        params, indices, values, *states = sparse_lists([(shape, dims) for dims in range(5)], dtype)
+        params = [lay_out(layout, param) for param in params]
+        states = [list(state) for state in states_of(params)]
+        states[0][1] = lay_out("transposed", torch.zeros(shape, dtype=dtype))
+        return params, indices, values, *states  # type: ignore[return-value]
+
+    assert_same_sparse_update(make)
+    assert_same_sparse_update(make, **OPTIONS["clipnorm"])
+
+
+@pytest.mark.parametrize("shifted", range(5))
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_sparse_update_of_tensors_that_are_not_aligned(dtype: torch.dtype, shifted: int) -> None:
+    def make() -> SparseLists:
+        made = sparse_lists([((9, 8), 1), ((3, 64), 1)], dtype)
+        if shifted != 1:
+            made[shifted][:] = [
+                torch.zeros(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x) for x in made[shifted]
+            ]
+        else:  # indices of other strides
+            made[1][:] = [x.repeat_interleave(2, dim=1)[:, ::2] for x in made[1]]
+        return made
+
+    assert_same_sparse_update(make)
+
+
+def test_sparse_updates_of_one_parameter_follow_each_other() -> None:
+    def make() -> SparseLists:
+        params, indices, values, square_avgs, acc_deltas = sparse_lists([((9, 5), 1)] * 3, torch.float32)
+        return [params[0]] * 3, indices, values, [square_avgs[0]] * 3, [acc_deltas[0]] * 3
+
+    assert_same_sparse_update(make)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0, nan])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_sparse_update_and_found_inf(layout: str, found_inf: float) -> None:
+    def make() -> SparseLists:
+        params, indices, values, *_ = sparse_lists([((5, 3, 2, 4), 1)], torch.float32)
+        params = [lay_out(layout, param) for param in params]
+        return params, indices, values, *states_of(params)
+
+    assert_same_sparse_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor(2.0))
+    lists = make()
+    emulated.sparse_adadelta_(*lists, *HYPERPARAMETERS, found_inf=torch.tensor(found_inf))
+    assert torch.equal(lists[3][0], torch.zeros(5, 3, 2, 4)) == (found_inf != 0)
+
+
+def test_sparse_update_of_special_values() -> None:
+    special = [inf, -inf, nan, 1e20, -1e20, 1e38, 0.0, -0.0, 1e-30, 1e-45, 0.3, -0.3]
+
+    def make() -> SparseLists:
+        values = torch.tensor([[x, y] for x in special for y in special])
+        params = [torch.full((60, 2), -0.0)]
+        return params, [torch.arange(len(values))[None] // 3], [values], *states_of(params)
+
+    for name in OPTIONS:
+        assert_same_sparse_update(make, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_first_index_out_of_range_is_found(seed: int) -> None:
+    emulated.set_seed(seed)
+    lists = sparse_lists(
+        [((9, 5), 1), ((4, 3, 2), 2), ((9, 5), 1), ((2, 3), 0), ((9, 0), 1)], torch.float32, count=1500
+    )
+    assert emulated.first_bad_indices(*lists).tolist() == [-1] * 5
+    lists[1][0][0, [1499, 700, 701]] = torch.tensor([9, -1, 2**62])
+    lists[1][1][1, 1200] = 3
+    lists[1][1][0, 1201] = -(2**63)
+    lists[1][2][0, 0] = 9
+    lists[1][4][0, 3] = 9
+    assert emulated.first_bad_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
+    assert cpu.first_bad_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_an_index_out_of_range_is_left_out(layout: str) -> None:
+    """To raise, the device would have to be waited for; memory beside the table is not written."""
+    bad = torch.tensor([-1, 5, 2**62, -(2**63), 5])
+
+    def make(with_bad: bool) -> SparseLists:
+        params, (indices,), (values,), *_ = sparse_lists([((5, 3, 2, 4), 1)], torch.float32)
+        if with_bad:
+            indices = torch.cat([bad[None, :2], indices, bad[None, 2:]], dim=1)
+            values = torch.cat([torch.ones(2, 3, 2, 4), values, torch.ones(3, 3, 2, 4)])
+        params = [lay_out(layout, param) for param in params]
+        return params, [indices], [values], *states_of(params)
+
+    lists, expected = make(True), make(False)
+    emulated.sparse_adadelta_(*lists, *HYPERPARAMETERS)
+    cpu.sparse_adadelta_(*expected, *HYPERPARAMETERS)
+    for part in (0, 3, 4):
+        assert_same_bits(whole_memory(lists[part][0]), whole_memory(expected[part][0]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tables=st.lists(
+        st.tuples(st.lists(st.integers(1, 6), min_size=0, max_size=4), st.integers(0, 4)), min_size=1, max_size=4
+    ),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from(sorted(OPTIONS)),
+    count=st.integers(0, 40),
+    seed=st.integers(0, 1000),
+)
+def test_any_sparse_update(
+    tables: list[tuple[list[int], int]], dtype: torch.dtype, name: str, count: int, seed: int
+) -> None:
+    shapes = [(tuple(shape), min(dims, len(shape))) for shape, dims in tables]
+    assert_same_sparse_update(
+        lambda: sparse_lists(shapes, dtype, count=count), seeds=(seed,), **options_for(dtype, name)
+    )
+
+
+def test_no_tensor_outlives_a_sparse_call() -> None:
+    lists = sparse_lists([((9, 5), 1), ((4, 3, 2), 2)], torch.float32)
+
+    def uses() -> list[int]:
+        return [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for part in lists for x in part]
+
+    before = uses()
+    for options in ({}, {"clipvalue": -1.0}):
+        try:
+            emulated.sparse_adadelta_(*lists, *HYPERPARAMETERS, **options)
+            emulated.first_bad_indices(*lists)
+        except RuntimeError:
+            assert options
+    assert uses() == before

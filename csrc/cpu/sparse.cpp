@@ -4,6 +4,7 @@
 #include "blocks.h"
 #include "loops.h"
 #include "options.h"
+#include "parallel.h"
 
 #include "../sparse.h"
 
@@ -162,29 +163,24 @@ void update_row(
 
 // ---- One parameter --------------------------------------------------------------------------------------------------
 
-// Elements below which another thread costs more than it saves.
-constexpr int64_t kGrain = 32768;
-
 // Elements of a row that a thread takes at a time, so that several can work on a long one.
 constexpr int64_t kColumns = 4096;
 
-// No processor expects the rows of a large table; they are asked for this many occurrences ahead.
-constexpr int64_t kAhead = 4;
+// No processor expects the rows of a large table. They are asked for so many occurrences ahead, into the second-level
+// cache: the first level would have to wait for them. This takes a third off the time of scattered rows.
+constexpr int64_t kAhead = 8;
 constexpr int64_t kMostBytesAhead = 1024;
 
-void prefetch_row(const SparseEntry& entry, int64_t position, int64_t column) {
-  const auto ask = [](const char* data, int64_t bytes) {
-    for (int64_t byte = 0; byte < std::min(bytes, kMostBytesAhead); byte += 64) {
-      __builtin_prefetch(data + byte, 1);
-    }
-  };
+// Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
+ADADELTA_INLINE void prefetch_row(const SparseEntry& entry, int64_t position, int64_t column) {
   const Row row(entry, position);
-  const int64_t count = std::min(kColumns, entry.row_numel - column);
-  const int64_t size = item_size(entry.dtype), value_size = item_size(entry.value_dtype);
-  ask(row.param + column * size, count * size);
-  ask(row.square_avg + column * size, count * size);
-  ask(row.acc_delta + column * size, count * size);
-  ask(entry.values + (position * entry.row_numel + column) * value_size, count * value_size);
+  const int64_t size = item_size(entry.dtype);
+  const int64_t bytes = std::min(std::min(kColumns, entry.row_numel - column) * size, kMostBytesAhead);
+  for (int64_t byte = column * size; byte < column * size + bytes; byte += 64) {
+    __builtin_prefetch(row.param + byte, 0, 2);
+    __builtin_prefetch(row.square_avg + byte, 0, 2);
+    __builtin_prefetch(row.acc_delta + byte, 0, 2);
+  }
 }
 
 template <typename T>
@@ -213,9 +209,10 @@ void update_entry(
   };
   const int64_t columns = std::min(kColumns, entry.row_numel);
   const int64_t pieces = (entry.row_numel + columns - 1) / columns;
-  const int64_t grain = std::max(kGrain / columns, int64_t(1));
-  torch::stable::parallel_for(0, pieces * count, grain, [&](int64_t from, int64_t to) {
-    while (from < to) {
+  // In elements, for by their number threads are called; who has the first element of an occurrence takes all of them.
+  parallel_pieces(pieces * count * columns, [&](int64_t begin, int64_t end) {
+    const int64_t to = (end + columns - 1) / columns;
+    for (int64_t from = (begin + columns - 1) / columns; from < to;) {
       const int64_t piece = from / count;
       const int64_t first = from - piece * count;
       const int64_t last = std::min(to - piece * count, count);

@@ -1,6 +1,7 @@
 // The ops of csrc/cuda for CPU tensors, as torch_adadelta_emulated: the same kernels and launches, without a GPU.
 #include "emulator.h"
 
+#include "../../csrc/cuda/sparse.cuh"
 #include "../../csrc/cuda/square_sums.cuh"
 #include "../../csrc/cuda/update.cuh"
 #include "../../csrc/schemas.h"
@@ -53,6 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CPU, m) {
   m.impl("adadelta_.unclipped", torch_adadelta::cuda::adadelta_<EmulatedDevice>);
   m.impl("check_lists", torch_adadelta::cuda::check_lists<EmulatedDevice>);
   m.impl("grad_square_sums", torch_adadelta::cuda::grad_square_sums<EmulatedDevice>);
+  m.impl("sparse_adadelta_", torch_adadelta::cuda::sparse_adadelta_<EmulatedDevice>);
+  m.impl("first_bad_indices", torch_adadelta::cuda::first_bad_indices<EmulatedDevice>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CompositeExplicitAutograd, m) {

@@ -173,6 +173,13 @@ inline unsigned warp_of_running() { return running->index / kWarpSize; }
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 
+// No other thread runs meanwhile.
+inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
+  const unsigned long long before = *address;
+  *address = std::min(before, value);
+  return before;
+}
+
 // Every thread of a warp takes part.
 inline double __shfl_down_sync(unsigned mask, double value, unsigned delta) {
   if (mask != 0xffffffff) {
