@@ -736,6 +736,10 @@ def _state_is_param(optimizer: AdadeltaKeras, p: Tensor) -> None:
     optimizer.state[p]["square_avg"] = p.detach()
 
 
+def _state_is_negated(optimizer: AdadeltaKeras, p: Tensor) -> None:
+    optimizer.state[p]["acc_delta"] = torch._neg_view(torch.zeros(4, 2))
+
+
 def _values_are_state(optimizer: AdadeltaKeras, p: Tensor) -> None:
     p.grad = coo([1, 2], optimizer.state[p]["square_avg"][:2], (4, 2))
 
@@ -752,6 +756,7 @@ def _values_are_param(optimizer: AdadeltaKeras, p: Tensor) -> None:
             r"parameter 1 of group 0 has dtype torch.float32, but its state acc_delta has dtype torch.float64",
         ),
         (_state_overlaps, "parameter 1 of group 0: its state square_avg is not a dense tensor of its own memory"),
+        (_state_is_negated, "parameter 1 of group 0: its state acc_delta is a lazily conjugated or negated view"),
         (_state_is_param, "parameter 1 of group 0: it, its gradient and its state share memory"),
         (_values_are_state, "parameter 1 of group 0: it, its gradient and its state share memory"),
         (_values_are_param, "parameter 1 of group 0: it, its gradient and its state share memory"),

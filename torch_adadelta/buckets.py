@@ -42,13 +42,17 @@ def split(
         update = choose(group, [params[i] for i in on_device])
         # In runs, for a parameter may be listed twice, and have a gradient of each kind.
         for is_sparse, run in itertools.groupby(on_device, lambda i: sparse.is_sparse(lists[1][i])):
-            by_dtype: dict[Any, list[int]] = {}
-            for i in run:
-                # DTensors do not mix with others.
-                kind = (params[i].dtype if update is updates.foreach else None, hasattr(params[i], "full_tensor"))
-                by_dtype.setdefault(None if is_sparse else kind, []).append(i)
-            for same in by_dtype.values():
-                selected: Any = tuple([tensors[i] for i in same] for tensors in lists)
+            if is_sparse or update is updates.fused:
+                parts = [list(run)]
+            else:
+                by_kind: dict[Any, list[int]] = {}
+                for i in run:
+                    # DTensors do not mix with others.
+                    kind = (params[i].dtype if update is updates.foreach else None, hasattr(params[i], "full_tensor"))
+                    by_kind.setdefault(kind, []).append(i)
+                parts = list(by_kind.values())
+            for part in parts:
+                selected: Any = tuple([tensors[i] for i in part] for tensors in lists)
                 buckets.append((group, sparse.counterpart(update) if is_sparse else update, selected, values))
     return buckets
 

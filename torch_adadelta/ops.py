@@ -303,6 +303,7 @@ if is_loaded:
         "adadelta_.held",
         "sparse_adadelta_",
         "check_lists",
+        "first_bad_indices",
         "grad_square_sums",
     ):
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

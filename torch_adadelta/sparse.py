@@ -12,6 +12,7 @@ Rows that do not occur stay as they are: their averages do not decay. Two implem
 `for_loop`, which gathers the rows, and `fused`, one compiled pass.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -137,6 +138,8 @@ def first_bad_indices(update: updates.Update, lists: updates.Lists) -> Tensor:
     params, grads, square_avgs, acc_deltas = lists
     indices = [grad._indices() for grad in grads]
     if update is fused:
+        if any(x.is_conj() or x.is_neg() for x in itertools.chain(params, square_avgs, acc_deltas)):
+            raise RuntimeError("a lazily conjugated or negated view cannot be written to")
         return ops.first_bad_indices(params, indices, [grad._values() for grad in grads], square_avgs, acc_deltas)
     found = []
     for param, index in zip(params, indices, strict=True):
@@ -162,7 +165,7 @@ def check_indices(buckets: Iterable[tuple[updates.Lists, Tensor]], name_of: Call
         on_device.setdefault(found.device, []).append((lists, found))
     for same in on_device.values():
         rows = [(param, grad) for (params, grads, _, _), _ in same for param, grad in zip(params, grads, strict=True)]
-        positions = torch.cat([found for _, found in same]).tolist()
+        positions = (torch.cat([found for _, found in same]) if len(same) > 1 else same[0][1]).tolist()
         for (param, grad), position in zip(rows, positions, strict=True):
             if position >= 0:
                 raise IndexError(f"{name_of(param)} {_describe(param, grad, position)}")
