@@ -14,6 +14,7 @@ It needs nothing beyond torch and torch_adadelta. The exit status does not depen
 
 import argparse
 import gc
+import itertools
 import platform
 import sys
 import time
@@ -46,6 +47,7 @@ class Workload(NamedTuple):
     dtype: torch.dtype
     is_large: bool
     is_quick: bool = True
+    touched: int = 0  # rows that occur in the sparse gradient of each step, of the one table; 0: dense gradients
 
     @property
     def numel(self) -> int:
@@ -63,7 +65,15 @@ def workloads() -> list[Workload]:
             Workload(f"resnet50{suffix}", shapes.resnet50(), dtype, False),
             Workload(f"1000x16{suffix}", [(16,)] * 1000, dtype, False),
         ]
+    result += [
+        Workload(f"{height}x64, 1000 rows", [(height, 64)], torch.float32, False, height <= HIGHEST_DENSE, 1000)
+        for height in (10**4, 10**5, HIGHEST_DENSE, 10**7)
+    ]
     return result
+
+
+# The largest table that also has a step by a dense gradient.
+HIGHEST_DENSE: Final = 10**6
 
 
 # Bytes an element at the peak, as a multiple of the dtype's: the gradient; three tensors of Adadelta and of Adam; the
@@ -81,6 +91,8 @@ TORCH_FOREACH: Final = "torch.optim.Adadelta, foreach"
 TORCH_COMPILED: Final = "torch.optim.Adadelta, torch.compile"
 ADAM: Final = "torch.optim.Adam, fused"
 COPY: Final = "device copy"
+SPARSE_ADAM: Final = "torch.optim.SparseAdam"
+DENSE: Final = "AdadeltaKeras, fused, dense gradient"
 
 # Tensors that must be moved: a step reads the gradient, and reads and writes the parameter and two states.
 STEP_TENSORS: Final = 7
@@ -163,8 +175,52 @@ def build_copy(tensors: Tensors) -> Step:
     return copy
 
 
+def table_contenders(workload: Workload) -> dict[str, Step]:
+    """The steps by sparse gradients, and by a dense one; each by other rows than the last, as in training."""
+    (shape,) = workload.shapes
+    table, *state = (torch.full(shape, value, device="cuda") for value in (0.5, 0.25, 0.25))
+    param = Parameter(table)
+    generator = torch.Generator("cuda").manual_seed(0)
+    values = torch.empty(workload.touched, shape[1], device="cuda").uniform_(0.1, 1.0, generator=generator)
+    grads = [
+        torch.sparse_coo_tensor(
+            torch.randint(shape[0], (1, workload.touched), device="cuda", generator=generator),
+            values,
+            shape,
+            check_invariants=False,
+        )
+        for _ in range(100)
+    ]
+
+    def stepping(optimizer: Any, names: tuple[str, str], grads: list[Tensor], **more: Any) -> Step:
+        optimizer.state[param] = {**dict(zip(names, state, strict=True)), **more}
+        in_turn = itertools.cycle(grads)
+
+        def step() -> None:
+            param.grad = next(in_turn)
+            optimizer.step()
+
+        return step
+
+    def keras_like(grads: list[Tensor], **options: Any) -> Step:
+        optimizer = AdadeltaKeras([param], lr=LR, fused=True, **options)
+        return stepping(optimizer, ("square_avg", "acc_delta"), grads)
+
+    adam = torch.optim.SparseAdam([param], lr=LR)
+    steps = {
+        FUSED: keras_like(grads),
+        CLIPNORM: keras_like(grads, clipnorm=1e9),
+        SPARSE_ADAM: stepping(adam, ("exp_avg", "exp_avg_sq"), grads, step=0),
+    }
+    if shape[0] <= HIGHEST_DENSE:
+        steps[DENSE] = keras_like([torch.full(shape, 0.5, device="cuda")])
+    return steps
+
+
 def contenders(workload: Workload, *, with_compile: bool) -> dict[str, Step]:
     """The steps by name; those whose ratio matters most stand side by side."""
+    if workload.touched:
+        return table_contenders(workload)
     tensors = Tensors.of(workload, workload.dtype)
     steps: dict[str, Step] = {}
     if workload.is_large:
@@ -292,6 +348,8 @@ def verdicts(workload: Workload, timings: Timings, memory: Mapping[str, int]) ->
             )
         else:
             result.append(Verdict(workload.name, what, bar, f"{REPLAY}: absent", None, None))
+    if workload.touched and workload.shapes[0][0] == HIGHEST_DENSE:
+        judge("speed against a step by a dense gradient", DENSE, FUSED, 100, at_least=True)
     for name, extra in memory.items():
         met = extra < 10**6 + 64 * len(workload.shapes)
         result.append(
