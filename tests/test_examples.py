@@ -29,6 +29,18 @@ def test_train_digits_fails_below_its_bar(tmp_path: Path) -> None:
     assert "97" in result.stdout + result.stderr
 
 
+def test_train_recommender_learns_and_draws(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "train_recommender.py"))["main"]
+    picture = tmp_path / "curves.png"
+    result = main(["--rows", "4096", "--epochs", "3", "--output", str(picture)])
+    for run in (result.sparse, result.dense):
+        assert len(run.errors) == len(run.seconds) == 4
+        assert run.errors[-1] < result.error_of_means < run.errors[0]
+    assert result.sparse.errors[0] == result.dense.errors[0]
+    assert result.sparse.errors[-1] != result.dense.errors[-1]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_port_from_keras_keeps_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow", reason="needs the extra 'keras'")
     pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
