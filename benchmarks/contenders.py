@@ -288,8 +288,8 @@ def field_of(workload: Workload, *, with_compile: bool = True) -> Field:
             continue
         if name in CLIPPED and not workload.clips:
             continue
-        if name == FUSED_FLOAT32 and workload.dtype is torch.float32:
-            continue
+        if name == FUSED_FLOAT32 and (workload.dtype is torch.float32 or len(set(workload.shapes)) > 1):
+            continue  # the models are there in float32
         if workload.threads is not None and FAMILIES[name] != "torch":
             continue  # they take their threads from the machine
         if name in (FOREACH, FOR_LOOP) and not workload.occurring and workload.numel > MOST_ELEMENTS_IN_PYTHON:

@@ -70,7 +70,7 @@ def draw_peers(results: Results, path: Path) -> None:
         for position, name in enumerate(order):
             label = " " + seconds_text(medians[name])
             axes.text(medians[name], position, label, va="center", ha="left", fontsize=7.5)
-        axes.set_title(f"{record.name}: {record.title.rpartition(',')[0]}", fontsize=9, loc="left")
+        axes.set_title(f"{record.name}: {record.title.rpartition(',')[0]}", fontsize=8.5, loc="right")
         axes.tick_params(axis="y", labelsize=7.5, length=0)
         axes.tick_params(axis="x", labelsize=7.5)
         duration_axis(axes.xaxis)

@@ -60,8 +60,8 @@ class Table(NamedTuple):
 
 def seconds_text(*values: float) -> str:
     """A duration, or a range of them, in the unit that fits: "11.8 ms", "980-1430 ms"."""
-    units = ((1, "s"), (1e3, "ms"), (1e6, "µs"))
-    scale, unit = next((s, u) for s, u in units if s == 1e6 or abs(values[-1]) * s >= 0.9995)
+    units = ((1, "s"), (1e3, "ms"), (1e6, "µs"), (1e9, "ns"))
+    scale, unit = next((s, u) for s, u in units if s == 1e9 or abs(values[-1]) * s >= 0.9995)
     return f"{'-'.join(f'{scale * value:#.3g}'.rstrip('.') for value in values)} {unit}"
 
 
@@ -184,6 +184,10 @@ def step_tables(results: Results) -> dict[str, Table]:
     return tables
 
 
+# With fewer, the caches hold all that a step moves, and the floor means nothing.
+FEWEST_ELEMENTS_IN_MEMORY: Final = 2**23
+
+
 def limits_table(results: Results) -> Table | None:
     """What bounds each step of ours."""
     rate = results.memory_rate()
@@ -193,13 +197,13 @@ def limits_table(results: Results) -> Table | None:
             continue
         seconds = record.timings.spread(FUSED).median
         moved = record.bytes_of(STEP_TENSORS)
-        floor = f"{seconds * rate / moved:.3g}" if rate else "-"
+        floor = f"{seconds * rate / moved:.3g}" if rate and record.elements > FEWEST_ELEMENTS_IN_MEMORY else "-"
         rows.append(
             (
                 record.name,
                 seconds_text(seconds),
-                f"{1e9 * seconds / record.elements:.3g} ns",
-                f"{1e6 * seconds / record.tensors:.3g} µs",
+                seconds_text(seconds / record.elements),
+                seconds_text(seconds / record.tensors),
                 f"{moved / seconds / 1e9:.1f} GB/s",
                 floor,
                 record.limit,

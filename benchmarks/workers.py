@@ -70,7 +70,9 @@ class Stage:
         return extra_memory(self.steps[name])
 
     def abnormal(self) -> int:
-        """How many infinite, nan or subnormal numbers parameters and states hold."""
+        """How many infinite, nan or subnormal numbers parameters and states hold, where contenders write to them."""
+        if self.family != "torch":
+            return 0  # they have copies
         lists = (list_ for tensors in self.tensors.values() for list_ in tensors)
         return sum(count_abnormal(tensor) for list_ in lists for tensor in list_)
 
