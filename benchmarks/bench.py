@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -82,30 +82,31 @@ class Bench:
         self.workers.clear()
         return Record.of(workload, timings, left_out, abnormal)
 
-    def steps(self, workloads: Sequence[Workload], *, with_compile: bool) -> list[Record]:
+    def steps(self, workloads: Sequence[Workload], *, with_compile: bool) -> Iterator[Record]:
         """Whole steps of all who can make them."""
-        records = []
         for workload in workloads:
             names, left_out = contenders.field_of(workload, with_compile=with_compile)
-            records.append(self.measure(workload, "build_step", names, workload, left_out=left_out))
-            show(self.console, record_table(records[-1]))
-        return records
+            record = self.measure(workload, "build_step", names, workload, left_out=left_out)
+            show(self.console, record_table(record))
+            yield record
 
-    def curve(self, workloads: Sequence[Workload], names: Sequence[str]) -> list[Record]:
+    def curve(self, workloads: Sequence[Workload], names: Sequence[str]) -> Iterator[Record]:
         """The same contenders on workloads that grow, ours also with one thread."""
         entries: list[str | tuple[str, str, int]] = [*names]
         if self.workers.threads > 1:
             entries.insert(1, (f"{FUSED}, 1 thread", FUSED, 1))
-        return [self.measure(workload, "build_step", entries, workload) for workload in workloads]
+        for workload in workloads:
+            yield self.measure(workload, "build_step", entries, workload)
 
-    def threads(self) -> list[Record]:
+    def threads(self) -> Iterator[Record]:
         """Fused steps with one thread, and with twice as many each time, up to all."""
         most = self.workers.threads
         counts = sorted({most, *(2**k for k in range(most.bit_length()) if 2**k <= most)})
         entries = [(f"{n} thread{'s' if n > 1 else ''}", FUSED, n) for n in counts]
-        return [self.measure(w, "build_step", entries, w) for w in by_threads(quick=self.quick)]
+        for workload in by_threads(quick=self.quick):
+            yield self.measure(workload, "build_step", entries, workload)
 
-    def operations(self) -> list[Record]:
+    def operations(self) -> Iterator[Record]:
         """Everything but the step."""
         workloads = (
             [Workload("100x16", many(100, 16), budget=0.5)]
@@ -116,9 +117,10 @@ class Bench:
             ]
         )
         names = list(contenders.operations(Tensors([], [], [], [])))
-        return [self.measure(workload, "build_operation", names, workload) for workload in workloads]
+        for workload in workloads:
+            yield self.measure(workload, "build_operation", names, workload)
 
-    def training(self) -> list[Record]:
+    def training(self) -> Iterator[Record]:
         """Epochs of the example on handwritten digits, with one thread, as it has."""
         workload = Workload(
             "digits",
@@ -128,7 +130,7 @@ class Bench:
             fits_cache=False,
             threads=1,
         )
-        return [self.measure(workload, "build_training", list(contenders.training()))]
+        yield self.measure(workload, "build_training", list(contenders.training()))
 
     def memory(self, workloads: Sequence[Workload]) -> Memory:
         """What steps take beyond what they have before, each in a process of its own."""
@@ -181,8 +183,8 @@ def build_seconds() -> float | str:
         return seconds
 
 
-def run(arguments: argparse.Namespace, console: Console) -> Results:
-    """Measures what the command line asks for."""
+def run(arguments: argparse.Namespace, console: Console) -> Iterator[Results]:
+    """Measures what the command line asks for, and says after each record what there is so far."""
     quick: bool = arguments.quick
     start = time.perf_counter()
     facts = {**machine(), "threads": str(arguments.threads)}
@@ -193,6 +195,10 @@ def run(arguments: argparse.Namespace, console: Console) -> Results:
     selected = [w for w in (QUICK if quick else WORKLOADS) if not arguments.workload or w.name in arguments.workload]
     parts: set[str] = set(arguments.part or (("steps", "memory") if arguments.workload else PARTS))
     results = Results.empty(facts, "a quick run, whose figures mean little" if quick else "a full run")
+
+    def so_far() -> Results:
+        return results._replace(seconds=time.perf_counter() - start)
+
     # What a compiler kept from an earlier run would hide how long it takes.
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -200,24 +206,24 @@ def run(arguments: argparse.Namespace, console: Console) -> Results:
         Workers(arguments.threads) as workers,
     ):
         bench = Bench(workers, console, rounds=arguments.rounds, quick=quick)
-        if "steps" in parts:
-            results.steps.extend(bench.steps(selected, with_compile=arguments.compile))
-        if "elements" in parts:
-            names = [FUSED, ADD, ADAM, TORCH_FOREACH, TF_GRAPH, OPTAX]
-            results.by_elements.extend(bench.curve(by_elements(quick=quick), names))
-        if "tensors" in parts:
-            names = [FUSED, ADAM, TORCH_FOREACH, TORCH_FOR_LOOP]
-            results.by_tensors.extend(bench.curve(by_tensors(quick=quick), names))
-        if "threads" in parts:
-            results.by_threads.extend(bench.threads())
-        if "sparse" in parts:
-            results.by_rows.extend(bench.steps(by_rows(quick=quick), with_compile=False))
-        if "operations" in parts:
-            results.operations.extend(bench.operations())
-        if "training" in parts:
-            results.training.extend(bench.training())
-        if "memory" in parts:
-            results.memory.update(bench.memory([w for w in selected if w.name in ("1x16M", "1000x16", "1x256K")]))
+        by_size = (FUSED, ADD, ADAM, TORCH_FOREACH, TF_GRAPH, OPTAX)
+        by_number = (FUSED, ADAM, TORCH_FOREACH, TORCH_FOR_LOOP)
+        for part, records, measured in (
+            ("steps", results.steps, bench.steps(selected, with_compile=arguments.compile)),
+            ("elements", results.by_elements, bench.curve(by_elements(quick=quick), by_size)),
+            ("tensors", results.by_tensors, bench.curve(by_tensors(quick=quick), by_number)),
+            ("threads", results.by_threads, bench.threads()),
+            ("sparse", results.by_rows, bench.steps(by_rows(quick=quick), with_compile=False)),
+            ("operations", results.operations, bench.operations()),
+            ("training", results.training, bench.training()),
+        ):
+            for record in measured if part in parts else ():
+                records.append(record)
+                yield so_far()
+    if "memory" in parts:
+        # Without workers beside: each takes memory.
+        results.memory.update(bench.memory([w for w in selected if w.name in ("1x16M", "1000x16", "1x256K")]))
+        yield so_far()
     if "setup" in parts:
         print("measuring imports and the build ...", file=sys.stderr)
         repeats = 1 if quick else 5
@@ -225,7 +231,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Results:
         results.imports["torch"] = import_seconds("torch", "sys", repeats)
         if not quick:
             results = results._replace(build=build_seconds())
-    return results._replace(seconds=time.perf_counter() - start)
+        yield so_far()
 
 
 def main(arguments: Sequence[str] | None = None) -> Results:
@@ -262,9 +268,13 @@ def main(arguments: Sequence[str] | None = None) -> Results:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     options.output.mkdir(parents=True, exist_ok=True)
-    results = Results.read(options.source) if options.source else run(options, console)
-    if options.update:
-        results = Results.read(options.output / "bench.json").updated(results)
+    if options.source:
+        results = Results.read(options.source)
+    else:
+        before = Results.read(options.output / "bench.json") if options.update else None
+        for measured in run(options, console):
+            results = before.updated(measured) if before else measured
+            results.write(options.output / "bench.json")  # so that nothing is lost if the run is
     for table in tables_of(results).values():
         show(console, table)
     results.write(options.output / "bench.json")

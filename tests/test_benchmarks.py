@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,18 @@ def test_tables_go_where_a_page_asks_for_them(tmp_path: Path) -> None:
     page.write_text("<!-- bench: nothing -->\n<!-- end -->\n")
     with pytest.raises(ValueError, match="nothing"):
         fill_in(page, results)
+
+
+@pytest.mark.skipif(not (ROOT / "docs" / "performance.md").exists(), reason="needs the source tree")
+def test_pages_have_their_tables_and_pictures() -> None:
+    pages = [(page, page.read_text()) for page in (ROOT / "README.md", ROOT / "docs" / "performance.md")]
+    for page, text in pages:
+        blocks = re.findall(r"<!-- bench: ([\w-]+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        assert blocks, page
+        for name, content in blocks:
+            assert content.strip(), f"{page} has no {name}: run `make bench BENCH=--docs`"
+        for picture in re.findall(r"\]\((images/[^)]+)\)", text):
+            assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
 
 
 # What a contender needs that is not installed everywhere: of the extras `bench` and `keras`.
