@@ -54,7 +54,8 @@ check_address() {
   # What PyTorch keeps until the end of the process is reachable, and so no leak.
   build/sanitize/address/driver build/sanitize/address/_C.so
 
-  # The package with the library that is watched. The sanitizers come first, for Python does not know them.
+  # The package with the library that is watched. The sanitizers are loaded before Python, which was not built with them,
+  # and with them libstdc++, some of whose functions they replace.
   local package=$PWD/build/sanitize/address/package
   rm -rf "$package"
   mkdir -p "$package"
@@ -64,12 +65,16 @@ check_address() {
   for test in $TESTS; do
     tests+=("$PWD/$test")
   done
-  # Python leaves much behind at its end, and libstdc++ must be there when the sanitizer looks for its functions.
-  # Python looks for modules where it is started first, so that is not the checkout.
+  local preloaded=()
+  for library in libasan libubsan libstdc++; do
+    preloaded+=("$($CXX -print-file-name=$library.so)")
+  done
+  # Not in the checkout, for Python first looks for modules where it is started. Without the leaks that Python itself
+  # leaves at its end, and without the tests of more than 2^31 elements, which take long here.
   cd "$package"
-  LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libubsan.so) $($CXX -print-file-name=libstdc++.so)" \
+  LD_PRELOAD="${preloaded[*]}" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-    PYTHONPATH=$PWD "$PYTHON" -m pytest -q -p no:cacheprovider "${tests[@]}"
+    PYTHONPATH=$PWD "$PYTHON" -m pytest -q -p no:cacheprovider -k "not int32" "${tests[@]}"
   cd - >/dev/null
 }
 
