@@ -36,7 +36,7 @@ DENSE: Final = "AdadeltaKeras, fused, dense gradient"
 HIGHEST_DENSE: Final = 1_000_000
 
 LR: Final = 1e-3
-BUDGET: Final = 6.0  # seconds a height and process
+BUDGET: Final = 3.0  # seconds a height and process
 TURN: Final = 0.02
 
 # A table and two accumulators; a dense gradient; what TensorFlow copies the values from.

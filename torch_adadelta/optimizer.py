@@ -98,6 +98,9 @@ class AdadeltaKeras(KerasInterface):
         capturable: keep ``iterations`` on the parameters' device, so that ``step()`` can be captured in a CUDA graph.
         differentiable: let autograd record ``step()``, which then runs the for-loop.
 
+    A sparse gradient (``torch.sparse_coo``, as of ``nn.Embedding(..., sparse=True)``) updates the rows that occur in
+    it, and leaves all others of the parameter and its state as they are.
+
     A Python number for ``learning_rate``, ``rho`` or ``decay`` is rounded to float32 first, as Keras does, whatever the
     dtype of the parameters; a Tensor or NumPy scalar keeps its precision. ``epsilon`` is not rounded. A callable is
     called once a step. Aggregator and transformers see gradients in the arithmetic type and may overwrite them: they
@@ -470,6 +473,7 @@ class AdadeltaKeras(KerasInterface):
 
         Raises:
             RuntimeError: a gradient or a state does not fit its parameter, or an explicit choice cannot run.
+            IndexError: a sparse gradient has an index that its parameter has not.
             ValueError, TypeError: a param group holds an invalid hyperparameter.
         """
         loss = None
