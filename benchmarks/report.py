@@ -148,6 +148,12 @@ def record_table(record: Record, default: str | None = None) -> Table:
     return Table(f"{record.name}: {record.title}", header, rows or [("nobody", "", "", "", "", "")], notes_of(record))
 
 
+def busy_notes(records: Iterable[Record]) -> list[str]:
+    """Which figures are not to be trusted, if any."""
+    disturbed = [record.name for record in records if record.is_disturbed]
+    return [f"the machine was busy with other work during {', '.join(disturbed)}: measure again"] if disturbed else []
+
+
 def matrix(title: str, records: Sequence[Record], names: Iterable[str]) -> Table:
     """One row a contender, one column a workload."""
     rows = []
@@ -157,8 +163,7 @@ def matrix(title: str, records: Sequence[Record], names: Iterable[str]) -> Table
         ]
         if any(cell != "-" for cell in cells):
             rows.append((name, *cells))
-    disturbed = [record.name for record in records if record.is_disturbed]
-    notes = [f"the machine was busy with other work during {', '.join(disturbed)}: measure again"] if disturbed else []
+    notes = busy_notes(records)
     reasons: dict[str, list[str]] = {}
     for record in records:
         for name, reason in (record.timings.absent | record.left_out).items():
@@ -242,7 +247,8 @@ def threads_table(results: Results) -> Table | None:
         speedup = timings.ratio(known[0], known[-1])
         cells = [spread_text(timings.spread(name)) if name in known else "-" for name in names]
         rows.append((record.title, *cells, f"{speedup.median:.2f} x ({speedup.lower:.2f}-{speedup.upper:.2f})"))
-    return Table("Threads", ("a fused step", *names, "faster by"), rows) if rows else None
+    header = ("a fused step", *names, "faster by")
+    return Table("Threads", header, rows, busy_notes(results.by_threads)) if rows else None
 
 
 def operations_tables(results: Results) -> list[Table]:
@@ -259,7 +265,14 @@ def operations_tables(results: Results) -> list[Table]:
                     spread = record.timings.difference(name, RESTORING)
                 cells.append(spread_text(spread))
             rows.append((operation, *cells))
-        tables.append(Table(f"Everything but the step: {record.name}, {record.title}", ("", OURS, THEIRS), rows))
+        tables.append(
+            Table(
+                f"Everything but the step: {record.name}, {record.title}",
+                ("", OURS, THEIRS),
+                rows,
+                busy_notes([record]),
+            )
+        )
     return tables
 
 
@@ -303,15 +316,14 @@ def curve_table(title: str, records: Sequence[Record], what: str) -> Table | Non
         )
         for record in records
     ]
-    return Table(title, (what, *names), rows) if rows else None
+    return Table(title, (what, *names), rows, busy_notes(records)) if rows else None
 
 
 def bars_table(results: Results) -> Table | None:
     """One row a bar."""
     words = {True: "met", False: "not met", None: "not measured"}
     rows = [(v.workload, v.what, *verdict_text(v), words[v.is_met]) for v in verdicts(results)]
-    disturbed = [record.name for record in results.steps if record.is_disturbed]
-    notes = [f"the machine was busy with other work during {', '.join(disturbed)}: measure again"] if disturbed else []
+    notes = busy_notes((*results.steps, *results.by_rows))
     header = ("workload", "what", "bar", "measured (quartiles)", "verdict")
     return Table("Bars", header, rows, notes) if rows else None
 
