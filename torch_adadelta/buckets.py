@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_adadelta import gradients, hyperparameters, ops, sparse
+from torch_adadelta import gradients, hyperparameters, ops, shards, sparse
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtype
 
@@ -18,6 +18,11 @@ from torch_adadelta.arithmetic import arithmetic_dtype
 Bucket = tuple[dict[str, Any], updates.Update, updates.Lists, hyperparameters.StepValues]
 
 NO_CLIP: Final[dict[str, Any]] = {}
+
+_FUSED: Final = (updates.fused, updates.ON_SHARDS[updates.fused])
+_FOREACH: Final = (updates.foreach, updates.ON_SHARDS[updates.foreach])
+_ON_SHARDS: Final = tuple(updates.ON_SHARDS.values())
+_WHOLE: Final = {on_shards: update for update, on_shards in updates.ON_SHARDS.items()}
 
 
 def choose(group: dict[str, Any], params: list[Tensor]) -> updates.Update:
@@ -42,18 +47,23 @@ def split(
         update = choose(group, [params[i] for i in on_device])
         # In runs, for a parameter may be listed twice, and have a gradient of each kind.
         for is_sparse, run in itertools.groupby(on_device, lambda i: sparse.is_sparse(lists[1][i])):
-            if is_sparse or update is updates.fused:
+            if is_sparse or update in _FUSED:
                 parts = [list(run)]
             else:
                 by_kind: dict[Any, list[int]] = {}
                 for i in run:
-                    # DTensors do not mix with others.
-                    kind = (params[i].dtype if update is updates.foreach else None, hasattr(params[i], "full_tensor"))
-                    by_kind.setdefault(kind, []).append(i)
+                    # Under autograd DTensors do not mix with others.
+                    apart = update not in _ON_SHARDS and shards.is_dtensor(params[i])
+                    by_kind.setdefault((params[i].dtype if update in _FOREACH else None, apart), []).append(i)
                 parts = list(by_kind.values())
             for part in parts:
                 selected: Any = tuple([tensors[i] for i in part] for tensors in lists)
-                buckets.append((group, sparse.counterpart(update) if is_sparse else update, selected, values))
+                if is_sparse:
+                    buckets.append((group, sparse.counterpart(_WHOLE.get(update, update)), selected, values))
+                    continue
+                if update in _ON_SHARDS:
+                    selected = (selected[0], list(map(shards.aligned, *selected[:2])), *selected[2:])
+                buckets.append((group, update, selected, values))
     return buckets
 
 
@@ -83,58 +93,88 @@ def clip_keywords(
     options: dict[str, Any],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    over_parts: Callable[[list[list[Tensor]], list[Tensor]], list[Tensor]] | None = None,
+    over_processes: Callable[[Tensor], Tensor] | None = None,
+    in_double: bool = False,
 ) -> list[dict[str, Any]]:
     """The keywords of `gradients.clip` for each bucket, whose gradients have these numbers among all of the step.
 
     With `grad_scale` and `found_inf` those of a fused update, which unscales the gradients or skips all of them.
+    Norms of parameters that are shared out go through `over_parts`, the sum over all gradients through `over_processes`;
+    `in_double` if one of them, here or elsewhere, is taken in float64.
     """
     clipvalue, clipnorm, global_clipnorm = (options[key] for key in ("clipvalue", "clipnorm", "global_clipnorm"))
     in_common: dict[str, Any] = {} if clipvalue is None else {"clipvalue": float(clipvalue)}
     keywords = [{**in_common, **_amp_keywords(bucket, grad_scale, found_inf)} for bucket in buckets]
     if clipnorm is not None:
-        for bucket, own in zip(buckets, keywords, strict=True):
-            own |= {"clipnorm": float(clipnorm), "square_sums": _square_sums(bucket, own, False)}
+        sums = [_square_sums(bucket, own, False) for bucket, own in zip(buckets, keywords, strict=True)]
+        if over_parts is not None:
+            sums = over_parts([_shared_out(bucket) for bucket in buckets], sums)
+        for square_sums, own in zip(sums, keywords, strict=True):
+            own |= {"clipnorm": float(clipnorm), "square_sums": square_sums}
     elif global_clipnorm is not None:
-        factors = _global_factors(buckets, numbers, keywords, float(global_clipnorm))
+        factors = _global_factors(
+            buckets, numbers, keywords, float(global_clipnorm), over_parts, over_processes, in_double
+        )
         for factor, own in zip(factors, keywords, strict=True):
             own["factor"] = factor
     return keywords
 
 
+def _shared_out(bucket: Bucket) -> list[Tensor]:
+    """The parameters of a bucket, if its norms are those of the parts that this process has."""
+    return bucket[2][0] if bucket[1] in _ON_SHARDS else []
+
+
 def _amp_keywords(bucket: Bucket, grad_scale: Tensor | None, found_inf: Tensor | None) -> dict[str, Any]:
     named = (("grad_scale", grad_scale), ("found_inf", found_inf))
     given = {name: tensor for name, tensor in named if tensor is not None}
-    if given and bucket[1] not in (updates.fused, sparse.fused):
+    if given and bucket[1] not in (*_FUSED, sparse.fused):
         raise RuntimeError(f"{' and '.join(given)} need the fused update; pass fused=True")
     device = bucket[2][0][0].device
     return {name: _moved(tensor, device).float() for name, tensor in given.items()}
 
 
 def _global_factors(
-    buckets: list[Bucket], numbers: list[list[int]], keywords: list[dict[str, Any]], global_clipnorm: float
+    buckets: list[Bucket],
+    numbers: list[list[int]],
+    keywords: list[dict[str, Any]],
+    global_clipnorm: float,
+    over_parts: Callable[[list[list[Tensor]], list[Tensor]], list[Tensor]] | None,
+    over_processes: Callable[[Tensor], Tensor] | None,
+    in_double: bool,
 ) -> list[hyperparameters.Value]:
     """What `global_clipnorm` multiplies the gradients of each bucket by, on its device."""
     dtypes = {param.dtype for bucket in buckets for param in bucket[2][0]}
-    T = torch.float64 if torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
+    T = torch.float64 if in_double or torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
     sums: list[Tensor] = []
     where: list[list[int]] = []
+    shared_out: list[list[Tensor]] = []
     for bucket, own, bucket_numbers in zip(buckets, keywords, numbers, strict=True):
         for part, part_keywords, rows in _parts_by_T(bucket, own) if T is torch.float64 else [(bucket, own, None)]:
             sums.append(_square_sums(part, part_keywords, T is torch.float64))
             where.append(bucket_numbers if rows is None else [bucket_numbers[row] for row in rows])
-    # The sums of DTensors are DTensors, which mix with each other and with numbers only.
-    are_distributed = any(hasattr(s, "full_tensor") for s in sums)
+            shared_out.append(_shared_out(part))
+    # Under autograd the sums of DTensors are DTensors, which mix with each other and with numbers only.
+    are_distributed = any(map(shards.is_dtensor, sums))
     if are_distributed:
-        sums = [s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums]
+        sums = [s.full_tensor() if shards.is_dtensor(s) else s for s in sums]  # type: ignore[attr-defined]
+    if over_parts is not None:
+        sums = over_parts(shared_out, sums)
     # One device for all: not the CPU if there is another, for that would wait for the other.
-    device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
+    device = next((s.device for s in sums if s.device.type != "cpu"), torch.device("cpu"))
     with recording(any(bucket[0]["differentiable"] for bucket in buckets)):
         pieces: list[tuple[int, Tensor]] = []
         for numbers_here, sums_here in zip(where, sums, strict=True):
             moved = _moved(sums_here, device)
             pieces += [(numbers_here[begin], moved[begin:end]) for begin, end in _runs(numbers_here)]
         pieces.sort(key=itemgetter(0))
-        in_order = torch.cat([piece for _, piece in pieces]) if len(pieces) > 1 else pieces[0][1]
+        if len(pieces) == 1:
+            in_order = pieces[0][1]
+        else:
+            in_order = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(piece for _, piece in pieces)])
+        if over_processes is not None:
+            in_order = over_processes(gradients.pairwise_sum(in_order)).reshape(1)
         factor = gradients.global_factor(global_clipnorm, in_order, T)
     if are_distributed:
         factor = float(factor)
@@ -181,7 +221,9 @@ def _square_sums(bucket: Bucket, keywords: dict[str, Any], in_double: bool) -> T
     before = {name: keywords[name] for name in ("clipvalue", "grad_scale") if name in keywords}
     if update in sparse.UPDATES:
         params = grads = sparse.values_in_T(params, grads)
-    if update in (updates.fused, sparse.fused):
+    if update in _ON_SHARDS:
+        params, grads = ([shards.local(tensor) for tensor in tensors] for tensors in (params, grads))
+    if update in (*_FUSED, sparse.fused):
         return ops.grad_square_sums(params, grads, in_double=in_double, **before)
     with recording(group["differentiable"]):
         return gradients.square_sums(params, grads, in_double=in_double, **before)

@@ -1,8 +1,9 @@
-"""Sums of gradients over the processes of a group: `all_reduce_sum`, to be passed as `gradient_aggregator`."""
+"""Sums over the processes of a group: `all_reduce_sum` of gradients, to be passed as `gradient_aggregator`, and norms."""
 
 import functools
 import hashlib
 import math
+import struct
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -248,21 +249,82 @@ def _from_bytes(data: Tensor, like: Tensor, count: int, dim: int) -> Tensor:
     return data[: math.prod(shape) * like.element_size()].view(like.dtype).view(shape)
 
 
+# ---- Norms over processes that hold different parameters ------------------------------------------------------------
+
+
+class NormGroup:
+    """The processes over which the norm of all gradients is taken, each of which has other parameters.
+
+    Args:
+        given: a process group, or "world" for the default group, whatever that is at the call.
+    """
+
+    def __init__(self, given: Any) -> None:
+        if given != "world" and not (dist.is_available() and isinstance(given, dist.ProcessGroup)):
+            raise TypeError(
+                f'norm_group must be a process group, "world" or None, got {given!r} of type {type(given).__name__}'
+            )
+        self.given = given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NormGroup":
+        # Immutable, and a process group cannot be copied: an optimizer with one still can.
+        return self
+
+    @property
+    def _group(self) -> "dist.ProcessGroup | None":
+        return None if self.given == "world" else self.given
+
+    def agree(
+        self, iterations: int, has_gradient: bool, in_double: bool, global_clipnorm: float | None
+    ) -> tuple[bool, bool]:
+        """Whether any process has a gradient, and whether any has one whose norm is taken in float64.
+
+        Raises:
+            RuntimeError: in every process, if they disagree on `iterations` or the norm; there is no process group.
+        """
+        _world_size(self._group, "norm_group")
+        bits = struct.unpack("<q", struct.pack("<d", -1.0 if global_clipnorm is None else global_clipnorm))[0]
+        rows = _gathered([iterations, has_gradient, in_double, bits], self._group, [])
+        norms = [struct.unpack("<d", struct.pack("<q", row[3]))[0] for row in rows]
+        for name, values in (
+            ("iterations", [row[0] for row in rows]),
+            ("global_clipnorm", [None if norm < 0 else norm for norm in norms]),
+        ):
+            if len(set(values)) > 1:
+                ranks = dist.get_process_group_ranks(self._group)
+                by_rank = ", ".join(f"process {rank}: {value}" for rank, value in zip(ranks, values, strict=True))
+                raise RuntimeError(
+                    f"the processes of norm_group disagree on {name} ({by_rank}). They must load the same checkpoint, "
+                    "have the same options and step together"
+                )
+        return any(row[1] for row in rows), any(row[2] for row in rows)
+
+    def sum(self, number: Tensor) -> Tensor:
+        """The sum of a number over the processes, the same bits in each of them."""
+        backends = dist.get_backend_config(self._group)
+        device = number.device
+        if f"{device.type}:" not in backends:
+            device_type = backends.partition(":")[0]
+            device = torch.device(device_type, torch.get_device_module(device_type).current_device())
+        total = number.detach().to(device, copy=True)
+        dist.all_reduce(total, group=self._group)
+        return total.to(number.device)
+
+
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def _world_size(group: "dist.ProcessGroup | None") -> int:
+def _world_size(group: "dist.ProcessGroup | None", who: str = "all_reduce_sum") -> int:
     if not dist.is_available() or not dist.is_initialized():
         why = "is not initialized" if dist.is_available() else "is missing from this build of PyTorch"
+        option = "gradient_aggregator" if who == "all_reduce_sum" else who
         raise RuntimeError(
-            f"all_reduce_sum: torch.distributed {why}. Call torch.distributed.init_process_group first, or leave "
-            "gradient_aggregator out: one process has nothing to sum"
+            f"{who}: torch.distributed {why}. Call torch.distributed.init_process_group first, or leave "
+            f"{option} out: one process has nothing to sum"
         )
     world_size = dist.get_world_size(group)
     if world_size < 1:
-        raise RuntimeError(
-            f"all_reduce_sum: process {dist.get_rank()} is not in the group; only its members can sum over it"
-        )
+        raise RuntimeError(f"{who}: process {dist.get_rank()} is not in the group; only its members can sum over it")
     return world_size
 
 

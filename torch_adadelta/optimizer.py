@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torch_adadelta import gradients, hyperparameters, ops, param_groups, sparse
+from torch_adadelta import gradients, hyperparameters, ops, param_groups, shards, sparse
 from torch_adadelta import update as updates
+from torch_adadelta.arithmetic import arithmetic_dtype
 from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, by_T, choose, clip_keywords, recording, split
+from torch_adadelta.distributed import NormGroup
 from torch_adadelta.gradients import Callback
 from torch_adadelta.hyperparameters import Source
 from torch_adadelta.keras_interface import KerasInterface
@@ -30,11 +32,18 @@ _get_grad = attrgetter("grad")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
 
 # Belongs to the whole optimizer, and is a key of every group because that is what a state_dict keeps.
-_get_options = itemgetter(*hyperparameters.NUMBERS)
-_NO_OPTIONS: Final = (0.0, None, None, None)
+_get_options = itemgetter(*hyperparameters.NUMBERS, "schedule", "callables")
+_NO_OPTIONS: Final = (0.0, None, None, None, None, [])
 
 # What pickle and deepcopy keep besides what every optimizer has.
-_OWN_ATTRIBUTES: Final = ("_sources", "_default_sources", "_gradient_aggregator", "_gradient_transformers")
+_OWN_ATTRIBUTES: Final = (
+    "_sources",
+    "_default_sources",
+    "_gradient_aggregator",
+    "_gradient_transformers",
+    "_norm_group",
+    "_is_made_by_zero",
+)
 
 Hyperparameter = float | Tensor | Callable[[], Any]
 
@@ -45,6 +54,9 @@ Hyperparameter = float | Tensor | Callable[[], Any]
 _NewState = dict[Tensor, dict[str, Tensor]]
 _NewValue = tuple[dict[str, Any], str, Any, Source]
 _Plan = tuple[Iterable[Bucket], Iterable[dict[str, Any]], _NewState, Iterable[_NewValue], bool]
+
+# The step of a process that has nothing to update, while others have.
+_COUNT_ONLY: Final[_Plan] = ((), (), {}, (), True)
 
 # Parameters of one group, their gradients, and which number each has among all gradients of the step.
 _Rows = tuple[list[Tensor], list[Tensor], list[int]]
@@ -92,6 +104,10 @@ class AdadeltaKeras(KerasInterface):
             combine gradients between processes, before they are clipped. `distributed.all_reduce_sum` is a ready one.
         gradient_transformers: callables like the aggregator, called in their order after it. Not together with a clip
             option.
+        norm_group: a process group, or "world" for the default one, each of whose processes has another part of the
+            parameters, as under ``ZeroRedundancyOptimizer``: the norm of ``global_clipnorm`` is taken over all of them,
+            and all count the step if one of them has gradients. Every process then must make every step. It is not for
+            DDP, where each process has all gradients, nor for DTensors, which know where their parts are.
         maximize: ascend instead of descend.
         foreach: True for PyTorch's multi-tensor operations, False for the for-loop, None for the best that applies.
         fused: True for the compiled kernel, False to do without it, None to use it where it applies.
@@ -141,6 +157,10 @@ class AdadeltaKeras(KerasInterface):
     _default_sources: dict[str, Source]
     _gradient_aggregator: Callback | None = None
     _gradient_transformers: list[Callback]
+    _norm_group: NormGroup | None = None
+    _is_made_by_zero = False
+    _followed: list[param_groups.Followed]
+    _tolerated_step: Any = None  # what schedulers of torch.optim had made of `step` when a schedule was set
     _has_callables = False  # whether there are any of those but transformers, which may be appended to their list
 
     def __init__(
@@ -158,6 +178,7 @@ class AdadeltaKeras(KerasInterface):
         global_clipnorm: float | None = None,
         gradient_aggregator: Callback | None = None,
         gradient_transformers: Iterable[Callback] | None = None,
+        norm_group: Any = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -189,6 +210,10 @@ class AdadeltaKeras(KerasInterface):
         self._gradient_aggregator = param_groups.checked_callback("gradient_aggregator", gradient_aggregator)
         self._gradient_transformers = param_groups.checked_transformers(gradient_transformers)
         param_groups.check_transformers(self._gradient_transformers, defaults)
+        self._followed = []
+        self._norm_group = None if norm_group is None else NormGroup(norm_group)
+        self._is_made_by_zero = shards.is_made_by_zero()
+        self._check_norm_group(defaults)
         super().__init__(params, defaults)
 
     # ---- Param groups -------------------------------------------------------------------------------------------
@@ -233,6 +258,7 @@ class AdadeltaKeras(KerasInterface):
         except Exception:
             self.param_groups.pop()
             self._sources.pop()
+            del self._followed[len(self.param_groups) :]
             raise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -245,12 +271,8 @@ class AdadeltaKeras(KerasInterface):
         groups = state["param_groups"]
         if any("eps" in group for group in groups):
             param_groups.convert_torch_adadelta(groups, state["state"], self.__dict__.get("param_groups", []))
-        for kind in ("gradient_aggregator", "gradient_transformers"):
-            if not known.get(f"_{kind}") and any(kind in group.get("callables", ()) for group in groups):
-                raise ValueError(
-                    f"what is to be loaded was saved with {kind}, and functions are not saved: set optimizer.{kind} "
-                    "first"
-                )
+        callbacks = {key.removeprefix("_"): known.get(key) for key in ("_gradient_aggregator", "_gradient_transformers")}
+        param_groups.check_callbacks(groups, callbacks)
         sources = []
         for index, group in enumerate(groups):
             for key, value in {**known["defaults"], "schedule": None, "callables": []}.items():
@@ -269,10 +291,12 @@ class AdadeltaKeras(KerasInterface):
             for index, param in enumerate(group["params"]):
                 saved = state["state"].get(param)
                 param_groups.check_state(param_groups.name_of(group_index, group, index), param, saved)
-                if saved and param.is_complex():  # Optimizer.load_state_dict casts real state only
-                    state["state"][param] = {key: tensor.to(param.dtype) for key, tensor in saved.items()}
+                if saved and "defaults" not in state:
+                    # Optimizer.load_state_dict casts real state only, and hands over tensors that fit as they are: to
+                    # keep them would be to write to the checkpoint, or to another optimizer's state.
+                    state["state"][param] = {key: tensor.to(param.dtype, copy=True) for key, tensor in saved.items()}
         self._held_state = None
-        super().__setstate__({**state, "_sources": sources})
+        super().__setstate__({**state, "_sources": sources, "_followed": []})
         self._name_callables()
 
     def _name_callables(self, first: int = 0) -> None:
@@ -283,11 +307,39 @@ class AdadeltaKeras(KerasInterface):
         }
         shared = [kind for kind, is_given in given.items() if is_given]
         self._has_callables = self._gradient_aggregator is not None or any(self._sources)
+        del self._followed[first:]
         for group, sources in zip(self.param_groups[first:], self._sources[first:], strict=True):
             if _is_scheduled(sources):  # whose configuration may have changed
-                group["schedule"] = param_groups.config_of(sources["lr"].given)
+                config = param_groups.config_of(sources["lr"].given)
+                group["schedule"] = group["schedule"] if group["schedule"] == config else config
             own = [source.name for key, source in sources.items() if key != "lr" or group["schedule"] is None]
-            group["callables"] = shared + own
+            group["callables"] = group["callables"] if group["callables"] == shared + own else shared + own
+            self._followed.append(param_groups.Followed(group, group["schedule"], group["callables"]))
+
+    def _follow_groups(self) -> None:
+        """Brings `_sources` in line with groups that were removed, or written to past the methods of this class."""
+        followed = self._followed
+        if len(followed) == len(self.param_groups) and all(
+            was.is_current(group) for was, group in zip(followed, self.param_groups, strict=True)
+        ):
+            return
+        known = {id(was.group): (was, sources) for was, sources in zip(followed, self._sources, strict=True)}
+        taken: list[dict[str, Source]] = []
+        for group in self.param_groups:
+            if id(group) not in known:
+                raise RuntimeError("param_groups was changed from outside; use add_param_group")
+            was, sources = known[id(group)]
+            if not was.is_current(group):
+                callbacks: dict[str, Any] = {
+                    "gradient_aggregator": self._gradient_aggregator,
+                    "gradient_transformers": self._gradient_transformers,
+                }
+                param_groups.check_callbacks([group], callbacks)
+                sources = param_groups.normalise(group, sources, group["iterations"])
+                group["iterations"] = param_groups.iterations_for(group, group["iterations"])
+            taken.append(sources)
+        self._sources, self._followed = taken, []
+        self._name_callables()
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a dictionary of Tensors and plain Python values, as of every ``torch.optim`` optimizer.
@@ -295,6 +347,7 @@ class AdadeltaKeras(KerasInterface):
         A schedule is in it as its configuration. Of callables, the aggregator and the transformers it holds the names:
         the optimizer that loads it must have been given them.
         """
+        self._follow_groups()
         self._name_callables()
         state_dict = super().state_dict()
         names = {**param_groups.HYPERPARAMETERS, **{name: name for name in hyperparameters.NUMBERS}}
@@ -306,10 +359,12 @@ class AdadeltaKeras(KerasInterface):
     # ---- Hyperparameters ----------------------------------------------------------------------------------------
 
     def _get(self, key: str) -> Any:
+        self._follow_groups()
         source = self._sources[0].get(key)
         return self.param_groups[0][key] if source is None else source.given
 
     def _set(self, key: str, value: Any) -> None:
+        self._follow_groups()
         taken: list[tuple[dict[str, Any], dict[str, Source], dict[str, Any], Source | None]] = []
         all_sources = (self._default_sources, *self._sources)
         for group, sources in zip((self.defaults, *self.param_groups), all_sources, strict=True):
@@ -322,6 +377,8 @@ class AdadeltaKeras(KerasInterface):
             sources.pop(key, None)
             if source is not None:
                 sources[key] = source
+        if key == "lr":
+            self._tolerated_step = self.__dict__.get("step")
         self._name_callables()
 
     @property
@@ -367,6 +424,7 @@ class AdadeltaKeras(KerasInterface):
         options = {**{name: self.param_groups[0][name] for name in hyperparameters.NUMBERS}, key: value}
         param_groups.check_options(options)
         param_groups.check_transformers(self._gradient_transformers, options)
+        self._check_norm_group(options)
         if key == "clipvalue":
             param_groups.check_not_complex([{**group, key: value} for group in self.param_groups])
         for group in (self.defaults, *self.param_groups):
@@ -429,6 +487,30 @@ class AdadeltaKeras(KerasInterface):
         param_groups.check_transformers(transformers, self.param_groups[0])
         self._gradient_transformers = transformers
         self._name_callables()
+
+    @property
+    def norm_group(self) -> Any:
+        """The processes over which the norm of `global_clipnorm` is taken: a process group, "world" or None. Can be set."""
+        return None if self._norm_group is None else self._norm_group.given
+
+    @norm_group.setter
+    def norm_group(self, value: Any) -> None:
+        before = self._norm_group
+        self._norm_group = None if value is None else NormGroup(value)
+        try:
+            self._check_norm_group(self.param_groups[0])
+        except ValueError:
+            self._norm_group = before
+            raise
+
+    def _check_norm_group(self, options: dict[str, Any]) -> None:
+        if self._is_made_by_zero and self._norm_group is None and options["global_clipnorm"] is not None:
+            raise ValueError(
+                f"global_clipnorm={options['global_clipnorm']!r} needs the gradients of all parameters, and under "
+                "ZeroRedundancyOptimizer each process has those of its own parameters only. Pass "
+                'norm_group="world", or the process group, to take the norm over all processes; or use clipnorm, which '
+                "takes each gradient by itself"
+            )
 
     @property
     def iterations(self) -> int:
@@ -510,7 +592,7 @@ class AdadeltaKeras(KerasInterface):
                 else:
                     update(*lists, *values, group["maximize"], **clip)
                 has_written = True
-            if has_written:
+            if has_written or plan is _COUNT_ONLY:
                 for group in self.param_groups:
                     if self.found_inf is None:
                         group["iterations"] += 1  # in place where it is a Tensor
@@ -549,7 +631,7 @@ class AdadeltaKeras(KerasInterface):
         """The plan of a step without clipping, decay, callbacks, sources or gradients handed over: most are."""
         if self._has_callables or self._gradient_transformers or self._given is not None:
             return self._plan()
-        if self.found_inf is not None or "grad_scale" in self.__dict__:
+        if self.found_inf is not None or "grad_scale" in self.__dict__ or self._norm_group is not None:
             return self._plan()
         buckets: list[Bucket] = []
         new_state: _NewState = {}
@@ -563,7 +645,9 @@ class AdadeltaKeras(KerasInterface):
             values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"], group["differentiable"])
             buckets += split(group, lists, values, self._groups_are_mixed)
         if not buckets:
-            return None
+            return self._without_gradients()
+        if new_state and self._makes_state_only():
+            return (), (), new_state, (), False
         checks_itself = self._check_all(buckets, new_state)
         if checks_itself:
             buckets = [self._with_held_state(buckets[0])]
@@ -589,6 +673,10 @@ class AdadeltaKeras(KerasInterface):
                 return bucket
         return group, held_state.adadelta_, lists, values
 
+    def _without_gradients(self) -> _Plan | None:
+        """The plan of a step that has nothing to update: none; but one that never has any parameters keeps count."""
+        return None if any(group["params"] for group in self.param_groups) else _COUNT_ONLY
+
     def _plan(self) -> _Plan | None:
         param_groups.check_agreement(self.param_groups)
         param_groups.check_options(self.param_groups[0])
@@ -605,8 +693,12 @@ class AdadeltaKeras(KerasInterface):
         calls_back = aggregates or bool(self._gradient_transformers)
         if calls_back:
             rows = self._run_callbacks(rows, aggregates)
-        if not any(params for params, _, _ in rows):
-            return None
+        has_gradients = any(params for params, _, _ in rows)
+        reductions, others_have_gradients = self._reductions(rows)
+        if not has_gradients:
+            if any(reductions):  # others wait for this process
+                clip_keywords([], [], self.param_groups[0], None, None, *reductions)
+            return _COUNT_ONLY if others_have_gradients else self._without_gradients()
 
         buckets: list[Bucket] = []
         numbers: list[list[int]] = []
@@ -637,7 +729,7 @@ class AdadeltaKeras(KerasInterface):
         checks_itself = self._check_all(buckets, new_state)
         grad_scale = None if calls_back else getattr(self, "grad_scale", None)
         try:
-            clips = clip_keywords(buckets, numbers, self.param_groups[0], grad_scale, self.found_inf)
+            clips = clip_keywords(buckets, numbers, self.param_groups[0], grad_scale, self.found_inf, *reductions)
         except Exception:
             self._explain(buckets[0])
             raise
@@ -689,14 +781,15 @@ class AdadeltaKeras(KerasInterface):
         Returns whether this step only makes state: PyTorch's distributed checkpointing sets lr to 0 and steps, to have
         state to load into.
         """
-        if len(self._sources) != len(self.param_groups):
-            raise RuntimeError("param_groups was changed from outside; use add_param_group")
+        self._follow_groups()
         if self._makes_state_only():
             return True
         for index, (group, sources) in enumerate(zip(self.param_groups, self._sources, strict=True)):
             for key, source in sources.items():
                 value = group[key]
-                if key == "lr" and getattr(self.step, "_wrapped_by_lr_sched", False):
+                # A scheduler that was attached before the schedule was set may be gone, but what it made of `step` stays.
+                is_attached = self.__dict__.get("step") is not self._tolerated_step
+                if key == "lr" and is_attached and getattr(self.step, "_wrapped_by_lr_sched", False):
                     raise RuntimeError(
                         f"the learning rate is given by {param_groups.describe(source)}, and a scheduler of "
                         "torch.optim is attached too: use one of them. A number for optimizer.learning_rate removes "
@@ -711,11 +804,37 @@ class AdadeltaKeras(KerasInterface):
         return False
 
     def _makes_state_only(self) -> bool:
-        has_source = any("lr" in sources for sources in self._sources)
-        if not has_source or any(self.state.values()) or not all(_is_zero(group["lr"]) for group in self.param_groups):
+        if any(self.state.values()) or not all(_is_zero(group["lr"]) for group in self.param_groups):
             return False
-        grads = [grad for _, grads, _ in self._rows() for grad in grads]
-        return not any(bool(grad.any()) for grad in grads)
+        # A zero under a schedule is foreign. Without one it may be meant, and then the step counts.
+        has_schedule = any("lr" in sources for sources in self._sources)
+        if not has_schedule and not shards.is_called_to_make_state():
+            return False
+        rows = self._rows()
+        params, grads = ([tensor for row in rows for tensor in row[column]] for column in (0, 1))
+        return not shards.any_nonzero(params, grads)
+
+    def _reductions(self, rows: list[_Rows]) -> tuple[tuple[Any, Any, bool], bool]:
+        """What `clip_keywords` passes sums of squares through, where this process does not have all gradients.
+
+        Also whether other processes of `norm_group` have gradients.
+        """
+        others_have_gradients = False
+        self._check_norm_group(self.param_groups[0])
+        clipnorm, global_clipnorm = (self.param_groups[0][key] for key in ("clipnorm", "global_clipnorm"))
+        over_parts, over_processes, in_double = None, None, False
+        if self._norm_group is not None:
+            T_here = {arithmetic_dtype(param.dtype) for params, _, _ in rows for param in params}
+            others_have_gradients, in_double = self._norm_group.agree(
+                self.iterations, bool(T_here), torch.float64 in T_here, global_clipnorm
+            )
+            over_processes = self._norm_group.sum if global_clipnorm is not None and others_have_gradients else None
+        if clipnorm is not None or global_clipnorm is not None:
+            all_params = self._params()
+            if any(map(shards.is_dtensor, all_params)):
+                iterations = self.param_groups[0]["iterations"]
+                over_parts = partial(shards.sum_over_parts, all_params=all_params, iterations=iterations)
+        return (over_parts, over_processes, in_double), others_have_gradients
 
     def _with_state(self, params: list[Tensor], grads: list[Tensor], new_state: _NewState) -> updates.Lists:
         """Parameters and gradients with their state. State that is missing is made and left in `new_state`."""

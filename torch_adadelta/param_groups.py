@@ -1,7 +1,7 @@
 """Param groups: what they may hold, in which form it is kept, and what a checkpoint brings."""
 
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ HYPERPARAMETERS: Final = {"lr": "learning_rate", "rho": "rho", "epsilon": "epsil
 
 # What a group shows for a callable until the first step has called it.
 _UNTIL_CALLED: Final = {"lr": 0.001, "rho": 0.95, "epsilon": hyperparameters.DEFAULT_EPSILON}
+
+
+class Followed(NamedTuple):
+    """A group, and what the optimizer last wrote there of its schedule and callables.
+
+    Where other objects are found there, somebody has written to the group past the optimizer, as
+    ``ZeroRedundancyOptimizer`` does when it loads a checkpoint.
+    """
+
+    group: dict[str, Any]
+    schedule: Any
+    callables: Any
+
+    def is_current(self, group: dict[str, Any]) -> bool:
+        return (
+            self.group is group
+            and group.get("schedule") is self.schedule
+            and group.get("callables") is self.callables
+        )
 
 
 def name_of(group_index: int, group: dict[str, Any], index: int) -> str:
@@ -157,6 +176,15 @@ def check_transformers(transformers: Any, options: dict[str, Any]) -> None:
             raise ValueError(
                 f"`{key}` cannot be set when `gradient_transformers` is set. Instead, use the `gradient_transformers` "
                 f"to specify clipping and other transformations. Received: {key}={options[key]!r}"
+            )
+
+
+def check_callbacks(groups: list[dict[str, Any]], callbacks: dict[str, Any]) -> None:
+    """Raises ValueError if groups to be taken over were saved with callbacks that are not there."""
+    for kind, given in callbacks.items():
+        if not given and any(kind in group.get("callables", ()) for group in groups):
+            raise ValueError(
+                f"what is to be loaded was saved with {kind}, and functions are not saved: set optimizer.{kind} first"
             )
 
 

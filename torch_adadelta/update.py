@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_adadelta import gradients, ops
+from torch_adadelta import gradients, ops, shards
 from torch_adadelta.arithmetic import arithmetic_dtype, as_real, exact_sqrt
 from torch_adadelta.hyperparameters import Value, cast, one_minus
 
@@ -144,6 +144,9 @@ def foreach(
 # Updates all parameters, which are of one device, in one compiled pass. Raises before it writes anything.
 fused = ops.adadelta_
 
+# The same for lists with DTensors among them.
+ON_SHARDS: Final = {update: shards.on_shards(update) for update in (for_loop, foreach, fused)}
+
 
 def check_fused(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
     """Raises RuntimeError if `fused` would refuse these lists."""
@@ -179,6 +182,8 @@ def choose(params: list[Tensor], foreach: bool | None, fused: bool | None, diffe
     has_kernel = ops.has_kernel_for(params[0])
     if has_kernel and is_plain and foreach is None and fused is not False and not differentiable:
         return _fused
+    if not is_plain and not differentiable and any(map(shards.is_dtensor, params)):
+        return ON_SHARDS[choose(list(map(shards.local, params)), foreach, fused, differentiable)]
     device_type = params[0].device.type
     check_choice(foreach, fused, differentiable)
     for name, wanted in (("fused", fused), ("foreach", foreach)):
@@ -268,7 +273,7 @@ def _check_tensor(name: Callable[[], str], param: Tensor, kind: str, tensor: Any
         raise RuntimeError(f"{name()}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
     if tensor.shape != param.shape:
         raise RuntimeError(f"{name()} has shape {tuple(param.shape)}, but its {kind} has shape {tuple(tensor.shape)}")
-    if hasattr(tensor, "full_tensor") != hasattr(param, "full_tensor"):
+    if shards.is_dtensor(tensor) != shards.is_dtensor(param):
         what = type(param.data).__name__
         raise RuntimeError(
             f"{name()} is a {what}, but its {kind} is a {type(tensor.data).__name__}. Distribute both alike"
@@ -298,6 +303,8 @@ def check_row(
             raise RuntimeError(
                 f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. Convert the state too"
             )
+        if not shards.is_distributed_alike(param, tensor):
+            raise RuntimeError(f"{name()} and its {kind} are distributed in different ways. Use .redistribute()")
         if tensor.layout is not torch.strided or overlaps_itself(tensor):
             raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
         if tensor.is_conj() or tensor.is_neg():

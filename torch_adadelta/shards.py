@@ -1,0 +1,186 @@
+"""Parameters of which this process has a part: DTensors, as of FSDP2, and the parameters of other processes under ZeRO.
+
+A DTensor is updated through its local tensor, by the same implementations as any other. Its part of a norm is summed
+over the processes that have the other parts; since that order of summation is not the one of a single process, the last
+bits of the float64 sum may differ, which are rounded away where the arithmetic type is float32.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor, without the import of what makes them."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, in the same memory; autograd does not record it."""
+    if not is_dtensor(tensor):
+        return tensor
+    part: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    result: Tensor = part.wait() if hasattr(part, "trigger_wait") else part
+    return result
+
+
+def on_shards(update: Callable[..., None]) -> Callable[..., None]:
+    """The same update for lists that may hold DTensors: of the part that this process has."""
+
+    def update_parts(
+        params: list[Tensor],
+        grads: list[Tensor],
+        square_avgs: list[Tensor],
+        acc_deltas: list[Tensor],
+        *values: Any,
+        **clip: Any,
+    ) -> None:
+        parts = [[local(tensor) for tensor in column] for column in (params, grads, square_avgs, acc_deltas)]
+        update(*parts, *values, **clip)
+        # The wrapper has a version of its own, by which autograd notices that what it saved has changed.
+        torch.autograd.graph.increment_version([param for param in params if is_dtensor(param)])
+
+    return update_parts
+
+
+def aligned(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, distributed as its parameter is: tensor parallelism leaves some of them as partial sums."""
+    if not is_dtensor(param) or not is_dtensor(grad) or _distribution(param) == _distribution(grad):
+        return grad
+    mesh, placements = _distribution(param)
+    return grad.redistribute(mesh, placements)  # type: ignore[attr-defined,no-any-return]
+
+
+def _distribution(tensor: Any) -> tuple[Any, Any]:
+    return tensor.device_mesh, tuple(tensor.placements)
+
+
+def is_distributed_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are both plain, or have their parts at the same places."""
+    if is_dtensor(one) != is_dtensor(other):
+        return False
+    return not is_dtensor(one) or _distribution(one) == _distribution(other)
+
+
+def _groups(param: Any) -> tuple[Any, ...]:
+    """The process groups over which the parts of a parameter are spread; each element is in one process of them."""
+    if not is_dtensor(param):
+        return ()
+    mesh = param.device_mesh
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(param.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+
+
+def _members(params: Iterable[Tensor]) -> dict[tuple[Any, ...], list[Tensor]]:
+    """The parameters by the groups that their parts are spread over."""
+    members: dict[tuple[Any, ...], list[Tensor]] = {}
+    for param in params:
+        groups = _groups(param)
+        if groups:
+            members.setdefault(groups, []).append(param)
+    return members
+
+
+def any_nonzero(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether any element of the gradients is not zero, in any process that has a part of them."""
+    is_nonzero = any(bool(local(grad).any()) for grad in grads)
+    for groups in _members(params):
+        flag = torch.tensor([float(is_nonzero)], device=local(params[0]).device)
+        for group in groups:
+            torch.distributed.all_reduce(flag, group=group)
+        is_nonzero = bool(flag.item())
+    return is_nonzero
+
+
+def sum_over_parts(
+    params: list[list[Tensor]], square_sums: list[Tensor], all_params: list[Tensor], iterations: int | Tensor
+) -> list[Tensor]:
+    """The sums of squares of whole gradients, from those of the parts that this process has.
+
+    Args:
+        params: lists of parameters whose gradients were squared.
+        square_sums: for each list a float64 tensor of as many sums.
+        all_params: all parameters of the optimizer; every process makes the same calls, gradients or not.
+        iterations: the count of this process.
+
+    Raises:
+        RuntimeError: in every process, where the sums are on the CPU (a GPU would have to be waited for): some process
+            has a gradient that others lack, or another count.
+    """
+    square_sums = list(square_sums)
+    for groups, members in _members(all_params).items():
+        place = {id(param): index for index, param in enumerate(members)}
+        size = len(members)
+        device = local(members[0]).device
+        # The sums, whether there is a gradient, and the count and its square.
+        vector = torch.zeros(2 * size + 2, dtype=torch.float64, device=device)
+        where: list[tuple[int, list[int], list[int]]] = []
+        for index, some in enumerate(params):
+            rows = [row for row, param in enumerate(some) if id(param) in place]
+            places = [place[id(some[row])] for row in rows]
+            if rows:
+                vector[places] = square_sums[index][rows]
+                vector[[size + p for p in places]] = 1.0
+                where.append((index, rows, places))
+        vector[-1] = iterations
+        vector[-2] = vector[-1] * vector[-1]
+        processes = 1
+        for group in groups:
+            torch.distributed.all_reduce(vector, group=group)
+            processes *= torch.distributed.get_world_size(group)
+        if device.type == "cpu":
+            _check_agreement(vector[size:].tolist(), processes)
+        for index, rows, places in where:
+            square_sums[index] = square_sums[index].clone()
+            square_sums[index][rows] = vector[places]
+    return square_sums
+
+
+def _check_agreement(counted: list[float], processes: int) -> None:
+    *present, squares, total = counted
+    for number, count in enumerate(present):
+        if count not in (0.0, processes):
+            raise RuntimeError(
+                f"sharded parameter {number} has a gradient in {count:.0f} of the {processes} processes that share it. "
+                "A step needs the same gradients everywhere: give the others one of zeros, or remove it"
+            )
+    if processes * squares != total * total:
+        raise RuntimeError(
+            f"the {processes} processes that share parameters disagree on iterations, which are {total / processes:g} "
+            "on average: load the same checkpoint everywhere, and step together"
+        )
+
+
+# ---- Who calls ------------------------------------------------------------------------------------------------------
+
+
+def _frames() -> Iterator[FrameType]:
+    """The calls that are running, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_made_by_zero() -> bool:
+    """Whether a ZeroRedundancyOptimizer is making an optimizer for the parameters of this process right now."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return False
+    return any(isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer) for frame in _frames())
+
+
+def is_called_to_make_state() -> bool:
+    """Whether distributed checkpointing calls `step`, with zeros for gradients, to have state to load into."""
+    return any(
+        frame.f_code.co_name == "_init_optim_state"
+        and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+        for frame in _frames()
+    )
