@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from cases import PATHS, Path
+from processes import Processes
 
 from torch_adadelta import ops
 
@@ -23,3 +24,26 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
         pytest.skip(f"this processor has no {chosen.capability}")
     yield chosen
     ops.set_cpu_capability(before)
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Processes]:
+    """Two processes of one group. They start when they are first needed, which takes seconds, and serve all tests."""
+    processes = Processes(2)
+    yield processes
+    assert set(processes.close()) <= {0}
+
+
+@pytest.fixture(scope="session")
+def three() -> Iterator[Processes]:
+    """Three processes, as `two`."""
+    processes = Processes(3)
+    yield processes
+    assert set(processes.close()) <= {0}
+
+
+@pytest.fixture(params=["two", "three"])
+def processes(request: pytest.FixtureRequest) -> Processes:
+    """Two processes, and three."""
+    result: Processes = request.getfixturevalue(request.param)
+    return result

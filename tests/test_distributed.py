@@ -7,7 +7,7 @@ import operator
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,6 @@ from torch_adadelta import AdadeltaKeras, distributed
 from torch_adadelta.distributed import AllReduceSum, all_reduce_sum
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    assert set(processes.close()) <= {0}
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Processes]:
-    processes = Processes(3)
-    yield processes
-    assert set(processes.close()) <= {0}
-
-
-@pytest.fixture(params=["two", "three"])
-def processes(request: pytest.FixtureRequest) -> Processes:
-    result: Processes = request.getfixturevalue(request.param)
-    return result
 
 
 class Calls(TorchDispatchMode):

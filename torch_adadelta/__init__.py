@@ -1,7 +1,8 @@
 """The Adadelta of tf.keras for PyTorch: the same numbers, at the speed of the memory bus."""
 
 from torch_adadelta import compatibility as _compatibility  # noqa: F401  (first: it refuses what is too old)
+from torch_adadelta.in_backward import step_in_backward
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.version import __version__
 
-__all__ = ["AdadeltaKeras", "__version__"]
+__all__ = ["AdadeltaKeras", "step_in_backward", "__version__"]

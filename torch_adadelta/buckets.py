@@ -100,8 +100,8 @@ def clip_keywords(
     """The keywords of `gradients.clip` for each bucket, whose gradients have these numbers among all of the step.
 
     With `grad_scale` and `found_inf` those of a fused update, which unscales the gradients or skips all of them.
-    Norms of parameters that are shared out go through `over_parts`, the sum over all gradients through `over_processes`;
-    `in_double` if one of them, here or elsewhere, is taken in float64.
+    Norms of parameters that are shared out go through `over_parts`, the sum over all gradients through
+    `over_processes`; `in_double` if one of them, here or elsewhere, is taken in float64.
     """
     clipvalue, clipnorm, global_clipnorm = (options[key] for key in ("clipvalue", "clipnorm", "global_clipnorm"))
     in_common: dict[str, Any] = {} if clipvalue is None else {"clipvalue": float(clipvalue)}

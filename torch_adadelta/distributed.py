@@ -1,4 +1,4 @@
-"""Sums over the processes of a group: `all_reduce_sum` of gradients, to be passed as `gradient_aggregator`, and norms."""
+"""Sums over processes: `all_reduce_sum` of gradients, to be passed as `gradient_aggregator`, and norms."""
 
 import functools
 import hashlib

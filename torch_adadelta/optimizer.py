@@ -14,6 +14,7 @@ from torch_adadelta import gradients, hyperparameters, ops, param_groups, shards
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtype
 from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, by_T, choose, clip_keywords, recording, split
+from torch_adadelta.compiled import CompiledStep
 from torch_adadelta.distributed import NormGroup
 from torch_adadelta.gradients import Callback
 from torch_adadelta.hyperparameters import Source
@@ -33,7 +34,7 @@ _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delt
 
 # Belongs to the whole optimizer, and is a key of every group because that is what a state_dict keeps.
 _get_options = itemgetter(*hyperparameters.NUMBERS, "schedule", "callables")
-_NO_OPTIONS: Final = (0.0, None, None, None, None, [])
+_NO_OPTIONS: Final[Any] = (0.0, None, None, None, None, [])
 
 # What pickle and deepcopy keep besides what every optimizer has.
 _OWN_ATTRIBUTES: Final = (
@@ -66,7 +67,7 @@ class _IsMixed(Exception):
     """A group turned out to be on several devices, or to have sparse gradients, before anything was written."""
 
 
-class AdadeltaKeras(KerasInterface):
+class AdadeltaKeras(CompiledStep, KerasInterface):
     r"""Adadelta, computed exactly as ``tf.keras.optimizers.Adadelta`` of TensorFlow 2.4 computes it.
 
     For the gradient :math:`g_t` and the parameter :math:`\theta`, with :math:`a_0 = u_0 = 0`:
@@ -160,6 +161,7 @@ class AdadeltaKeras(KerasInterface):
     _norm_group: NormGroup | None = None
     _is_made_by_zero = False
     _followed: list[param_groups.Followed]
+    _in_backward: Any = None
     _tolerated_step: Any = None  # what schedulers of torch.optim had made of `step` when a schedule was set
     _has_callables = False  # whether there are any of those but transformers, which may be appended to their list
 
@@ -271,7 +273,9 @@ class AdadeltaKeras(KerasInterface):
         groups = state["param_groups"]
         if any("eps" in group for group in groups):
             param_groups.convert_torch_adadelta(groups, state["state"], self.__dict__.get("param_groups", []))
-        callbacks = {key.removeprefix("_"): known.get(key) for key in ("_gradient_aggregator", "_gradient_transformers")}
+        callbacks = {
+            key.removeprefix("_"): known.get(key) for key in ("_gradient_aggregator", "_gradient_transformers")
+        }
         param_groups.check_callbacks(groups, callbacks)
         sources = []
         for index, group in enumerate(groups):
@@ -490,7 +494,7 @@ class AdadeltaKeras(KerasInterface):
 
     @property
     def norm_group(self) -> Any:
-        """The processes over which the norm of `global_clipnorm` is taken: a process group, "world" or None. Can be set."""
+        """The process group over which the norm of `global_clipnorm` is taken, "world", or None. Can be set."""
         return None if self._norm_group is None else self._norm_group.given
 
     @norm_group.setter
@@ -526,6 +530,12 @@ class AdadeltaKeras(KerasInterface):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tells GradScaler to leave unscaling, and skipping what is not finite, to the fused update."""
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "step_in_backward applies gradients as soon as they are there, when no GradScaler has unscaled them "
+                "yet: the parameters were updated with scaled gradients. Use bfloat16, which needs no scaler, or "
+                "call step()"
+            )
         return all(group["fused"] for group in self.param_groups)
 
     @property
@@ -558,6 +568,8 @@ class AdadeltaKeras(KerasInterface):
             IndexError: a sparse gradient has an index that its parameter has not.
             ValueError, TypeError: a param group holds an invalid hyperparameter.
         """
+        if torch.compiler.is_compiling():
+            return self._traced_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -598,9 +610,7 @@ class AdadeltaKeras(KerasInterface):
                         group["iterations"] += 1  # in place where it is a Tensor
                     else:
                         _advance_unless(self.found_inf, group)
-            for group, key, value, source in new_values:
-                group[key] = value
-                source.wrote(value)
+            _write_values(new_values)
         except BaseException as error:
             if isinstance(error, Exception) and checks_itself and not has_written:
                 for param in new_state:
@@ -610,6 +620,12 @@ class AdadeltaKeras(KerasInterface):
                 what = str(error) or type(error).__name__
                 error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
             raise
+
+    def _finish_step(self, new_values: Iterable[_NewValue]) -> None:
+        """Counts a step that was taken parameter by parameter."""
+        for group in self.param_groups:
+            group["iterations"] += 1
+        _write_values(new_values)
 
     def _check_capture(self, new_state: _NewState) -> None:
         """Raises if what a CUDA graph captures of this step would do something else when it is replayed."""
@@ -677,6 +693,23 @@ class AdadeltaKeras(KerasInterface):
         """The plan of a step that has nothing to update: none; but one that never has any parameters keeps count."""
         return None if any(group["params"] for group in self.param_groups) else _COUNT_ONLY
 
+    def _numbered_plan(self) -> tuple[list[Bucket], list[list[int]], _NewState] | None:
+        """The buckets of a step without callbacks and sources, and the numbers of their gradients, all checked.
+
+        For `torch.compile`, which must know them while it traces.
+        """
+        if self._has_callables or self._gradient_transformers:
+            raise RuntimeError("callables cannot be traced")
+        plan = self._plan()
+        if plan is None or plan is _COUNT_ONLY:
+            return None
+        buckets, _, new_state, _, _ = plan
+        number_of = {
+            id(param): number for params, _, where in self._rows() for param, number in zip(params, where, strict=True)
+        }
+        buckets = list(buckets)
+        return buckets, [[number_of[id(param)] for param in bucket[2][0]] for bucket in buckets], new_state
+
     def _plan(self) -> _Plan | None:
         param_groups.check_agreement(self.param_groups)
         param_groups.check_options(self.param_groups[0])
@@ -711,18 +744,13 @@ class AdadeltaKeras(KerasInterface):
                 continue
             lists = self._with_state(params, grads, new_state)
             for T, indices in _rows_by_T(group, sources, params).items():
-                raw = _raw_values(group, sources, T, called) if sources else group
-                new_values.extend((group, key, raw[key], source) for key, source in sources.items())
-                lr, rho, epsilon = hyperparameters.for_step(
-                    raw["lr"], raw["rho"], raw["epsilon"], group["differentiable"], _is_scheduled(sources)
-                )
-                if group["decay"]:
-                    lr = hyperparameters.decayed(lr, group["decay"], group["iterations"], T)
+                values_here, new_here = _values_of(group, sources, T, called)
+                new_values += new_here
                 # The number of each gradient travels as a fifth column, for the norm of all gradients has an order.
                 columns: Any = (*lists, where)
                 if len(indices) < len(params):
                     columns = tuple([column[i] for i in indices] for column in columns)
-                for _, update, selected, values in split(group, columns, (lr, rho, epsilon), may_be_mixed):
+                for _, update, selected, values in split(group, columns, values_here, may_be_mixed):
                     *tensors, numbers_here = selected
                     buckets.append((group, update, tuple(tensors), values))  # type: ignore[arg-type]
                     numbers.append(numbers_here)  # type: ignore[arg-type]
@@ -787,7 +815,7 @@ class AdadeltaKeras(KerasInterface):
         for index, (group, sources) in enumerate(zip(self.param_groups, self._sources, strict=True)):
             for key, source in sources.items():
                 value = group[key]
-                # A scheduler that was attached before the schedule was set may be gone, but what it made of `step` stays.
+                # A scheduler attached before the schedule was set may be gone, but what it made of `step` stays.
                 is_attached = self.__dict__.get("step") is not self._tolerated_step
                 if key == "lr" and is_attached and getattr(self.step, "_wrapped_by_lr_sched", False):
                     raise RuntimeError(
@@ -811,8 +839,8 @@ class AdadeltaKeras(KerasInterface):
         if not has_schedule and not shards.is_called_to_make_state():
             return False
         rows = self._rows()
-        params, grads = ([tensor for row in rows for tensor in row[column]] for column in (0, 1))
-        return not shards.any_nonzero(params, grads)
+        params = [param for params, _, _ in rows for param in params]
+        return not shards.any_nonzero(params, [grad for _, grads, _ in rows for grad in grads])
 
     def _reductions(self, rows: list[_Rows]) -> tuple[tuple[Any, Any, bool], bool]:
         """What `clip_keywords` passes sums of squares through, where this process does not have all gradients.
@@ -946,6 +974,13 @@ class AdadeltaKeras(KerasInterface):
             updates.check_row(partial(self._name_of, param), param, *tensors, differentiable=group["differentiable"])
 
 
+def _write_values(new_values: Iterable[_NewValue]) -> None:
+    """Leaves in the groups what schedules and callables gave."""
+    for group, key, value, source in new_values:
+        group[key] = value
+        source.wrote(value)
+
+
 def _advance_unless(found_inf: Tensor, group: dict[str, Any]) -> None:
     """Counts the step on the device, where it is known whether it was skipped."""
     if not isinstance(group["iterations"], Tensor):
@@ -977,6 +1012,19 @@ def _rows_by_T(group: dict[str, Any], sources: dict[str, Source], params: list[T
 
 def _is_scheduled(sources: dict[str, Source]) -> bool:
     return "lr" in sources and sources["lr"].is_schedule
+
+
+def _values_of(
+    group: dict[str, Any], sources: dict[str, Source], T: torch.dtype, called: dict[Any, Any]
+) -> tuple[hyperparameters.StepValues, list[_NewValue]]:
+    """The hyperparameters of a group in this step, and what is to be written to the group."""
+    raw = _raw_values(group, sources, T, called) if sources else group
+    lr, rho, epsilon = hyperparameters.for_step(
+        raw["lr"], raw["rho"], raw["epsilon"], group["differentiable"], _is_scheduled(sources)
+    )
+    if group["decay"]:
+        lr = hyperparameters.decayed(lr, group["decay"], group["iterations"], T)
+    return (lr, rho, epsilon), [(group, key, raw[key], source) for key, source in sources.items()]
 
 
 def _raw_values(

@@ -34,9 +34,7 @@ class Followed(NamedTuple):
 
     def is_current(self, group: dict[str, Any]) -> bool:
         return (
-            self.group is group
-            and group.get("schedule") is self.schedule
-            and group.get("callables") is self.callables
+            self.group is group and group.get("schedule") is self.schedule and group.get("callables") is self.callables
         )
 
 

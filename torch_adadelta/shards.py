@@ -52,7 +52,7 @@ def aligned(param: Tensor, grad: Tensor) -> Tensor:
     if not is_dtensor(param) or not is_dtensor(grad) or _distribution(param) == _distribution(grad):
         return grad
     mesh, placements = _distribution(param)
-    return grad.redistribute(mesh, placements)  # type: ignore[attr-defined,no-any-return]
+    return grad.redistribute(mesh, placements)  # type: ignore[attr-defined]
 
 
 def _distribution(tensor: Any) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from cases import assert_same_bits
 from torch import Tensor
@@ -182,7 +183,7 @@ class TestContract(TestCase):
                 with self.assertWarnsRegex(error.error_type, error.error_regex):
                     optim_info.optim_cls(params, **given.kwargs)
             else:
-                with self.assertRaisesRegex(error.error_type, error.error_regex):
+                with pytest.raises(error.error_type, match=error.error_regex):
                     optim_info.optim_cls(params, **given.kwargs)
 
     @optims([INFO])
@@ -631,7 +632,7 @@ class TestContract(TestCase):
         if not ops.is_loaded:
             self.skipTest("the compiled library is not installed")
         param = Parameter(torch.ones(5, 5, device="meta", dtype=dtype))
-        with self.assertRaisesRegex(RuntimeError, "`fused=True` cannot run on meta parameters"):
+        with pytest.raises(RuntimeError, match="`fused=True` cannot run on meta parameters"):
             optim_info.optim_cls([param], fused=True)
 
     @optims([INFO])
@@ -642,5 +643,6 @@ class TestContract(TestCase):
             param.grad = torch.ones_like(param)
             optimizer.step()
             assert all(state.is_meta for state in optimizer.state[param].values())
+
 
 instantiate_device_type_tests(TestContract, globals(), only_for="cpu")
