@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
 
-test: $(INSTALLED)-test-keras-examples
+test: $(INSTALLED)-test-keras-examples-frameworks
 	$(VENV)/bin/python -m pytest
 
 # What takes hours: LIVES drawn lives of an optimizer (see tests/test_drawn_lives.py), each time others.

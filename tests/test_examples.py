@@ -61,6 +61,12 @@ def test_port_from_keras_keeps_the_numbers(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_meta_learning_learns() -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "meta_learning.py"))["main"]
+    before, after = main(["--steps", "30", "--tasks", "2"])
+    assert after < 0.8 * before
+
+
 def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2

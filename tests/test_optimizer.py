@@ -495,6 +495,7 @@ def test_differentiable_step(dtype: torch.dtype) -> None:
     values = [torch.tensor(value, dtype=torch.float64) for value in (0.7, 0.9, 1e-2)]
     inputs = [x.requires_grad_() for x in (randn((3,), dtype, generator), *state, *values)]
     assert torch.autograd.gradcheck(two_steps, inputs)
+    assert torch.autograd.gradgradcheck(two_steps, inputs)
 
 
 def test_differentiable_gives_the_same_bits() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_adadelta import hyperparameters, shards
 from torch_adadelta.arithmetic import arithmetic_dtype
-from torch_adadelta.buckets import by_device, choose
+from torch_adadelta.buckets import by_device, choose, split
 from torch_adadelta.optimizer import AdadeltaKeras, _values_of
 
 _REFUSED_OPTIONS: Final = {
@@ -72,12 +72,15 @@ class StepInBackward:
         with self._lock, torch.no_grad():
             new_state: dict[Tensor, dict[str, Tensor]] = {}
             lists = optimizer._with_state([param], [param.grad], new_state)
-            update = choose(group, [param])
             clip = {} if group["clipvalue"] is None else {"clipvalue": float(group["clipvalue"])}
-            optimizer._check((group, update, lists, self._values[id(group), arithmetic_dtype(param.dtype)]))
+            values = self._values[id(group), arithmetic_dtype(param.dtype)]
+            [bucket] = split(group, lists, values, may_be_mixed=True)
+            optimizer._check(bucket)
+            optimizer._check_indices([bucket])
             optimizer.state.update(new_state)
             self._has_written = True
-            update(*lists, *self._values[id(group), arithmetic_dtype(param.dtype)], group["maximize"], **clip)
+            _, update, lists, values = bucket
+            update(*lists, *values, group["maximize"], **clip)
             param.grad = None
 
     def _finish(self) -> None:

@@ -90,7 +90,7 @@ def _members(params: Iterable[Tensor]) -> dict[tuple[Any, ...], list[Tensor]]:
 
 def any_nonzero(params: list[Tensor], grads: list[Tensor]) -> bool:
     """Whether any element of the gradients is not zero, in any process that has a part of them."""
-    is_nonzero = any(bool(local(grad).any()) for grad in grads)
+    is_nonzero = any(bool((grad._values() if grad.is_sparse else local(grad)).any()) for grad in grads)
     for groups in _members(params):
         flag = torch.tensor([float(is_nonzero)], device=local(params[0]).device)
         for group in groups:
