@@ -1,8 +1,8 @@
 """Learns the learning rates of Adadelta, one for each layer, by differentiating through its steps.
 
 Tasks are sines of random amplitude and phase, of which a small net sees ten points and takes a few steps of Adadelta
-from an initialisation that is learned too. The loss on other points of the sine is then differentiated through all these
-steps, with `differentiable=True`, with respect to the initialisation and to the learning rates; torch.optim.Adam
+from an initialisation that is learned too. The loss on other points of the sine is then differentiated through all
+these steps, with `differentiable=True`, with respect to the initialisation and to the learning rates; torch.optim.Adam
 follows these gradients. In the end the net fits a sine that it has never seen much better than from where it began.
 
     python examples/meta_learning.py [--steps 300] [--inner-steps 5] [--seed 0]

@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -267,7 +266,10 @@ def test_ddp_trains_as_one_process_does(two: Processes) -> None:
 # ---- ZeroRedundancyOptimizer ----------------------------------------------------------------------------------------
 
 
-def zero_of(model: nn.Module, options: dict[str, Any]) -> ZeroRedundancyOptimizer:
+def zero_of(model: nn.Module, options: dict[str, Any]) -> Any:
+    # Not at the top: what it does to TorchScript keeps cycles of parameters from being collected, in this very process.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     return ZeroRedundancyOptimizer(model.parameters(), AdadeltaKeras, **{"lr": 1.0, **options})
 
 

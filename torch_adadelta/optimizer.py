@@ -568,7 +568,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             IndexError: a sparse gradient has an index that its parameter has not.
             ValueError, TypeError: a param group holds an invalid hyperparameter.
         """
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self._traced_step(closure)
         loss = None
         if closure is not None:
