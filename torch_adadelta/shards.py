@@ -24,8 +24,9 @@ def local(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     part: Any = tensor._local_tensor  # type: ignore[attr-defined]
-    result: Tensor = part.wait() if hasattr(part, "trigger_wait") else part
-    return result
+    if type(part) is not Tensor and hasattr(part, "trigger_wait"):  # a collective that may be under way
+        part = part.wait()
+    return part
 
 
 def on_shards(update: Callable[..., None]) -> Callable[..., None]:
@@ -49,21 +50,19 @@ def on_shards(update: Callable[..., None]) -> Callable[..., None]:
 
 def aligned(param: Tensor, grad: Tensor) -> Tensor:
     """The gradient, distributed as its parameter is: tensor parallelism leaves some of them as partial sums."""
-    if not is_dtensor(param) or not is_dtensor(grad) or _distribution(param) == _distribution(grad):
+    if not is_dtensor(param) or not is_dtensor(grad) or is_distributed_alike(param, grad):
         return grad
-    mesh, placements = _distribution(param)
-    return grad.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    return grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
 
 
-def _distribution(tensor: Any) -> tuple[Any, Any]:
-    return tensor.device_mesh, tuple(tensor.placements)
-
-
-def is_distributed_alike(one: Tensor, other: Tensor) -> bool:
+def is_distributed_alike(one: Any, other: Any) -> bool:
     """Whether two tensors are both plain, or have their parts at the same places."""
-    if is_dtensor(one) != is_dtensor(other):
-        return False
-    return not is_dtensor(one) or _distribution(one) == _distribution(other)
+    if not is_dtensor(one) or not is_dtensor(other):
+        return is_dtensor(one) == is_dtensor(other)
+    ours, theirs = one._spec, other._spec
+    # To compare meshes takes long, and they are mostly one.
+    is_one_mesh = ours.mesh is theirs.mesh or ours.mesh == theirs.mesh
+    return is_one_mesh and tuple(ours.placements) == tuple(theirs.placements)
 
 
 def _groups(param: Any) -> tuple[Any, ...]:

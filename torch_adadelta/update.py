@@ -183,7 +183,10 @@ def choose(params: list[Tensor], foreach: bool | None, fused: bool | None, diffe
     if has_kernel and is_plain and foreach is None and fused is not False and not differentiable:
         return _fused
     if not is_plain and not differentiable and any(map(shards.is_dtensor, params)):
-        return ON_SHARDS[choose(list(map(shards.local, params)), foreach, fused, differentiable)]
+        # One part stands for all: what makes a difference is the device, and the type of the others.
+        some = shards.local(next(filter(shards.is_dtensor, params)))
+        others = [param for param in params if not shards.is_dtensor(param)]
+        return ON_SHARDS[choose([some, *others], foreach, fused, differentiable)]
     device_type = params[0].device.type
     check_choice(foreach, fused, differentiable)
     for name, wanted in (("fused", fused), ("foreach", foreach)):
