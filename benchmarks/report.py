@@ -384,7 +384,7 @@ def write_markdown(path: Path, results: Results) -> None:
 
 def readme_table(results: Results) -> Table | None:
     """The steps that the README shows."""
-    rows = []
+    rows, used = [], []
     for name in ("1x16M", "1x16M-bfloat16", "200x4096", "1000x16", "1x16", "resnet50", "gpt2_small"):
         record = results.step(name)
         if record is None or FUSED not in record.timings.seconds:
@@ -395,8 +395,9 @@ def readme_table(results: Results) -> Table | None:
         )
         theirs = seconds_text(for_loop, foreach).replace("-", " · ")
         rows.append((record.title, seconds_text(ours), theirs, seconds_text(adam)))
+        used.append(record)
     header = ("parameters", f"`{OURS}`", f"`{THEIRS}` for-loop · foreach", "PyTorch's fused Adam")
-    return Table("Speed", header, rows) if rows else None
+    return Table("Speed", header, rows, busy_notes(used)) if rows else None
 
 
 def fill_in(page: Path, results: Results) -> None:
@@ -406,7 +407,7 @@ def fill_in(page: Path, results: Results) -> None:
         ValueError: the page asks for a table that the run has not.
     """
     blocks = {name: table.markdown() for name, table in tables_of(results).items()}
-    blocks["machine"] = facts_text(results.machine) + "."
+    blocks["machine"] = f"{facts_text(results.machine)}; {results.options}, {results.seconds / 60:.0f} minutes in all."
     if readme := readme_table(results):
         blocks["readme"] = readme.markdown()
 

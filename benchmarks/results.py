@@ -76,6 +76,8 @@ class Record(NamedTuple):
         return tensors * self.elements * self.item_size
 
 
+PIECES: Final = "put together from several runs"
+
 Memory = dict[str, dict[str, int | str]]  # workload → contender → bytes, or why there is no figure
 
 
@@ -112,6 +114,7 @@ class Results(NamedTuple):
             raise ValueError(f"what is to be updated was measured with another {', '.join(changed)}")
         parts: dict[str, Any] = {
             "machine": newer.machine,
+            "options": PIECES if self.seconds else newer.options,
             "seconds": self.seconds + newer.seconds,
             "memory": self.memory | newer.memory,
             "imports": self.imports | newer.imports,
