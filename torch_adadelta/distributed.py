@@ -205,7 +205,8 @@ def _concatenated(grads: list[Tensor], group: "dist.ProcessGroup | None") -> lis
         mine = torch.cat([part for i in same for part in map(_to_bytes, parts(grads[i]))])
         longest = max(sum(sum(_byte_sizes(grads[i], row[i])) for i in same) for row in counts)
         padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
-        received = list(torch.empty(len(counts), longest, dtype=torch.uint8, device=device))
+        # Not rows of one tensor: without any bytes, those would begin at offsets that no other dtype can be read from.
+        received = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in counts]
         work = dist.all_gather(received, padded, group=group, async_op=True) if longest > 0 else None
         begun.append((work, same, received, padded))  # what travels must not be freed yet
     for work, same, received, _ in begun:
