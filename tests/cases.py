@@ -1,5 +1,6 @@
 """What many tests share: the paths, dtypes and layouts, gradients of many scales, and the comparison of bits."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,6 +82,19 @@ def gradients(shape: Sequence[int], dtype: torch.dtype, steps: int, seed: int = 
         wide = torch.complex128 if dtype.is_complex else torch.float64
         result.append((torch.randn(tuple(shape), dtype=wide, generator=generator) * scale).to(dtype))
     return result
+
+
+def order_sensitive(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Numbers whose sum of squares shows in which order they were added, as that of most numbers does not.
+
+    The square of one of them is so large that each of the others is half a unit in its last place, or a little more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    values = 2.0**-19 * (1 + torch.rand(math.prod(shape), dtype=torch.float64, generator=generator)).to(wide)
+    if len(values):
+        values[int(torch.randint(0, len(values), (), generator=generator))] = 2.0**8
+    return values.view(tuple(shape)).to(dtype)
 
 
 def oracle_of(param: Tensor, **hyperparameters: Any) -> Oracle:

@@ -1,7 +1,7 @@
 """The compiled sums of squares and the clipped update against the NumPy oracle, bit by bit; and what they refuse."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from cases import (
     dtype_name,
     gradients,
     oracle_of,
+    order_sensitive,
     randn,
     to_numpy,
 )
@@ -70,19 +71,6 @@ def ways() -> Iterator[str]:
         torch.set_num_threads(threads)
 
 
-def order_sensitive(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    """Numbers whose sum of squares shows in which order they were added, as that of most numbers does not.
-
-    The square of one of them is so large that each of the others is half a unit in its last place, or a little more.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    values = 2.0**-19 * (1 + torch.rand(math.prod(shape), dtype=torch.float64, generator=generator)).to(wide)
-    if len(values):
-        values[int(torch.randint(0, len(values), (), generator=generator))] = 2.0**8
-    return values.view(tuple(shape)).to(dtype)
-
-
 def arithmetic_type(param: Tensor, in_double: bool = False) -> Any:
     return np.float64 if in_double or param.dtype in (torch.float64, torch.complex128) else np.float32
 
@@ -93,17 +81,20 @@ def in_memory_order(param: Tensor, grad: Tensor) -> Tensor:
     return grad.permute(order)
 
 
-def clipped(grad: Tensor, T: Any, clipvalue: float = inf) -> np.ndarray[Any, Any]:
-    """The gradient in T, or in complex T, clamped."""
+def clipped(grad: Tensor, T: Any, clipvalue: float = inf, scale: float = 1.0) -> np.ndarray[Any, Any]:
+    """The gradient in T, or in complex T, divided by the scale and clamped."""
     values = to_numpy(grad)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if np.iscomplexobj(values):
-            return oracle.as_complex(oracle.as_real(values).astype(T))
-        return oracle.clip_by_value(values.astype(T), clipvalue)
+            return oracle.as_complex(oracle.as_real(values).astype(T) / T(scale))
+        return oracle.clip_by_value(values.astype(T) / T(scale), clipvalue)
 
 
-def square_sum(param: Tensor, grad: Tensor, clipvalue: float = inf, in_double: bool = False) -> float:
-    return oracle.square_sum(clipped(in_memory_order(param, grad), arithmetic_type(param, in_double), clipvalue))
+def square_sum(
+    param: Tensor, grad: Tensor, clipvalue: float = inf, in_double: bool = False, scale: float = 1.0
+) -> float:
+    T = arithmetic_type(param, in_double)
+    return oracle.square_sum(clipped(in_memory_order(param, grad), T, clipvalue, scale))
 
 
 def assert_square_sums(params: list[Tensor], grads: list[Tensor], clipvalue: float = inf, **options: bool) -> None:
@@ -238,19 +229,23 @@ class Clip(NamedTuple):
     clipnorm: float | None = None
     factor: float = 1.0
     maximize: bool = False
+    scale: float = 1.0
 
     def options(self, params: list[Tensor], grads: list[Tensor]) -> dict[str, Any]:
         options: dict[str, Any] = {"maximize": self.maximize, "clipvalue": self.clipvalue}
+        scaled = {} if self.scale == 1.0 else {"grad_scale": torch.tensor(self.scale)}
+        options |= scaled
         if self.clipnorm is None:
             return options | {"factor": self.factor}
-        sums = ops.grad_square_sums(params, grads, self.clipvalue)
+        sums = ops.grad_square_sums(params, grads, self.clipvalue, **scaled)
         return options | {"clipnorm": self.clipnorm, "square_sums": sums}
 
     def apply(self, param: Tensor, grad: Tensor) -> np.ndarray[Any, Any]:
         T = arithmetic_type(param)
-        g = clipped(grad, T, self.clipvalue)
+        scale = float(np.float32(self.scale))
+        g = clipped(grad, T, self.clipvalue, scale)
         if self.clipnorm is not None:
-            g = oracle.clip_by_norm(g, self.clipnorm, square_sum(param, grad, self.clipvalue))
+            g = oracle.clip_by_norm(g, self.clipnorm, square_sum(param, grad, self.clipvalue, scale=scale))
         else:
             reals = oracle.as_real(g) if np.iscomplexobj(g) else g
             with np.errstate(all="ignore"):
@@ -267,6 +262,10 @@ CLIPS = {
     "clipvalue-clipnorm": Clip(clipvalue=0.3, clipnorm=0.7, maximize=True),
     "clipvalue-factor": Clip(clipvalue=0.3, factor=0.37, maximize=True),
     "maximize": Clip(factor=-1.0, maximize=True),
+    # No power of two: to multiply by the inverse would show.
+    "scale": Clip(scale=3.0),
+    "scale-clipvalue-factor": Clip(scale=0.3, clipvalue=0.3, factor=0.37),
+    "scale-clipnorm": Clip(scale=3.0, clipnorm=0.7, maximize=True),
 }
 
 HYPERPARAMETERS = (1.0, float(np.float32(0.9)), 1e-6)
@@ -303,6 +302,52 @@ def test_clipped_update(dtype: torch.dtype, name: str) -> None:
     params = [randn((size,), dtype, torch.Generator().manual_seed(size)) for size in sizes]
     grads = [gradients((size,), dtype, steps=1, seed=i)[0] for i, size in enumerate(sizes)]
     assert_clipped_update(params, grads, clip_of(name, dtype))
+
+
+@pytest.mark.parametrize("found_inf", [0.0, -0.0, 1.0, 2.0, inf, nan])
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
+def test_nothing_is_written_if_found_inf_is_not_zero(dtype: torch.dtype, layout: str, found_inf: float) -> None:
+    """Whatever the gradient holds; and if it is zero, the step is what it would be without."""
+    shape = (5, 3, 2, 400)
+    params = [LAYOUTS[layout](randn(shape, dtype, torch.Generator().manual_seed(k))) for k in range(2)]
+    grads = [gradients(shape, dtype, steps=1, seed=k)[0] for k in range(2)]
+    grads[0][1, 2, 1, 7] = inf if found_inf else 0.3
+    given = {"found_inf": torch.tensor([found_inf]), "grad_scale": torch.full((1, 1), 3.0)}
+    for way in ways():
+        skips = found_inf != 0
+        lists, expected = ([[x.clone() for x in params], grads, *([x.abs().to(dtype) for x in params] for _ in range(2))]
+                           for _ in range(2))  # fmt: skip
+        if not skips:
+            ops.adadelta_(*expected, *HYPERPARAMETERS, grad_scale=torch.tensor(3.0))  # type: ignore[arg-type]
+        ops.adadelta_(*lists, *HYPERPARAMETERS, **given)  # type: ignore[arg-type]
+        for column, expected_column in zip(lists, expected, strict=True):
+            for x, y in zip(column, expected_column, strict=True):
+                assert_same_bits(x, y, way)
+        assert all(torch.equal(x, y) for x, y in zip(lists[0], params, strict=True)) == skips
+    assert given["found_inf"].view(torch.int32).equal(torch.tensor([found_inf]).view(torch.int32))
+    assert given["grad_scale"].item() == 3.0
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize(
+    ("tensor", "error"),
+    [
+        (torch.ones(2), "must be a CPU tensor of one element"),
+        (torch.ones(0), "must be a CPU tensor of one element"),
+        (torch.ones(1, dtype=torch.float64), "must have the dtype float32"),
+        (torch.ones(1, dtype=torch.bfloat16), "must have the dtype float32"),
+    ],
+    ids=["two", "none", "float64", "bfloat16"],
+)
+def test_scales_that_do_not_fit_are_refused(name: str, tensor: Tensor, error: str) -> None:
+    lists = [[torch.ones(5)] for _ in range(4)]
+    with pytest.raises(RuntimeError, match=f"{name} {error}"):
+        ops.adadelta_(*lists, *HYPERPARAMETERS, **{name: tensor})  # type: ignore[arg-type]
+    assert all(torch.equal(x, torch.ones(5)) for (x,) in lists)
+    if name == "grad_scale":
+        with pytest.raises(RuntimeError, match=f"{name} {error}"):
+            ops.grad_square_sums(*lists[:2], grad_scale=tensor)
 
 
 @pytest.mark.parametrize("name", ["clipvalue-clipnorm", "clipvalue-factor"])

@@ -5,6 +5,7 @@ shares memory with another, but for the sums in a block; the emulated order is s
 """
 
 import math
+import mmap
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn
+from cases import (
+    COMPLEX_DTYPES,
+    DTYPES,
+    LAYOUTS,
+    REAL_DTYPES,
+    assert_same_bits,
+    dtype_name,
+    gradients,
+    order_sensitive,
+    randn,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -385,24 +396,51 @@ def test_any_lists(tensors: list[tuple[Any, ...]], name: str, seed: int) -> None
     assert_same_square_sums(params, grads, seeds=(seed,), **SQUARE_OPTIONS[sorted(SQUARE_OPTIONS)[seed % 4]])
 
 
-def test_more_elements_than_an_int32_counts() -> None:
-    """Only the first and the last block run, so that little of the memory is ever touched."""
-    count = 2**31 + CHUNK + 5
-    values = (1.0, 0.5, 0.25, 0.125)
+def test_tens_of_thousands_of_tensors() -> None:
+    sizes = [i % 4 for i in range(20_000)]
+    memory = [gradients((sum(sizes),), torch.float32, steps=1, seed=k)[0].abs() for k in range(4)]
+    results = []
+    for op in (cpu, emulated):
+        lists = [list(x.clone().split(sizes)) for x in memory]
+        before = emulated.launches()
+        op.adadelta_.unclipped(*lists, *HYPERPARAMETERS)
+        assert emulated.launches() - before == (-(-15_000 // LARGE_TABLE) if op is emulated else 0)
+        results.append([torch.cat(tensors) for tensors in lists])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_same_bits(actual, expected)
+
+
+def virtual_zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory of which no more exists than is written to."""
     try:
-        long = [[torch.empty(count, dtype=torch.bfloat16)] for _ in values]
-    except RuntimeError:
-        pytest.skip("needs 16 GB of addresses")
-    short = [[torch.full((CHUNK + 5,), value, dtype=torch.bfloat16)] for value in values]
-    for tensors, value in zip(long, values, strict=True):
-        tensors[0][:CHUNK] = value
-        tensors[0][-CHUNK - 5 :] = value
-    emulated.set_edge_blocks(2)
-    emulated.adadelta_(*long, *HYPERPARAMETERS)
-    cpu.adadelta_(*short, *HYPERPARAMETERS)
-    for one, other in zip(long, short, strict=True):
-        assert_same_bits(one[0][-CHUNK - 5 :], other[0])
-        assert_same_bits(one[0][:CHUNK], other[0][:CHUNK])
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python 3.12 has no name for
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
+    except (OSError, OverflowError, ValueError):
+        pytest.skip(f"needs {count * dtype.itemsize / 2**30:.0f} GiB of addresses")
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+# More than 32 bits count, with or without a sign, and no multiple of a vector.
+HUGE = 2**33 + CHUNK + 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("sliced", [None, 0, 1], ids=["dense", "param-sliced", "grad-sliced"])
+def test_more_elements_than_32_bits_count(sliced: int | None, dtype: torch.dtype) -> None:
+    """Only the first and the last blocks run; tensors before and after take their share of them."""
+    edge = 2 * CHUNK + 5
+    first, last = ([gradients((edge,), dtype, steps=1, seed=k + seed)[0].abs() for k in range(4)] for seed in (0, 4))
+    small = [gradients((3,), dtype, steps=1, seed=k + 8)[0].abs() for k in range(4)]
+    long = [virtual_zeros(2 * HUGE if k == sliced else HUGE, dtype) for k in range(4)]
+    views = [x[1::2] if k == sliced else x for k, x in enumerate(long)]
+    for x, begin, end in zip(views, first, last, strict=True):
+        x[:edge], x[-edge:] = begin, end
+    emulated.set_edge_blocks(3)
+    emulated.adadelta_(*([x, y, x.clone()] for x, y in zip(small, views, strict=True)), *HYPERPARAMETERS)
+    cpu.adadelta_(*map(list, zip(first, last, strict=True)), *HYPERPARAMETERS)
+    for one, begin, end in zip(views, first, last, strict=True):
+        assert_same_bits(one[: 2 * CHUNK], begin[: 2 * CHUNK])
+        assert_same_bits(one[-CHUNK - 5 :], end[-CHUNK - 5 :])
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -484,21 +522,23 @@ SUM_SIZES = (0, 1, 3, 4, 5, 127, 128, 129, 131, 255, 511, 4095, 4096, 4097, 1228
 @pytest.mark.parametrize("name", SQUARE_OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_square_sums(dtype: torch.dtype, name: str) -> None:
-    grads = [gradients((size,), dtype, steps=1, seed=i)[0] for i, size in enumerate(SUM_SIZES)]
     options = dict(SQUARE_OPTIONS[name])
     if dtype.is_complex:
         options.pop("clipvalue", None)
-    assert assert_same_square_sums(grads, grads, **options) == 2
+    for make in (lambda *args: gradients(*args[:2], steps=1, seed=args[2])[0], order_sensitive):
+        grads = [make((size,), dtype, i) for i, size in enumerate(SUM_SIZES)]
+        assert assert_same_square_sums(grads, grads, **options) == 2
 
 
 @pytest.mark.parametrize("units", [2, 3, 5, 6, 7, 8])
 def test_square_sums_of_units(units: int) -> None:
-    grads = [gradients((units * 65536 - 100,), torch.bfloat16, steps=1)[0].float(), torch.ones(3)]
-    assert assert_same_square_sums(grads, grads, seeds=(0,)) == 2
+    for seed in range(3):
+        grads = [order_sensitive((units * 65536 - 100,), torch.bfloat16, seed).float(), torch.ones(3)]
+        assert assert_same_square_sums(grads, grads, seeds=(0,)) == 2
 
 
 def test_square_sums_of_more_units_than_a_block_has_threads() -> None:
-    grad = torch.randn(1100 * 65536 // 16, generator=torch.Generator().manual_seed(0)).repeat(16)[:-77]
+    grad = torch.cat([order_sensitive((1100 * 65536 // 44,), torch.float32, seed) for seed in range(4)] * 11)[:-77]
     assert assert_same_square_sums([grad], [grad], seeds=(0,)) == 2
 
 
@@ -516,7 +556,7 @@ def test_square_sums_of_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ..
 def test_square_sums_follow_the_memory_of_the_parameter(layout: str, dtype: torch.dtype) -> None:
     shape = (5, 7, 1, 130)
     param = LAYOUTS[layout](randn(shape, dtype, torch.Generator().manual_seed(1)))
-    grad = gradients(shape, dtype, steps=1)[0]
+    grad = order_sensitive(shape, dtype, 0)
     grads = [lay_out(grad) for lay_out in (*LAYOUTS.values(), lambda x: x[:, :1, :, :1].expand(shape))]
     assert_same_square_sums([param] * len(grads), grads)
     assert_same_square_sums([param] * len(grads), grads, in_double=True)
@@ -562,6 +602,32 @@ def test_square_sums_of_as_many_large_tensors_as_a_table_holds(count: int, launc
     before = emulated.launches()
     emulated.grad_square_sums(grads, grads)
     assert emulated.launches() - before == launches
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float16), (torch.complex64, torch.complex64)],
+    ids=dtype_name,
+)
+@pytest.mark.parametrize("is_sliced", [False, True], ids=["dense", "sliced"])
+def test_square_sums_of_more_elements_than_32_bits_count(
+    is_sliced: bool, param_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """All is zero but the first and the last units, and zeros change no sum.
+
+    So large that the memory for the units, too, comes from the system, and is zero where no block wrote.
+    """
+    unit = 65536
+    count = 2**38 + unit + 7
+    edges = [gradients((n,), dtype, steps=1, seed=n)[0] for n in (unit, unit + 7)]
+    memory = virtual_zeros(2 * count if is_sliced else count, dtype)
+    grad = memory[::2] if is_sliced else memory
+    grad[:unit], grad[-unit - 7 :] = edges
+    param = virtual_zeros(count, param_dtype)
+    emulated.set_edge_blocks(2)
+    actual = emulated.grad_square_sums([param], [grad])
+    expected = cpu.grad_square_sums([param[: len(edge)] for edge in edges], edges)
+    assert actual.tolist() == [expected[0].item() + expected[1].item()]
 
 
 # ---- Sparse gradients -----------------------------------------------------------------------------------------------

@@ -592,7 +592,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             return
         buckets, clips, new_state, new_values, checks_itself = plan
         if _HAS_CUDA and _is_capturing():
-            self._check_capture(new_state)
+            self._check_capture(buckets, new_state)
         if new_state:
             self.state.update(new_state)
         has_written = False
@@ -612,10 +612,12 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                         _advance_unless(self.found_inf, group)
             _write_values(new_values)
         except BaseException as error:
-            if isinstance(error, Exception) and checks_itself and not has_written:
+            first = next(iter(buckets), None)
+            if isinstance(error, Exception) and not has_written and first is not None and first[1] is updates.fused:
                 for param in new_state:
                     del self.state[param]
-                self._explain(next(iter(buckets)))
+                if checks_itself:
+                    self._explain(first)
             else:
                 what = str(error) or type(error).__name__
                 error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
@@ -627,9 +629,22 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             group["iterations"] += 1
         _write_values(new_values)
 
-    def _check_capture(self, new_state: _NewState) -> None:
+    def _check_capture(self, buckets: Iterable[Bucket], new_state: _NewState) -> None:
         """Raises if what a CUDA graph captures of this step would do something else when it is replayed."""
+        for _, _, (params, *_), _ in buckets:
+            if params[0].device.type == "cpu":
+                raise RuntimeError(
+                    f"step() is being captured in a CUDA graph, but {self._name_of(params[0])} is on the CPU, where no "
+                    "replay would update it. Move it to the device, or leave it to another optimizer"
+                )
         for index, group in enumerate(self.param_groups):
+            for key, name in param_groups.HYPERPARAMETERS.items():
+                if isinstance(group[key], Tensor) and group[key].device.type == "cpu":
+                    raise RuntimeError(
+                        f"step() is being captured in a CUDA graph, but {name} of group {index} is a Tensor on the "
+                        "CPU, of which a graph keeps the number that it holds now. Give a Tensor on the device, or a "
+                        "number"
+                    )
             if not group["capturable"]:
                 raise RuntimeError(
                     f"step() is being captured in a CUDA graph, but group {index} has capturable=False, so iterations "

@@ -8,6 +8,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <sstream>
+#include <string>
+#include <type_traits>
+
+// With an older compiler or driver a kernel's parameters, in which a launch has its table, take up 4 KB at most.
+#if CUDART_VERSION < 12010
+#error "torch_adadelta needs CUDA 12.1 or later"
+#endif
 
 namespace torch_adadelta::cuda {
 
@@ -25,8 +33,9 @@ class Device {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  template <typename Parameters>
-  void launch(void (*kernel)(Parameters), int64_t blocks, int threads, const Parameters& parameters) const {
+  template <typename Kernel, typename Parameters>
+  void launch(Kernel* kernel, int64_t blocks, int threads, const Parameters& parameters) const {
+    static_assert(std::is_invocable_v<Kernel, const Parameters&>);
     void* arguments[] = {const_cast<Parameters*>(&parameters)};
     const cudaError_t error = cudaLaunchKernel(
         reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks), threads, arguments, 0, stream_
@@ -39,17 +48,28 @@ class Device {
 
  private:
   [[noreturn]] void fail_launch(cudaError_t error) const {
-    if (error != cudaErrorNoKernelImageForDevice) {
+    if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
       fail("CUDA error: ", cudaGetErrorString(error));
     }
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_);
+    std::ostringstream compiled;
+    std::istringstream list(ADADELTA_EXPANDED_STRING(__CUDA_ARCH_LIST__));  // "750,800"
+    for (std::string number; std::getline(list, number, ',');) {
+      compiled << "sm_" << std::stoi(number) / 10 << ", ";
+    }
     fail(
-        "torch_adadelta was not compiled for the compute capability of this GPU, ",
-        major * 100 + minor * 10,
-        ", but for ",
-        ADADELTA_EXPANDED_STRING(__CUDA_ARCH_LIST__)
+        "torch_adadelta was compiled for ",
+        compiled.str(),
+        "not for this GPU, an sm_",
+        major,
+        minor,
+        ". Install it again with TORCH_CUDA_ARCH_LIST=",
+        major,
+        ".",
+        minor,
+        " in the environment"
     );
   }
 

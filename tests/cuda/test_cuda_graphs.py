@@ -180,3 +180,31 @@ def test_a_python_number_from_a_callable_is_refused() -> None:
     with pytest.raises(RuntimeError, match="which a CUDA graph would repeat for ever"):
         capture(optimizer.step)
     assert optimizer.iterations == 1
+
+
+@pytest.mark.parametrize("key", ["lr", "rho", "epsilon"])
+def test_a_hyperparameter_on_the_cpu_is_refused(key: str, twins: Callable[..., Any]) -> None:
+    """A graph would keep its number, and whoever fills it later would wait for an effect."""
+    pair = twins([torch.zeros(5)], cuda={"capturable": True}, **{key: torch.tensor(0.5)})
+    pair.step([torch.ones(5)])
+    name = "learning_rate" if key == "lr" else key
+    with pytest.raises(RuntimeError, match=f"{name} of group 0 is a Tensor on the CPU"):
+        capture(pair.cuda.step)
+    torch.cuda.synchronize()
+    pair.assert_same()
+    pair.step([torch.ones(5)])
+    pair.assert_same()
+
+
+def test_a_parameter_on_the_cpu_is_refused() -> None:
+    params = [Parameter(torch.zeros(5, device=device)) for device in ("cuda", "cpu")]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = AdadeltaKeras([{"params": [param]} for param in params], 1.0, capturable=True)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match="parameter 0 of group 1 is on the CPU, where no replay would update it"):
+        capture(optimizer.step)
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, params, before))
+    assert optimizer.iterations == 1

@@ -15,7 +15,7 @@ struct EmulatedDevice {
 
   template <typename Parameters>
   void launch(void (*kernel)(const Parameters&), int64_t blocks, unsigned threads, const Parameters& parameters) const {
-    emulator::launch(kernel, blocks, threads, parameters);
+    emulator::launch<const Parameters&>(kernel, blocks, threads, parameters);
   }
 };
 

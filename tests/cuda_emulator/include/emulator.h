@@ -3,6 +3,9 @@
 // shows.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // whose longjmp does not leave one stack for another
+
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -29,10 +32,14 @@ struct Index {
   unsigned x;
 };
 
+// A fiber, which runs the body once a block. It is entered by a context for the first time, then by jumps, which cost
+// no system call.
 struct Thread {
   ucontext_t context;
+  jmp_buf place;
   std::vector<std::byte> stack;
   unsigned index;
+  bool started = false;
   bool done;
 };
 
@@ -48,7 +55,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 inline Index thread_index, block_index;
 inline Thread* running = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline bool progressed;
 inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
@@ -60,6 +67,12 @@ inline unsigned seed = 0;        // 0: in order
 inline int64_t edge_blocks = 0;  // so many of the first and of the last blocks run, unless 0
 inline int64_t launches = 0;     // since the program began
 
+inline void yield() {
+  if (_setjmp(running->place) == 0) {
+    _longjmp(scheduler, 1);
+  }
+}
+
 inline void wait(Barrier& barrier) {
   progressed = true;
   const unsigned long generation = barrier.generation;
@@ -68,9 +81,8 @@ inline void wait(Barrier& barrier) {
     ++barrier.generation;
     return;
   }
-  Thread* self = running;
   while (barrier.generation == generation) {
-    swapcontext(&self->context, &scheduler);
+    yield();
   }
   progressed = true;
 }
@@ -84,27 +96,38 @@ inline void leave(Barrier& barrier) {
 }
 
 inline void run_thread() {
-  body(body_argument);
-  running->done = true;
-  leave(block_barrier);  // the others no longer wait for this one
-  progressed = true;
+  for (;;) {
+    body(body_argument);
+    running->done = true;
+    leave(block_barrier);  // the others no longer wait for this one
+    progressed = true;
+    yield();
+  }
 }
 
 inline void resume(Thread& thread) {
   running = &thread;
   thread_index.x = thread.index;
-  swapcontext(&scheduler, &thread.context);
+  if (_setjmp(scheduler) != 0) {
+    return;
+  }
+  if (thread.started) {
+    _longjmp(thread.place, 1);
+  }
+  thread.started = true;
+  setcontext(&thread.context);
 }
 
 inline void start(Thread& thread, unsigned index) {
-  thread.stack.resize(kStackBytes);
   thread.index = index;
   thread.done = false;
-  getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack.data();
-  thread.context.uc_stack.ss_size = thread.stack.size();
-  thread.context.uc_link = &scheduler;
-  makecontext(&thread.context, run_thread, 0);
+  if (!thread.started) {
+    thread.stack.resize(kStackBytes);
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    makecontext(&thread.context, run_thread, 0);
+  }
 }
 
 inline std::vector<unsigned> order(unsigned count, std::mt19937& generator) {
@@ -118,7 +141,9 @@ inline std::vector<unsigned> order(unsigned count, std::mt19937& generator) {
 
 inline void run_block(unsigned threads, std::mt19937& generator) {
   static std::vector<Thread> fibers;
-  fibers.resize(std::max<size_t>(fibers.size(), threads));
+  if (fibers.size() < threads) {
+    fibers = std::vector<Thread>(threads);  // none is moved while it waits
+  }
   block_barrier = {threads};
   warp_barriers.assign(threads / kWarpSize, {kWarpSize});
   exchanged.assign(threads, 0.0);
@@ -142,11 +167,12 @@ inline void run_block(unsigned threads, std::mt19937& generator) {
   }
 }
 
-template <typename Parameters>
-void launch(void (*kernel)(const Parameters&), int64_t blocks, unsigned threads, const Parameters& parameters) {
+// `Argument`: a reference to the parameters, or a pointer to them.
+template <typename Argument>
+void launch(void (*kernel)(Argument), int64_t blocks, unsigned threads, Argument parameters) {
   struct Call {
-    void (*kernel)(const Parameters&);
-    const Parameters& parameters;
+    void (*kernel)(Argument);
+    Argument parameters;
   } call{kernel, parameters};
   body = [](const void* argument) {
     const auto* call = static_cast<const Call*>(argument);

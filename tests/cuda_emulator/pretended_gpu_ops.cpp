@@ -1,0 +1,47 @@
+// The ops of csrc/cuda on the devices of pretended_gpu.cpp, launched as in the library.
+#include <cuda_runtime.h>  // that of the emulator, before what includes another
+
+#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/square_sums.cuh"
+#include "../../csrc/cuda/update.cuh"
+
+extern "C" int pretended_gpu_current_device();
+
+// What only a PyTorch with CUDA has.
+extern "C" __attribute__((visibility("default"))) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
+  *stream = emulator::stream_of(device);
+  return AOTI_TORCH_SUCCESS;
+}
+
+namespace {
+
+using torch_adadelta::cuda::Device;
+
+int64_t launches() { return emulator::launches; }
+
+// What every launch from now on returns.
+int64_t fail_launches(int64_t error) {
+  emulator::next_error = static_cast<cudaError_t>(error);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
+  emulator::current_device = pretended_gpu_current_device;
+  m.impl("adadelta_", torch_adadelta::cuda::adadelta_<Device>);
+  m.impl("adadelta_.unclipped", torch_adadelta::cuda::adadelta_<Device>);
+  m.impl("check_lists", torch_adadelta::cuda::check_lists<Device>);
+  m.impl("grad_square_sums", torch_adadelta::cuda::grad_square_sums<Device>);
+}
+
+STABLE_TORCH_LIBRARY(pretended_gpu_ops, m) {
+  m.def("launches() -> int");
+  m.def("fail_launches(int error) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pretended_gpu_ops, CompositeExplicitAutograd, m) {
+  m.impl("launches", TORCH_BOX(&launches));
+  m.impl("fail_launches", TORCH_BOX(&fail_launches));
+}
