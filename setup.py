@@ -52,7 +52,6 @@ CUDA_FLAGS = [
     "--prec-div=true",
     "--prec-sqrt=true",
     "--ftz=false",
-    "--compress-mode=size",
 ]
 
 
@@ -97,12 +96,22 @@ def cuda_toolkit() -> Path | None:
     return Path(top[1].strip() if top else Path(nvcc).parent.parent).resolve()
 
 
+def asked(toolkit: Path, option: str) -> str:
+    """What nvcc answers."""
+    nvcc = str(toolkit / "bin" / "nvcc")
+    return subprocess.run([nvcc, option], capture_output=True, text=True, check=True).stdout
+
+
+def compression_flags(toolkit: Path) -> list[str]:
+    """A smaller library, where nvcc is new enough."""
+    return ["--compress-mode=size"] if "--compress-mode" in asked(toolkit, "--help") else []
+
+
 def architecture_flags(toolkit: Path) -> list[str]:
     """Machine code for the first architecture of each major version, which the others run, and PTX for later ones."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []  # PyTorch's build adds them
-    nvcc = str(toolkit / "bin" / "nvcc")
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    listed = asked(toolkit, "--list-gpu-code")
     known = sorted({int(number) for number in re.findall(r"sm_(\d+)$", listed, re.MULTILINE)})
     known = [number for number in known if number >= OLDEST_ARCHITECTURE]
     firsts = sorted({number // 10: number for number in reversed(known)}.values())
@@ -158,7 +167,10 @@ def options() -> dict:
                 libraries=[*FIRST_LIBRARIES, "cudart_static", "dl", "pthread", "rt"],
                 # By libtorch the loader finds what only a PyTorch with CUDA has.
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
-                extra_compile_args={"cxx": COMPILE_FLAGS, "nvcc": [*CUDA_FLAGS, *architecture_flags(toolkit)]},
+                extra_compile_args={
+                    "cxx": COMPILE_FLAGS,
+                    "nvcc": [*CUDA_FLAGS, *compression_flags(toolkit), *architecture_flags(toolkit)],
+                },
                 py_limited_api=True,
             )
         )

@@ -112,9 +112,9 @@ fi
 
 # Together less than 8 minutes, 470 s at most. The first import of PyTorch may have to wait for a cold disk.
 stage versions 40 bash -c versions
-stage build 100 bash -c build
+stage build 80 bash -c build
 stage diagnostics 30 "$PYTHON" -m torch_adadelta
-stage test 130 "$PYTHON" -m pytest tests/cuda -ra -q -p no:cacheprovider --durations=15 --junitxml="$OUT/test.xml"
+stage test 150 "$PYTHON" -m pytest tests/cuda -ra -q -p no:cacheprovider --durations=15 --junitxml="$OUT/test.xml"
 for tool in memcheck racecheck; do
   if [[ -n $SANITIZER ]]; then
     stage "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 99 \

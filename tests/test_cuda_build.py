@@ -29,7 +29,7 @@ def nvcc(source: Path, output: Path, *arguments: str, flags: list[str] | None = 
     if flags is None:
         listed = re.search(r"CUDA_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)
         assert listed is not None
-        flags = [flag for flag in re.findall(r'"(-[^"{]+)"', listed[1]) if "compress" not in flag]
+        flags = re.findall(r'"(-[^"{]+)"', listed[1])
         assert {"--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false"} <= set(flags)
     assert NVCC is not None
     own = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

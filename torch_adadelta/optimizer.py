@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import accumulate, repeat
+from itertools import accumulate, islice, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, Final, overload
 
@@ -612,12 +612,12 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                         _advance_unless(self.found_inf, group)
             _write_values(new_values)
         except BaseException as error:
-            first = next(iter(buckets), None)
-            if isinstance(error, Exception) and not has_written and first is not None and first[1] is updates.fused:
+            is_fused = checks_itself or any(bucket[1] is updates.fused for bucket in islice(buckets, 1))
+            if isinstance(error, Exception) and not has_written and is_fused:  # which writes nothing if it raises
                 for param in new_state:
                     del self.state[param]
                 if checks_itself:
-                    self._explain(first)
+                    self._explain(next(iter(buckets)))
             else:
                 what = str(error) or type(error).__name__
                 error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)

@@ -13,7 +13,7 @@
 #include <type_traits>
 
 // With an older compiler or driver a kernel's parameters, in which a launch has its table, take up 4 KB at most.
-#if CUDART_VERSION < 12010
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 #error "torch_adadelta needs CUDA 12.1 or later"
 #endif
 
