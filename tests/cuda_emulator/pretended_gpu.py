@@ -187,7 +187,9 @@ for name, value in {
     setattr(torch.cuda, name, value)
 
 
-# What takes storages apart, which PyTorch can only do on devices that it was built for, and what starts a new process.
+# What takes storages apart or makes sparse tensors, which PyTorch can only do on devices that it was built for, and what
+# starts a new process.
+BEYOND_MODULES = ("test_cuda_sparse",)
 BEYOND = ("test_checkpoints_move_between_devices", "test_deepcopy", "test_diagnostics")
 
 # One test in so many of a file: primes, so that every value of every parameter has its turn. PRETEND_ALL=1 runs all.
@@ -211,6 +213,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
             item.module.EPOCHS, item.module.REQUIRED_ACCURACY = 1, 0.5
         is_too_long = item.name.startswith(TOO_LONG) or "-10-1048577-" in item.name
         is_sampled = "PRETEND_ALL" not in os.environ and (number % SAMPLED.get(module, 1) != 0 or is_too_long)
-        (left_out if item.name.startswith(BEYOND) or is_sampled else kept).append(item)
+        is_beyond = module in BEYOND_MODULES or item.name.startswith(BEYOND)
+        (left_out if is_beyond or is_sampled else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>  // that of the emulator, before what includes another
 
 #include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/sparse.cuh"
 #include "../../csrc/cuda/square_sums.cuh"
 #include "../../csrc/cuda/update.cuh"
 
@@ -34,6 +35,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
   m.impl("adadelta_.unclipped", torch_adadelta::cuda::adadelta_<Device>);
   m.impl("check_lists", torch_adadelta::cuda::check_lists<Device>);
   m.impl("grad_square_sums", torch_adadelta::cuda::grad_square_sums<Device>);
+  m.impl("sparse_adadelta_", torch_adadelta::cuda::sparse_adadelta_<Device>);
+  m.impl("first_bad_indices", torch_adadelta::cuda::first_bad_indices<Device>);
 }
 
 STABLE_TORCH_LIBRARY(pretended_gpu_ops, m) {
