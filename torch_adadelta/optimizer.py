@@ -631,12 +631,6 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
 
     def _check_capture(self, buckets: Iterable[Bucket], new_state: _NewState) -> None:
         """Raises if what a CUDA graph captures of this step would do something else when it is replayed."""
-        for _, _, (params, *_), _ in buckets:
-            if params[0].device.type == "cpu":
-                raise RuntimeError(
-                    f"step() is being captured in a CUDA graph, but {self._name_of(params[0])} is on the CPU, where no "
-                    "replay would update it. Move it to the device, or leave it to another optimizer"
-                )
         for index, group in enumerate(self.param_groups):
             for key, name in param_groups.HYPERPARAMETERS.items():
                 if isinstance(group[key], Tensor) and group[key].device.type == "cpu":
@@ -655,6 +649,12 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                 f"step() is being captured in a CUDA graph, but {self._name_of(param)} has no state yet, which every "
                 "replay would reset to zeros. Take a step before the capture"
             )
+        for _, _, (params, *_), _ in buckets:
+            if params[0].device.type == "cpu":
+                raise RuntimeError(
+                    f"step() is being captured in a CUDA graph, but {self._name_of(params[0])} is on the CPU, where no "
+                    "replay would update it. Move it to the device, or leave it to another optimizer"
+                )
 
     # ---- Planning a step, all of which may fail, before the first write -----------------------------------------
 
