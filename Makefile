@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
 
-test: $(INSTALLED)-test-keras-examples-frameworks
+test: $(INSTALLED)-test-keras-parity-examples-frameworks
 	$(VENV)/bin/python -m pytest
 
 # What takes hours: LIVES drawn lives of an optimizer (see tests/test_drawn_lives.py), each time others.
@@ -29,16 +29,16 @@ nightly: $(INSTALLED)-test
 
 # Some ten minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.
 BENCH ?=
-bench: $(INSTALLED)-bench-keras
+bench: $(INSTALLED)-bench-parity
 	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
 
-lint: $(INSTALLED)-lint-test-examples
+lint: $(INSTALLED)-lint-test-keras-examples
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
-format: $(INSTALLED)-lint-test-examples
+format: $(INSTALLED)-lint-test-keras-examples
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)

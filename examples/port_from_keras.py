@@ -8,7 +8,7 @@ difference in the formula, everything runs in float64 too. There the distance mu
 float64; a difference in the formula would stay.
 
 It prints both loss curves, the distances of losses, parameters and accumulators, and the accuracies. Where
-torch_adadelta is installed with its extras "keras" and "examples", run it with
+torch_adadelta is installed with its extras "parity" and "examples", run it with
 
     python examples/port_from_keras.py --plot output/port_from_keras.png
 """

@@ -50,7 +50,7 @@ def test_blocks_run(section: Section) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for library in ("tensorflow", "tf_keras", "keras"):
         if any(re.search(rf"^import {library}\b", code, re.MULTILINE) for is_run, code in section.blocks if is_run):
-            pytest.importorskip(library, reason="needs the extra 'keras'")
+            pytest.importorskip(library, reason="needs the extra 'parity'")
     namespace: dict[str, Any] = {"__name__": f"docs.{Path(section.page).stem}"}
     for number, (is_run, code) in enumerate(section.blocks, 1):
         compiled = compile(code, f"{section}, block {number}", "exec")

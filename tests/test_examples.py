@@ -42,8 +42,8 @@ def test_train_recommender_learns_and_draws(tmp_path: Path) -> None:
 
 
 def test_port_from_keras_keeps_the_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("tensorflow", reason="needs the extra 'keras'")
-    pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
+    pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
+    pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
     main = runpy.run_path(str(ROOT / "examples" / "port_from_keras.py"))["main"]
     picture = tmp_path / "curves.png"
     result = main(["--epochs", "2", "--plot", str(picture)])

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch_adadelta import AdadeltaKeras
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-tf = pytest.importorskip("tensorflow", reason="needs the extra 'keras'")
-tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
+tf = pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
+tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
 tf.config.set_visible_devices([], "GPU")  # not CUDA_VISIBLE_DEVICES, which would hide them from PyTorch's tests too
 
 HYPERPARAMETERS: Final[dict[str, dict[str, float]]] = {

@@ -16,8 +16,8 @@ from reference.oracle import OracleOptimizer, square_sum
 from torch_adadelta import AdadeltaKeras, schedules
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-tf = pytest.importorskip("tensorflow", reason="needs the extra 'keras'")
-tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
+tf = pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
+tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
 tf.config.set_visible_devices([], "GPU")
 
 SHAPES: Final = ((5, 3), (), (4099,))

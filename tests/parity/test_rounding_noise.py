@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
+pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import rounding_noise

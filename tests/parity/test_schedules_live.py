@@ -15,9 +15,9 @@ from test_schedules import EXAMPLES, ULPS
 from torch_adadelta import schedules
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-tf = pytest.importorskip("tensorflow", reason="needs the extra 'keras'")
-tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'keras'")
-keras = pytest.importorskip("keras", reason="needs the extra 'keras'")
+tf = pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
+tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
+keras = pytest.importorskip("keras", reason="needs the extra 'parity'")
 tf.config.set_visible_devices([], "GPU")  # not CUDA_VISIBLE_DEVICES, which would hide them from PyTorch's tests too
 
 # r2.4 had LinearCosineDecay and its noisy sister in tf.keras.experimental; tf_keras has them in this module only.

@@ -1,0 +1,159 @@
+"""`python -m torch_adadelta.keras`: what a file of Keras holds, and its contents for PyTorch."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_adadelta.keras.checkpoints import SLOTS, Checkpoint, Layer, Variable, explained, opened
+from torch_adadelta.keras.config import DROPPABLE
+from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.layouts import Piece, same
+from torch_adadelta.keras.matching import Flattening, canonical
+
+
+def table(checkpoint: Checkpoint) -> str:
+    """What a file holds, as text."""
+    lines = [f"{checkpoint.path}: {checkpoint.source}", f"iterations     {checkpoint.count()}"]
+    for name in ("learning_rate", "rho", "epsilon", "decay", "clipvalue", "clipnorm", "global_clipnorm"):
+        if name in checkpoint.hyperparameters:
+            value = checkpoint.hyperparameters[name]
+            text = f"{value.get('class_name')} {value.get('config')}" if isinstance(value, dict) else repr(value)
+            lines.append(f"{name:<14} {text}")
+    missing = [name for name in ("learning_rate", "rho", "epsilon") if name not in checkpoint.hyperparameters]
+    if missing:
+        lines.append(f"not in it      {', '.join(missing)}")
+    rows = [("weight", "shape", "dtype", "state", "class")]
+    for layer, variable in checkpoint.variables():
+        stored = variable.value
+        state = "square_avg, acc_delta" if variable.has_state else "none"
+        rows.append(
+            (
+                f"{layer.path}/{variable.role}",
+                str(stored.shape),
+                str(stored.dtype),
+                state,
+                layer.class_name or "unknown",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines.append("")
+    for row in rows:
+        lines.append("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """The contents of a file by name, all Tensors, in the layouts of PyTorch's modules; and what stays as in Keras.
+
+    The names are "iterations", those of the hyperparameters that are numbers, and "weights.", "square_avg." or
+    "acc_delta." before the path of a layer and the name that its module has for the parameter.
+    """
+    found = {"iterations": torch.tensor(checkpoint.count(), dtype=torch.int64)}
+    for name, value in checkpoint.hyperparameters.items():
+        if isinstance(value, int | float):
+            found[name] = torch.tensor(float(value), dtype=torch.float64)
+    notes = []
+    flattening = Flattening(checkpoint, flatten)
+    for layer in checkpoint.layers:
+        layout = canonical(layer)
+        layer_name = layer.path.replace("/", ".")
+        if layout is None or (flatten != "channels_last" and flattening.concerns(layer)):
+            why = "its inputs are flattened maps" if layout else "no module of PyTorch is known for it"
+            notes.append(f"{layer.path} stays in the layout of Keras: {why}")
+            layout = [Piece(v.role, v.role.replace("/", "."), same(v.value.shape)) for v in layer.variables]
+        for key in ("value", *SLOTS):
+            for name, array in _parameters(checkpoint, layer, layout, key).items():
+                prefix = "weights" if key == "value" else key
+                found[f"{prefix}.{layer_name}.{name}"] = torch.from_numpy(array)
+    return found, notes
+
+
+def _parameters(checkpoint: Checkpoint, layer: Layer, layout: list[Piece], key: str) -> dict[str, Any]:
+    """The weights of a layer, or their state, as arrays by the names of PyTorch's parameters."""
+    by_role: dict[str, Variable] = {variable.role: variable for variable in layer.variables}
+    parts: dict[str, list[tuple[int, Any]]] = {}
+    for piece in layout:
+        stored = getattr(by_role[piece.role], key)
+        if stored is None:
+            continue
+        array = explained(checkpoint, stored)
+        array = piece.layout.to_torch(array if piece.row is None else array[piece.row])
+        parts.setdefault(piece.param, []).append((piece.first or 0, array))
+    found = {}
+    for name, arrays in parts.items():
+        ordered = [array for _, array in sorted(arrays, key=lambda part: part[0])]
+        joined = ordered[0] if len(ordered) == 1 else np.concatenate(ordered)
+        found[name] = np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
+    return found
+
+
+def convert(checkpoint: Checkpoint, path: Path, flatten: str | None) -> list[str]:
+    """Writes the Tensors to a file for `torch.load` or, by its name, safetensors; beside it first, then renamed."""
+    found, notes = tensors(checkpoint, flatten)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        if path.suffix == ".safetensors":
+            try:
+                from safetensors.torch import save_file
+            except ImportError as error:
+                raise SystemExit("to write .safetensors, pip install safetensors; or write a .pt file") from error
+            rate = checkpoint.hyperparameters.get("learning_rate")
+            metadata = {"learning_rate": json.dumps(rate)} if isinstance(rate, dict) else None
+            save_file(found, str(part), metadata=metadata)
+        else:
+            torch.save(found, part)
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return [f"{path}: {len(found)} tensors", *notes]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 1, with the reason on stderr, if the file cannot be taken."""
+    parser = argparse.ArgumentParser(prog="python -m torch_adadelta.keras", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="show weights, state, iterations and hyperparameters")
+    converter = commands.add_parser("convert", help="write them as Tensors, in the layouts of PyTorch")
+    for command in (inspect, converter):
+        command.add_argument("file", type=Path, help=".h5, .keras, .weights.h5, TensorFlow checkpoint or SavedModel")
+        command.add_argument("--config", type=Path, help="a file with model.to_json(), for files without it")
+        command.add_argument("--drop", action="append", default=[], choices=DROPPABLE, help="what may be left out")
+    converter.add_argument("out", type=Path, help=".pt or .safetensors")
+    converter.add_argument(
+        "--flatten",
+        choices=["channels_last"],
+        help="take it that no features are reordered between a convolution and a Linear",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        with opened(options.file, options.config, options.drop) as checkpoint:
+            if options.command == "inspect":
+                print(table(checkpoint))
+            else:
+                print("\n".join(convert(checkpoint, options.out, options.flatten)))
+    except (KerasFileError, FileNotFoundError, ImportError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

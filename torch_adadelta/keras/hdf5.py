@@ -1,0 +1,195 @@
+"""HDF5 files that nobody vouches for: what is read of them is bounded by what they store.
+
+Only what Keras writes is followed: hard links, and datasets of numbers that lie in the file itself. A link to another
+file, or a dataset that is stored in one, would let a checkpoint read any file of the user's.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+
+from torch_adadelta.keras.errors import MAX_EXPANSION, Array, KerasFileError, Stored, checked_shape
+
+try:
+    import h5py
+except ImportError:
+    h5py = None
+
+# Keras nests a few groups for each level of a model.
+_MAX_DEPTH: Final = 64
+_MAX_OBJECTS: Final = 1_000_000
+
+# gzip, shuffle and fletcher32, which belong to HDF5 itself; others are loaded from plugins.
+_KNOWN_FILTERS: Final = {1, 2, 3}
+
+
+def required() -> Any:
+    """The module h5py.
+
+    Raises:
+        ImportError: it is not installed, with how to install it.
+    """
+    if h5py is None:
+        raise ImportError("HDF5 files of Keras are read with h5py: pip install 'torch_adadelta[keras]', or h5py alone")
+    return h5py
+
+
+class Hdf5:
+    """An HDF5 file, or the bytes of one.
+
+    Args:
+        file: an open binary file.
+        size: its size in bytes.
+    """
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file = required().File(file, "r")
+        self._size = size
+
+    def close(self) -> None:
+        """Closes the file; arrays that were not read cannot be read any more."""
+        self._file.close()
+
+    def _children(self, group: Any) -> dict[str, Any]:
+        found = {}
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise KerasFileError(f"{group.name}/{name} is a link to elsewhere, which Keras does not write")
+            found[name] = group[name]
+        return found
+
+    def get(self, path: str) -> Any:
+        """The group or dataset at a path, or None."""
+        found = self._file
+        for part in path.split("/"):
+            if not isinstance(found, h5py.Group) or part in ("", ".", "..") or part not in found:
+                return None
+            if not isinstance(found.get(part, getlink=True), h5py.HardLink):
+                raise KerasFileError(f"{found.name}/{part} is a link to elsewhere, which Keras does not write")
+            found = found[part]
+        return found
+
+    def has(self, path: str) -> bool:
+        """Whether there is a group or dataset at the path."""
+        return self.get(path) is not None
+
+    def datasets(self, path: str = "") -> Iterator[tuple[str, Any]]:
+        """The datasets below a group, with their paths from there, by name.
+
+        Raises:
+            KerasFileError: the groups are nested as no model is.
+        """
+        top = self.get(path) if path else self._file
+        todo = [("", top, 0)] if isinstance(top, h5py.Group) else []
+        count = 0
+        while todo:
+            prefix, group, depth = todo.pop()
+            for name, child in reversed(self._children(group).items()):
+                count += 1
+                if depth >= _MAX_DEPTH or count > _MAX_OBJECTS:
+                    raise KerasFileError(f"its groups are nested {depth} deep and hold {count} objects; it is no model")
+                if isinstance(child, h5py.Group):
+                    todo.append((f"{prefix}{name}/", child, depth + 1))
+                elif isinstance(child, h5py.Dataset):
+                    yield prefix + name, child
+
+    def stored(self, path: str) -> Stored:
+        """The dataset at a path, to be read later. bfloat16 becomes float32.
+
+        Raises:
+            KerasFileError: there is none, or it is not one of numbers in this file.
+        """
+        dataset = self.get(path)
+        if not isinstance(dataset, h5py.Dataset):
+            raise KerasFileError(f"it holds no dataset {path}")
+        return self.of_dataset(path, dataset)
+
+    def of_dataset(self, path: str, dataset: Any) -> Stored:
+        """The same of a dataset that `datasets` gave."""
+        plan = dataset.id.get_create_plist()
+        if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
+            raise KerasFileError(f"{path} is stored in another file, which Keras does not do")
+        filters = {plan.get_filter(index)[0] for index in range(plan.get_nfilters())}
+        if not filters <= _KNOWN_FILTERS:
+            raise KerasFileError(f"{path} is stored with the filters {sorted(filters)}, of which some are unknown")
+        shape = dataset.shape
+        if shape is None:
+            raise KerasFileError(f"{path} holds nothing")
+        is_bfloat16 = self.attribute_text(dataset, "dtype") == "bfloat16"
+        if dataset.dtype.kind not in "fiub" and not (is_bfloat16 and dataset.dtype.itemsize == 2):
+            raise KerasFileError(f"{path} has dtype {dataset.dtype}, not one of numbers")
+        # A compact dataset lies in the header of the object, and counts as stored; so does an empty one.
+        checked_shape(path, shape, dataset.dtype.itemsize, dataset.id.get_storage_size(), self._size)
+        return Stored(
+            path,
+            tuple(shape),
+            np.dtype("<f4") if is_bfloat16 else dataset.dtype,
+            partial(_read, dataset, is_bfloat16),
+        )
+
+    def _attribute(self, item: Any, name: str) -> Any:
+        if not item.attrs.__contains__(name):
+            return None
+        attribute = item.attrs.get_id(name)
+        size = attribute.dtype.itemsize
+        for length in attribute.shape or ():
+            size *= length
+        # A text of variable length takes a descriptor here, and what it holds lies in the file.
+        if size > MAX_EXPANSION * self._size:
+            raise KerasFileError(f"the attribute {name} has {size} bytes, and the file {self._size}")
+        return item.attrs[name]
+
+    def attribute_text(self, item: Any, name: str) -> str | None:
+        """An attribute that is a text, or None if there is none."""
+        value = self._attribute(item, name)
+        if value is None:
+            return None
+        if isinstance(value, np.ndarray) and value.shape == ():
+            value = value[()]
+        return _decoded(name, value)
+
+    def root_text(self, name: str) -> str | None:
+        """The same of the file itself."""
+        return self.attribute_text(self._file, name)
+
+    def attribute_list(self, path: str, name: str) -> list[str] | None:
+        """An attribute that is a list of texts, or None; Keras splits a long one over ``name0``, ``name1``, …"""
+        item = self.get(path) if path else self._file
+        if item is None:
+            return None
+        if item.attrs.__contains__(name):
+            parts = [self._attribute(item, name)]
+        else:
+            parts = []
+            while item.attrs.__contains__(f"{name}{len(parts)}"):
+                parts.append(self._attribute(item, f"{name}{len(parts)}"))
+            if not parts:
+                return None
+        found: list[str] = []
+        for part in parts:
+            if not isinstance(part, np.ndarray) or part.ndim != 1:
+                if isinstance(part, np.ndarray | h5py.Empty):
+                    raise KerasFileError(f"the attribute {name} is no list of names")
+                part = [part]
+            found += [_decoded(name, value) for value in part] if len(part) else []
+        return found
+
+
+def _decoded(name: str, value: Any) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise KerasFileError(f"the attribute {name} is no UTF-8") from error
+    if not isinstance(value, str):
+        raise KerasFileError(f"the attribute {name} is no text but {type(value).__name__}")
+    return value
+
+
+def _read(dataset: Any, is_bfloat16: bool) -> Array:
+    array: Array = np.asarray(dataset[()])
+    if is_bfloat16:
+        return (array.view("<u2").astype("<u4") << 16).view("<f4")
+    return array

@@ -1,0 +1,437 @@
+"""How the weights of a layer of Keras lie in the parameters of a module of PyTorch.
+
+For each kind of layer, `pieces` says which parameter each weight goes to, and how it is turned. All of it only moves
+elements about, so it can be undone, and the state of a weight is moved as the weight is.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from torch_adadelta.keras.checkpoints import Layer
+from torch_adadelta.keras.errors import Array
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How an array of Keras becomes one of PyTorch: viewed in a shape, permuted, and viewed in the final shape.
+
+    Example: a Dense kernel of shape (6 * 6 * 8, 10) behind a Flatten of (height, width, channels) becomes a Linear
+    weight behind a flatten of (channels, height, width) by
+    ``Layout(view=(36, 8, 10), permutation=(2, 1, 0), shape=(10, 288))``.
+    """
+
+    permutation: Shape
+    shape: Shape | None = None  # of the result; None for that of the permuted array
+    view: Shape | None = None  # before the permutation; None for the shape in the file
+    blocks: Shape | None = None  # the order of the second axis of the view, such as that of the gates of a GRU
+
+    def to_torch(self, array: Array) -> Array:
+        """The array in the layout of PyTorch."""
+        if self.view is not None:
+            array = array.reshape(self.view)
+        if self.blocks is not None:
+            array = array.take(self.blocks, axis=1)
+        array = array.transpose(self.permutation)
+        return array if self.shape is None else array.reshape(self.shape)
+
+    def to_keras(self, array: Array, shape: Shape) -> Array:
+        """The array in the layout of Keras, of this shape."""
+        view = shape if self.view is None else self.view
+        array = array.reshape([view[axis] for axis in self.permutation]).transpose(np.argsort(self.permutation))
+        if self.blocks is not None:
+            array = array.take(np.argsort(self.blocks), axis=1)
+        return array.reshape(shape)
+
+    def result(self, shape: Shape) -> Shape:
+        """The shape of the result of an array of this shape.
+
+        Raises:
+            ValueError: such an array cannot be turned so.
+        """
+        view = shape if self.view is None else self.view
+        if math.prod(view) != math.prod(shape) or sorted(self.permutation) != list(range(len(view))):
+            raise ValueError(f"an array of shape {shape} cannot be turned by {self}")
+        found = tuple(view[axis] for axis in self.permutation)
+        if self.shape is None:
+            return found
+        if math.prod(self.shape) != math.prod(found):
+            raise ValueError(f"an array of shape {shape} cannot be turned by {self}")
+        return self.shape
+
+    def __str__(self) -> str:
+        parts = [] if self.view is None else [f"view {self.view}"]
+        if self.blocks is not None:
+            parts.append(f"blocks {self.blocks}")
+        if self.permutation != tuple(range(len(self.permutation))):
+            parts.append(f"permute {self.permutation}")
+        if self.shape is not None:
+            parts.append(f"view {self.shape}")
+        return ", ".join(parts) or "as it is"
+
+
+class Piece(NamedTuple):
+    """Where a weight of a layer, or a row of it, goes."""
+
+    role: str  # the weight
+    param: str  # the parameter or buffer of the module
+    layout: Layout
+    row: int | None = None  # of the weight, if its rows go to different parameters
+    first: int | None = None  # the first row of the parameter, if it has others too
+
+
+def same(shape: Shape) -> Layout:
+    """The layout of what stays as it is."""
+    return Layout(tuple(range(len(shape))))
+
+
+# ---- Kinds of layers ------------------------------------------------------------------------------------------------
+
+KINDS: Final = {
+    "Dense": "dense",
+    "Embedding": "embedding",
+    "BatchNormalization": "batch_norm",
+    "SyncBatchNormalization": "batch_norm",
+    "LayerNormalization": "layer_norm",
+    "GroupNormalization": "group_norm",
+    "RMSNormalization": "rms_norm",
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "SimpleRNN": "rnn",
+    "MultiHeadAttention": "attention",
+    **{f"Conv{n}D": "conv" for n in (1, 2, 3)},
+    **{f"Conv{n}DTranspose": "conv_transpose" for n in (1, 2, 3)},
+    **{f"DepthwiseConv{n}D": "depthwise" for n in (1, 2, 3)},
+}
+
+GATES: Final = {"lstm": 4, "gru": 3, "rnn": 1}
+_PARTS: Final = ("query", "key", "value", "output")
+
+
+class Form(NamedTuple):
+    """A layer understood as one of a kind, with its shapes by role."""
+
+    kind: str
+    shapes: dict[str, Shape]
+    roles: dict[str, str]  # from the role as understood to the role in the file
+
+
+def forms(layer: Layer) -> list[Form]:
+    """All ways to understand a layer: one if its class is known, perhaps several by the shapes of its weights."""
+    names = [variable.role for variable in layer.variables]
+    shapes = {variable.role: variable.value.shape for variable in layer.variables}
+    kind = KINDS.get(layer.class_name or "")
+    if layer.class_name == "Bidirectional":
+        kind = next((KINDS[c] for c in (_inner_class(layer),) if c in KINDS), None)
+        kinds = [kind] if kind in GATES else list(GATES)
+    elif kind is not None:
+        kinds = [kind]
+    elif layer.class_name is None:
+        kinds = list(dict.fromkeys(KINDS.values()))
+    else:
+        return []
+    found = []
+    for candidate in kinds:
+        for roles in _vocabularies(candidate, names):
+            understood = {role: shapes[name] for role, name in roles.items()}
+            if _is_of_kind(candidate, understood):
+                found.append(Form(candidate, understood, roles))
+    return found
+
+
+def _inner_class(layer: Layer) -> str:
+    inner = layer.config.get("layer")
+    return str(inner.get("class_name")) if isinstance(inner, dict) else ""
+
+
+_VOCABULARY: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
+    "dense": (("kernel", "bias"), ("kernel",)),
+    "conv": (("kernel", "bias"), ("kernel",)),
+    "conv_transpose": (("kernel", "bias"), ("kernel",)),
+    "depthwise": (("kernel", "bias"), ("kernel",)),
+    "embedding": (("embeddings",),),
+    "batch_norm": (
+        ("gamma", "beta", "moving_mean", "moving_variance"),
+        ("gamma", "moving_mean", "moving_variance"),
+        ("beta", "moving_mean", "moving_variance"),
+        ("moving_mean", "moving_variance"),
+    ),
+    "layer_norm": (("gamma", "beta"), ("gamma",), ("beta",)),
+    "group_norm": (("gamma", "beta"), ("gamma",), ("beta",)),
+    "rms_norm": (("gamma",), ("scale",)),
+    "attention": (
+        tuple(f"{part}/{name}" for part in _PARTS for name in ("kernel", "bias")),
+        tuple(f"{part}/kernel" for part in _PARTS),
+    ),
+    **{
+        kind: (
+            ("kernel", "recurrent_kernel", "bias"),
+            ("kernel", "recurrent_kernel"),
+            *(
+                tuple(f"{side}/{name}" for side in ("forward", "backward") for name in roles)
+                for roles in (("kernel", "recurrent_kernel", "bias"), ("kernel", "recurrent_kernel"))
+            ),
+        )
+        for kind in GATES
+    },
+}
+
+
+def _vocabularies(kind: str, names: list[str]) -> Iterable[dict[str, str]]:
+    """From the roles of a kind to those of a layer, for each set of roles that its weights may have."""
+    given = [name.replace("depthwise_kernel", "kernel") if kind == "depthwise" else name for name in names]
+    for roles in _VOCABULARY[kind]:
+        if set(roles) == set(given) and len(given) == len(roles):
+            by_role = dict(zip(given, names, strict=True))
+            yield {role: by_role[role] for role in roles}
+        elif _are_numbered(names, roles):
+            yield dict(zip(roles, names, strict=True))
+
+
+def _are_numbered(names: list[str], roles: tuple[str, ...]) -> bool:
+    """Whether a layer of unknown class has numbered weights in as many places, which then come in their order."""
+    parts = [role.rpartition("/")[0] for role in roles]
+    return all(n.rpartition("/")[2].isdecimal() for n in names) and parts == [n.rpartition("/")[0] for n in names]
+
+
+def _is_of_kind(kind: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether the ranks and sizes of the weights agree with the kind."""
+    rank = len(shapes.get("kernel", ()))
+    bias = shapes.get("bias")
+    if kind == "dense":
+        return rank == 2 and bias in (None, shapes["kernel"][1:])
+    if kind == "conv":
+        return 3 <= rank <= 5 and bias in (None, shapes["kernel"][-1:])
+    if kind == "conv_transpose":
+        return 3 <= rank <= 5 and bias in (None, shapes["kernel"][-2:-1])
+    if kind == "depthwise":
+        return 3 <= rank <= 5 and bias in (None, (math.prod(shapes["kernel"][-2:]),))
+    if kind == "embedding":
+        return len(shapes["embeddings"]) == 2
+    if kind.endswith("_norm"):
+        found = list(shapes.values())
+        return all(shape == found[0] for shape in found) and (kind in ("layer_norm", "rms_norm") or len(found[0]) == 1)
+    if kind in GATES:
+        sides = {role.rpartition("/")[0] for role in shapes}
+        return all(
+            _is_rnn(kind, {r.rpartition("/")[2]: s for r, s in shapes.items() if r.rpartition("/")[0] == side})
+            for side in sides
+        )
+    return _is_attention(shapes)
+
+
+def _is_rnn(kind: str, shapes: Mapping[str, Shape]) -> bool:
+    kernel, recurrent = shapes["kernel"], shapes["recurrent_kernel"]
+    if len(kernel) != 2 or len(recurrent) != 2:
+        return False
+    width = GATES[kind] * recurrent[0]
+    biases: list[Shape | None] = [None, (width,), *([(2, width)] if kind == "gru" else [])]
+    return kernel[1] == recurrent[1] == width and shapes.get("bias") in biases
+
+
+def _is_attention(shapes: Mapping[str, Shape]) -> bool:
+    query, key, value, output = (shapes[f"{part}/kernel"] for part in _PARTS)
+    if not len(query) == len(key) == len(value) == len(output) == 3:
+        return False
+    return query[1:] == key[1:] and value[1:] == output[:2] and value[1] == query[1]
+
+
+# ---- Where the weights go -------------------------------------------------------------------------------------------
+
+
+class Unfit(ValueError):
+    """A layer cannot become a module of PyTorch; the message says why."""
+
+
+def pieces(form: Form, is_split: bool = False, flat: int | None = None, flat_output: int | None = None) -> list[Piece]:
+    """Where each weight goes in the module of PyTorch that computes the same.
+
+    Args:
+        form: the layer.
+        is_split: whether an attention module keeps query, key and value apart, as it does where their widths differ.
+        flat: the number of channels if the features that come in are flattened maps, which PyTorch flattens with the
+            channels first.
+        flat_output: the same of the features that go out.
+
+    Raises:
+        Unfit: no module of PyTorch computes the same.
+    """
+    kind, shapes = form.kind, form.shapes
+    if kind == "dense":
+        kernel = _dense_kernel(shapes["kernel"], flat, flat_output)
+        return [
+            Piece("kernel", "weight", kernel),
+            *_vector(shapes, "bias", "bias", flat_output),
+        ]
+    if kind in ("conv", "conv_transpose"):
+        rank = len(shapes["kernel"])
+        permutation = (rank - 1, rank - 2, *range(rank - 2))
+        return [Piece("kernel", "weight", Layout(permutation)), *_vector(shapes, "bias", "bias")]
+    if kind == "depthwise":
+        *size, channels, multiplier = shapes["kernel"]
+        rank = len(shapes["kernel"])
+        layout = Layout((rank - 2, rank - 1, *range(rank - 2)), shape=(channels * multiplier, 1, *size))
+        return [Piece("kernel", "weight", layout), *_vector(shapes, "bias", "bias")]
+    if kind == "embedding":
+        return [Piece("embeddings", "weight", same(shapes["embeddings"]))]
+    if kind.endswith("_norm"):
+        names = {"gamma": "weight", "scale": "weight", "beta": "bias"}
+        names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
+        return [piece for role in shapes for piece in _vector(shapes, role, names[role], flat)]
+    if kind in GATES:
+        return _rnn_pieces(kind, shapes)
+    return _attention_pieces(shapes, is_split)
+
+
+def _vector(shapes: Mapping[str, Shape], role: str, param: str, flat: int | None = None) -> list[Piece]:
+    if role not in shapes:
+        return []
+    shape = shapes[role]
+    if flat is None or len(shape) != 1:
+        return [Piece(role, param, same(shape))]
+    return [Piece(role, param, Layout((1, 0), shape=shape, view=_parted(shape[0], flat)))]
+
+
+def _parted(size: int, channels: int) -> Shape:
+    if channels < 1 or size % channels:
+        raise Unfit(f"{size} features are no maps of {channels} channels")
+    return (size // channels, channels)
+
+
+def _dense_kernel(shape: Shape, flat: int | None, flat_output: int | None) -> Layout:
+    inputs, outputs = shape
+    if flat is None and flat_output is None:
+        return Layout((1, 0))
+    view_in = (inputs, 1) if flat is None else _parted(inputs, flat)
+    view_out = (outputs, 1) if flat_output is None else _parted(outputs, flat_output)
+    return Layout((3, 2, 1, 0), shape=(outputs, inputs), view=(*view_in, *view_out))
+
+
+def _rnn_pieces(kind: str, shapes: Mapping[str, Shape]) -> list[Piece]:
+    found = []
+    # Keras has the gates of a GRU in the order update, reset, new; PyTorch has reset first.
+    blocks = (1, 0, 2) if kind == "gru" else None
+    for side, suffix in (("", ""), ("forward/", ""), ("backward/", "_reverse")):
+        if f"{side}kernel" not in shapes:
+            continue
+        for name, param in (("kernel", "weight_ih"), ("recurrent_kernel", "weight_hh")):
+            rows, columns = shapes[f"{side}{name}"]
+            view = (rows, GATES[kind], columns // GATES[kind])
+            layout = Layout((1, 2, 0), shape=(columns, rows), view=view, blocks=blocks)
+            found.append(Piece(f"{side}{name}", f"{param}{suffix}", layout))
+        bias = shapes.get(f"{side}bias")
+        if bias is None:
+            continue
+        layout = Layout((0, 1, 2), shape=bias[-1:], view=(1, GATES[kind], bias[-1] // GATES[kind]), blocks=blocks)
+        if len(bias) == 2:
+            found.append(Piece(f"{side}bias", f"bias_ih{suffix}", layout, row=0))
+            found.append(Piece(f"{side}bias", f"bias_hh{suffix}", layout, row=1))
+        elif kind == "gru":
+            raise Unfit(
+                "a GRU with reset_after=False applies its reset gate before the recurrent product, and torch.nn.GRU "
+                "after it; no weights make them compute the same. Write the cell by hand, and give its weights in "
+                "mapping"
+            )
+        else:
+            found.append(Piece(f"{side}bias", f"bias_ih{suffix}", layout))
+    return found
+
+
+def _attention_pieces(shapes: Mapping[str, Shape], is_split: bool) -> list[Piece]:
+    found = []
+    _, heads, width = shapes["query/kernel"]
+    size = heads * width
+    if shapes["value/kernel"][1:] != (heads, width):
+        raise Unfit("its value_dim is not its key_dim; torch.nn.MultiheadAttention has one width for both")
+    for number, part in enumerate(_PARTS[:3]):
+        rows = shapes[f"{part}/kernel"][0]
+        layout = Layout((1, 2, 0), shape=(size, rows))
+        if is_split:
+            found.append(Piece(f"{part}/kernel", f"{part[0]}_proj_weight", layout))
+        else:
+            found.append(Piece(f"{part}/kernel", "in_proj_weight", layout, first=number * size))
+        if f"{part}/bias" in shapes:
+            found.append(Piece(f"{part}/bias", "in_proj_bias", Layout((0, 1), shape=(size,)), first=number * size))
+    outputs = shapes["output/kernel"][2]
+    found.append(Piece("output/kernel", "out_proj.weight", Layout((2, 0, 1), shape=(outputs, size))))
+    return (
+        [*found, *_vector({"output/bias": shapes.get("output/bias", ())}, "output/bias", "out_proj.bias")]
+        if ("output/bias" in shapes)
+        else found
+    )
+
+
+# ---- Modules of PyTorch ---------------------------------------------------------------------------------------------
+
+_MODULES: Final[dict[str, tuple[type[nn.Module], ...]]] = {
+    "dense": (nn.Linear,),
+    "embedding": (nn.Embedding, nn.EmbeddingBag),
+    "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    "layer_norm": (nn.LayerNorm,),
+    "group_norm": (nn.GroupNorm,),
+    "rms_norm": (nn.RMSNorm,),
+    "lstm": (nn.LSTM, nn.LSTMCell),
+    "gru": (nn.GRU, nn.GRUCell),
+    "rnn": (nn.RNN, nn.RNNCell),
+    "attention": (nn.MultiheadAttention,),
+    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "depthwise": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "conv_transpose": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
+
+ALL_MODULES: Final = tuple({cls for classes in _MODULES.values() for cls in classes})
+
+
+def kinds_of(module: nn.Module) -> list[str]:
+    """The kinds of layers that a module may be."""
+    return [kind for kind, classes in _MODULES.items() if isinstance(module, classes)]
+
+
+def placed(form: Form, module: nn.Module, tensors: Mapping[str, Tensor], flat: Any, flat_output: Any) -> list[Piece]:
+    """Where the weights of a layer go in a module.
+
+    Args:
+        form: the layer.
+        module: the module, whose parameters and buffers are in `tensors`, without layer numbers ("weight_ih" for
+            "weight_ih_l0").
+        tensors: see there.
+        flat: as for `pieces`.
+        flat_output: as for `pieces`.
+
+    Raises:
+        Unfit: they do not fit, with the reason.
+    """
+    if form.kind not in kinds_of(module):
+        raise Unfit(f"it is a {form.kind}, and the module a {type(module).__name__}")
+    is_split = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
+    if (flat or flat_output) and form.kind not in ("dense", "batch_norm", "layer_norm"):
+        raise Unfit("its features are flattened maps, and what that means for its weights is not known; use mapping")
+    found = pieces(form, is_split, flat, flat_output)
+    rows: dict[str, int] = {}
+    for piece in found:
+        shape = piece.layout.result(form.shapes[piece.role] if piece.row is None else form.shapes[piece.role][1:])
+        if piece.param not in tensors:
+            raise Unfit(f"the module has no {piece.param} for {piece.role}")
+        target = tuple(tensors[piece.param].shape)
+        if piece.first is not None:
+            rows[piece.param] = rows.get(piece.param, 0) + shape[0]
+            target = (shape[0], *target[1:])
+        if shape != target:
+            raise Unfit(f"{piece.role} would be {shape}, and {piece.param} is {tuple(tensors[piece.param].shape)}")
+    for param, count in rows.items():
+        if count != tensors[param].shape[0]:
+            raise Unfit(f"{param} has {tensors[param].shape[0]} rows, and {count} are given")
+    if isinstance(module, nn.MultiheadAttention):
+        heads = form.shapes["query/kernel"][1]
+        if module.num_heads != heads or module.bias_k is not None:
+            raise Unfit(f"it has {heads} heads, and the module {module.num_heads} (add_bias_kv has no counterpart)")
+    if form.kind == "conv_transpose" and getattr(module, "groups", 1) != 1:
+        raise Unfit("a transposed convolution of Keras has no groups")
+    if form.kind == "depthwise" and getattr(module, "groups", 1) != form.shapes["kernel"][-2]:
+        channels = form.shapes["kernel"][-2]
+        raise Unfit(f"it has {channels} channels, and the module {getattr(module, 'groups', 1)} groups")
+    return found

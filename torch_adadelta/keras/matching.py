@@ -1,0 +1,694 @@
+"""Finds out which layer of Keras is which module of PyTorch.
+
+A layer and a module fit if the one can become the other: their kind, and the shapes of all weights. Where that leaves
+one possibility, it is taken. Where it leaves several, names decide if they agree on both sides, or the order if it is
+that of computation on both sides. Otherwise nothing is taken, and the error lists both sides.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torch_adadelta.keras.checkpoints import Checkpoint, Layer, Variable, wrapped_class
+from torch_adadelta.keras.config import LayerConfig, ModelConfig
+from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.layouts import ALL_MODULES, GATES, Form, Layout, Piece, Unfit, forms, kinds_of, pieces, placed
+
+MATCHES: Final = ("auto", "names", "order")
+
+
+@dataclass
+class Unit:
+    """A module of PyTorch with parameters of its own; of a recurrent module with several layers, one of them."""
+
+    path: str
+    module: nn.Module
+    tensors: dict[str, Tensor]  # by the names that `layouts` uses
+    names: dict[str, str]  # from those to the names in the model
+    is_flattened: bool = False  # whether an nn.Flatten of feature maps comes before it in its nn.Sequential
+    is_unflattened: bool = False  # whether an nn.Unflatten comes behind it
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items())
+        return f"{self.path or '(the model)'} ({type(self.module).__name__}): {shapes}"
+
+
+class Move(NamedTuple):
+    """A weight of Keras, or a row of it, and the parameter or buffer that it goes to."""
+
+    layer: Layer
+    variable: Variable
+    name: str  # of the parameter in the model
+    tensor: Tensor
+    layout: Layout
+    row: int | None = None
+    first: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The weight, for people."""
+        return f"{self.layer.path}/{self.variable.role}" + ("" if self.row is None else f"[{self.row}]")
+
+
+@dataclass
+class Match:
+    """All moves, and what is left over on the side of PyTorch."""
+
+    moves: list[Move]
+    neutral: list[tuple[str, Tensor]] = field(default_factory=list)  # parameters that Keras does not have
+    pairs: list[tuple[Layer, Unit]] = field(default_factory=list)
+
+
+# ---- The side of PyTorch --------------------------------------------------------------------------------------------
+
+
+def units(model: nn.Module) -> tuple[list[Unit], dict[str, Tensor]]:
+    """The modules with parameters, in their order, and the parameters that are in none of a known class.
+
+    A parameter that several modules share belongs to the first.
+    """
+    found: list[Unit] = []
+    seen: set[int] = set()
+    loose: dict[str, Tensor] = {}
+    covered: set[str] = set()
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{other}.") for other in covered):
+            continue
+        own = dict(module.named_parameters(recurse=isinstance(module, nn.MultiheadAttention), remove_duplicate=False))
+        if isinstance(module, ALL_MODULES) and not hasattr(module, "parametrizations"):
+            if isinstance(module, nn.MultiheadAttention):
+                covered.add(path)
+            buffers = dict(module.named_buffers(recurse=False))
+            buffers.pop("num_batches_tracked", None)
+            own |= buffers
+            for unit in _split_layers(path, module, own):
+                if not all(id(tensor) in seen for tensor in unit.tensors.values()) and unit.tensors:
+                    found.append(unit)
+                seen |= set(map(id, unit.tensors.values()))
+        else:
+            for name, tensor in own.items():
+                if id(tensor) not in seen:
+                    loose[_joined(path, name)] = tensor
+                    seen.add(id(tensor))
+    _mark_flattened(model, found)
+    return found, loose
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _split_layers(path: str, module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[Unit]:
+    for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            raise ValueError(f"{_joined(path, name)} is not initialised yet; run the model on a batch first")
+    if not isinstance(module, nn.RNNBase):
+        yield Unit(path, module, tensors, {name: _joined(path, name) for name in tensors})
+        return
+    if module.proj_size:
+        raise ValueError(f"{path} has proj_size={module.proj_size}, which no layer of Keras has")
+    for layer in range(module.num_layers):
+        names = {re.sub(r"_l\d+", "", name): name for name in tensors if re.search(rf"_l{layer}(_reverse)?$", name)}
+        label = path if module.num_layers == 1 else f"{path}[{layer}]"
+        yield Unit(
+            label,
+            module,
+            {short: tensors[name] for short, name in names.items()},
+            {short: _joined(path, name) for short, name in names.items()},
+        )
+
+
+def _steps(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of nested nn.Sequentials, in the order in which they run."""
+    if isinstance(module, nn.Sequential):
+        for name, child in module.named_children():
+            yield from _steps(child, _joined(path, name))
+    else:
+        yield path, module
+
+
+def is_chain(model: nn.Module) -> bool:
+    """Whether the order of the modules is known to be that of computation."""
+    steps = list(_steps(model, ""))
+    return all(isinstance(module, ALL_MODULES) or not any(True for _ in module.parameters()) for _, module in steps)
+
+
+_MAPS: Final = (nn.modules.conv._ConvNd,)
+
+
+def _mark_flattened(model: nn.Module, found: list[Unit]) -> None:
+    by_path = {unit.path: unit for unit in found}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        has_maps, is_flat = False, False
+        before: list[Unit] = []
+        for step, inner in _steps(module, path):
+            if isinstance(inner, _MAPS):
+                has_maps, is_flat = True, False
+            elif isinstance(inner, nn.Flatten):
+                is_flat = has_maps
+            elif isinstance(inner, nn.Unflatten):
+                for unit in before:
+                    unit.is_unflattened = True
+                has_maps, is_flat, before = True, False, []
+            if step in by_path:
+                before = [by_path[step]] if isinstance(inner, nn.Linear) else [*before, by_path[step]]
+                by_path[step].is_flattened = by_path[step].is_flattened or is_flat
+                if isinstance(inner, nn.Linear):
+                    is_flat = False
+
+
+# ---- Feature maps that are flattened --------------------------------------------------------------------------------
+
+# Layers that leave the features of the last axis where they are.
+_KEEP: Final = re.compile(
+    r"Activation|ReLU|LeakyReLU|ELU|PReLU|Softmax|Dropout|SpatialDropout\dD|GaussianNoise|GaussianDropout|AlphaDropout|"
+    r"BatchNormalization|LayerNormalization|GroupNormalization|(Max|Average)Pooling\dD|"
+    r"ZeroPadding\dD|Cropping\dD|UpSampling\dD|Add|Subtract|Multiply|Average|Maximum|Minimum|Rescaling|ActivityRegularization"
+)
+# Layers whose features have an order of their own, whatever comes in.
+_RESET: Final = re.compile(
+    r"Dense|EinsumDense|Embedding|LSTM|GRU|SimpleRNN|RNN|Bidirectional|MultiHeadAttention|Global(Max|Average)Pooling\dD"
+)
+_CONV: Final = re.compile(r"(Depthwise|Separable)?Conv\dD(Transpose)?")
+_NORMS: Final = ("BatchNormalization", "LayerNormalization")
+
+
+class Flat(NamedTuple):
+    """What is known of the features of a layer: the channels of the maps that were flattened into them, or -1."""
+
+    channels: int
+    why: str
+
+
+def flattened(checkpoint: Checkpoint) -> tuple[dict[str, Flat], dict[str, Flat]]:
+    """The layers whose inputs, and those whose outputs, are feature maps in one row, by their paths."""
+    model = checkpoint.model
+    if model is None:
+        return {}, {}
+    known = model.by_path()
+    shapes = {layer.path: layer for layer in checkpoint.layers}
+    inputs: dict[str, Flat] = {}
+    outputs: dict[str, Flat] = {}
+    for layer in model.layers:
+        class_name = wrapped_class(layer)[0]
+        if class_name in ("Dense", *_NORMS, "LSTM", "GRU", "SimpleRNN", "Bidirectional"):
+            flat = _flat_source(model, known, shapes, layer)
+            if flat is not None:
+                inputs[layer.path] = flat
+        elif layer.class_name == "Reshape":
+            target = layer.config.get("target_shape")
+            if isinstance(target, list) and len(target) > 1 and _feeds_maps(model, known, layer.path):
+                _mark_outputs(model, known, layer, target[-1], outputs, inputs)
+    return inputs, outputs
+
+
+def _before(model: ModelConfig, known: Mapping[str, LayerConfig], path: str) -> list[LayerConfig]:
+    return [known[source] for source in model.inputs.get(path, []) if source in known]
+
+
+def _flat_source(
+    model: ModelConfig, known: Mapping[str, LayerConfig], shapes: Mapping[str, Layer], layer: LayerConfig
+) -> Flat | None:
+    """The maps that were flattened into the inputs of a layer, if there are any."""
+    # The layers before it, with the layer that flattened what they give, and one that may have done anything to it.
+    todo = [(source, "", "") for source in _before(model, known, layer.path)]
+    seen: set[tuple[str, str, str]] = set()
+    found: list[Flat] = []
+    while todo:
+        source, flattening, unknown = todo.pop()
+        if (source.path, flattening, unknown) in seen:
+            continue
+        seen.add((source.path, flattening, unknown))
+        name, config = wrapped_class(source)
+        if _CONV.fullmatch(name) or name == "InputLayer":
+            channels = _maps(source, name, config, shapes)
+            is_first = config.get("data_format") == "channels_first"
+            if channels is None or channels == 1 or is_first or not (flattening or (unknown and name != "InputLayer")):
+                continue
+            how = unknown or flattening
+            found.append(Flat(-1 if unknown else channels, f"{how} of the maps of {source.path}"))
+            continue
+        if name == "Flatten" and not flattening:
+            if config.get("data_format") == "channels_first":
+                continue
+            flattening = name
+        elif _RESET.fullmatch(name):
+            continue
+        elif not _KEEP.fullmatch(name):
+            unknown = unknown or name
+        todo += [(before, flattening, unknown) for before in _before(model, known, source.path)]
+    return min(found, key=lambda flat: flat.channels, default=None)
+
+
+def _maps(source: LayerConfig, name: str, config: dict[str, Any], shapes: Mapping[str, Layer]) -> int | None:
+    """The channels of the maps that a convolution or an input gives, -1 if unknown; None if it gives no maps."""
+    if name != "InputLayer":
+        return _channels(source, config, shapes)
+    shape = config.get("batch_shape") or config.get("batch_input_shape")
+    if not isinstance(shape, list) or len(shape) < 4:
+        return None
+    return shape[-1] if isinstance(shape[-1], int) else -1
+
+
+def _channels(conv: LayerConfig, config: dict[str, Any], shapes: Mapping[str, Layer]) -> int:
+    filters = config.get("filters")
+    if isinstance(filters, int):
+        return filters
+    layer = shapes.get(conv.path)
+    kernel = next((v.value.shape for v in layer.variables if v.role.endswith("kernel")), None) if layer else None
+    return kernel[-1] * kernel[-2] if kernel else -1
+
+
+def _feeds_maps(model: ModelConfig, known: Mapping[str, LayerConfig], path: str) -> bool:
+    following = [layer for layer in model.layers if path in model.inputs[layer.path]]
+    return any(
+        _CONV.fullmatch(layer.class_name)
+        or (_KEEP.fullmatch(layer.class_name) and _feeds_maps(model, known, layer.path))
+        for layer in following
+        if layer.path != path
+    )
+
+
+def _mark_outputs(
+    model: ModelConfig,
+    known: Mapping[str, LayerConfig],
+    reshape: LayerConfig,
+    channels: Any,
+    outputs: dict[str, Flat],
+    inputs: dict[str, Flat],
+) -> None:
+    flat = Flat(channels if isinstance(channels, int) else -1, f"Reshape {reshape.path} to maps")
+    todo, seen = _before(model, known, reshape.path), set()
+    while todo:
+        layer = todo.pop()
+        if layer.path in seen:
+            continue
+        seen.add(layer.path)
+        if layer.class_name == "Dense":
+            outputs[layer.path] = flat
+            continue
+        if layer.class_name in _NORMS:
+            inputs[layer.path] = flat
+        if _KEEP.fullmatch(layer.class_name):
+            todo += _before(model, known, layer.path)
+
+
+class Flattening:
+    """What the user says, and the modules show, of the order of flattened maps."""
+
+    def __init__(self, checkpoint: Checkpoint, given: str | Mapping[str, int] | None) -> None:
+        if isinstance(given, str) and given not in ("channels_first", "channels_last"):
+            raise ValueError(f"flatten must be 'channels_first', 'channels_last' or a dictionary, got {given!r}")
+        self._given = given
+        self._inputs, self._outputs = flattened(checkpoint)
+        self._model = checkpoint.model
+        self._has_maps = any(form.kind in ("conv", "depthwise") for layer in checkpoint.layers for form in forms(layer))
+
+    def concerns(self, layer: Layer) -> bool:
+        """Whether the features of a layer are flattened maps, or may be."""
+        if self._model is None or not self._model.is_complete:
+            return self._has_maps and any(form.kind == "dense" for form in forms(layer))
+        return layer.path in self._inputs or layer.path in self._outputs
+
+    def of(self, layer: Layer, unit: Unit) -> tuple[int | None, int | None]:
+        """The channels of the maps that are flattened in the inputs and the outputs of a layer, or None.
+
+        Raises:
+            Unfit: the order cannot be told.
+        """
+        if isinstance(self._given, Mapping):
+            return self._given.get(layer.path), None
+        if self._given == "channels_last":
+            return None, None
+        if self._model is None or not self._model.is_complete:
+            if self._has_maps and isinstance(unit.module, nn.Linear):
+                raise Unfit(
+                    "the file does not say whether flattened feature maps come in here, which PyTorch flattens in "
+                    "another order. Pass config=model.to_json(), or flatten='channels_last' if there are none or the "
+                    f"model flattens them as Keras does, or flatten={{{layer.path!r}: CHANNELS}} for the layers behind "
+                    "a flatten"
+                )
+            return None, None
+        found: list[int | None] = []
+        for flats, is_shown in ((self._inputs, unit.is_flattened), (self._outputs, unit.is_unflattened)):
+            flat = flats.get(layer.path)
+            if flat is None:
+                found.append(None)
+            elif flat.channels < 1:
+                raise Unfit(
+                    f"behind or before a {flat.why}, the order of its features cannot be told. Pass "
+                    "flatten='channels_last' if the model keeps the order of Keras, or give the layer in mapping with "
+                    "a Layout"
+                )
+            elif self._given == "channels_first" or is_shown:
+                found.append(flat.channels)
+            else:
+                raise Unfit(
+                    f"its features are a {flat.why}, and PyTorch has the channels first. Pass "
+                    "flatten='channels_first' if the model flattens them so, or flatten='channels_last' if it permutes "
+                    "them to the order of Keras before"
+                )
+        return found[0], found[1]
+
+
+# ---- Matching -------------------------------------------------------------------------------------------------------
+
+Target = str | tuple[Any, ...] | None
+
+
+def match(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    mapping: Mapping[str, Any] | None = None,
+    how: str = "auto",
+    flatten: str | Mapping[str, int] | None = None,
+) -> Match:
+    """Which weight goes to which parameter.
+
+    Args:
+        checkpoint: the side of Keras.
+        model: the side of PyTorch.
+        mapping: what is not to be inferred: from the path of a layer to that of a module, or from the path of a weight
+            ("dense/kernel") to the name of a parameter, or to a tuple of that and a permutation or a `Layout`; None
+            leaves a layer out.
+        how: "auto", "names" or "order".
+        flatten: as for `Flattening`.
+
+    Raises:
+        KerasFileError: no match, or several, with a list of both sides.
+        ValueError: an argument is wrong.
+    """
+    if how not in MATCHES:
+        raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {how!r}")
+    found, loose = units(model)
+    state = _Matching(checkpoint, found, loose, Flattening(checkpoint, flatten))
+    state.explicit(dict(mapping or {}), dict(model.named_parameters()) | dict(model.named_buffers()))
+    state.infer(how, is_chain(model))
+    return state.result()
+
+
+class _Matching:
+    def __init__(
+        self, checkpoint: Checkpoint, found: list[Unit], loose: dict[str, Tensor], flattening: Flattening
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._all_units = found
+        self._layers = list(checkpoint.layers)
+        self._units = list(found)
+        self._loose = loose
+        self._flattening = flattening
+        self._match = Match([])
+        self._fits: dict[tuple[int, int], list[Form]] = {}
+        self._reasons: dict[tuple[int, int], str] = {}
+
+    # ---- What the user says ----
+
+    def explicit(self, mapping: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        layers = {layer.path: layer for layer in self._layers}
+        by_unit = {unit.path: unit for unit in self._units}
+        taken_roles: dict[str, set[str]] = {}
+        taken_params: set[int] = set()
+        for key, target in mapping.items():
+            if key in layers and target is None:
+                self._layers.remove(layers[key])
+            elif key in layers and isinstance(target, str) and target in by_unit:
+                self._take(layers[key], by_unit[target], f"mapping[{key!r}]")
+            elif key in layers and isinstance(target, str):
+                raise ValueError(f"mapping[{key!r}] is {target!r}, which is no module with parameters. " + self._both())
+            else:
+                path, _, role = key.rpartition("/")
+                while path and path not in layers:
+                    path, _, before = path.rpartition("/")
+                    role = f"{before}/{role}"
+                if path not in layers:
+                    raise ValueError(f"mapping has {key!r}, which is no layer and no weight. " + self._both())
+                move = self._explicit_move(key, layers[path], role, target, tensors)
+                self._match.moves.append(move)
+                taken_roles.setdefault(path, set()).add(role)
+                taken_params.add(id(move.tensor))
+        for path, roles in taken_roles.items():
+            missing = {variable.role for variable in layers[path].variables} - roles
+            if missing:
+                raise ValueError(f"mapping has some weights of {path}, and not {', '.join(sorted(missing))}")
+            self._layers.remove(layers[path])
+        for unit in list(self._units):
+            inside = [id(tensor) in taken_params for tensor in unit.tensors.values()]
+            if any(inside):
+                self._units.remove(unit)
+                for name, tensor in unit.tensors.items():
+                    if id(tensor) not in taken_params:
+                        self._leave(unit, name, tensor)
+        self._loose = {name: tensor for name, tensor in self._loose.items() if id(tensor) not in taken_params}
+
+    def _explicit_move(self, key: str, layer: Layer, role: str, target: Any, tensors: dict[str, Tensor]) -> Move:
+        variable = next((variable for variable in layer.variables if variable.role == role), None)
+        if variable is None:
+            names = ", ".join(variable.role for variable in layer.variables)
+            raise ValueError(f"mapping has {key!r}, and {layer.path} has {names}")
+        name, layout = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
+        if not isinstance(name, str) or name not in tensors:
+            raise ValueError(f"mapping[{key!r}] is {target!r}, and the model has no parameter of that name")
+        shape, goal = variable.value.shape, tuple(tensors[name].shape)
+        if layout is None:
+            layout = Layout(tuple(range(len(shape))))
+        elif not isinstance(layout, Layout):
+            layout = Layout(tuple(layout))
+        if layout.result(shape) != goal:
+            raise ValueError(
+                f"mapping[{key!r}]: {role} of shape {shape} would be {layout.result(shape)}, and {name} is {goal}"
+            )
+        return Move(layer, variable, name, tensors[name], layout)
+
+    # ---- What follows ----
+
+    def _options(self, layer: Layer, unit: Unit) -> list[Form]:
+        key = (id(layer), id(unit))
+        if key not in self._fits:
+            found: list[Form] = []
+            reasons = []
+            for form in forms(layer):
+                try:
+                    placed(form, unit.module, unit.tensors, None, None)
+                except Unfit as error:
+                    reasons.append(str(error))
+                else:
+                    if not any(_are_same(pieces(form), pieces(other), layer) for other in found):
+                        found.append(form)
+            self._fits[key] = found
+            self._reasons[key] = "; ".join(dict.fromkeys(reasons)) or "no module of PyTorch is known for it"
+        return self._fits[key]
+
+    def _take(self, layer: Layer, unit: Unit, why: str) -> None:
+        options = self._options(layer, unit)
+        if not options:
+            reason = self._reasons[id(layer), id(unit)]
+            raise KerasFileError(f"{why}: {layer.path} does not fit {unit.path}: {reason}\n  {layer}\n  {unit}")
+        if len(options) > 1:
+            kinds = " or ".join(form.kind for form in options)
+            raise KerasFileError(
+                f"{layer.path} may be a {kinds}, and the file does not say which. Pass config=model.to_json()"
+            )
+        form = options[0]
+        try:
+            flat, flat_output = self._flattening.of(layer, unit)
+            found = placed(form, unit.module, unit.tensors, flat, flat_output)
+        except Unfit as error:
+            raise KerasFileError(f"{layer.path} → {unit.path}: {error}") from error
+        by_role = {variable.role: variable for variable in layer.variables}
+        used: set[str] = set()
+        for piece in found:
+            self._match.moves.append(
+                Move(
+                    layer,
+                    by_role[form.roles[piece.role]],
+                    unit.names[piece.param],
+                    unit.tensors[piece.param],
+                    piece.layout,
+                    piece.row,
+                    piece.first,
+                )
+            )
+            used.add(piece.param)
+        for name, tensor in unit.tensors.items():
+            if name not in used:
+                self._leave(unit, name, tensor)
+        self._match.pairs.append((layer, unit))
+        self._layers.remove(layer)
+        self._units.remove(unit)
+
+    def _leave(self, unit: Unit, name: str, tensor: Tensor) -> None:
+        self._match.neutral.append((unit.names[name], tensor))
+
+    def infer(self, how: str, is_chain: bool) -> None:
+        self._layers = [layer for layer in self._layers if self._counts(layer)]
+        if self._loose:
+            raise KerasFileError(
+                f"{self._checkpoint.path}: the model has parameters outside of modules that are known: "
+                f"{', '.join(self._loose)}. Give what they correspond to in mapping. " + self._both()
+            )
+        if how == "order":
+            self._by_order("match='order'")
+        if how in ("auto", "names"):
+            self._by_names(is_all=how == "names")
+        if how == "auto":
+            self._by_shapes()
+            model = self._checkpoint.model
+            if self._layers and self._units and is_chain and model is not None and model.is_chain:
+                self._by_order("in order")
+        if self._layers or self._units:
+            self._fail()
+
+    def _counts(self, layer: Layer) -> bool:
+        """Whether a layer must be matched: one without state and of a class without weights to train need not be."""
+        return bool(forms(layer)) or any(variable.has_state for variable in layer.variables)
+
+    def _by_order(self, why: str) -> None:
+        layers, units = list(self._layers), list(self._units)
+        if len(layers) != len(units):
+            self._fail()
+        for layer, unit in zip(layers, units, strict=True):
+            if not self._options(layer, unit):
+                self._fail(f"{why}, {layer.path} would be {unit.path}: {self._reasons[id(layer), id(unit)]}")
+        for layer, unit in zip(layers, units, strict=True):
+            self._take(layer, unit, why)
+
+    def _by_names(self, is_all: bool) -> None:
+        """Takes names where they decide between modules that fit equally well, and all layers that compete have one."""
+        for layers, units in list(self._groups()):
+            by_name = _by_name(layers, units)
+            if by_name is not None and all(self._options(layer, unit) for layer, unit in by_name):
+                for layer, unit in by_name:
+                    self._take(layer, unit, "by name")
+        if is_all and (self._layers or self._units):
+            self._fail("by match='names', some names differ")
+
+    def _groups(self) -> Iterator[tuple[list[Layer], list[Unit]]]:
+        """Layers and modules that compete with each other: the connected parts of the graph of what fits."""
+        left_layers, left_units = list(self._layers), list(self._units)
+        while left_layers:
+            layers, units = [left_layers.pop(0)], []
+            grown = True
+            while grown:
+                grown = False
+                for unit in list(left_units):
+                    if any(self._options(layer, unit) for layer in layers):
+                        units.append(unit)
+                        left_units.remove(unit)
+                        grown = True
+                for layer in list(left_layers):
+                    if any(self._options(layer, unit) for unit in units):
+                        layers.append(layer)
+                        left_layers.remove(layer)
+                        grown = True
+            yield layers, units
+
+    def _by_shapes(self) -> None:
+        """Takes what has one possibility left, until nothing has."""
+        is_changed = True
+        while is_changed:
+            is_changed = False
+            for layer in list(self._layers):
+                options = [unit for unit in self._units if self._options(layer, unit)]
+                rivals = [other for other in self._layers if options and self._options(other, options[0])]
+                if len(options) == 1 and len(rivals) == 1 and len(self._options(layer, options[0])) == 1:
+                    self._take(layer, options[0], "by shape")
+                    is_changed = True
+
+    def result(self) -> Match:
+        return self._match
+
+    # ---- Errors ----
+
+    def _both(self) -> str:
+        return f"{_listed('Keras has', self._checkpoint.layers)}\n{_listed('PyTorch has', self._all_units)}"
+
+    def _fail(self, reason: str = "") -> None:
+        lines = [f"{self._checkpoint.path}: which layer is which module cannot be told"]
+        if reason:
+            lines[0] += f": {reason}"
+        if self._match.pairs and not reason:
+            pairs = ", ".join(f"{layer.path} → {unit.path}" for layer, unit in self._match.pairs)
+            lines.append(f"Found: {pairs}")
+        lines += [_listed("Left of Keras", self._layers), _listed("Left of PyTorch", self._units)]
+        for layer in self._layers:
+            fitting = [unit.path for unit in self._units if self._options(layer, unit)]
+            if not fitting:
+                nearest = [self._reasons[id(layer), id(unit)] for unit in self._units if _is_akin(layer, unit)]
+                detail = nearest[0] if nearest else "there is no module of its kind left"
+                lines.append(f"{layer.path} fits none of them: {detail}")
+            else:
+                lines.append(f"{layer.path} may be {' or '.join(fitting)}")
+        lines.append(
+            "Give them in mapping={'layer': 'module'}; or pass match='order' if the modules are defined in the order "
+            "of the layers"
+        )
+        raise KerasFileError("\n".join(lines))
+
+
+def _are_same(ours: list[Piece], theirs: list[Piece], layer: Layer) -> bool:
+    """Whether two ways to understand a layer move every element to the same place."""
+    if [(piece.param, piece.row, piece.first) for piece in ours] != [(p.param, p.row, p.first) for p in theirs]:
+        return False
+    if all(one.layout == other.layout for one, other in zip(ours, theirs, strict=True)):
+        return True
+    shapes = [variable.value.shape for variable in layer.variables]
+    if any(math.prod(shape) > 1 << 20 for shape in shapes):
+        return False
+    indices = [np.arange(math.prod(shape)).reshape(shape) for shape in shapes]
+    return all(
+        np.array_equal(one.layout.to_torch(array), other.layout.to_torch(array))
+        for one, other, array in zip(ours, theirs, indices, strict=False)
+        if one.row is None
+    )
+
+
+def _is_akin(layer: Layer, unit: Unit) -> bool:
+    return any(form.kind in kinds_of(unit.module) for form in forms(layer))
+
+
+def _listed(title: str, items: Sequence[Any]) -> str:
+    return f"{title}:" + "".join(f"\n  {item}" for item in items) if items else f"{title}: nothing"
+
+
+def _by_name(layers: list[Layer], units: list[Unit]) -> list[tuple[Layer, Unit]] | None:
+    """The pairs of the same name, if all have one: whole paths, or else their last parts."""
+    if len(layers) != len(units):
+        return None
+    for layer_key, unit_key in ((_whole, _whole), (_last, _last)):
+        by_layer = {layer_key(layer.path): layer for layer in layers}
+        by_unit = {unit_key(unit.path): unit for unit in units}
+        if len(by_layer) == len(layers) and by_layer.keys() == by_unit.keys():
+            return [(layer, by_unit[key]) for key, layer in by_layer.items()]
+    return None
+
+
+def _whole(path: str) -> str:
+    return re.sub(r"^(module|_orig_mod)\.", "", path).replace(".", "/")
+
+
+def _last(path: str) -> str:
+    return _whole(path).rpartition("/")[2]
+
+
+def canonical(layer: Layer) -> list[Piece] | None:
+    """Where the weights of a layer would go in the one kind of module that it can be, or None."""
+    found = forms(layer)
+    kinds = {form.kind for form in found}
+    # What the file does not tell apart has the same layout in these.
+    if len(found) != 1 and kinds not in ({"layer_norm", "group_norm"}, {"conv", "conv_transpose"}):
+        return None
+    try:
+        moves = pieces(found[0])
+    except Unfit:
+        return None
+    if found[0].kind in GATES:
+        moves = [piece._replace(param=re.sub(r"(_[ih]h)", r"\1_l0", piece.param)) for piece in moves]
+    return [piece._replace(role=found[0].roles[piece.role]) for piece in moves]

@@ -1,0 +1,602 @@
+"""Moves a training job: the state of Keras' Adadelta and the weights of its model into PyTorch, and back."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_adadelta import param_groups, schedules
+from torch_adadelta.hyperparameters import NUMBERS
+from torch_adadelta.keras import hdf5
+from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, SLOTS, Checkpoint, Layer, explained, opened
+from torch_adadelta.keras.errors import Array, KerasFileError, Stored
+from torch_adadelta.keras.matching import Match, Move, Unit, match
+from torch_adadelta.optimizer import AdadeltaKeras
+
+_WEIGHTS: Final = "model.weights.h5"
+
+
+@dataclass
+class Report:
+    """What was moved, from where to where; `str()` of it is a table."""
+
+    source: str
+    iterations: int
+    hyperparameters: dict[str, Any]  # those that were set, or written
+    moves: list[tuple[str, str, str, bool]]  # the weight, the parameter, how it is turned, whether there is state
+    notes: list[str] = field(default_factory=list)  # what differs, or was not in the file
+
+    def __str__(self) -> str:
+        rows = [("Keras", "PyTorch", "layout", "state")]
+        rows += [(*move[:3], "yes" if move[3] else "no") for move in self.moves]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [self.source, f"iterations: {self.iterations}"]
+        lines += [f"{name}: {_text(value)}" for name, value in self.hyperparameters.items()]
+        lines.append("")
+        for row in rows:
+            lines.append("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]))
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _text(value: Any) -> str:
+    return (
+        f"{type(value).__name__} {value.get_config()}"
+        if isinstance(value, schedules.LearningRateSchedule)
+        else repr(value)
+    )
+
+
+def freeze_second_biases(model: nn.Module) -> nn.Module:
+    """Sets to zero, and freezes, the second bias of every LSTM and RNN of a model; returns the model.
+
+    Keras' LSTM and SimpleRNN have one bias. PyTorch's have two, ``bias_ih`` and ``bias_hh``, which are added, so both
+    get the same gradient: trained together they would move twice as far as that of Keras. (A GRU with
+    ``reset_after=True`` has two biases in both frameworks, and keeps them.)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.LSTM | nn.LSTMCell | nn.RNN | nn.RNNCell):
+            for name, param in module.named_parameters(recurse=False):
+                if name.startswith("bias_hh"):
+                    param.requires_grad_(False)
+                    with torch.no_grad():
+                        param.zero_()
+                    param.grad = None
+    return model
+
+
+# ---- From Keras -----------------------------------------------------------------------------------------------------
+
+
+def load_keras(
+    path: str | Path,
+    optimizer: AdadeltaKeras,
+    model: nn.Module,
+    *,
+    weights: bool = False,
+    hyperparameters: bool = True,
+    mapping: Mapping[str, Any] | None = None,
+    match: str = "auto",
+    flatten: str | Mapping[str, int] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    drop: Collection[str] = (),
+    custom_objects: Mapping[str, Any] | None = None,
+) -> Report:
+    """Takes over the state of Keras' Adadelta from a file, so that training goes on where Keras left it.
+
+    Sets ``optimizer.iterations``, the state of each parameter (``accum_grad`` as ``square_avg``, ``accum_var`` as
+    ``acc_delta``, each turned as its weight is), and the hyperparameters that the file has, a schedule included. What
+    kind of file it is, is found out: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
+    or directory) or SavedModel, of TensorFlow 2.4 and later, tf_keras with the legacy or the new class, or Keras 3.
+    Neither TensorFlow nor Keras is needed; all but TensorFlow checkpoints need h5py. Nothing in the file is executed.
+
+    Args:
+        path: the file.
+        optimizer: has all parameters of `model` that Keras trained.
+        model: computes the same as the model of Keras.
+        weights: whether to set the parameters, and the statistics of batch normalisation, too.
+        hyperparameters: False to keep those of the optimizer.
+        mapping: what cannot be inferred, as a dictionary: from the path of a layer of Keras to that of a module
+            (``{"dense": "encoder.fc1"}``), or from a weight to a parameter, with a permutation or `Layout` if it is
+            turned (``{"dense/kernel": ("fc1.weight", (1, 0))}``); None leaves a layer out.
+        match: how layers and modules find each other. "auto" takes what is the only possibility by kind and shape;
+            names if they agree on both sides; and the order if it is known to be that of computation in both, as in two
+            Sequentials. "names" demands equal names. "order" takes the modules in the order of their definition.
+        flatten: if feature maps are flattened in front of a Linear, "channels_first" says that the model flattens them
+            as PyTorch does, "channels_last" that it permutes them to the order of Keras before, and a dictionary names
+            the layers behind a flatten with the numbers of their channels. Need not be given where the model shows it
+            by an ``nn.Flatten`` in an ``nn.Sequential``.
+        config: the configuration of the model, for files without it: what ``model.to_json()`` returned, a file that
+            holds that, or the dictionary.
+        drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
+        custom_objects: classes of schedules by their names, for those that `torch_adadelta.schedules` does not have.
+
+    Returns:
+        A `Report`, which says what went where. A difference between the two models that changes how training goes on
+        (such as another epsilon of a normalisation) is a note in it, and a UserWarning.
+
+    Raises:
+        FileNotFoundError, ImportError: there is no such file; h5py is missing.
+        KerasFileError: the file is damaged, hostile or without such state; or layers and modules do not match, or not
+            in one way only, with a list of both. It is a ValueError.
+        ValueError, TypeError: an argument is wrong.
+        Whatever is raised, optimizer and model are as they were.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        >>> optimizer = AdadeltaKeras(model.parameters())
+        >>> report = load_keras("tests/data/keras/k3.keras", optimizer, model, weights=True)
+        >>> optimizer.iterations, optimizer.learning_rate
+        (4, 0.5)
+    """
+    _check_arguments(optimizer, model)
+    with opened(path, config, drop) as checkpoint:
+        found = _matched(checkpoint, model, mapping, match, flatten)
+        notes = _differences(found, checkpoint)
+        _check_coverage(found, checkpoint, optimizer, weights)
+        settings = _settings(checkpoint, optimizer, custom_objects) if hyperparameters else {}
+        iterations = checkpoint.count()
+        states = _states(found, checkpoint, optimizer, notes)
+        values = _values(found, checkpoint, notes) if weights else []
+    with _all_or_nothing(optimizer):
+        for name, value in settings.items():
+            setattr(optimizer, name, value)
+        optimizer.iterations = iterations
+        for param in [param for group in optimizer.param_groups for param in group["params"]]:
+            optimizer.state.pop(param, None)
+            if param in states:
+                optimizer.state[param] = states[param]
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+    infos = []
+    if hyperparameters:
+        missing = [name for name in ("learning_rate", "rho", "epsilon") if name not in settings]
+        infos = [f"not in the file, and as before: {', '.join(missing)}"] if missing else []
+    infos += [f"left out: {what}" for what in checkpoint.dropped]
+    if notes:
+        warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
+    return Report(f"{path}: {checkpoint.source}", iterations, settings, _rows(found), [*notes, *infos])
+
+
+def _check_arguments(optimizer: Any, model: Any) -> None:
+    if not isinstance(optimizer, AdadeltaKeras):
+        raise TypeError(f"optimizer must be an AdadeltaKeras, got {type(optimizer).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            if hasattr(param, "placements") or param.is_meta or param.is_complex():
+                kind = "a DTensor" if hasattr(param, "placements") else "complex" if param.is_complex() else "on meta"
+                raise ValueError(
+                    f"{param_groups.name_of(group_index, group, index)} is {kind}; load into a plain model first, and "
+                    "shard or move it after that"
+                )
+
+
+def _matched(checkpoint: Checkpoint, model: nn.Module, mapping: Any, how: str, flatten: Any) -> Match:
+    return match(checkpoint, model, mapping, how, flatten)
+
+
+def _rows(found: Match) -> list[tuple[str, str, str, bool]]:
+    rows = []
+    for move in found.moves:
+        rows_of = "" if move.first is None else f"[{move.first}:]"
+        rows.append((move.label, move.name + rows_of, str(move.layout), move.variable.has_state))
+    return rows
+
+
+def _is_param(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, weights: bool) -> None:
+    """Raises unless every parameter of the optimizer gets state, or needs none, and every state has a parameter."""
+    trained = {param for group in optimizer.param_groups for param in group["params"]}
+    names: dict[Tensor, str] = {}
+    has_state: dict[Tensor, bool] = {}
+    for move in found.moves:
+        if not _is_param(move.tensor):
+            continue
+        names[move.tensor] = move.name
+        if has_state.setdefault(move.tensor, move.variable.has_state) != move.variable.has_state:
+            raise KerasFileError(f"{checkpoint.path}: Keras trained a part of {move.name}, and froze the rest")
+        if move.variable.has_state and move.tensor not in trained:
+            raise KerasFileError(
+                f"{checkpoint.path}: Keras trained {move.label}, but {move.name} is no parameter of the optimizer; add "
+                "it"
+            )
+        if not move.variable.has_state and move.tensor in trained and move.tensor.requires_grad:
+            raise KerasFileError(
+                f"{checkpoint.path}: Keras did not train {move.label}, but {move.name} is a parameter of the "
+                "optimizer; call requires_grad_(False) on it to keep it so"
+            )
+    for name, tensor in found.neutral:
+        if not _is_param(tensor):
+            continue
+        neutral = 1.0 if name.rpartition(".")[2].startswith("weight") else 0.0
+        is_second = name.rpartition(".")[2].startswith("bias_hh")
+        reason = (
+            "PyTorch's LSTM adds two biases, which get the same gradient, where Keras has one: trained, both would "
+            "move. Call torch_adadelta.keras.freeze_second_biases(model)"
+            if is_second
+            else f"Keras has no such weight. Set it to {neutral:g} and call requires_grad_(False) on it"
+        )
+        if tensor in trained and tensor.requires_grad:
+            raise KerasFileError(f"{checkpoint.path}: {name} would be trained. {reason}")
+        if not weights and bool((tensor.detach() != neutral).any()):
+            raise KerasFileError(f"{checkpoint.path}: {name} is not {neutral:g}. {reason}")
+        names[tensor] = name
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            if param not in names:
+                raise KerasFileError(
+                    f"{checkpoint.path}: {param_groups.name_of(group_index, group, index)} of shape "
+                    f"{tuple(param.shape)} is in the optimizer and corresponds to no weight of Keras. " + _sides(found)
+                )
+
+
+def _sides(found: Match) -> str:
+    return "What corresponds:" + "".join(f"\n  {move.label} → {move.name}" for move in found.moves)
+
+
+def _settings(
+    checkpoint: Checkpoint, optimizer: AdadeltaKeras, custom_objects: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The hyperparameters to set, checked as the constructor checks them."""
+    found = dict(checkpoint.hyperparameters)
+    if isinstance(found.get("learning_rate"), dict):
+        try:
+            found["learning_rate"] = schedules.deserialize(found["learning_rate"], custom_objects)
+        except (ValueError, TypeError, KeyError) as error:
+            raise KerasFileError(
+                f"{checkpoint.path}: its learning-rate schedule cannot be made: {error}. Pass custom_objects, or "
+                "hyperparameters=False"
+            ) from error
+    if "epsilon" in found:  # the whole configuration is there, so what is not in it is not set
+        found = {"decay": 0.0, "clipvalue": None, "clipnorm": None, "global_clipnorm": None, **found}
+    try:
+        trial = AdadeltaKeras([torch.zeros(1)], **found)
+    except (ValueError, TypeError) as error:
+        raise KerasFileError(f"{checkpoint.path}: {error}") from error
+    options: dict[str, Any] = {
+        **{name: optimizer.param_groups[0][name] for name in NUMBERS},
+        **{name: trial.param_groups[0][name] for name in NUMBERS if name in found},
+    }
+    param_groups.check_transformers(optimizer.gradient_transformers, options)
+    # One norm or the other: the old one goes before the new one comes.
+    norms = [name for name in ("clipnorm", "global_clipnorm") if name in found]
+    return {name: found[name] for name in sorted(found, key=lambda name: name in norms and found[name] is not None)}
+
+
+def _states(
+    found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, notes: list[str]
+) -> dict[Tensor, dict[str, Tensor]]:
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    rounded = set()
+    for key in SLOTS:
+        for param, array in _assembled(found, checkpoint, key):
+            if (array < 0).any():
+                raise KerasFileError(
+                    f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
+                    "squares cannot have; it is damaged, or the state of another optimizer"
+                )
+            state = states.setdefault(param, optimizer._new_state(param))
+            if _is_rounded(array, param):
+                rounded.add(_name_of(found, param))
+            state[key].copy_(torch.from_numpy(array))
+    if rounded:
+        notes.append(f"the state of {', '.join(sorted(rounded))} was rounded to the dtype of the parameter")
+    return states
+
+
+def _values(found: Match, checkpoint: Checkpoint, notes: list[str]) -> list[tuple[Tensor, Tensor]]:
+    values = []
+    for tensor, array in _assembled(found, checkpoint, "value"):
+        if _is_rounded(array, tensor):
+            notes.append(f"{_name_of(found, tensor)} was rounded to its dtype, {tensor.dtype}")
+        values.append((tensor, torch.from_numpy(array)))
+    for name, tensor in found.neutral:
+        if _is_param(tensor):
+            neutral = 1.0 if name.rpartition(".")[2].startswith("weight") else 0.0
+            values.append((tensor, torch.full((), neutral)))
+    return values
+
+
+def _is_rounded(array: Array, tensor: Tensor) -> bool:
+    return array.dtype.kind == "f" and torch.finfo(tensor.dtype).bits < array.dtype.itemsize * 8
+
+
+def _name_of(found: Match, tensor: Tensor) -> str:
+    return next(move.name for move in found.moves if move.tensor is tensor)
+
+
+def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple[Tensor, Array]]:
+    """The arrays for the tensors of PyTorch: of their shape, from all moves that go to them."""
+    by_tensor: dict[Tensor, list[Move]] = {}
+    for move in found.moves:
+        if key == "value" or move.variable.has_state:
+            by_tensor.setdefault(move.tensor, []).append(move)
+    read: dict[int, Array] = {}
+    for tensor, moves in by_tensor.items():
+        parts = []
+        for move in moves:
+            stored: Stored = getattr(move.variable, key)
+            array = read.pop(id(stored), None)
+            if array is None:
+                array = explained(checkpoint, stored)
+            if move.row is not None:
+                read[id(stored)] = array  # another move takes the other row
+                array = array[move.row]
+            parts.append((move.first or 0, move.layout.to_torch(array)))
+        parts.sort(key=lambda part: part[0])
+        joined = parts[0][1] if len(parts) == 1 else np.concatenate([part for _, part in parts])
+        yield tensor, np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
+
+
+@contextmanager
+def _all_or_nothing(optimizer: AdadeltaKeras) -> Iterator[None]:
+    """Restores the optimizer if setting it fails."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    defaults, state = dict(optimizer.defaults), dict(optimizer.state)
+    sources = [dict(own) for own in optimizer._sources]
+    default_sources = dict(optimizer._default_sources)
+    try:
+        yield
+    except BaseException:
+        for group, was in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(was)
+        optimizer.defaults.clear()
+        optimizer.defaults.update(defaults)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        optimizer._sources = sources
+        optimizer._default_sources = default_sources
+        raise
+
+
+# ---- Differences ----------------------------------------------------------------------------------------------------
+
+
+def _differences(found: Match, checkpoint: Checkpoint) -> list[str]:
+    """What makes the modules compute something else than the layers, as far as the configuration tells."""
+    notes = []
+    for layer, unit in found.pairs:
+        config, module = layer.config, unit.module
+        epsilon, eps = config.get("epsilon"), getattr(module, "eps", None)
+        if isinstance(epsilon, int | float) and eps is not None and not math.isclose(epsilon, eps, rel_tol=1e-6):
+            notes.append(f"{unit.path} has eps={eps:g}, and {layer.path} epsilon={epsilon:g}")
+        momentum, ours = config.get("momentum"), getattr(module, "momentum", None)
+        if isinstance(momentum, int | float) and isinstance(ours, float) and abs(1 - momentum - ours) > 1e-9:
+            notes.append(
+                f"{unit.path} has momentum={ours:g}, and {layer.path} momentum={momentum:g}, which is "
+                f"momentum={1 - momentum:g} in PyTorch"
+            )
+        notes += _recurrent_differences(layer, unit)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            is_legacy = checkpoint.generation == LEGACY
+            if is_legacy != bool(module.sparse):
+                rows = "only the rows that a batch uses" if is_legacy else "all rows"
+                notes.append(f"{unit.path}: this Keras updates {rows} of an embedding, as sparse={is_legacy} does")
+    return notes
+
+
+def _recurrent_differences(layer: Layer, unit: Unit) -> Iterator[str]:
+    if not isinstance(unit.module, nn.RNNBase | nn.RNNCellBase):
+        return
+    inner = layer.config.get("layer")
+    config = inner["config"] if isinstance(inner, dict) and isinstance(inner.get("config"), dict) else layer.config
+    for key, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
+        value = config.get(key)
+        if isinstance(value, dict):
+            value = value.get("config", value.get("class_name"))
+        if isinstance(value, str) and value != expected and not (key == "activation" and value == _nonlinearity(unit)):
+            yield f"{layer.path} has {key}={value!r}, and {unit.path} has {expected}"
+    if layer.config.get("merge_mode", "concat") != "concat":
+        mode = layer.config["merge_mode"]
+        yield f"{layer.path} has merge_mode={mode!r}, and {unit.path} concatenates both directions"
+
+
+def _nonlinearity(unit: Unit) -> str | None:
+    return getattr(unit.module, "nonlinearity", None)
+
+
+# ---- To Keras -------------------------------------------------------------------------------------------------------
+
+
+def save_keras(
+    path: str | Path,
+    optimizer: AdadeltaKeras,
+    model: nn.Module,
+    template: str | Path,
+    *,
+    weights: bool = True,
+    hyperparameters: bool = True,
+    mapping: Mapping[str, Any] | None = None,
+    match: str = "auto",
+    flatten: str | Mapping[str, int] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+) -> Report:
+    """Writes a copy of a file of Keras with the state, the weights and the hyperparameters of now, for Keras to go on.
+
+    Args:
+        path: the file to write. It is written beside it and renamed into place when it is whole; it may be `template`.
+        optimizer: its state and its hyperparameters are written. A parameter without state yet gets zeros.
+        model: has the weights.
+        template: a ``.h5``, ``.keras`` or ``.weights.h5`` file that holds the same model with the state of an Adadelta,
+            such as the one that was loaded. TensorFlow checkpoints cannot be written.
+        weights: False to leave the weights of the template.
+        hyperparameters: False to leave those of the template. Otherwise they are written wherever the file has a place
+            for them; the `Report` names those without.
+        mapping: as for `load_keras`.
+        match: as for `load_keras`.
+        flatten: as for `load_keras`.
+        config: as for `load_keras`.
+
+    Raises:
+        What `load_keras` raises, and
+        ValueError: the template is a TensorFlow checkpoint; or it has a schedule and the optimizer a number, or the
+            other way round; or the optimizer has what that Keras does not know.
+        `path` is not touched then.
+    """
+    _check_arguments(optimizer, model)
+    path, template = Path(path), Path(template)
+    with opened(template, config) as checkpoint:
+        if checkpoint.format == "TensorFlow checkpoint":
+            raise ValueError(f"{template} is a TensorFlow checkpoint, which is not written; use a .h5 or .keras file")
+        found = _matched(checkpoint, model, mapping, match, flatten)
+        _check_coverage(found, checkpoint, optimizer, weights=False)
+        arrays = _arrays(found, optimizer, weights)
+        count = optimizer.iterations
+        arrays[checkpoint.iterations.name] = np.asarray(count, checkpoint.iterations.dtype)
+        notes: list[str] = []
+        edit: Callable[[dict[str, Any]], Any] | None = None
+        written: dict[str, Any] = {}
+        if hyperparameters:
+            values = _written_values(checkpoint, optimizer)
+            if checkpoint.learning_rate is not None and "learning_rate" in values:
+                arrays[checkpoint.learning_rate.name] = np.asarray(
+                    values["learning_rate"], checkpoint.learning_rate.dtype
+                )
+                written["learning_rate"] = values["learning_rate"]
+            if "epsilon" in checkpoint.hyperparameters:
+                written = values
+
+                def edit(options: dict[str, Any]) -> None:
+                    _edit(options, values)
+
+            missing = [name for name in ("learning_rate", "rho", "epsilon") if name not in written]
+            if missing:
+                notes.append(f"the file has no place for {', '.join(missing)}; give them to Keras when you compile")
+        source = f"{path}: {checkpoint.source}"
+    _write(path, template, checkpoint.format, arrays, edit)
+    return Report(source, count, written, _rows(found), notes)
+
+
+def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, Array]:
+    """What to write, by the names of the datasets."""
+    arrays: dict[str, Array] = {}
+    for move in found.moves:
+        keys = [*(SLOTS if move.variable.has_state else ()), *(["value"] if weights else [])]
+        for key in keys:
+            stored: Stored = getattr(move.variable, key)
+            state = optimizer.state.get(move.tensor)
+            if key == "value":
+                tensor = move.tensor
+            elif state:
+                tensor = state[key]
+            else:
+                tensor = torch.zeros_like(move.tensor)
+            tensor = tensor.detach().cpu()
+            array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+            shape = stored.shape if move.row is None else stored.shape[1:]
+            if move.first is not None:
+                result = move.layout.result(shape)
+                array = array[move.first : move.first + result[0]]
+            array = move.layout.to_keras(array, shape)
+            if move.row is None:
+                arrays[stored.name] = array
+            else:
+                arrays.setdefault(stored.name, np.zeros(stored.shape, array.dtype))[move.row] = array
+    return arrays
+
+
+def _written_values(checkpoint: Checkpoint, optimizer: AdadeltaKeras) -> dict[str, Any]:
+    """The hyperparameters as Keras has them in its configuration."""
+    values = optimizer.get_config()
+    values.pop("name")
+    is_scheduled = isinstance(checkpoint.hyperparameters.get("learning_rate"), dict) or (
+        checkpoint.generation == KERAS3 and checkpoint.learning_rate is None
+    )
+    if isinstance(values["learning_rate"], dict) != is_scheduled and "learning_rate" in checkpoint.hyperparameters:
+        ours = "a schedule" if isinstance(values["learning_rate"], dict) else "a number"
+        raise ValueError(
+            f"the learning rate of the optimizer is {ours}, and that of {checkpoint.path} is not; save a template with "
+            "Keras that has the same kind, or pass hyperparameters=False"
+        )
+    if checkpoint.generation != LEGACY:
+        if values["decay"]:
+            raise ValueError(
+                f"the optimizer has decay={values['decay']!r}, which this Keras does not have; use a schedule"
+            )
+        values.pop("decay")
+    return {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, **values}
+
+
+def _edit(options: dict[str, Any], values: dict[str, Any]) -> None:
+    """Sets the hyperparameters in a configuration of Keras, in place."""
+    for name, value in values.items():
+        if name == "learning_rate" and "lr" in options:
+            name = "lr"
+        if isinstance(value, dict) and isinstance(options.get(name), dict):
+            options[name] = {**options[name], "class_name": value["class_name"], "config": value["config"]}
+        elif value is not None or name in options:
+            options[name] = value
+
+
+def _write(
+    path: Path, template: Path, format: str, arrays: dict[str, Array], edit: Callable[[dict[str, Any]], Any] | None
+) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        if format == ".keras":
+            _write_zip(part, template, arrays, edit)
+        else:
+            shutil.copyfile(template, part)
+            with hdf5.required().File(part, "r+") as file:
+                _write_datasets(file, arrays)
+                if edit is not None:
+                    training = json.loads(file.attrs["training_config"])
+                    edit(training["optimizer_config"]["config"])
+                    file.attrs["training_config"] = json.dumps(training)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            shutil.copymode(path if path.exists() else template, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_datasets(file: Any, arrays: dict[str, Array]) -> None:
+    for name, array in arrays.items():
+        dataset = file[name]
+        if dataset.dtype.kind not in "fiu":  # bfloat16, which NumPy does not know
+            bits = torch.from_numpy(np.array(array)).to(torch.bfloat16).view(torch.int16).numpy()
+            dataset[...] = bits.view(dataset.dtype)
+        else:
+            dataset[...] = array
+
+
+def _write_zip(
+    part: Path, template: Path, arrays: dict[str, Array], edit: Callable[[dict[str, Any]], Any] | None
+) -> None:
+    with zipfile.ZipFile(template) as old, zipfile.ZipFile(part, "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename == _WEIGHTS:
+                buffer = BytesIO(data)
+                with hdf5.required().File(buffer, "r+") as file:
+                    _write_datasets(file, arrays)
+                data = buffer.getvalue()
+            elif info.filename == "config.json" and edit is not None:
+                config = json.loads(data)
+                edit(config["compile_config"]["optimizer"]["config"])
+                data = json.dumps(config).encode()
+            new.writestr(info.filename, data)
