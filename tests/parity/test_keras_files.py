@@ -13,7 +13,7 @@ pytest.importorskip("keras", reason="needs the extra 'parity'")
 
 import keras_jobs as jobs
 import torch
-from keras_jobs import BATCH, FORMATS, GENERATIONS, HYPERPARAMETERS, PAIRS, WRITABLE
+from keras_jobs import FORMATS, GENERATIONS, HYPERPARAMETERS, PAIRS, WRITABLE
 from keras_stored import datasets
 from torch import nn
 
@@ -90,7 +90,9 @@ def test_a_job_moves_to_pytorch_and_back(generation: str, name: str, tmp_path: P
 
     # The model computes what that of Keras does.
     x = data[0][0]
-    np.testing.assert_allclose(jobs.predict(name, model, x), np.array(theirs(x, training=False)), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        jobs.predict(name, model, x), np.array(theirs(x, training=False)), rtol=1e-12, atol=1e-13
+    )
 
     # Written back, nothing has changed by a bit.
     for format in set(WRITABLE) & set(files):
@@ -127,7 +129,7 @@ def test_a_job_moves_to_pytorch_and_back(generation: str, name: str, tmp_path: P
 def test_rows_of_an_embedding_that_a_batch_does_not_use_are_as_in_keras(generation: str, tmp_path: Path) -> None:
     name = "lstm, some tokens"
     theirs = jobs.build(name, generation)
-    data = jobs.batches(name, 3 * STEPS, "float64")
+    data = jobs.batches(name, STEPS + 2, "float64")
     jobs.train_keras(theirs, generation, data[:STEPS])
     model, optimizer = loaded(jobs.save(theirs, tmp_path, "h5"), name, generation, "h5", theirs)
     model.embed.sparse = generation == "legacy"
@@ -217,7 +219,12 @@ def test_layers_that_keras_froze_have_no_state(tmp_path: Path) -> None:
     for generation in GENERATIONS:
         K = jobs.library(generation)
         L = K.layers
-        layers = [L.Dense(3, name="frozen", trainable=False), L.BatchNormalization(epsilon=1e-5), L.Dense(2), L.Dense(1)]
+        layers = [
+            L.Dense(3, name="frozen", trainable=False),
+            L.BatchNormalization(epsilon=1e-5),
+            L.Dense(2),
+            L.Dense(1),
+        ]
         theirs = K.Sequential([K.Input((4,)), *layers])
         theirs.compile(optimizer=jobs.optimizer_of(generation), loss=K.losses.MeanSquaredError())
         x = np.random.default_rng(0).standard_normal((6, 4)).astype("float32")

@@ -661,6 +661,7 @@ def _numbered_layers(groups: dict[str, dict[int, Stored]], hdf5: Hdf5, model: Mo
     """The layers of a numbered file: in the order of the model if that is known, else by name."""
     known = {layer.group: layer for layer in model.layers} if model else {}
     by_path: dict[str, tuple[Layer, dict[str, dict[int, Stored]]]] = {}
+    class_name: str | None
     for group, stored in groups.items():
         top, inner = _owner(group, known)
         if top in known:

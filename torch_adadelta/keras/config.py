@@ -191,7 +191,7 @@ class ModelConfig:
         """Whether each layer follows on the one before it, so that the order of the layers is that of computation."""
         paths = [layer.path for layer in self.layers]
         pairs = zip(paths[1:], paths, strict=False)
-        return self.is_complete and all(self.inputs[path] in ([before], []) for path, before in pairs)
+        return self.is_complete and all(self.inputs[path] == [before] for path, before in pairs)
 
     def by_path(self) -> dict[str, LayerConfig]:
         """The layers by their paths."""
