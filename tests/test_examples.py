@@ -41,6 +41,21 @@ def test_train_recommender_learns_and_draws(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_resume_from_keras_goes_on_as_keras(tmp_path: Path) -> None:
+    pytest.importorskip("keras", reason="needs the extra 'parity'")
+    pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
+    module = runpy.run_path(str(ROOT / "examples" / "resume_from_keras.py"))
+    picture = tmp_path / "curve.png"
+    result = module["main"](["--epochs", "4", "--plot", str(picture)])
+    assert len(result.before) == 2 * result.batches_per_epoch
+    assert len(result.after["PyTorch"]) == 2 * result.batches_per_epoch
+    assert module["distance"](result, "PyTorch") < module["TOLERANCE"]
+    # What the state is worth: without it the same weights train differently.
+    assert module["distance"](result, "PyTorch, weights only") > 100 * module["TOLERANCE"]
+    assert result.after["PyTorch"][-1] < result.before[0] / 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_port_from_keras_keeps_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
     pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
@@ -69,20 +84,24 @@ def test_meta_learning_learns() -> None:
 
 def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    pytest.importorskip("h5py", reason="needs the extra 'keras'")
+    monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(block, namespace)
     assert namespace["optimizer"].learning_rate == 1.0  # type: ignore[attr-defined]
 
 
-def test_docstring_examples() -> None:
+@pytest.mark.parametrize("name", ["torch_adadelta.optimizer", "torch_adadelta.keras.moving"])
+def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import doctest
+    import importlib
 
     import torch
 
-    from torch_adadelta import optimizer
-
-    results = doctest.testmod(optimizer, extraglobs={"torch": torch})
+    pytest.importorskip("h5py", reason="needs the extra 'keras'")
+    monkeypatch.chdir(ROOT)
+    results = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
     assert results.attempted > 0
     assert results.failed == 0

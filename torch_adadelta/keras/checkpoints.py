@@ -24,7 +24,7 @@ from torch_adadelta.keras import config as configs
 from torch_adadelta.keras.bundle import Bundle, Node, find_prefix
 from torch_adadelta.keras.config import LayerConfig, ModelConfig
 from torch_adadelta.keras.errors import MAX_EXPANSION, KerasFileError, Stored
-from torch_adadelta.keras.hdf5 import Hdf5, required
+from torch_adadelta.keras.hdf5 import Hdf5, probe, required
 
 SLOTS: Final = ("square_avg", "acc_delta")
 
@@ -201,6 +201,7 @@ def _read(path: Path, config: dict[str, Any] | None, drop: Collection[str], clos
     if magic[:4] == b"PK\x03\x04":
         return _from_zip(path, size, config, drop, closers)
     if magic == b"\x89HDF\r\n\x1a\n":
+        probe(path)
         file = path.open("rb")
         closers.append(file)
         hdf5 = Hdf5(file, size)
@@ -527,6 +528,7 @@ def _from_zip(
             version = str(metadata.get("keras_version"))
         weights = _member(archive, _WEIGHTS, size)
     configs.refuse_lambdas(own, "its model", drop)
+    probe(None, weights)
     hdf5 = Hdf5(BytesIO(weights), len(weights))
     closers.append(hdf5)
     compiled = own.get("compile_config")

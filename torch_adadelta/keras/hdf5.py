@@ -4,8 +4,12 @@ Only what Keras writes is followed: hard links, and datasets of numbers that lie
 file, or a dataset that is stored in one, would let a checkpoint read any file of the user's.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,8 +25,33 @@ except ImportError:
 _MAX_DEPTH: Final = 64
 _MAX_OBJECTS: Final = 1_000_000
 
-# gzip, shuffle and fletcher32, which belong to HDF5 itself; others are loaded from plugins.
-_KNOWN_FILTERS: Final = {1, 2, 3}
+# How long HDF5 may take to read the metadata of a file. That of a large model takes it a second.
+PROBE_SECONDS: Final = 60.0
+
+_PROBE: Final = Path(__file__).with_name("probe.py")
+
+
+def probe(path: Path | None, data: bytes | None = None) -> None:
+    """Raises KerasFileError if HDF5 cannot read all metadata of a file in a process of its own.
+
+    Args:
+        path: the file, or None for `data`.
+        data: the contents of the file.
+    """
+    required()
+    if not sys.executable:
+        return  # an application that embeds Python: there is no interpreter to start
+    start = f"import runpy, sys; sys.path[:] = {json.dumps(sys.path)}; runpy.run_path(sys.argv[2], run_name='__main__')"
+    command = [sys.executable, "-c", start, "" if path is None else str(path.absolute()), str(_PROBE)]
+    try:
+        done = subprocess.run(command, input=data or b"", capture_output=True, timeout=PROBE_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise KerasFileError(f"HDF5 was still reading it after {PROBE_SECONDS:g} seconds; it is damaged") from error
+    if done.returncode < 0:
+        raise KerasFileError(f"HDF5 crashes on it (signal {-done.returncode}); it is damaged")
+    if done.returncode:
+        message = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise KerasFileError(f"it is damaged, or no file of Keras ({message})")
 
 
 def required() -> Any:
@@ -111,9 +140,11 @@ class Hdf5:
         plan = dataset.id.get_create_plist()
         if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
             raise KerasFileError(f"{path} is stored in another file, which Keras does not do")
-        filters = {plan.get_filter(index)[0] for index in range(plan.get_nfilters())}
-        if not filters <= _KNOWN_FILTERS:
-            raise KerasFileError(f"{path} is stored with the filters {sorted(filters)}, of which some are unknown")
+        if plan.get_layout() == h5py.h5d.CHUNKED:
+            raise KerasFileError(
+                f"{path} is stored in chunks, perhaps compressed, which Keras does not do; "
+                "h5repack -l CONTI -f NONE writes it in one piece"
+            )
         shape = dataset.shape
         if shape is None:
             raise KerasFileError(f"{path} holds nothing")
