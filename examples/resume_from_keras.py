@@ -233,10 +233,8 @@ def plot(result: Result, path: Path) -> None:
     for name, losses in result.after.items():
         means = [before[-1], *epoch_means(losses, per_epoch)]
         styles: dict[str, dict[str, Any]] = {"Keras": {"linewidth": 3, "alpha": 0.6}, "PyTorch": {"linewidth": 1}}
-        style = styles.get(name, {"linestyle": "--"})
-        axes.plot(
-            range(start, start + len(means)), means, "o-", markersize=4, color=_COLOURS[name], label=name, **style
-        )
+        style: dict[str, Any] = {"marker": "o", "markersize": 4} | styles.get(name, {"linestyle": "--"})
+        axes.plot(range(start, start + len(means)), means, color=_COLOURS[name], label=name, **style)
     axes.axvline(start, color="black", linestyle=":")
     axes.annotate("hand-over", (start, before[0]), textcoords="offset points", xytext=(6, -4))
     axes.set_yscale("log")

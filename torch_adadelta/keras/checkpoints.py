@@ -806,10 +806,13 @@ def _assignment(
             if variable.value.shape != shape:
                 raise KerasFileError("the state of its optimizer does not fit its weights" + _listing(trained, shapes))
         return [variable for _, variable in trained]
-    found = _interleavings(layers, trained, shapes)
-    if len(found) == 1:
-        return found[0]
-    problem = "no order of them fits" if not found else "several orders of them fit"
+    try:
+        found = _interleavings(layers, trained, shapes)
+        if len(found) == 1:
+            return found[0]
+        problem = "no order of them fits" if not found else "several orders of them fit"
+    except RecursionError:
+        problem = "there are too many to try"
     raise KerasFileError(
         "it does not hold the order of its layers, in which the state is numbered, and by the shapes "
         f"{problem}. Pass config=model.to_json(), or use the .keras file" + _listing(trained, shapes)

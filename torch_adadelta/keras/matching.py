@@ -268,13 +268,19 @@ def _channels(conv: LayerConfig, config: dict[str, Any], shapes: Mapping[str, La
 
 
 def _feeds_maps(model: ModelConfig, known: Mapping[str, LayerConfig], path: str) -> bool:
-    following = [layer for layer in model.layers if path in model.inputs[layer.path]]
-    return any(
-        _CONV.fullmatch(layer.class_name)
-        or (_KEEP.fullmatch(layer.class_name) and _feeds_maps(model, known, layer.path))
-        for layer in following
-        if layer.path != path
-    )
+    """Whether a convolution comes behind a layer, with nothing but what keeps maps between."""
+    todo, seen = [path], {path}
+    while todo:
+        source = todo.pop()
+        for layer in model.layers:
+            if layer.path in seen or source not in model.inputs[layer.path]:
+                continue
+            seen.add(layer.path)
+            if _CONV.fullmatch(layer.class_name):
+                return True
+            if _KEEP.fullmatch(layer.class_name):
+                todo.append(layer.path)
+    return False
 
 
 def _mark_outputs(
@@ -407,6 +413,7 @@ class _Matching:
         self._flattening = flattening
         self._match = Match([])
         self._fits: dict[tuple[int, int], list[Form]] = {}
+        self._by_signature: dict[Any, tuple[list[Form], str]] = {}
         self._reasons: dict[tuple[int, int], str] = {}
 
     # ---- What the user says ----
@@ -472,18 +479,10 @@ class _Matching:
     def _options(self, layer: Layer, unit: Unit) -> list[Form]:
         key = (id(layer), id(unit))
         if key not in self._fits:
-            found: list[Form] = []
-            reasons = []
-            for form in forms(layer):
-                try:
-                    placed(form, unit.module, unit.tensors, None, None)
-                except Unfit as error:
-                    reasons.append(str(error))
-                else:
-                    if not any(_are_same(pieces(form), pieces(other), layer) for other in found):
-                        found.append(form)
-            self._fits[key] = found
-            self._reasons[key] = "; ".join(dict.fromkeys(reasons)) or "no module of PyTorch is known for it"
+            alike = (_signature_of_layer(layer), _signature_of_unit(unit))
+            if alike not in self._by_signature:
+                self._by_signature[alike] = _fitting(layer, unit)
+            self._fits[key], self._reasons[key] = self._by_signature[alike]
         return self._fits[key]
 
     def _take(self, layer: Layer, unit: Unit, why: str) -> None:
@@ -631,6 +630,35 @@ class _Matching:
             "of the layers"
         )
         raise KerasFileError("\n".join(lines))
+
+
+def _signature_of_layer(layer: Layer) -> Any:
+    """The same for layers that fit the same modules."""
+    inner = layer.config.get("layer")
+    inner_class = str(inner.get("class_name")) if isinstance(inner, dict) else ""
+    return layer.class_name, inner_class, tuple((v.role, v.value.shape) for v in layer.variables)
+
+
+def _signature_of_unit(unit: Unit) -> Any:
+    """The same for modules that the same layers fit."""
+    own = [getattr(unit.module, name, None) for name in ("groups", "num_heads")]
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in unit.tensors.items())
+    return type(unit.module), *own, getattr(unit.module, "bias_k", None) is None, shapes
+
+
+def _fitting(layer: Layer, unit: Unit) -> tuple[list[Form], str]:
+    """The ways to understand a layer in which it fits a module, and why it does not in the others."""
+    found: list[Form] = []
+    reasons = []
+    for form in forms(layer):
+        try:
+            placed(form, unit.module, unit.tensors, None, None)
+        except Unfit as error:
+            reasons.append(str(error))
+        else:
+            if not any(_are_same(pieces(form), pieces(other), layer) for other in found):
+                found.append(form)
+    return found, "; ".join(dict.fromkeys(reasons)) or "no module of PyTorch is known for it"
 
 
 def _are_same(ours: list[Piece], theirs: list[Piece], layer: Layer) -> bool:
