@@ -164,7 +164,7 @@ def plot(result: Result, rows: int, path: Path) -> None:
     for axes in (by_epoch, by_time):
         axes.axhline(result.error_of_means, color="#666666", linestyle="--", linewidth=1, label="mean of each item")
         axes.grid(alpha=0.3)
-    by_epoch.set_ylabel("error on hidden ratings (root mean square; ratings 0 to 16)")
+    by_epoch.set_ylabel("root mean square error on hidden ratings")
     by_epoch.set_xlabel("epochs")
     by_time.set_xlabel("seconds of training (logarithmic)")
     by_time.set_xscale("log")
