@@ -44,6 +44,14 @@ inline void check_one_element(const torch::stable::Tensor& tensor, const char* n
   }
 }
 
+inline const void* data_of(const torch::stable::Tensor& tensor, const char* name) {
+  const void* data = tensor.const_data_ptr();
+  if (is_null(data) && tensor.numel() > 0) {
+    fail(name, " has no memory: its storage was resized");
+  }
+  return data;
+}
+
 inline const float* float_data(const OptionalTensor& tensor, const char* name, const Place& place) {
   if (!tensor.has_value()) {
     return nullptr;
@@ -52,7 +60,7 @@ inline const float* float_data(const OptionalTensor& tensor, const char* name, c
   if (tensor->scalar_type() != torch::headeronly::ScalarType::Float) {
     fail(name, " must have the dtype float32");
   }
-  return static_cast<const float*>(tensor->const_data_ptr());
+  return static_cast<const float*>(data_of(*tensor, name));
 }
 
 }  // namespace detail
@@ -95,7 +103,7 @@ class OptionArguments {
     check_clipvalue(options.clipvalue, complex_param);
     check_clipnorm(options, place, param_count);
     options.square_sums =
-        square_sums_.has_value() ? static_cast<const double*>(square_sums_->const_data_ptr()) : nullptr;
+        square_sums_.has_value() ? static_cast<const double*>(detail::data_of(*square_sums_, "square_sums")) : nullptr;
     return options;
   }
 
@@ -105,7 +113,7 @@ class OptionArguments {
       return {number};
     }
     detail::check_one_element(*tensor, name, place);
-    const void* data = tensor->const_data_ptr();
+    const void* data = detail::data_of(*tensor, name);
     switch (tensor->scalar_type()) {
       case torch::headeronly::ScalarType::Double:
         return {0, data, Dtype::kFloat64};

@@ -12,6 +12,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -24,6 +25,14 @@ struct Indices {
   int64_t count;
   int64_t dim_stride;
   int64_t count_stride;
+
+  // From the first of them in memory to the end of the last.
+  int64_t bytes() const {
+    if (dims == 0 || count == 0) {
+      return 0;
+    }
+    return ((dims - 1) * dim_stride + (count - 1) * count_stride + 1) * static_cast<int64_t>(sizeof(int64_t));
+  }
 
   ADADELTA_INLINE int64_t at(int64_t dim, int64_t occurrence) const {
     return data[dim * dim_stride + occurrence * count_stride];
@@ -58,6 +67,31 @@ struct SparseEntries {
 
 namespace detail {
 
+// Memory [begin, end) of a tensor of parameter `index`.
+struct MemoryRange {
+  const char* begin;
+  const char* end;
+  size_t index;
+};
+
+// Throws if some indices share memory with what is written: once they were overwritten, they would name any row.
+inline void check_apart(std::vector<MemoryRange>& written, const std::vector<MemoryRange>& indices) {
+  std::sort(written.begin(), written.end(), [](const MemoryRange& x, const MemoryRange& y) {
+    return x.begin < y.begin;
+  });
+  for (size_t i = 1; i < written.size(); ++i) {  // the furthest end so far, for ranges may overlap
+    written[i].end = std::max(written[i].end, written[i - 1].end);
+  }
+  for (const MemoryRange& range : indices) {
+    const auto after = std::lower_bound(
+        written.begin(), written.end(), range.end, [](const MemoryRange& x, const char* end) { return x.begin < end; }
+    );
+    if (after != written.begin() && (after - 1)->end > range.begin) {
+      fail("the indices of parameter ", range.index, " share memory with a tensor that would be written to");
+    }
+  }
+}
+
 inline Indices read_indices(AtenTensorHandle handle, const Place& place, size_t i) {
   int32_t layout = 0, dtype = 0, device_type = 0, device_index = 0;
   int64_t dim = 0;
@@ -80,7 +114,14 @@ inline Indices read_indices(AtenTensorHandle handle, const Place& place, size_t 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
-  return {static_cast<const int64_t*>(data), sizes[0], sizes[1], strides[0], strides[1]};
+  int64_t offset = 0, bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle, &offset));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  const Indices indices{static_cast<const int64_t*>(data), sizes[0], sizes[1], strides[0], strides[1]};
+  if (offset * static_cast<int64_t>(sizeof(int64_t)) + indices.bytes() > bytes) {
+    fail("indices[", i, "] reaches beyond its memory: its storage was resized");
+  }
+  return indices;
 }
 
 // Whether the dimensions of a row follow each other in memory, without gaps, in one of the tensors.
@@ -127,13 +168,21 @@ inline SparseEntries read_sparse_entries(
     );
   }
   SparseEntries result;
+  std::vector<detail::MemoryRange> written, read_indices;
   for (size_t i = 0; i < count; ++i) {
     const TensorInfo param = params.info(i, "params", true);
     const TensorInfo value = values.info(i, "values", false);
     const TensorInfo square_avg = square_avgs.info(i, "square_avgs", true);
     const TensorInfo acc_delta = acc_deltas.info(i, "acc_deltas", true);
+    params.check_storage(i, "params", param);
+    values.check_storage(i, "values", value);
+    square_avgs.check_storage(i, "square_avgs", square_avg);
+    acc_deltas.check_storage(i, "acc_deltas", acc_delta);
     for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
       detail::check_fits(param, *tensor, device_type, i);
+      if (param.numel > 0) {
+        written.push_back({tensor->data, tensor->data + tensor->bytes, i});
+      }
     }
     detail::check_device(param, i, result.device_index);
     if (square_avg.dtype != param.dtype || acc_delta.dtype != param.dtype) {
@@ -149,6 +198,10 @@ inline SparseEntries read_sparse_entries(
     SparseEntry entry{};
     entry.indices = detail::read_indices(indices[i], {device_type, param.device_index}, i);
     const int64_t sparse_dims = entry.indices.dims;
+    if (entry.indices.bytes() > 0) {
+      const auto* begin = reinterpret_cast<const char*>(entry.indices.data);
+      read_indices.push_back({begin, begin + entry.indices.bytes(), i});
+    }
     if (sparse_dims > param.dim || value.dim != 1 + param.dim - sparse_dims || value.sizes[0] != entry.indices.count ||
         !std::equal(value.sizes + 1, value.sizes + value.dim, param.sizes + sparse_dims)) {
       fail("the indices and values of parameter ", i, " do not make a gradient of its shape");
@@ -201,6 +254,7 @@ inline SparseEntries read_sparse_entries(
     entry.index = i;
     result.entries.push_back(std::move(entry));
   }
+  detail::check_apart(written, read_indices);
   return result;
 }
 

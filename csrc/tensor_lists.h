@@ -48,6 +48,10 @@ struct TensorInfo {
 
 inline int64_t element_size(const TensorInfo& x) { return item_size(x.dtype) * (x.is_complex ? 2 : 1); }
 
+// Whether this is where a tensor without memory would have its data: at an offset from nothing. No system gives out the
+// first page.
+inline bool is_null(const void* data) { return reinterpret_cast<uintptr_t>(data) < 4096; }
+
 // Owns the tensors of a list that the dispatcher handed over; to let go of many, hold the GIL. Bare handles instead of
 // torch::stable::Tensor, whose shared_ptr would cost one more allocation a tensor.
 class TensorList {
@@ -116,7 +120,20 @@ class TensorList {
       STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &data));
       info.data = static_cast<char*>(const_cast<void*>(data));
     }
+    if (info.numel > 0 && is_null(info.data)) {
+      fail(list_name, "[", index, "] has no memory: its storage was resized");
+    }
     return info;
+  }
+
+  // Throws if the tensor reaches beyond its storage, which somebody may have resized.
+  void check_storage(size_t index, const char* list_name, const TensorInfo& info) const {
+    int64_t offset = 0, bytes = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handles_[index], &offset));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handles_[index], &bytes));
+    if (info.numel > 0 && offset * element_size(info) + info.bytes > bytes) {
+      fail(list_name, "[", index, "] reaches beyond its memory: its storage was resized");
+    }
   }
 
  private:
@@ -195,11 +212,11 @@ struct Entries {
     complex_param = -1;
   }
 
-  // Sets `disjoint`. Step after step the memory is the same, and what was found before still holds.
+  // Step after step the memory is the same, and what was found before still holds.
+  bool is_as_before() const { return written == known_; }
+
+  // Sets `disjoint`.
   void find_overlaps() {
-    if (written == known_) {
-      return;
-    }
     sorted_ = written;
     std::sort(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
     const auto overlap = std::adjacent_find(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) {
@@ -412,7 +429,14 @@ inline const Entries& read_entries(
     }
   }
 
-  result.find_overlaps();
+  if (!result.is_as_before()) {
+    for (size_t i = 0; i < count; ++i) {
+      params.check_storage(i, "params", params.info(i, "params", false));
+      square_avgs.check_storage(i, "square_avgs", square_avgs.info(i, "square_avgs", false));
+      acc_deltas.check_storage(i, "acc_deltas", acc_deltas.info(i, "acc_deltas", false));
+    }
+    result.find_overlaps();
+  }
   return result;
 }
 
