@@ -22,10 +22,11 @@ demo: $(INSTALLED)-examples
 test: $(INSTALLED)-test-keras-parity-examples-frameworks
 	$(VENV)/bin/python -m pytest
 
-# What takes hours: LIVES drawn lives of an optimizer (see tests/test_drawn_lives.py), each time others.
+# What takes hours: LIVES drawn lives of an optimizer (see tests/test_drawn_lives.py), each time others; a million steps.
 LIVES ?= 100000
 nightly: $(INSTALLED)-test
 	TORCH_ADADELTA_LIVES=$(LIVES) $(VENV)/bin/python -m pytest tests/test_drawn_lives.py
+	$(VENV)/bin/python scripts/long_run.py
 
 # Some ten minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.
 BENCH ?=

@@ -245,10 +245,11 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             sources = param_groups.normalise(options, self._default_sources, iterations)
             param_group.pop("learning_rate", None)
             param_group.update(options, iterations=iterations)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        self._sources.append(sources)
+        count = len(self.param_groups)
         try:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            self._sources.append(sources)
             group["iterations"] = param_groups.iterations_for(group, group["iterations"])
             for index, param in enumerate(group["params"]):
                 updates.check_param(partial(param_groups.name_of, len(self.param_groups) - 1, group, index), param)
@@ -257,10 +258,8 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                 for indices in by_device(group["params"]).values():
                     choose(group, [group["params"][i] for i in indices])
             self._name_callables(first=len(self.param_groups) - 1)
-        except Exception:
-            self.param_groups.pop()
-            self._sources.pop()
-            del self._followed[len(self.param_groups) :]
+        except BaseException:
+            del self.param_groups[count:], self._sources[count:], self._followed[count:]
             raise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -575,8 +574,8 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             with torch.enable_grad():
                 loss = closure()
         grad_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # the function behind torch.set_grad_enabled
         try:
+            torch._C._set_grad_enabled(False)  # the function behind torch.set_grad_enabled
             try:
                 self._apply()
             except _IsMixed:
@@ -593,10 +592,10 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         buckets, clips, new_state, new_values, checks_itself = plan
         if _HAS_CUDA and _is_capturing():
             self._check_capture(buckets, new_state)
-        if new_state:
-            self.state.update(new_state)
         has_written = False
         try:
+            if new_state:
+                self.state.update(new_state)
             for (group, update, lists, values), clip in zip(buckets, clips, strict=False):
                 if group["differentiable"]:
                     with torch.enable_grad():
@@ -613,14 +612,17 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             _write_values(new_values)
         except BaseException as error:
             is_fused = checks_itself or any(bucket[1] is updates.fused for bucket in islice(buckets, 1))
-            if isinstance(error, Exception) and not has_written and is_fused:  # which writes nothing if it raises
+            may_be_refusal = isinstance(error, Exception) and not has_written and is_fused
+            # A fused update writes nothing if it raises, which is a RuntimeError unless an argument was none at all.
+            if may_be_refusal and (
+                isinstance(error, RuntimeError) or self._refuses(next(iter(buckets)), next(iter(clips)))
+            ):
                 for param in new_state:
                     del self.state[param]
                 if checks_itself:
                     self._explain(next(iter(buckets)))
             else:
-                what = str(error) or type(error).__name__
-                error.args = (f"{what} (the step is partial: some parameters and state were updated, others not)",)
+                _say_partial(error)
             raise
 
     def _finish_step(self, new_values: Iterable[_NewValue]) -> None:
@@ -973,6 +975,21 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             self._explain(bucket)
             raise
 
+    def _refuses(self, bucket: Bucket, clip: dict[str, Any]) -> bool:
+        """Whether the fused update refuses this: then what was raised was its refusal, and it has written nothing.
+
+        What a signal handler raises, or another thread in this one, looks the same, but may have come after the writes.
+        """
+        group, _, lists, values = bucket
+        try:
+            self._check_rows(bucket)
+            updates.check_fused(*lists)
+            empty = [param.new_empty(0) for param in lists[0]]
+            updates.fused(empty, empty, empty, empty, *values, group["maximize"], **clip)
+        except Exception:
+            return True
+        return False
+
     def _explain(self, bucket: Bucket) -> None:
         """After the compiled op refused a bucket, by the index: raises the same by the name, if it can be found."""
         params, grads, _, _ = bucket[2]
@@ -994,6 +1011,13 @@ def _write_values(new_values: Iterable[_NewValue]) -> None:
     for group, key, value, source in new_values:
         group[key] = value
         source.wrote(value)
+
+
+def _say_partial(error: BaseException) -> None:
+    what = "(the step is partial: some parameters and state were updated, others not)"
+    error.args = (f"{str(error) or type(error).__name__} {what}",)
+    if what not in str(error) and hasattr(error, "add_note"):  # its class makes a text of its own
+        error.add_note(what)
 
 
 def _advance_unless(found_inf: Tensor, group: dict[str, Any]) -> None:
