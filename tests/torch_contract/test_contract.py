@@ -6,7 +6,7 @@ of it that have no place here, and why:
 
 - `weight_decay` of groups: Keras' Adadelta has none (a group that sets one is refused; tests/test_optimizer.py);
 - step counts that are no tensors, in old checkpoints: there is one count for the optimizer, in its groups;
-- sparse gradients: refused for the time being;
+- sparse gradients: what PyTorch asks of its optimizers that take them is in tests/test_sparse.py;
 - several GPUs, large tensors, peak memory, CPU against CUDA: tests/cuda, on a machine with a GPU.
 """
 
