@@ -45,7 +45,7 @@ format: $(INSTALLED)-lint-test-keras-examples
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 # The pages of docs/ and the reference of every public name; a warning is an error.
-docs: $(INSTALLED)-docs
+docs: $(INSTALLED)-docs-keras
 	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build
 	@echo docs/_build/index.html
 

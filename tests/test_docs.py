@@ -51,6 +51,8 @@ def test_blocks_run(section: Section) -> None:
     for library in ("tensorflow", "tf_keras", "keras"):
         if any(re.search(rf"^import {library}\b", code, re.MULTILINE) for is_run, code in section.blocks if is_run):
             pytest.importorskip(library, reason="needs the extra 'parity'")
+    if any("torch_adadelta.keras" in code for is_run, code in section.blocks if is_run):
+        pytest.importorskip("h5py", reason="needs the extra 'keras'")
     namespace: dict[str, Any] = {"__name__": f"docs.{Path(section.page).stem}"}
     for number, (is_run, code) in enumerate(section.blocks, 1):
         compiled = compile(code, f"{section}, block {number}", "exec")

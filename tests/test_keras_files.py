@@ -803,7 +803,7 @@ def test_damaged_files_end_in_an_error_or_bring_a_valid_state(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A damage that nothing tells, such as another digit of a weight in HDF5, which has no checksums, may pass."""
-    monkeypatch.setattr("torch_adadelta.keras.hdf5.PROBE_SECONDS", 5.0)
+    monkeypatch.setattr("torch_adadelta.keras.hdf5.PROBE_SECONDS", 5)
     rng = np.random.default_rng(sum(map(ord, name)))
     originals = {path.name: path.read_bytes() for path in files_of(name)}
     refused, count = 0, next(count for kind, count in MUTATIONS.items() if kind in name)
@@ -838,6 +838,23 @@ def test_without_h5py_checkpoints_of_tensorflow_are_read(monkeypatch: pytest.Mon
     assert optimizer.iterations == 4
     with pytest.raises(ImportError, match=r"pip install 'torch_adadelta\[keras\]'"):
         load_keras(DATA / "tf24.h5", optimizer, model)
+
+
+def test_hdf5_that_loops_or_crashes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a mock of the process, but of what goes wrong in it."""
+    path = tmp_path / "k3.h5"
+    path.write_bytes((DATA / "k3.h5").read_bytes())
+    monkeypatch.setattr("torch_adadelta.keras.hdf5.PROBE_SECONDS", 1)
+    script = tmp_path / "probe.py"
+    monkeypatch.setattr("torch_adadelta.keras.hdf5._PROBE", script)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\n"
+    for code, message in (
+        (limit + "while True: pass", "HDF5 was still reading it after 1 seconds of work"),
+        ("import os; os.abort()", r"HDF5 crashes on it \(signal 6\)"),
+        ("import sys; sys.exit('OSError: bad')", r"it is damaged, or no file of Keras \(OSError: bad\)"),
+    ):
+        script.write_text(code)
+        assert_refused(path, message)
 
 
 def test_an_order_that_shapes_leave_open_is_refused(tmp_path: Path) -> None:

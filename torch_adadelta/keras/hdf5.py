@@ -5,6 +5,7 @@ file, or a dataset that is stored in one, would let a checkpoint read any file o
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ except ImportError:
 _MAX_DEPTH: Final = 64
 _MAX_OBJECTS: Final = 1_000_000
 
-# How long HDF5 may take to read the metadata of a file. That of a large model takes it a second.
-PROBE_SECONDS: Final = 60.0
+# How long a processor may work to read the metadata of a file, which for a large model is a second; and how long that
+# may take where the processor has other things to do, or where its time cannot be limited.
+PROBE_SECONDS: Final = 60
+_WAIT_SECONDS: Final = 1800.0
 
 _PROBE: Final = Path(__file__).with_name("probe.py")
 
@@ -42,11 +45,14 @@ def probe(path: Path | None, data: bytes | None = None) -> None:
     if not sys.executable:
         return  # an application that embeds Python: there is no interpreter to start
     start = f"import runpy, sys; sys.path[:] = {json.dumps(sys.path)}; runpy.run_path(sys.argv[2], run_name='__main__')"
-    command = [sys.executable, "-c", start, "" if path is None else str(path.absolute()), str(_PROBE)]
+    name = "" if path is None else str(path.absolute())
+    command = [sys.executable, "-c", start, name, str(_PROBE), str(PROBE_SECONDS)]
     try:
-        done = subprocess.run(command, input=data or b"", capture_output=True, timeout=PROBE_SECONDS, check=False)
+        done = subprocess.run(command, input=data or b"", capture_output=True, timeout=_WAIT_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise KerasFileError(f"HDF5 was still reading it after {PROBE_SECONDS:g} seconds; it is damaged") from error
+        raise KerasFileError(f"HDF5 was still reading it after {_WAIT_SECONDS:g} seconds; it is damaged") from error
+    if done.returncode == -getattr(signal, "SIGXCPU", 0):
+        raise KerasFileError(f"HDF5 was still reading it after {PROBE_SECONDS} seconds of work; it is damaged")
     if done.returncode < 0:
         raise KerasFileError(f"HDF5 crashes on it (signal {-done.returncode}); it is damaged")
     if done.returncode:

@@ -37,11 +37,12 @@ def visit(file: Any, h5py: Any) -> None:
                     todo.append(item[name])
 
 
-def main(path: str) -> None:
-    """Visits the file at a path, or the one that stdin holds if that is empty."""
+def main(path: str, seconds: int) -> None:
+    """Visits the file at a path, or the one that stdin holds if that is empty, in so many seconds of processor time."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import h5py
@@ -53,6 +54,6 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        main(sys.argv[1], int(sys.argv[3]))
     except BaseException as error:
         sys.exit(f"{type(error).__name__}: {error}")
