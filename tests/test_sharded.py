@@ -340,6 +340,27 @@ class Small(nn.Module):
         return (x @ self.weight).sum()
 
 
+def counts_of_an_unused_part() -> list[int]:
+    """The last process has gradients for none of its parameters, as where a branch of a model was not used."""
+    model = Model()
+    zero = zero_of(model, {})
+    counts = []
+    for step in range(3):
+        zero.zero_grad()
+        model(data(step)).backward()
+        if dist.get_rank() == dist.get_world_size() - 1:
+            for group in zero.optim.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+        zero.step()
+        counts.append(zero.optim.iterations)
+    return counts
+
+
+def test_a_process_of_zero_without_gradients_does_not_fall_behind(two: Processes) -> None:
+    assert two.run(counts_of_an_unused_part) == [[1, 2, 3], [1, 2, 3]]
+
+
 def count_without_parameters() -> list[int]:
     counts = []
     for options in ({}, {"global_clipnorm": 1.0, "norm_group": "world"}):

@@ -707,8 +707,12 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         return group, held_state.adadelta_, lists, values
 
     def _without_gradients(self) -> _Plan | None:
-        """The plan of a step that has nothing to update: none; but one that never has any parameters keeps count."""
-        return None if any(group["params"] for group in self.param_groups) else _COUNT_ONLY
+        """The plan of a step that has nothing to update: none; but a part of an optimizer keeps count with the others.
+
+        One without parameters is such a part, too.
+        """
+        is_part = self._is_made_by_zero or not any(group["params"] for group in self.param_groups)
+        return _COUNT_ONLY if is_part else None
 
     def _numbered_plan(self) -> tuple[list[Bucket], list[list[int]], _NewState] | None:
         """The buckets of a step without callbacks and sources, and the numbers of their gradients, all checked.
