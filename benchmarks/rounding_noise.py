@@ -172,9 +172,9 @@ def measure(elements: int = 500, at: Sequence[int] = (1, 10, 1000), seed: int = 
     truths: dict[int, tuple[State, Array]] = {}
     for t, grad in _gradients(scale, max(at), seed):
         recurrence.step(grad)
-        if t in at:  # the arrays are replaced by each step, not written to
-            state = State(recurrence.p, recurrence.square_avg, recurrence.acc_delta)
-            truths[t] = state, recurrence.path
+        if t in at:
+            state = State(*map(np.copy, (recurrence.p, recurrence.square_avg, recurrence.acc_delta)))
+            truths[t] = state, np.copy(recurrence.path)
 
     results = []
     for name, make in implementations().items():
