@@ -22,6 +22,9 @@ namespace torch_adadelta::cuda {
 #define ADADELTA_STRING(...) #__VA_ARGS__
 #define ADADELTA_EXPANDED_STRING(...) ADADELTA_STRING(__VA_ARGS__)
 
+// "750,800": what this was compiled for, in one piece for who looks into the library.
+__attribute__((used)) static const char kArchitectures[] = ADADELTA_EXPANDED_STRING(__CUDA_ARCH_LIST__);
+
 // Current from its construction to its destruction. Launches go to the stream that PyTorch has made current.
 class Device {
  public:
@@ -55,7 +58,7 @@ class Device {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_);
     std::ostringstream compiled;
-    std::istringstream list(ADADELTA_EXPANDED_STRING(__CUDA_ARCH_LIST__));  // "750,800"
+    std::istringstream list(kArchitectures);
     for (std::string number; std::getline(list, number, ',');) {
       compiled << "sm_" << std::stoi(number) / 10 << ", ";
     }
