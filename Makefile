@@ -8,8 +8,8 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/sanitizers -type f -not -name '*.json' \
-  -not -name '*.py')
+CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/roots tests/sanitizers -type f \
+  -not -name "*.json" -not -name "*.py")
 
 # A stamp for each PyTorch and set of extras; each also installs the package itself, compiled and editable.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))

@@ -69,12 +69,19 @@ struct GradientClip {
 //
 // Every operation is rounded to T on its own, in the order of the for-loop in update.py. Compile with
 // -ffp-contract=off (nvcc: --fmad=false) and IEEE division and square root: a fused multiply-add changes the bits.
+//
+// `root` is sqrt(u + eps).
 template <typename T>
-ADADELTA_INLINE void adadelta_element(T g, T& a, T& u, T& p, const Hyperparameters<T>& h) {
+ADADELTA_INLINE void adadelta_element(T g, T root, T& a, T& u, T& p, const Hyperparameters<T>& h) {
   a = a * h.rho + (g * g) * h.omr;
-  const T d = std::sqrt(u + h.eps) * (T(1) / std::sqrt(a + h.eps)) * g;
+  const T d = root * (T(1) / std::sqrt(a + h.eps)) * g;
   u = u * h.rho + (d * d) * h.omr;
   p = p - d * h.lr;
+}
+
+template <typename T>
+ADADELTA_INLINE void adadelta_element(T g, T& a, T& u, T& p, const Hyperparameters<T>& h) {
+  adadelta_element(g, std::sqrt(u + h.eps), a, u, p, h);
 }
 
 }  // namespace torch_adadelta

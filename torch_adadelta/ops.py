@@ -8,9 +8,9 @@ fails, `load_error` and `cuda_load_error` say why, and the Python paths of `upda
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from math import inf
-from operator import attrgetter, is_
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -165,9 +165,17 @@ class HeldState:
         # At the end of the process they go anyway.
         weakref.finalize(self, torch.ops.torch_adadelta.drop_state.default, self._number).atexit = False
 
-    def holds(self, square_avgs: Iterable[Tensor], acc_deltas: Iterable[Tensor]) -> bool:
-        """Whether it begins with these very tensors."""
-        return all(map(is_, square_avgs, self.square_avgs)) and all(map(is_, acc_deltas, self.acc_deltas))
+    def holds(self, states: Collection[Any]) -> bool:
+        """Whether `square_avg` and `acc_delta` of these states are the very tensors that it holds, in this order."""
+        if len(states) != len(self.square_avgs):
+            return False
+        try:
+            for state, square_avg, acc_delta in zip(states, self.square_avgs, self.acc_deltas, strict=True):
+                if state["square_avg"] is not square_avg or state["acc_delta"] is not acc_delta:
+                    return False
+        except (KeyError, TypeError):  # a parameter without state, or with that of something else
+            return False
+        return True
 
     def adadelta_(
         self,

@@ -1,9 +1,10 @@
 """AdadeltaKeras: param groups, state and `step()`. How an update is computed is the business of `update.py`."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import accumulate, islice, repeat
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any, Final, overload
 
 import torch
@@ -29,7 +30,6 @@ _MOST_HELD: Final = 2**22
 
 _is_compiling, _count_dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
-_get_grad = attrgetter("grad")
 _get_square_avg, _get_acc_delta = itemgetter("square_avg"), itemgetter("acc_delta")
 
 # Belongs to the whole optimizer, and is a key of every group because that is what a state_dict keeps.
@@ -573,6 +573,11 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            if self._apply_held():
+                return loss
+        except _IsMixed:
+            self._groups_are_mixed = True
         grad_enabled = torch.is_grad_enabled()
         try:
             torch._C._set_grad_enabled(False)  # the function behind torch.set_grad_enabled
@@ -585,11 +590,31 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             torch._C._set_grad_enabled(grad_enabled)
         return loss
 
+    def _apply_held(self) -> bool:
+        """Takes the step, if it is a single update with the state that is held, and returns whether it was: most are.
+
+        It computes nothing that autograd might record.
+        """
+        plan = self._plan_held()
+        if plan is None:
+            return False
+        group, update, lists, values = plan
+        has_written = False
+        try:
+            update(*lists, *values, group["maximize"])
+            has_written = True
+            for group in self.param_groups:
+                group["iterations"] += 1
+        except BaseException as error:
+            self._failed(error, ((plan,), repeat(NO_CLIP), {}, (), True), has_written)
+            raise
+        return True
+
     def _apply(self) -> None:
         plan = self._plan_plain()
         if plan is None:
             return
-        buckets, clips, new_state, new_values, checks_itself = plan
+        buckets, clips, new_state, new_values, _ = plan
         if _HAS_CUDA and _is_capturing():
             self._check_capture(buckets, new_state)
         has_written = False
@@ -611,19 +636,27 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                         _advance_unless(self.found_inf, group)
             _write_values(new_values)
         except BaseException as error:
-            is_fused = checks_itself or any(bucket[1] is updates.fused for bucket in islice(buckets, 1))
-            may_be_refusal = isinstance(error, Exception) and not has_written and is_fused
-            # A fused update writes nothing if it raises, which is a RuntimeError unless an argument was none at all.
-            if may_be_refusal and (
-                isinstance(error, RuntimeError) or self._refuses(next(iter(buckets)), next(iter(clips)))
-            ):
-                for param in new_state:
-                    del self.state[param]
-                if checks_itself:
-                    self._explain(next(iter(buckets)))
-            else:
-                _say_partial(error)
+            self._failed(error, plan, has_written)
             raise
+
+    def _failed(self, error: BaseException, plan: _Plan, has_written: bool) -> None:
+        """After the writing of a plan raised: undoes and explains what the first update refused; or says it is partial.
+
+        `has_written`: whether an update has returned.
+        """
+        buckets, clips, new_state, _, checks_itself = plan
+        is_fused = checks_itself or any(bucket[1] is updates.fused for bucket in islice(buckets, 1))
+        may_be_refusal = isinstance(error, Exception) and not has_written and is_fused
+        # A fused update writes nothing if it raises, which is a RuntimeError unless an argument was none at all.
+        if may_be_refusal and (
+            isinstance(error, RuntimeError) or self._refuses(next(iter(buckets)), next(iter(clips)))
+        ):
+            for param in new_state:
+                del self.state[param]
+            if checks_itself:
+                self._explain(next(iter(buckets)))
+        else:
+            _say_partial(error)
 
     def _finish_step(self, new_values: Iterable[_NewValue]) -> None:
         """Counts a step that was taken parameter by parameter."""
@@ -660,11 +693,44 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
 
     # ---- Planning a step, all of which may fail, before the first write -----------------------------------------
 
+    def _is_plain(self) -> bool:
+        """Whether this step is without callbacks, sources, gradients handed over, GradScaler and `norm_group`."""
+        return not (
+            self._has_callables
+            or self._gradient_transformers
+            or self._given is not None
+            or self.found_inf is not None
+            or "grad_scale" in self.__dict__
+            or self._norm_group is not None
+        )
+
+    def _plan_held(self) -> Bucket | None:
+        """The only bucket of a plain step without options, if all its state is held; else None."""
+        held_state = self._held_state
+        if held_state is None or self._groups_are_mixed or not self._is_plain():
+            return None
+        if _count_dispatch_modes() or (_HAS_CUDA and _is_capturing()):
+            return None
+        bucket: Bucket | None = None
+        for group in self.param_groups:
+            if _get_options(group) != _NO_OPTIONS:
+                return None
+            params, grads = _with_gradient(group)
+            if not grads:
+                continue
+            if bucket is not None or not held_state.holds(self._states_of(params)):
+                return None
+            # What `updates.choose` looks at; that the parameters are plain tensors it saw before their state was held.
+            if group["foreach"] is not None or group["fused"] is False or group["differentiable"]:
+                return None
+            lists = params, grads, held_state.square_avgs, held_state.acc_deltas
+            values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"])
+            bucket = (group, held_state.adadelta_, lists, values)
+        return bucket
+
     def _plan_plain(self) -> _Plan | None:
-        """The plan of a step without clipping, decay, callbacks, sources or gradients handed over: most are."""
-        if self._has_callables or self._gradient_transformers or self._given is not None:
-            return self._plan()
-        if self.found_inf is not None or "grad_scale" in self.__dict__ or self._norm_group is not None:
+        """The plan of a step without clipping, decay, callbacks, sources or gradients handed over."""
+        if not self._is_plain():
             return self._plan()
         buckets: list[Bucket] = []
         new_state: _NewState = {}
@@ -687,24 +753,17 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         return buckets, repeat(NO_CLIP), new_state, (), checks_itself
 
     def _with_held_state(self, bucket: Bucket) -> Bucket:
-        """A fused bucket with state on the CPU as one that need not hand that over anew."""
+        """A fused bucket with state on the CPU as one that need not hand that over anew, in this step and the next."""
         group, _, lists, values = bucket
-        held_state = self._held_state
+        self._held_state = None
         if _is_compiling() or _count_dispatch_modes():
             return bucket
-        if held_state is None or lists[2] is not held_state.square_avgs:
-            self._held_state = None
-            try:
-                if not lists[2][0].is_cpu or any(n > _MOST_HELD for n in accumulate(map(Tensor.numel, lists[2]))):
-                    return bucket
-                self._held_state = held_state = ops.HeldState(*lists[2:])
-            except (
-                AttributeError,
-                RuntimeError,
-                TypeError,
-            ):  # none that can be held; if no update can, it will say which
-                return bucket
-        return group, held_state.adadelta_, lists, values
+        # What cannot be held may be none at all; if no update can be with it, that will say which it is.
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+            if lists[2][0].is_cpu and all(n <= _MOST_HELD for n in accumulate(map(Tensor.numel, lists[2]))):
+                self._held_state = ops.HeldState(*lists[2:])
+                return group, self._held_state.adadelta_, lists, values
+        return bucket
 
     def _without_gradients(self) -> _Plan | None:
         """The plan of a step that has nothing to update: none; but a part of an optimizer keeps count with the others.
@@ -885,21 +944,15 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                 over_parts = partial(shards.sum_over_parts, all_params=all_params, iterations=iterations)
         return (over_parts, over_processes, in_double), others_have_gradients
 
+    def _states_of(self, params: list[Tensor]) -> Collection[Any]:
+        if len(self.state) == len(params) and all(map(is_, self.state, params)):
+            return self.state.values()  # in the same order; to hash a thousand parameters takes much longer
+        return list(map(self.state.get, params))
+
     def _with_state(self, params: list[Tensor], grads: list[Tensor], new_state: _NewState) -> updates.Lists:
         """Parameters and gradients with their state. State that is missing is made and left in `new_state`."""
-        states: Iterable[Any]
-        if len(self.state) == len(params) and all(map(is_, self.state, params)):
-            states = self.state.values()  # in the same order; to hash a thousand parameters takes much longer
-        else:
-            states = list(map(self.state.get, params))
-        held = self._held_state
+        states = self._states_of(params)
         try:
-            if (
-                held is not None
-                and len(held.square_avgs) == len(params)
-                and held.holds(map(_get_square_avg, states), map(_get_acc_delta, states))
-            ):
-                return params, grads, held.square_avgs, held.acc_deltas
             return params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states))
         except (KeyError, TypeError):  # some parameter has no state yet, or an empty one
             states = [self._complete(p, state, new_state) for p, state in zip(params, states, strict=True)]
@@ -1036,10 +1089,9 @@ def _advance_unless(found_inf: Tensor, group: dict[str, Any]) -> None:
 def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of a group that have a gradient, and their gradients."""
     params: list[Tensor] = group["params"]
-    grads = list(map(_get_grad, params))
-    if type(None) in map(type, grads):
-        params = [p for p in params if p.grad is not None]
-        grads = list(map(_get_grad, params))
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if len(grads) != len(params):
+        params = [param for param in params if param.grad is not None]
     return params, grads
 
 

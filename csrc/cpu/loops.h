@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace torch_adadelta::cpu {
 
@@ -39,7 +40,7 @@ using ComplexSquareLoop = void (*)(double* lanes, const T* grad, int64_t count);
 template <typename T>
 using AddLoop = void (*)(T* sum, const T* grad, int64_t count, const GradientClip<T>& clip);
 
-// Updates `count` elements, whose gradient is taken as it is, without looking ahead in memory.
+// Updates `count` elements, whose gradient is taken as it is.
 template <typename T>
 using RowLoop =
     void (*)(T* param, const T* grad, T* square_avg, T* acc_delta, int64_t count, const Hyperparameters<T>& h);

@@ -1,0 +1,77 @@
+// Compares the square roots by multiplication of the AVX-512 loops with the processor's, bit by bit:
+//
+//     driver
+//
+// prints for how many of every float, with and without subnormal numbers, and for how many of every mantissa with every
+// estimate that the instruction set's specification allows, they differ. Powers of 4 only scale a root and its steps,
+// so the mantissas of [1, 4) stand for all; a processor whose estimates differ from this one's gets the same bits.
+#include "../../csrc/cpu/loops_avx512.cpp"
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+namespace {
+
+constexpr double kEstimateError = 1.0 / (1 << 14);
+
+template <typename To, typename From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+__m512i sixteen_from(uint32_t first) {
+  return _mm512_add_epi32(
+      _mm512_set1_epi32(static_cast<int>(first)), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+  );
+}
+
+int64_t count_differences(__m512 x, __m512 y) {
+  const __mmask16 differ = _mm512_cmpneq_epi32_mask(_mm512_castps_si512(x), _mm512_castps_si512(y));
+  const __mmask16 are_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) & _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+  return __builtin_popcount(static_cast<unsigned>(differ & ~are_nan));
+}
+
+void every_float(const char* name) {
+  int64_t different = 0;
+  for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += 16) {
+    const __m512 x = _mm512_castsi512_ps(sixteen_from(static_cast<uint32_t>(bits)));
+    different += count_differences(sqrt_by_multiplying(x), _mm512_sqrt_ps(x));
+  }
+  std::printf("%s: %lld\n", name, static_cast<long long>(different));
+}
+
+void every_estimate() {
+  int64_t different = 0, tried = 0;
+  for (uint32_t bits = bits_as<uint32_t>(1.0f); bits < bits_as<uint32_t>(4.0f); ++bits) {
+    const float x = bits_as<float>(bits);
+    const double inverse = 1 / std::sqrt(static_cast<double>(x));
+    const uint32_t first = bits_as<uint32_t>(static_cast<float>(inverse * (1 - kEstimateError))) - 1;
+    const uint32_t last = bits_as<uint32_t>(static_cast<float>(inverse * (1 + kEstimateError))) + 1;
+    const __m512 xs = _mm512_set1_ps(x), root = _mm512_sqrt_ps(xs);
+    for (uint32_t estimate = first; estimate <= last; estimate += 16, tried += 16) {
+      different += count_differences(sqrt_from_estimate(xs, _mm512_castsi512_ps(sixteen_from(estimate))), root);
+    }
+  }
+  std::printf(
+      "every estimate, %lld billion: %lld\n",
+      static_cast<long long>(tried / 1000000000),
+      static_cast<long long>(different)
+  );
+}
+
+}  // namespace
+
+int main() {
+  every_float("every float");
+  constexpr unsigned kFlushAndDenormalsAreZero = 0x8040;
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | kFlushAndDenormalsAreZero);
+  every_float("every float without subnormal numbers");
+  _mm_setcsr(before);
+  every_estimate();
+}
