@@ -65,6 +65,16 @@ inline const float* float_data(const OptionalTensor& tensor, const char* name, c
 
 }  // namespace detail
 
+// Uninitialised numbers.
+inline torch::stable::Tensor new_vector(int64_t count, int32_t dtype, const detail::Place& place) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &count, &stride, dtype, place.device_type, place.device_index, &handle)
+  );
+  return torch::stable::Tensor(handle);
+}
+
 // The hyperparameters and options of an update, which the schemas of adadelta_ and sparse_adadelta_ have in common.
 class OptionArguments {
  public:
@@ -214,12 +224,7 @@ class SquareSumArguments {
 
   // Uninitialised numbers beside the parameters.
   torch::stable::Tensor new_doubles(int64_t count) const {
-    const int64_t stride = 1;
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        1, &count, &stride, aoti_torch_dtype_float64(), place_.device_type, place_.device_index, &handle
-    ));
-    return torch::stable::Tensor(handle);
+    return new_vector(count, aoti_torch_dtype_float64(), place_);
   }
 
   torch::stable::Tensor new_result() const { return new_doubles(static_cast<int64_t>(params_.size())); }

@@ -23,15 +23,7 @@ Registry& registry() {
 // hold_state in schemas.h.
 void hold_state(StableIValue* stack, uint64_t, uint64_t) {
   auto state = std::make_shared<const HeldState>(stack[0], stack[1]);
-  if (state->square_avgs.size() != state->acc_deltas.size()) {
-    fail(
-        "the lists differ in length: ",
-        state->square_avgs.size(),
-        " square_avgs, ",
-        state->acc_deltas.size(),
-        " acc_deltas"
-    );
-  }
+  check_lengths({{state->square_avgs, "square_avgs"}, {state->acc_deltas, "acc_deltas"}});
   Registry& all = registry();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.states.emplace(++all.last, std::move(state));

@@ -10,8 +10,6 @@
 #include "arguments.h"
 #include "tensor_lists.h"
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -59,10 +57,8 @@ struct SparseEntry {
   int64_t count() const { return row_numel == 0 ? 0 : indices.count; }
 };
 
-struct SparseEntries {
+struct SparseEntries : InCommon {
   std::vector<SparseEntry> entries;  // one for each parameter
-  int64_t complex_param = -1;        // the index of the first complex parameter, if there is one
-  int32_t device_index = 0;          // of all tensors
 };
 
 namespace detail {
@@ -75,7 +71,7 @@ struct MemoryRange {
 };
 
 // Throws if some indices share memory with what is written: once they were overwritten, they would name any row.
-inline void check_apart(std::vector<MemoryRange>& written, const std::vector<MemoryRange>& indices) {
+inline void check_indices_apart(std::vector<MemoryRange>& written, const std::vector<MemoryRange>& indices) {
   std::sort(written.begin(), written.end(), [](const MemoryRange& x, const MemoryRange& y) {
     return x.begin < y.begin;
   });
@@ -151,25 +147,16 @@ inline SparseEntries read_sparse_entries(
     const TensorList& acc_deltas,
     int32_t device_type
 ) {
-  const size_t count = params.size();
-  if (indices.size() != count || values.size() != count || square_avgs.size() != count || acc_deltas.size() != count) {
-    fail(
-        "the lists differ in length: ",
-        count,
-        " params, ",
-        indices.size(),
-        " indices, ",
-        values.size(),
-        " values, ",
-        square_avgs.size(),
-        " square_avgs, ",
-        acc_deltas.size(),
-        " acc_deltas"
-    );
-  }
+  check_lengths({
+      {params, "params"},
+      {indices, "indices"},
+      {values, "values"},
+      {square_avgs, "square_avgs"},
+      {acc_deltas, "acc_deltas"},
+  });
   SparseEntries result;
-  std::vector<detail::MemoryRange> written, read_indices;
-  for (size_t i = 0; i < count; ++i) {
+  std::vector<detail::MemoryRange> written_to, read_indices;
+  for (size_t i = 0; i < params.size(); ++i) {
     const TensorInfo param = params.info(i, "params", true);
     const TensorInfo value = values.info(i, "values", false);
     const TensorInfo square_avg = square_avgs.info(i, "square_avgs", true);
@@ -178,22 +165,17 @@ inline SparseEntries read_sparse_entries(
     values.check_storage(i, "values", value);
     square_avgs.check_storage(i, "square_avgs", square_avg);
     acc_deltas.check_storage(i, "acc_deltas", acc_delta);
-    for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
+    const detail::Written written{&param, &square_avg, &acc_delta};
+    for (const TensorInfo* tensor : written) {
       detail::check_fits(param, *tensor, device_type, i);
       if (param.numel > 0) {
-        written.push_back({tensor->data, tensor->data + tensor->bytes, i});
+        written_to.push_back({tensor->data, tensor->data + tensor->bytes, i});
       }
     }
-    detail::check_device(param, i, result.device_index);
-    if (square_avg.dtype != param.dtype || acc_delta.dtype != param.dtype) {
-      fail("the state of parameter ", i, " has another dtype than the parameter");
-    }
-    if (value.device_type != device_type || value.device_index != param.device_index) {
-      fail("the tensors of parameter ", i, " are not on one device");
-    }
-    if (value.is_complex != param.is_complex) {
-      fail("of the tensors of parameter ", i, ", some are complex and some are real");
-    }
+    result.add(param, i);
+    detail::check_state_dtype(written, i);
+    detail::check_device(param, value, device_type, i);
+    detail::check_complex(param, value, i);
 
     SparseEntry entry{};
     entry.indices = detail::read_indices(indices[i], {device_type, param.device_index}, i);
@@ -223,25 +205,17 @@ inline SparseEntries read_sparse_entries(
       const int64_t size = item_size(param.dtype);
       entry.row.push_back({2, size, 0, size, size});
       entry.row_numel *= 2;
-      if (result.complex_param < 0) {
-        result.complex_param = static_cast<int64_t>(i);
-      }
     }
     entry.contiguous_row = detail::is_contiguous_row<&Dimension::param>(entry.row, param.dtype) &&
                            detail::is_contiguous_row<&Dimension::square_avg>(entry.row, param.dtype) &&
                            detail::is_contiguous_row<&Dimension::acc_delta>(entry.row, param.dtype);
     if (param.numel > 0) {
-      for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
-        if (detail::overlaps_itself(*tensor)) {
-          fail("a tensor of parameter ", i, " that would be written to overlaps itself in memory");
+      detail::check_no_overlap(written, i);
+      detail::check_apart(written, i);
+      for (const TensorInfo* tensor : written) {
+        if (value.numel > 0) {
+          detail::check_apart(*tensor, value, i);
         }
-        if (value.numel > 0 && detail::share_memory(*tensor, value)) {
-          fail("two tensors of parameter ", i, " share memory");
-        }
-      }
-      if (detail::share_memory(param, square_avg) || detail::share_memory(param, acc_delta) ||
-          detail::share_memory(square_avg, acc_delta)) {
-        fail("two tensors of parameter ", i, " share memory");
       }
     }
     entry.param = param.data;
@@ -254,7 +228,7 @@ inline SparseEntries read_sparse_entries(
     entry.index = i;
     result.entries.push_back(std::move(entry));
   }
-  detail::check_apart(written, read_indices);
+  detail::check_indices_apart(written_to, read_indices);
   return result;
 }
 
@@ -288,19 +262,14 @@ class SparseLists {
 
   detail::Place place(const SparseEntries& entries) const { return {device_type_, entries.device_index}; }
 
+  // One uninitialised int64 for each parameter.
+  torch::stable::Tensor new_result(const SparseEntries& entries) const {
+    return new_vector(static_cast<int64_t>(size()), aoti_torch_dtype_int64(), place(entries));
+  }
+
  private:
   TensorList params_, indices_, values_, square_avgs_, acc_deltas_;
   int32_t device_type_;
 };
-
-// Uninitialised int64 numbers.
-inline torch::stable::Tensor new_integers(int64_t count, const detail::Place& place) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &count, &stride, aoti_torch_dtype_int64(), place.device_type, place.device_index, &handle
-  ));
-  return torch::stable::Tensor(handle);
-}
 
 }  // namespace torch_adadelta

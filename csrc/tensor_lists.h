@@ -10,8 +10,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <deque>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -160,6 +162,37 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
+// Throws unless all lists have as many tensors as the first.
+inline void check_lengths(std::initializer_list<std::pair<const TensorList&, const char*>> lists) {
+  const size_t count = lists.begin()->first.size();
+  if (std::all_of(lists.begin(), lists.end(), [&](const auto& list) { return list.first.size() == count; })) {
+    return;
+  }
+  std::ostringstream lengths;
+  for (const auto& [list, name] : lists) {
+    lengths << (name == lists.begin()->second ? ": " : ", ") << list.size() << ' ' << name;
+  }
+  fail("the lists differ in length", lengths.str());
+}
+
+// What the parameters of a call have in common.
+struct InCommon {
+  int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
+  int32_t device_index = 0;    // of all tensors
+
+  // Throws unless the parameter is on the device of the first.
+  void add(const TensorInfo& param, size_t index) {
+    if (index == 0) {
+      device_index = param.device_index;
+    } else if (param.device_index != device_index) {
+      fail("parameter 0 is on device ", device_index, ", but parameter ", index, " on device ", param.device_index);
+    }
+    if (param.is_complex && complex_param < 0) {
+      complex_param = static_cast<int64_t>(index);
+    }
+  }
+};
+
 // One dimension of a parameter with the strides, in bytes, of its four tensors.
 struct Dimension {
   int64_t size;
@@ -188,12 +221,10 @@ struct Entry {
   bool grad_aliases_param;  // the gradient is the parameter itself: read a block of it before the block is written
 };
 
-struct Entries {
+struct Entries : InCommon {
   std::vector<Entry> entries;  // empty tensors are left out
   std::deque<Layout> layouts;
-  bool disjoint = true;        // false: some memory belongs to two entries, which must then run in their order
-  int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
-  int32_t device_index = 0;    // of all tensors
+  bool disjoint = true;  // false: some memory belongs to two entries, which must then run in their order
 
   // The memory [begin, end) of every tensor that is written.
   struct Range {
@@ -309,27 +340,61 @@ inline Layout dimensions(
   return dims;
 }
 
-// Throws unless all parameters are on the device of the first.
-inline void check_device(const TensorInfo& param, size_t index, int32_t& device_index) {
-  if (index == 0) {
-    device_index = param.device_index;
-  } else if (param.device_index != device_index) {
-    fail("parameter 0 is on device ", device_index, ", but parameter ", index, " on device ", param.device_index);
-  }
-}
+// Each of these throws unless `tensor`, which belongs to parameter `index`, …
 
-// Throws unless `tensor`, which belongs to parameter `index`, is on the device and of the shape of `param`, and complex
-// if that is.
-inline void check_fits(const TensorInfo& param, const TensorInfo& tensor, int32_t device_type, size_t index) {
+// … is on the device of `param`.
+inline void check_device(const TensorInfo& param, const TensorInfo& tensor, int32_t device_type, size_t index) {
   if (tensor.device_type != device_type || tensor.device_index != param.device_index) {
     fail("the tensors of parameter ", index, " are not on one device");
   }
-  if (!same_sizes(param, tensor)) {
-    fail("the tensors of parameter ", index, " differ in shape");
-  }
+}
+
+// … is complex if `param` is.
+inline void check_complex(const TensorInfo& param, const TensorInfo& tensor, size_t index) {
   if (tensor.is_complex != param.is_complex) {
     fail("of the tensors of parameter ", index, ", some are complex and some are real");
   }
+}
+
+// … is both, and of the shape of `param`.
+inline void check_fits(const TensorInfo& param, const TensorInfo& tensor, int32_t device_type, size_t index) {
+  check_device(param, tensor, device_type, index);
+  if (!same_sizes(param, tensor)) {
+    fail("the tensors of parameter ", index, " differ in shape");
+  }
+  check_complex(param, tensor, index);
+}
+
+// The parameter and its state, which are written to. The following throw unless they …
+using Written = std::array<const TensorInfo*, 3>;
+
+// … are of one dtype.
+inline void check_state_dtype(const Written& tensors, size_t index) {
+  if (tensors[1]->dtype != tensors[0]->dtype || tensors[2]->dtype != tensors[0]->dtype) {
+    fail("the state of parameter ", index, " has another dtype than the parameter");
+  }
+}
+
+// … have each element at a place of its own.
+inline void check_no_overlap(const Written& tensors, size_t index) {
+  for (const TensorInfo* tensor : tensors) {
+    if (overlaps_itself(*tensor)) {
+      fail("a tensor of parameter ", index, " that would be written to overlaps itself in memory");
+    }
+  }
+}
+
+// … share no memory.
+inline void check_apart(const TensorInfo& x, const TensorInfo& y, size_t index) {
+  if (share_memory(x, y)) {
+    fail("two tensors of parameter ", index, " share memory");
+  }
+}
+
+inline void check_apart(const Written& tensors, size_t index) {
+  check_apart(*tensors[0], *tensors[1], index);
+  check_apart(*tensors[0], *tensors[2], index);
+  check_apart(*tensors[1], *tensors[2], index);
 }
 
 }  // namespace detail
@@ -347,19 +412,7 @@ inline const Entries& read_entries(
     int32_t device_type
 ) {
   const size_t count = params.size();
-  if (grads.size() != count || square_avgs.size() != count || acc_deltas.size() != count) {
-    fail(
-        "the lists differ in length: ",
-        count,
-        " params, ",
-        grads.size(),
-        " grads, ",
-        square_avgs.size(),
-        " square_avgs, ",
-        acc_deltas.size(),
-        " acc_deltas"
-    );
-  }
+  check_lengths({{params, "params"}, {grads, "grads"}, {square_avgs, "square_avgs"}, {acc_deltas, "acc_deltas"}});
   static thread_local Entries result;
   result.clear();
 
@@ -372,13 +425,9 @@ inline const Entries& read_entries(
     for (const TensorInfo* tensor : {&param, &grad, &square_avg, &acc_delta}) {
       detail::check_fits(param, *tensor, device_type, i);
     }
-    detail::check_device(param, i, result.device_index);
-    if (square_avg.dtype != param.dtype || acc_delta.dtype != param.dtype) {
-      fail("the state of parameter ", i, " has another dtype than the parameter");
-    }
-    if (param.is_complex && result.complex_param < 0) {
-      result.complex_param = static_cast<int64_t>(i);
-    }
+    result.add(param, i);
+    const detail::Written written{&param, &square_avg, &acc_delta};
+    detail::check_state_dtype(written, i);
     if (param.numel == 0) {
       continue;
     }
@@ -389,17 +438,11 @@ inline const Entries& read_entries(
         same_layout && (detail::is_contiguous(param) ||
                         (param.bytes == param.numel * element_size(param) && !detail::overlaps_itself(param)));
     if (!dense) {
-      for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
-        if (detail::overlaps_itself(*tensor)) {
-          fail("a tensor of parameter ", i, " that would be written to overlaps itself in memory");
-        }
-      }
+      detail::check_no_overlap(written, i);
     }
-    if (detail::share_memory(param, square_avg) || detail::share_memory(param, acc_delta) ||
-        detail::share_memory(square_avg, acc_delta) || detail::share_memory(grad, square_avg) ||
-        detail::share_memory(grad, acc_delta)) {
-      fail("two tensors of parameter ", i, " share memory");
-    }
+    detail::check_apart(written, i);
+    detail::check_apart(grad, square_avg, i);
+    detail::check_apart(grad, acc_delta, i);
     const bool grad_aliases_param = detail::share_memory(grad, param);
     if (grad_aliases_param &&
         (grad.data != param.data || grad.dtype != param.dtype || !detail::same_strides(param, grad))) {
@@ -424,7 +467,7 @@ inline const Entries& read_entries(
          i,
          grad_aliases_param}
     );
-    for (const TensorInfo* tensor : {&param, &square_avg, &acc_delta}) {
+    for (const TensorInfo* tensor : written) {
       result.written.push_back({tensor->data, tensor->data + tensor->bytes});
     }
   }
@@ -454,11 +497,9 @@ struct Gradient {
   bool in_double;  // the arithmetic type
 };
 
-struct Gradients {
+struct Gradients : InCommon {
   std::vector<Gradient> gradients;  // empty tensors are left out
   std::deque<Layout> layouts;
-  int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
-  int32_t device_index = 0;    // of all tensors
 
   int64_t numel() const { return gradients.empty() ? 0 : gradients.back().end; }
 };
@@ -484,24 +525,18 @@ inline bool is_packed(const Layout& layout, const TensorInfo& grad) {
 inline const Gradients& read_gradients(
     const TensorList& params, const TensorList& grads, bool in_double, int32_t device_type
 ) {
-  const size_t count = params.size();
-  if (grads.size() != count) {
-    fail("the lists differ in length: ", count, " params, ", grads.size(), " grads");
-  }
+  check_lengths({{params, "params"}, {grads, "grads"}});
   static thread_local Gradients result;
   result.gradients.clear();
   result.layouts.clear();
   result.complex_param = -1;
 
-  for (size_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < params.size(); ++i) {
     const TensorInfo param = params.info(i, "params", false);
     const TensorInfo grad = grads.info(i, "grads", false);
     detail::check_fits(param, param, device_type, i);
     detail::check_fits(param, grad, device_type, i);
-    detail::check_device(param, i, result.device_index);
-    if (param.is_complex && result.complex_param < 0) {
-      result.complex_param = static_cast<int64_t>(i);
-    }
+    result.add(param, i);
     if (grad.numel == 0) {
       continue;
     }

@@ -1,4 +1,4 @@
-// The dense update on the CPU: one parallel_for over the elements of all parameters of a call.
+// The dense update on the CPU: all threads share the elements of all parameters of a call, as one row.
 #include "blocks.h"
 #include "loops.h"
 #include "options.h"

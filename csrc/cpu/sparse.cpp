@@ -1,5 +1,5 @@
 // The update by sparse gradients on the CPU: the occurrences of a gradient are brought into the order of their rows,
-// and one parallel_for goes over them. Whoever meets the first occurrence of a row sums up the row's gradient, in the
+// and all threads go over them. Whoever meets the first occurrence of a row sums up the row's gradient, in the
 // order in which its occurrences were given, and updates the row.
 #include "blocks.h"
 #include "loops.h"
@@ -260,7 +260,7 @@ void sparse_adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
 void first_bad_indices(StableIValue* stack, uint64_t, uint64_t) {
   const SparseLists lists(stack, aoti_torch_device_type_cpu());
   const SparseEntries entries = lists.read();
-  torch::stable::Tensor result = new_integers(static_cast<int64_t>(lists.size()), lists.place(entries));
+  torch::stable::Tensor result = lists.new_result(entries);
   auto* positions = static_cast<int64_t*>(result.mutable_data_ptr());
   for (const SparseEntry& entry : entries.entries) {
     positions[entry.index] = first_bad_index(entry);

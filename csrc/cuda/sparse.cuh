@@ -260,7 +260,7 @@ template <typename Device>
 void update_sparse(
     const Device& device, const SparseEntry& entry, const detail::Place& place, const UpdateOptions& options
 ) {
-  const torch::stable::Tensor numbers = new_integers(entry.indices.count, place);
+  const torch::stable::Tensor numbers = new_vector(entry.indices.count, aoti_torch_dtype_int64(), place);
   number_rows(device, entry, static_cast<int64_t*>(numbers.mutable_data_ptr()), nullptr);
   const auto [in_order, positions] = sorted(numbers);
 
@@ -347,7 +347,7 @@ void first_bad_indices(StableIValue* stack, uint64_t, uint64_t) {
   const SparseLists lists(stack, Device::type());
   const SparseEntries entries = lists.read();
   const Device device(entries.device_index);
-  const torch::stable::Tensor result = new_integers(static_cast<int64_t>(lists.size()), lists.place(entries));
+  const torch::stable::Tensor result = lists.new_result(entries);
   torch::stable::fill_(result, -1);  // as an unsigned number the largest
   auto* positions = static_cast<int64_t*>(result.mutable_data_ptr());
   for (const SparseEntry& entry : entries.entries) {
