@@ -172,7 +172,7 @@ def test_a_hyperparameter_on_the_meta_device_is_refused() -> None:
 
 def test_empty_lists() -> None:
     update.fused([], [], [], [], 1.0, 0.9, 1e-7, False)
-    update.check_fused([], [], [], [])
+    update.check_fused(([], [], [], []))
 
 
 def test_no_tensor_outlives_a_call() -> None:

@@ -8,20 +8,21 @@ from torch import Tensor
 
 import torch_adadelta
 from torch_adadelta import ops, update
+from torch_adadelta.signature import Update
 
-PATHS: dict[str, update.Update] = {"for-loop": update.for_loop, "foreach": update.foreach, "fused": update.fused}
+PATHS: dict[str, Update] = {"for-loop": update.for_loop, "foreach": update.foreach, "fused": update.fused}
 
 
-def _bits_of_one_step(path: update.Update, dtype: torch.dtype, device: str) -> list[Tensor]:
+def _bits_of_one_step(path: Update, dtype: torch.dtype, device: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     lists = [[torch.randn(n, generator=generator).to(device, dtype) for n in (1, 7, 1025)] for _ in range(2)]
     lists += [[torch.rand(n, generator=generator).to(device, dtype) for n in (1, 7, 1025)] for _ in range(2)]
-    path(*lists, 1.0, 0.95, 1e-7, False)
-    params, _, square_avgs, acc_deltas = lists
+    params, grads, square_avgs, acc_deltas = lists
+    path(params, grads, square_avgs, acc_deltas, 1.0, 0.95, 1e-7, False)
     return [tensor.cpu() for tensor in (*params, *square_avgs, *acc_deltas)]
 
 
-def _verdict(path: update.Update, device: str) -> str:
+def _verdict(path: Update, device: str) -> str:
     """Runs one step of every dtype and compares it, bit by bit, with the for-loop on the CPU."""
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         expected = _bits_of_one_step(update.for_loop, dtype, "cpu")

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch_adadelta import gradients, hyperparameters, ops, shards, sparse
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtype
+from torch_adadelta.signature import Lists, Update
 
 # Parameters of one group that one call updates: the group, the call, the parameters with their gradients and state, and
 # the hyperparameters of this step. A plain tuple, for a step of one small tensor is made of such small things.
-Bucket = tuple[dict[str, Any], updates.Update, updates.Lists, hyperparameters.StepValues]
+Bucket = tuple[dict[str, Any], Update, Lists, hyperparameters.StepValues]
 
 NO_CLIP: Final[dict[str, Any]] = {}
 
@@ -25,12 +26,12 @@ _ON_SHARDS: Final = tuple(updates.ON_SHARDS.values())
 _WHOLE: Final = {on_shards: update for update, on_shards in updates.ON_SHARDS.items()}
 
 
-def choose(group: dict[str, Any], params: list[Tensor]) -> updates.Update:
+def choose(group: dict[str, Any], params: list[Tensor]) -> Update:
     return updates.choose(params, group["foreach"], group["fused"], group["differentiable"])
 
 
 def split(
-    group: dict[str, Any], lists: updates.Lists, values: hyperparameters.StepValues, may_be_mixed: bool
+    group: dict[str, Any], lists: Lists, values: hyperparameters.StepValues, may_be_mixed: bool
 ) -> Iterable[Bucket]:
     """Splits the parameters of a group by device, by the layout of the gradient and, where needed, by dtype.
 

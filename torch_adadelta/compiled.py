@@ -19,8 +19,9 @@ from torch.optim.optimizer import Optimizer
 from torch_adadelta import gradients, hyperparameters, ops
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtype
+from torch_adadelta.signature import Lists, Update
 
-_KINDS: Final = (updates.fused, updates.for_loop, updates.foreach)
+_KINDS: Final[tuple[Update, ...]] = (updates.fused, updates.for_loop, updates.foreach)
 
 # The first argument of `_init_group` that asks for the plan.
 _PLAN: Final = -1
@@ -128,7 +129,7 @@ class CompiledStep(Optimizer):
 
     def _traced_update(self, count: int) -> None:
         options = self.param_groups[0]
-        buckets: list[tuple[int, updates.Lists, list[int]]] = []
+        buckets: list[tuple[int, Lists, list[int]]] = []
         for index in range(count):
             params: list[Tensor] = []
             grads: list[Tensor] = []

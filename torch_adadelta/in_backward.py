@@ -72,7 +72,7 @@ class StepInBackward:
         with self._lock, torch.no_grad():
             new_state: dict[Tensor, dict[str, Tensor]] = {}
             lists = optimizer._with_state([param], [param.grad], new_state)
-            clip = {} if group["clipvalue"] is None else {"clipvalue": float(group["clipvalue"])}
+            clip: dict[str, Any] = {} if group["clipvalue"] is None else {"clipvalue": float(group["clipvalue"])}
             values = self._values[id(group), arithmetic_dtype(param.dtype)]
             [bucket] = split(group, lists, values, may_be_mixed=True)
             optimizer._check(bucket)

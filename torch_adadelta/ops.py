@@ -187,13 +187,14 @@ class HeldState:
         rho: float | Tensor,
         epsilon: float | Tensor,
         maximize: bool = False,
+        **clip: Any,
     ) -> None:
         """What `adadelta_` does, with the accumulators that are held and these."""
-        if type(lr) is float and type(rho) is float and type(epsilon) is float:
+        if not clip and type(lr) is float and type(rho) is float and type(epsilon) is float:
             _adadelta_held(params, grads, self._number, lr, rho, epsilon, maximize)
             _increment_version(params)
         else:
-            adadelta_(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
+            adadelta_(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize, **clip)
 
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:

@@ -21,6 +21,7 @@ from torch_adadelta.gradients import Callback
 from torch_adadelta.hyperparameters import Source
 from torch_adadelta.keras_interface import KerasInterface
 from torch_adadelta.schedules import LearningRateSchedule
+from torch_adadelta.signature import Lists
 
 _HAS_CUDA: Final = torch.version.cuda is not None
 
@@ -949,7 +950,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             return self.state.values()  # in the same order; to hash a thousand parameters takes much longer
         return list(map(self.state.get, params))
 
-    def _with_state(self, params: list[Tensor], grads: list[Tensor], new_state: _NewState) -> updates.Lists:
+    def _with_state(self, params: list[Tensor], grads: list[Tensor], new_state: _NewState) -> Lists:
         """Parameters and gradients with their state. State that is missing is made and left in `new_state`."""
         states = self._states_of(params)
         try:
@@ -1027,7 +1028,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             self._check_rows(bucket)
             return
         try:
-            updates.check_fused(*lists)
+            updates.check_fused(lists)
         except Exception:
             self._explain(bucket)
             raise
@@ -1040,7 +1041,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         group, _, lists, values = bucket
         try:
             self._check_rows(bucket)
-            updates.check_fused(*lists)
+            updates.check_fused(lists)
             empty = [param.new_empty(0) for param in lists[0]]
             updates.fused(empty, empty, empty, empty, *values, group["maximize"], **clip)
         except Exception:

@@ -6,12 +6,14 @@ bits of the float64 sum may differ, which are rounded away where the arithmetic 
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_adadelta.signature import Update
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -29,7 +31,7 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def on_shards(update: Callable[..., None]) -> Callable[..., None]:
+def on_shards(update: Update) -> Update:
     """The same update for lists that may hold DTensors: of the part that this process has."""
 
     def update_parts(
@@ -40,7 +42,7 @@ def on_shards(update: Callable[..., None]) -> Callable[..., None]:
         *values: Any,
         **clip: Any,
     ) -> None:
-        parts = [[local(tensor) for tensor in column] for column in (params, grads, square_avgs, acc_deltas)]
+        parts: Any = (list(map(local, column)) for column in (params, grads, square_avgs, acc_deltas))
         update(*parts, *values, **clip)
         # The wrapper has a version of its own, by which autograd notices that what it saved has changed.
         torch.autograd.graph.increment_version([param for param in params if is_dtensor(param)])

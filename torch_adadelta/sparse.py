@@ -23,6 +23,7 @@ from torch_adadelta import gradients, ops
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtype, as_real
 from torch_adadelta.hyperparameters import Value
+from torch_adadelta.signature import Lists, Update
 
 
 def is_sparse(grad: Tensor) -> bool:
@@ -108,21 +109,18 @@ def fused(
     grads: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    lr: Value,
-    rho: Value,
-    epsilon: Value,
-    maximize: bool,
+    *hyperparameters: Any,
     **clip: Any,
 ) -> None:
     """Updates all parameters, which are of one device, in one compiled call."""
     indices, values = map(list, zip(*map(parts, grads), strict=True))
-    ops.sparse_adadelta_(params, indices, values, square_avgs, acc_deltas, lr, rho, epsilon, maximize, **clip)
+    ops.sparse_adadelta_(params, indices, values, square_avgs, acc_deltas, *hyperparameters, **clip)
 
 
-UPDATES: Final = frozenset((for_loop, fused))
+UPDATES: Final[frozenset[Update]] = frozenset((for_loop, fused))
 
 
-def counterpart(update: updates.Update) -> updates.Update:
+def counterpart(update: Update) -> Update:
     """The implementation here that belongs to a choice for dense parameters; `foreach` has none of its own."""
     return fused if update is updates.fused else for_loop
 
@@ -130,7 +128,7 @@ def counterpart(update: updates.Update) -> updates.Update:
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def first_bad_indices(update: updates.Update, lists: updates.Lists) -> Tensor:
+def first_bad_indices(update: Update, lists: Lists) -> Tensor:
     """The first occurrence in each gradient whose index is out of range, or -1, on the device of the parameters.
 
     With `fused`, raises RuntimeError for lists that it would refuse for another reason.
@@ -151,7 +149,7 @@ def first_bad_indices(update: updates.Update, lists: updates.Lists) -> Tensor:
     return torch.stack(found)
 
 
-def check_indices(buckets: Iterable[tuple[updates.Lists, Tensor]], name_of: Callable[[Tensor], str]) -> None:
+def check_indices(buckets: Iterable[tuple[Lists, Tensor]], name_of: Callable[[Tensor], str]) -> None:
     """Raises IndexError, naming parameter, position and value, if `first_bad_indices` found something.
 
     Reads what it found on each device at once, which on CUDA is the one time that a step waits for the device.
@@ -160,7 +158,7 @@ def check_indices(buckets: Iterable[tuple[updates.Lists, Tensor]], name_of: Call
         buckets: the lists of each bucket, and what was found for them.
         name_of: how to call a parameter.
     """
-    on_device: dict[torch.device, list[tuple[updates.Lists, Tensor]]] = {}
+    on_device: dict[torch.device, list[tuple[Lists, Tensor]]] = {}
     for lists, found in buckets:
         on_device.setdefault(found.device, []).append((lists, found))
     for same in on_device.values():

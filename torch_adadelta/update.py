@@ -25,12 +25,7 @@ from torch import Tensor
 from torch_adadelta import gradients, ops, shards
 from torch_adadelta.arithmetic import arithmetic_dtype, as_real, exact_sqrt
 from torch_adadelta.hyperparameters import Value, cast, one_minus
-
-# params, grads, square_avgs and acc_deltas: entry i of each belongs to parameter i.
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-
-# Called with the lists, the hyperparameters of the step, `maximize`, and the keywords of `gradients.clip`.
-Update = Callable[..., None]
+from torch_adadelta.signature import Lists, Update
 
 _REAL_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DTYPES: Final = frozenset((*_REAL_DTYPES, torch.complex32, torch.complex64, torch.complex128))
@@ -144,13 +139,15 @@ def foreach(
 # Updates all parameters, which are of one device, in one compiled pass. Raises before it writes anything.
 fused = ops.adadelta_
 
+_ALL: Final[tuple[Update, ...]] = (for_loop, foreach, fused)
+
 # The same for lists with DTensors among them.
-ON_SHARDS: Final = {update: shards.on_shards(update) for update in (for_loop, foreach, fused)}
+ON_SHARDS: Final = {update: shards.on_shards(update) for update in _ALL}
 
 
-def check_fused(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
+def check_fused(lists: Lists) -> None:
     """Raises RuntimeError if `fused` would refuse these lists."""
-    ops.check_lists(params, grads, square_avgs, acc_deltas)
+    ops.check_lists(*lists)
 
 
 # ---- The choice -----------------------------------------------------------------------------------------------------
