@@ -10,8 +10,8 @@ that is not installed is named as absent.
 
 It writes tables (report.md), pictures, and every single figure (bench.json) to the folder. `--update` measures a part
 again, where the machine was disturbed, and keeps the rest. `--from` makes tables and pictures from such figures and
-measures nothing. `--docs` puts them into the README and docs/performance.md. The exit status does not depend on the
-figures.
+measures nothing. `--docs` puts them into the README, docs/performance.md and docs/sparse.md. The exit status does not
+depend on the figures.
 """
 
 import argparse
@@ -37,6 +37,9 @@ from workers import Worker, Workers, environment
 from workloads import QUICK, WORKLOADS, Tensors, Workload, by_elements, by_rows, by_tensors, by_threads, many
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+
+# Whose tables `--docs` fills in.
+PAGES: Final = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "sparse.md")
 
 PARTS: Final = ("steps", "elements", "tensors", "threads", "sparse", "operations", "training", "memory", "setup")
 
@@ -282,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     files = [options.output / "bench.json", options.output / "report.md", *draw_all(results, options.output)]
     if options.docs:
         draw_all(results, ROOT / "docs" / "images")
-        for page in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+        for page in PAGES:
             fill_in(page, results)
     print(f"{results.options}, {results.seconds:.0f} s: {', '.join(map(str, files))}")
     return results

@@ -5,6 +5,7 @@ pools and ideas of the processor along, and would disturb each other in one. Wha
 not before. All of Adadelta have our rho, epsilon and learning rate, and the same gradients and state.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -75,7 +76,7 @@ class EmptyStep(Optimizer):
 
 def with_state(optimizer: Optimizer, tensors: Tensors, **more: Callable[[], Tensor]) -> Optimizer:
     """Gives an Adadelta its state; `more` makes what else it keeps for each parameter."""
-    for param, _, square_avg, acc_delta in zip(*tensors, strict=True):
+    for param, square_avg, acc_delta in zip(tensors.params, tensors.square_avgs, tensors.acc_deltas, strict=True):
         state = {"square_avg": square_avg, "acc_delta": acc_delta}
         optimizer.state[param] = {**{name: make() for name, make in more.items()}, **state}
     return optimizer
@@ -85,7 +86,20 @@ def keras_like(tensors: Tensors, *, foreach: bool | None = None, **options: Any)
     """Our optimizer: the fused kernel by default, as a user gets it, or one of the Python paths."""
     if foreach is None and not ops.is_loaded:
         raise RuntimeError(f"the compiled library is missing: {ops.load_error}")
-    return with_state(AdadeltaKeras(tensors.params, LR, RHO, EPSILON, foreach=foreach, **options), tensors).step
+    optimizer = with_state(AdadeltaKeras(tensors.params, LR, RHO, EPSILON, foreach=foreach, **options), tensors)
+    return by_other_rows(optimizer, tensors) if tensors.grads[0].is_sparse else optimizer.step
+
+
+def by_other_rows(optimizer: Optimizer, tensors: Tensors) -> Step:
+    """Steps by sparse gradients of a table, which take turns."""
+    (table,) = tensors.params
+    grads = itertools.cycle(tensors.grads)
+
+    def step() -> None:
+        table.grad = next(grads)
+        optimizer.step()
+
+    return step
 
 
 def _zero() -> Tensor:
@@ -133,12 +147,15 @@ def pytorch_optimizer(tensors: Tensors) -> Step:
 
 def torch_sparse_adam(tensors: Tensors) -> Step:
     """PyTorch's Adam that updates the rows of a sparse gradient alone."""
-    return torch.optim.SparseAdam(tensors.params, lr=LR).step
+    optimizer = torch.optim.SparseAdam(tensors.params, lr=LR)
+    state = {"step": 0, "exp_avg": tensors.square_avgs[0], "exp_avg_sq": tensors.acc_deltas[0]}
+    optimizer.state[tensors.params[0]] = state
+    return by_other_rows(optimizer, tensors)
 
 
 def torch_sparse_adagrad(tensors: Tensors) -> Step:
     """PyTorch's Adagrad, which takes sparse gradients in its for-loop."""
-    return torch.optim.Adagrad(tensors.params, lr=LR).step
+    return by_other_rows(torch.optim.Adagrad(tensors.params, lr=LR), tensors)
 
 
 def add(tensors: Tensors) -> Step:
@@ -187,12 +204,16 @@ def tf_keras(tensors: Tensors, *, graph: bool) -> Step:
     for variable, square in zip(variables, tensors.square_avgs, strict=True):
         for slot in ("accum_grad", "accum_var"):
             optimizer.get_slot(variable, slot).assign(as_numpy(square))
-    grads = [
-        tf.IndexedSlices(as_numpy(grad._values()), as_numpy(grad._indices()[0]), tuple(grad.shape))
-        if grad.is_sparse
-        else tf.constant(as_numpy(grad))
-        for grad in tensors.grads
-    ]
+    if tensors.grads[0].is_sparse:
+        values = tf.constant(as_numpy(tensors.grads[0]._values()))  # of all of them
+        rows = itertools.cycle([tf.constant(as_numpy(grad._indices()[0])) for grad in tensors.grads])
+
+        def apply(rows: Any) -> None:
+            optimizer.apply_gradients([(tf.IndexedSlices(values, rows, variables[0].shape), variables[0])])
+
+        in_graph = tf.function(apply)
+        return lambda: (in_graph if graph else apply)(next(rows))
+    grads = [tf.constant(as_numpy(grad)) for grad in tensors.grads]
     pairs = list(zip(grads, variables, strict=True))
 
     def step() -> None:
@@ -260,7 +281,7 @@ FAMILIES: Final = {name: family for family, names in STEPS.items() for name in n
 
 # Whom sparse gradients are given to, and who is there for their sake.
 ROWS_ONLY: Final = (SPARSE_ADAM, SPARSE_ADAGRAD, FUSED + DENSE, TORCH_FOREACH + DENSE)
-ROWS_FIELD: Final = (FUSED, FOR_LOOP, SPARSE_ADAM, SPARSE_ADAGRAD, TF_EAGER, TF_GRAPH, *ROWS_ONLY[2:])
+ROWS_FIELD: Final = (FUSED, GLOBAL_CLIPNORM, FOR_LOOP, SPARSE_ADAM, SPARSE_ADAGRAD, TF_EAGER, TF_GRAPH, *ROWS_ONLY[2:])
 MOST_ROWS_IF_DENSE: Final = 1_000_000
 
 # Where ours runs in Python, a step takes 40 to 70 times as long as the fused one.

@@ -337,7 +337,7 @@ def tables_of(results: Results) -> dict[str, Table]:
     tables["tensors"] = curve_table("More and more tensors of 16 elements", results.by_tensors, "tensors")
     if results.by_rows:
         names = list(dict.fromkeys(name for record in results.by_rows for name in record.timings.seconds))
-        tables["sparse"] = matrix("1,000 rows of a table, float32", results.by_rows, names)
+        tables["sparse"] = matrix("1,000 rows of a table, float32, other rows each time", results.by_rows, names)
     tables["threads"] = threads_table(results)
     for record in results.training:
         tables["training"] = record_table(record, OURS)

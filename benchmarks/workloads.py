@@ -47,11 +47,17 @@ class Workload(NamedTuple):
         return f"{tensors}, {self.numel:,} elements, {self.dtype_name}"
 
 
+# The sparse gradients of a table.
+GRADIENTS: Final = 200
+
+
 class Tensors(NamedTuple):
     """Parameters with their gradients, and Adadelta's state at the fixed point that it reaches under them.
 
     With square_avg = acc_delta = grad^2, no step makes the numbers easier or harder, and each moves the parameters by
     lr * grad. The gradients keep a distance from 0, so that nothing becomes subnormal, not even in float16.
+
+    A table with sparse gradients has many of them, which take turns: else the caches would hold the rows that occur.
     """
 
     params: list[Parameter]
@@ -69,7 +75,7 @@ class Tensors(NamedTuple):
         numbers += numbers.sign().mul_(0.1)
         numbers = numbers.to(workload.dtype)
         if workload.occurring:
-            return cls._of_table(workload, numbers, generator)
+            return cls._of_table(workload, generator)
         params, grads, squares = [], [], []
         for shape in workload.shapes:
             numel = shapes.count([shape])
@@ -81,16 +87,14 @@ class Tensors(NamedTuple):
         return cls(params, grads, squares, [square.clone() for square in squares])
 
     @classmethod
-    def _of_table(cls, workload: Workload, numbers: Tensor, generator: torch.Generator) -> "Tensors":
-        """A table whose gradient is sparse: rows that occur once each, in random order, anywhere in it."""
+    def _of_table(cls, workload: Workload, generator: torch.Generator) -> "Tensors":
+        """A table whose gradients are sparse: rows in random order, anywhere in it."""
         (shape,) = workload.shapes
-        rows, width = shape
-        occurring = torch.randperm(rows, generator=generator)[: workload.occurring]
-        values = numbers[: len(occurring) * width].reshape(-1, width)
-        table = Parameter(torch.ones(shape, dtype=numbers.dtype))
-        table.grad = torch.sparse_coo_tensor(occurring[None], values, shape, check_invariants=True)
-        squares = [torch.ones(shape, dtype=numbers.dtype).index_copy_(0, occurring, values**2) for _ in range(2)]
-        return cls([table], [table.grad], squares[:1], squares[1:])
+        table, *squares = (torch.full(shape, value, dtype=workload.dtype) for value in (1.0, 0.25, 0.25))
+        values = torch.full((workload.occurring, *shape[1:]), 0.5, dtype=workload.dtype)
+        rows = torch.randint(shape[0], (GRADIENTS, 1, workload.occurring), generator=generator)
+        grads = [torch.sparse_coo_tensor(indices, values, shape, check_invariants=True) for indices in rows]
+        return cls([Parameter(table)], grads, squares[:1], squares[1:])
 
 
 def one(numel: int) -> tuple[Shape, ...]:
@@ -160,14 +164,24 @@ def by_tensors(*, quick: bool) -> list[Workload]:
     return [Workload(f"{n}x16", many(n, 16), budget=0.1 if quick else 1.0, turn=2e-3) for n in counts]
 
 
+TABLE_WIDTH: Final = 64
+
+
 def by_rows(*, quick: bool) -> list[Workload]:
-    """Tables of more and more rows, of which 1000 occur in a sparse gradient; the last is wider."""
-    if quick:
-        return [Workload("10000x16", ((10_000, 16),), budget=0.2, turn=2e-3, occurring=1000, limit=ROWS)]
-    shapes_of = [(10_000, 16), (100_000, 16), (1_000_000, 16), (20_000_000, 16), (1_000_000, 64)]
+    """Tables of more and more rows of 64 numbers, of which 1000 occur in each sparse gradient."""
+    budget, turn = (0.2, 2e-3) if quick else (4, 0.02)
     return [
-        Workload(f"{rows}x{width}", ((rows, width),), budget=3, turn=5e-3, occurring=1000, limit=ROWS)
-        for rows, width in shapes_of
+        Workload(
+            f"{rows}x{TABLE_WIDTH}",
+            ((rows, TABLE_WIDTH),),
+            budget=budget,
+            turn=turn,
+            fits_cache=False,
+            clips=True,
+            occurring=1000,
+            limit=ROWS,
+        )
+        for rows in ((10_000,) if quick else (10_000, 100_000, 1_000_000, 10_000_000))
     ]
 
 

@@ -163,7 +163,9 @@ def test_tables_go_where_a_page_asks_for_them(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / "docs" / "performance.md").exists(), reason="needs the source tree")
 def test_pages_have_their_tables_and_pictures() -> None:
-    pages = [(page, page.read_text()) for page in (ROOT / "README.md", ROOT / "docs" / "performance.md")]
+    from bench import PAGES
+
+    pages = [(page, page.read_text()) for page in PAGES]
     for page, text in pages:
         blocks = re.findall(r"<!-- bench: ([\w-]+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
         assert blocks, page
