@@ -13,25 +13,20 @@ torch_adadelta is installed with its extras "parity" and "examples", run it with
     python examples/port_from_keras.py --plot output/port_from_keras.png
 """
 
-import argparse
 import math
 import os
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import common
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
+from common import Array, Digits
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 
 from torch_adadelta import AdadeltaKeras
@@ -45,21 +40,12 @@ import tf_keras
 # not rounded to float32 by 2e-7, in both.
 TOLERANCE: Final = {"float32": 1e-5, "float64": 1e-12}
 
-# Apart from --seed, so that all seeds are measured on the same test images.
-_SPLIT_SEED: Final = 0
-
-_COLOURS: Final = {"tf_keras": "#0072B2", "PyTorch": "#D55E00", "float32": "#009E73", "float64": "#CC79A7"}
-
-Array = NDArray[Any]
-
-
-class Digits(NamedTuple):
-    """Images of shape (n, 64) with values in [0, 1], and their labels of shape (n,)."""
-
-    train_images: Array
-    train_labels: Array
-    test_images: Array
-    test_labels: Array
+_COLOURS: Final = {
+    "tf_keras": common.BLUE,
+    "PyTorch": common.RED,
+    "float32": common.GREEN,
+    "float64": common.PINK,
+}
 
 
 class Run(NamedTuple):
@@ -98,15 +84,6 @@ class Setting(NamedTuple):
     batches: list[Array]  # indices of images, in the order of training
     learning_rate: float
     clipnorm: float
-
-
-def load(dtype: str) -> Digits:
-    """The digits, a quarter of them for testing, always the same."""
-    images, labels = load_digits(return_X_y=True)
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        (images / 16).astype(dtype), labels, test_size=0.25, random_state=_SPLIT_SEED, stratify=labels
-    )
-    return Digits(train_images, train_labels, test_images, test_labels)
 
 
 # ---- The two frameworks ---------------------------------------------------------------------------------------------
@@ -230,26 +207,21 @@ def train(
 
     The batches of an epoch have the same size, give or take one image.
     """
-    # More threads gain nothing on so small a net, and on a busy machine a step takes 100 times as long with them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with common.one_thread():
         return _train(epochs, batch_size, learning_rate, clipnorm, seed)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _train(epochs: int, batch_size: int, learning_rate: float, clipnorm: float, seed: int) -> Result:
     tf_keras.utils.set_random_seed(seed)
     initial_weights = build_keras_model("float32").get_weights()
     rng = np.random.default_rng(seed)
-    count = len(load("float32").train_labels)
+    count = len(common.load().train_labels)
     batches_per_epoch = -(-count // batch_size)
     batches = [indices for _ in range(epochs) for indices in np.array_split(rng.permutation(count), batches_per_epoch)]
     by_dtype = {}
     for dtype in ("float32", "float64"):
         weights = [array.astype(dtype) for array in initial_weights]
-        setting = Setting(load(dtype), weights, batches, learning_rate, clipnorm)
+        setting = Setting(common.load(dtype), weights, batches, learning_rate, clipnorm)
         by_dtype[dtype] = compare(train_keras(setting, dtype), train_torch(setting, dtype))
     return Result(by_dtype, batches_per_epoch)
 
@@ -265,10 +237,9 @@ def report(result: Result) -> None:
     curves = Table(title="Mean training loss (float32), and the largest relative distance of a batch")
     for heading in ("epoch", "tf_keras", "PyTorch", "distance, float32", "distance, float64"):
         curves.add_column(heading, justify="right")
-    for epoch in range(len(single.losses) // n):
-        of_epoch = slice(epoch * n, (epoch + 1) * n)
-        means = (statistics.fmean(run.losses[of_epoch]) for run in (single.keras, single.torch))
-        largest = (max(comparison.losses[of_epoch]) for comparison in (single, double))
+    all_means = [common.epoch_means(run.losses, n) for run in (single.keras, single.torch)]
+    for epoch, means in enumerate(zip(*all_means, strict=True)):
+        largest = (max(comparison.losses[epoch * n : (epoch + 1) * n]) for comparison in (single, double))
         curves.add_row(str(epoch + 1), *(f"{mean:.9f}" for mean in means), *(f"{d:.1e}" for d in largest))
     console.print(curves)
 
@@ -296,8 +267,7 @@ def report(result: Result) -> None:
 def plot(result: Result, path: Path) -> None:
     """Draws the loss of every batch in both frameworks, and below it their relative distance."""
     n = result.batches_per_epoch
-    # Without pyplot there is no window and no global state; savefig renders with Agg.
-    figure = Figure(figsize=(9, 7), dpi=150, layout="constrained")
+    figure = common.new_figure(9, 7)
     above, below = figure.subplots(2, sharex=True)
     single = result.by_dtype["float32"]
     epochs = [(i + 0.5) / n for i in range(len(single.losses))]
@@ -313,45 +283,31 @@ def plot(result: Result, path: Path) -> None:
         below.axhline(unit, color=_COLOURS[dtype], linestyle=":", label=f"rounding unit of {dtype}, {unit:.0e}")
     below.set_yscale("log")
     below.set_ylabel("relative distance of the losses")
-    below.set_xlabel("epochs")
-    below.set_xlim(0, len(single.losses) / n)
-    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    common.count_epochs(below, len(single.losses) / n)
     for axes in (above, below):
-        axes.grid(alpha=0.3)
         axes.legend(loc="best")
-    figure.savefig(path)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    common.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Runs the example as the command line says, and returns what came of it."""
-    parser = argparse.ArgumentParser(
-        description="Train a small net on handwritten digits with tf_keras and with PyTorch, and measure how far the "
-        "numbers are apart.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = common.parser(
+        "Train a small net on handwritten digits with tf_keras and with PyTorch, and measure how far the numbers are "
+        "apart.",
+        epochs=5,
+        batch_size=32,
     )
-    parser.add_argument("--epochs", type=_positive, default=5, help="passes over the training images")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images per step, at most")
     parser.add_argument(
         "--learning-rate", type=float, default=1.0, help="of the first step; the last has a tenth of it"
     )
     parser.add_argument("--clipnorm", type=float, default=0.5, help="the largest norm of each gradient")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the images")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curves and their distance")
+    parser.add_argument("--plot", type=common.picture, metavar="PNG", help="draw the loss curves and their distance")
     options = parser.parse_args(arguments)
 
     result = train(options.epochs, options.batch_size, options.learning_rate, options.clipnorm, options.seed)
     report(result)
     if options.plot is not None:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(result, options.plot)
-        print(f"Loss curves: {options.plot}")
     return result
 
 

@@ -12,24 +12,20 @@ its extras "keras", "parity" and "examples", run it with
     python examples/resume_from_keras.py --plot output/resume_from_keras.png
 """
 
-import argparse
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import common
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from common import Array, Digits, epoch_means
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 
 from torch_adadelta import AdadeltaKeras
@@ -44,20 +40,7 @@ import tensorflow as tf
 # and without the state 2.6e-2.
 TOLERANCE: Final = 1e-5
 
-_SPLIT_SEED: Final = 0  # apart from --seed, so that all seeds are measured on the same test images
-
-_COLOURS: Final = {"Keras": "#0072B2", "PyTorch": "#D55E00", "PyTorch, weights only": "#999999"}
-
-Array = NDArray[Any]
-
-
-class Digits(NamedTuple):
-    """Images of shape (n, 8, 8, 1) with values in [0, 1], as Keras has them, and labels of shape (n,)."""
-
-    train_images: Array
-    train_labels: Array
-    test_images: Array
-    test_labels: Array
+_COLOURS: Final = {"Keras": common.BLUE, "PyTorch": common.RED, "PyTorch, weights only": common.GREY}
 
 
 class Result(NamedTuple):
@@ -71,13 +54,11 @@ class Result(NamedTuple):
 
 
 def load() -> Digits:
-    """The digits, a quarter of them for testing, always the same."""
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images, labels, test_size=0.25, random_state=_SPLIT_SEED, stratify=labels
+    """The digits, as images of shape (n, 8, 8, 1) as Keras has them."""
+    digits = common.load()
+    return digits._replace(
+        train_images=digits.train_images.reshape(-1, 8, 8, 1), test_images=digits.test_images.reshape(-1, 8, 8, 1)
     )
-    return Digits(train_images, train_labels, test_images, test_labels)
 
 
 def build_keras_model(learning_rate: float, steps: int) -> Any:
@@ -190,11 +171,6 @@ def train(epochs: int = 10, batch_size: int = 32, learning_rate: float = 1.0, se
     return Result(before, after, accuracies, report, per_epoch)
 
 
-def epoch_means(losses: list[float], per_epoch: int) -> list[float]:
-    """The mean loss of each epoch."""
-    return [statistics.fmean(losses[at : at + per_epoch]) for at in range(0, len(losses), per_epoch)]
-
-
 def distance(result: Result, name: str) -> float:
     """The largest relative distance from Keras of an epoch's mean loss."""
     ours, theirs = (epoch_means(result.after[who], result.batches_per_epoch) for who in (name, "Keras"))
@@ -225,7 +201,7 @@ def show(result: Result) -> None:
 def plot(result: Result, path: Path) -> None:
     """Draws the mean loss of each epoch, with the hand-over marked."""
     per_epoch = result.batches_per_epoch
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = common.new_figure(8, 5)
     axes = figure.subplots()
     before = epoch_means(result.before, per_epoch)
     start = len(before)
@@ -241,41 +217,27 @@ def plot(result: Result, path: Path) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("mean training loss")
     axes.set_title("A training job that moves from Keras to PyTorch")
-    axes.grid(alpha=0.3)
     axes.legend(loc="best")
-    figure.savefig(path)
-
-
-def _at_least_two(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {value}")
-    return value
+    common.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Runs the example as the command line says, and returns what came of it."""
-    parser = argparse.ArgumentParser(
-        description="Start a training job in Keras and finish it in PyTorch.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = common.parser(
+        "Start a training job in Keras, for half of the epochs, and finish it in PyTorch.",
+        epochs=10,
+        batch_size=32,
+        least_epochs=2,
     )
-    parser.add_argument(
-        "--epochs", type=_at_least_two, default=10, help="passes over the images, half of them in Keras"
-    )
-    parser.add_argument("--batch-size", type=_at_least_two, default=32, help="images per step, at most")
     parser.add_argument(
         "--learning-rate", type=float, default=1.0, help="of the first step; the last has a tenth of it"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the images")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the losses there")
+    parser.add_argument("--plot", type=common.picture, metavar="PNG", help="draw the losses there")
     options = parser.parse_args(arguments)
-    if options.plot is not None:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
     result = train(options.epochs, options.batch_size, options.learning_rate, options.seed)
     show(result)
     if options.plot is not None:
         plot(result, options.plot)
-        print(f"Drawn to {options.plot}")
     if distance(result, "PyTorch") > TOLERANCE:
         sys.exit(f"PyTorch did not go on as Keras did: {distance(result, 'PyTorch'):.1e} > {TOLERANCE:.0e}")
     return result

@@ -11,36 +11,26 @@ its extra "examples", with
     python examples/train_digits.py
 """
 
-import argparse
 import copy
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import common
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_adadelta import AdadeltaKeras, ops
 
 REQUIRED_ACCURACY: Final = 0.97
-
-# Apart from --seed, so that all seeds are measured on the same test images.
-_SPLIT_SEED: Final = 0
-
-_COLOURS: Final = ("#0072B2", "#D55E00")
 
 
 class Digits(NamedTuple):
@@ -101,16 +91,16 @@ class _Trainee:
 
 def load() -> Digits:
     """The digits, a quarter of them for testing, always the same."""
-    images, labels = load_digits(return_X_y=True)
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images, labels, test_size=0.25, random_state=_SPLIT_SEED, stratify=labels
-    )
+    digits = common.load()
 
-    def as_images(pixels: object) -> Tensor:
-        return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    def as_images(pixels: common.Array) -> Tensor:
+        return torch.from_numpy(pixels).reshape(-1, 1, 8, 8)
 
     return Digits(
-        as_images(train_images), torch.as_tensor(train_labels), as_images(test_images), torch.as_tensor(test_labels)
+        as_images(digits.train_images),
+        torch.from_numpy(digits.train_labels),
+        as_images(digits.test_images),
+        torch.from_numpy(digits.test_labels),
     )
 
 
@@ -129,24 +119,12 @@ def build_model() -> nn.Module:
     )
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    previous = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
-
-
 def train(epochs: int = 20, batch_size: int = 32, learning_rate: float = 1.0, seed: int = 0) -> Result:
     """Trains with both optimizers, batch by batch in turn, and tests both models.
 
     The batches of an epoch have the same size, give or take one image.
     """
-    # More threads gain little on so small a net, lose much on a busy machine, and would let the losses depend on the
-    # number of cores.
-    with _threads(1):
+    with common.one_thread():
         return _train(epochs, batch_size, learning_rate, seed)
 
 
@@ -183,15 +161,14 @@ def _train(epochs: int, batch_size: int, learning_rate: float, seed: int) -> Res
 def plot(result: Result, learning_rate: float, path: Path) -> None:
     """Draws the loss of every batch, pale, and its mean over each epoch."""
     n = result.batches_per_epoch
-    # Without pyplot there is no window and no global state; savefig renders with Agg.
-    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    figure = common.new_figure(9, 5.5)
     axes = figure.subplots()
-    for run, colour in zip((result.keras, result.torch), _COLOURS, strict=True):
-        epochs = range(len(run.losses) // n)
+    for run, colour in ((result.keras, common.BLUE), (result.torch, common.RED)):
+        means = common.epoch_means(run.losses, n)
         axes.plot([(i + 0.5) / n for i in range(len(run.losses))], run.losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(
-            [epoch + 0.5 for epoch in epochs],
-            [statistics.fmean(run.losses[epoch * n : (epoch + 1) * n]) for epoch in epochs],
+            [epoch + 0.5 for epoch in range(len(means))],
+            means,
             color=colour,
             marker="o",
             markersize=4,
@@ -199,14 +176,11 @@ def plot(result: Result, learning_rate: float, path: Path) -> None:
             label=f"{run.name} (rho {run.rho:g}, epsilon {run.epsilon:.0e}): test accuracy {run.accuracy:.1%}",
         )
     axes.set_yscale("log")
-    axes.set_xlim(0, len(result.keras.losses) / n)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("epochs")
+    common.count_epochs(axes, len(result.keras.losses) / n)
     axes.set_ylabel("training loss (cross-entropy)")
     axes.set_title(f"Handwritten digits, same weights and batches, learning rate {learning_rate:g}")
-    axes.grid(alpha=0.3)
     axes.legend(title="mean over the epoch (pale: every batch)")
-    figure.savefig(path)
+    common.save(figure, path)
 
 
 def report(result: Result) -> None:
@@ -222,32 +196,21 @@ def report(result: Result) -> None:
     print(f"AdadeltaKeras: {path}. torch {torch.__version__}, threads: {result.threads}.")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Runs the example as the command line says, and returns what came of it."""
-    parser = argparse.ArgumentParser(
-        description="Train a small convolutional net on handwritten digits with AdadeltaKeras and, beside it, "
+    parser = common.parser(
+        "Train a small convolutional net on handwritten digits with AdadeltaKeras and, beside it, "
         "torch.optim.Adadelta.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epochs=20,
+        batch_size=32,
     )
-    parser.add_argument("--epochs", type=_positive, default=20, help="passes over the training images")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images per step, at most")
     parser.add_argument("--learning-rate", type=float, default=1.0, help="of both optimizers")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the images")
-    parser.add_argument("--output", type=Path, default=Path("output/train_digits.png"), help="the picture to write")
+    parser.add_argument("--output", type=common.picture, default="output/train_digits.png", help="the picture to write")
     options = parser.parse_args(arguments)
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     result = train(options.epochs, options.batch_size, options.learning_rate, options.seed)
     report(result)
     plot(result, options.learning_rate, options.output)
-    print(f"Loss curves: {options.output}")
     return result
 
 

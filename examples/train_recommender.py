@@ -15,7 +15,6 @@ errors. Run it, where torch_adadelta is installed with its extra "examples", wit
     python examples/train_recommender.py
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -23,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import common
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -42,10 +41,7 @@ EPSILON: Final = 1e-4
 # Of the prediction on hidden ratings, as a share of the error that the mean rating of each item makes.
 REQUIRED_SHARE: Final = 0.75
 
-# Apart from --seed, so that all seeds are measured on the same hidden ratings.
-_SPLIT_SEED: Final = 0
-
-_COLOURS: Final = {"sparse": "#D55E00", "dense": "#0072B2"}
+_COLOURS: Final = {"sparse": common.RED, "dense": common.BLUE}
 
 
 class Ratings(NamedTuple):
@@ -109,7 +105,7 @@ def load() -> Data:
     """The ratings, a fifth of them hidden, always the same."""
     images, _ = load_digits(return_X_y=True)
     values = torch.as_tensor(images, dtype=torch.float32).reshape(-1)
-    numbers = torch.randperm(len(values), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    numbers = torch.randperm(len(values), generator=torch.Generator().manual_seed(common.SPLIT_SEED))
     cut = len(numbers) // 5
 
     def ratings(numbers: Tensor) -> Ratings:
@@ -154,7 +150,7 @@ def train(
 
 def plot(result: Result, rows: int, path: Path) -> None:
     """Draws the error on hidden ratings against epochs and against time."""
-    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    figure = common.new_figure(10, 4.5)
     by_epoch, by_time = figure.subplots(1, 2, sharey=True)
     for name, colour in _COLOURS.items():
         run: Run = getattr(result, name)
@@ -163,14 +159,13 @@ def plot(result: Result, rows: int, path: Path) -> None:
         by_time.plot(run.seconds[1:], run.errors[1:], color=colour, marker="o", markersize=4, label=label)
     for axes in (by_epoch, by_time):
         axes.axhline(result.error_of_means, color="#666666", linestyle="--", linewidth=1, label="mean of each item")
-        axes.grid(alpha=0.3)
     by_epoch.set_ylabel("root mean square error on hidden ratings")
     by_epoch.set_xlabel("epochs")
     by_time.set_xlabel("seconds of training (logarithmic)")
     by_time.set_xscale("log")
     by_epoch.legend()
     figure.suptitle(f"Matrix factorisation with a table of {rows:,} rows, same initial values and batches")
-    figure.savefig(path)
+    common.save(figure, path)
 
 
 def _duration(microseconds: float) -> str:
@@ -191,28 +186,19 @@ def report(result: Result) -> None:
     print(f"The mean rating of each item: {result.error_of_means:.3f}.")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Runs the example as the command line says, and returns what came of it."""
-    parser = argparse.ArgumentParser(
-        description="Train a recommender on a large table of embeddings, with sparse and with dense gradients.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = common.parser(
+        "Train a recommender on a large table of embeddings, with sparse and with dense gradients.",
+        epochs=12,
+        batch_size=512,
+        data="ratings",
     )
-    parser.add_argument("--rows", type=_positive, default=2**18, help="of the table")
-    parser.add_argument("--width", type=_positive, default=15, help="of the vectors, without the bias")
-    parser.add_argument("--epochs", type=_positive, default=12, help="passes over the ratings")
-    parser.add_argument("--batch-size", type=_positive, default=512, help="ratings per step")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial values and the order of the ratings")
-    parser.add_argument("--output", type=Path, default=Path("output/train_recommender.png"), help="the picture")
+    parser.add_argument("--rows", type=common.at_least(1), default=2**18, help="of the table")
+    parser.add_argument("--width", type=common.at_least(1), default=15, help="of the vectors, without the bias")
+    parser.add_argument("--output", type=common.picture, default="output/train_recommender.png", help="the picture")
     options = parser.parse_args(arguments)
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     data = load()
     with Progress() as progress:
         sparse, dense = (
@@ -231,7 +217,6 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     result = Result(sparse, dense, data.error_of_means())
     report(result)
     plot(result, options.rows, options.output)
-    print(f"Error curves: {options.output}")
     return result
 
 

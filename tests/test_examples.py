@@ -11,6 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python examples/x.py` does, which lets an example import what stands beside it."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
 def test_train_digits_learns_and_draws(tmp_path: Path) -> None:
     main = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))["main"]
     picture = tmp_path / "curves.png"
