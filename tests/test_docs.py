@@ -1,5 +1,5 @@
-"""The code in README.md, docs/ and CONTRIBUTING.md: Python blocks run, section by section, those that cannot run here are
-compiled and counted, and commands name what there is.
+"""The code in README.md, docs/ and CONTRIBUTING.md: Python blocks run, section by section, or by torchrun in several
+processes; those that cannot run here are compiled and counted; and commands name what there is.
 """
 
 import os
@@ -17,10 +17,23 @@ PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.m
 
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
 
-# Python blocks that the tests do not run, each marked on its page with the reason.
-MOST_NOT_RUN: Final = 10
+# Python blocks that the tests do not run, each marked on its page with the reason: two need a GPU, two a framework that
+# the test environment does not have.
+MOST_NOT_RUN: Final = 4
 
-_BLOCK: Final = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)```", re.DOTALL)
+_BLOCK: Final = re.compile(
+    r"(<!-- not run: [^\n]+ -->\n|<!-- run by torchrun: in \d+ processes -->\n)?```python\n(.*?)```", re.DOTALL
+)
+
+# What the extras of the tests bring along.
+_FRAMEWORKS: Final = {
+    "accelerate": "frameworks",
+    "lightning": "frameworks",
+    "transformers": "frameworks",
+    "keras": "parity",
+    "tensorflow": "parity",
+    "tf_keras": "parity",
+}
 
 
 class Section(NamedTuple):
@@ -28,7 +41,7 @@ class Section(NamedTuple):
 
     page: str
     heading: str
-    blocks: list[tuple[bool, str]]  # whether it is to be run, and the code
+    blocks: list[tuple[bool, str]]  # whether it is to be run here, and the code
 
     def __str__(self) -> str:
         return f"{self.page}: {self.heading}"
@@ -46,11 +59,18 @@ def sections() -> list[Section]:
 
 
 @pytest.mark.parametrize("section", sections(), ids=str)
-def test_blocks_run(section: Section) -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for library in ("tensorflow", "tf_keras", "keras"):
-        if any(re.search(rf"^import {library}\b", code, re.MULTILINE) for is_run, code in section.blocks if is_run):
-            pytest.importorskip(library, reason="needs the extra 'parity'")
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+def test_blocks_run(section: Section, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_MLFLOW_INTEGRATION"):
+        monkeypatch.setenv(name, "1")
+    for library, extra in _FRAMEWORKS.items():
+        pattern = rf"^(?:import|from) {library}\b"
+        if any(re.search(pattern, code, re.MULTILINE) for is_run, code in section.blocks if is_run):
+            pytest.importorskip(library, reason=f"needs the extra '{extra}'")
+            if extra == "frameworks":
+                monkeypatch.chdir(tmp_path)  # where they leave files
     if any("torch_adadelta.keras" in code for is_run, code in section.blocks if is_run):
         pytest.importorskip("h5py", reason="needs the extra 'keras'")
     namespace: dict[str, Any] = {"__name__": f"docs.{Path(section.page).stem}"}
@@ -60,12 +80,39 @@ def test_blocks_run(section: Section) -> None:
             exec(compiled, namespace)
 
 
+def in_processes() -> list[Any]:
+    """The blocks for several processes, each a program by itself, and in how many to run it."""
+    found = []
+    for page in PAGES:
+        blocks = [(match[1] or "", match[2]) for match in _BLOCK.finditer(page.read_text() if page.exists() else "")]
+        counted = [(re.search(r"torchrun: in (\d+)", marked), code) for marked, code in blocks]
+        found += [pytest.param(int(count[1]), code, id=page.name) for count, code in counted if count]
+    return found
+
+
+@pytest.mark.parametrize(("processes", "code"), in_processes())
+def test_blocks_run_in_processes(processes: int, code: str, tmp_path: Path) -> None:
+    (tmp_path / "block.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, str(tmp_path / "block.py")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_block_is_found() -> None:
     not_run = []
     for page in PAGES:
         text = page.read_text()
         assert text.count("```python") == len(_BLOCK.findall(text))
-        assert len(re.findall("^<!-- not run", text, re.MULTILINE)) == sum(
+        assert len(re.findall("^<!-- (?:not run|run by)", text, re.MULTILINE)) == sum(
             bool(marked) for marked, _ in _BLOCK.findall(text)
         )
         # Directives of the generator, and nothing else, are the other blocks.
@@ -76,7 +123,7 @@ def test_every_block_is_found() -> None:
             "{eval-rst}",
             "{include} ../README.md",
         }
-        not_run += [f"{page.name}: {marked}" for marked, _ in _BLOCK.findall(text) if marked]
+        not_run += [f"{page.name}: {marked}" for marked, _ in _BLOCK.findall(text) if "not run" in marked]
     assert len(not_run) <= MOST_NOT_RUN, "\n".join(not_run)
 
 
@@ -119,6 +166,22 @@ def test_links_lead_somewhere(page: Path) -> None:
                 for heading in re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
             }
             assert anchor in anchors, target
+
+
+def test_the_map_of_the_house_has_every_file() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    for folder in ("torch_adadelta", "torch_adadelta/keras", "csrc", "csrc/cpu", "csrc/cuda"):
+        for path in (ROOT / folder).iterdir():
+            is_ours = path.suffix in (".py", ".h", ".cpp", ".cuh") and path.name not in ("__init__.py", "__main__.py")
+            if is_ours and not path.name.startswith("loops") and folder != "csrc/cuda":
+                assert f"`{path.name}`" in page, path
+    for path in [*(ROOT / "tests").iterdir(), *(ROOT / "csrc").iterdir(), *(ROOT / "torch_adadelta").iterdir()]:
+        if path.is_dir() and not path.name.startswith((".", "__")):
+            assert f"`{path.name}/`" in page, path
+    folders = ("torch_adadelta", "csrc", "tests", "benchmarks", "examples", "scripts")
+    there_are = [str(path) for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    for name in re.findall(r"`([\w/]+\.(?:py|h|cpp|cuh|sh))`", page):
+        assert any(path.endswith(f"/{name}") for path in there_are), f"there is no {name}"
 
 
 def test_troubleshooting_knows_what_the_diagnostics_print() -> None:
