@@ -11,7 +11,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/roots tests/sanitizers -type f \
   -not -name "*.json" -not -name "*.py")
 
-# A stamp for each PyTorch and set of extras; each also installs the package itself, compiled and editable.
+# A stamp for each PyTorch, with the package itself, compiled and editable; and one for each set of extras besides, which
+# compiles nothing.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
 .PHONY: demo test nightly bench lint format docs sanitize wheel matrix clean
@@ -72,10 +73,13 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: the library is compiled against it.
+# torch first: the library is compiled against it. pip would compile all of it each time, in a folder of its own; this way
+# ninja compiles what has changed. With another PyTorch, headers are new, too.
 $(INSTALLED): $(VENV)/bin/python $(SOURCES)
 	$(PIP) "setuptools>=77" ninja $(TORCH)
-	$(PIP) --no-build-isolation --editable .
+	TORCH_ADADELTA_NO_EXT=1 $(PIP) --no-build-isolation --editable .
+	mkdir -p build
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python setup.py build_ext --inplace --force >build/log 2>&1 || { cat build/log; exit 1; }
 	rm -f $(VENV)/.torch*
 	touch $@
 
@@ -83,5 +87,5 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 $(INSTALLED)-%: $(INSTALLED)
-	$(PIP) --no-build-isolation --editable ".[$(subst -,$(comma),$*)]"
+	$(PIP) "torch_adadelta[$(subst -,$(comma),$*)]"
 	touch $@
