@@ -217,7 +217,7 @@ _FOREACH_DEVICE_TYPES: Final = frozenset(("cuda", "xpu"))
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices of a strided tensor may share memory, as in an expanded one."""
-    if tensor.numel() == 0:
+    if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     extent = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
