@@ -20,7 +20,7 @@ Registry& registry() {
   return *result;
 }
 
-// hold_state in schemas.h.
+// hold_state in ops.cpp.
 void hold_state(StableIValue* stack, uint64_t, uint64_t) {
   auto state = std::make_shared<const HeldState>(stack[0], stack[1]);
   check_lengths({{state->square_avgs, "square_avgs"}, {state->acc_deltas, "acc_deltas"}});
@@ -30,7 +30,7 @@ void hold_state(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(all.last);
 }
 
-// drop_state in schemas.h. Who uses the state at the moment keeps it that long.
+// drop_state in ops.cpp. Who uses the state at the moment keeps it that long.
 void drop_state(int64_t number) {
   std::shared_ptr<const HeldState> state;
   {

@@ -120,13 +120,12 @@ inline Indices read_indices(AtenTensorHandle handle, const Place& place, size_t 
   return indices;
 }
 
-// Whether the dimensions of a row follow each other in memory, without gaps, in one of the tensors.
-template <int64_t Dimension::* stride>
-bool is_contiguous_row(const Layout& row, Dtype dtype) {
+// Whether some dimensions of a parameter follow each other in memory, without gaps, and those of its state do, too.
+inline bool is_contiguous(const Layout& layout, Dtype dtype) {
   int64_t expected = item_size(dtype);
-  for (auto dim = row.rbegin(); dim != row.rend(); ++dim) {
+  for (auto dim = layout.rbegin(); dim != layout.rend(); ++dim) {
     if (dim->size != 1) {
-      if ((*dim).*stride != expected) {
+      if (dim->param != expected || dim->square_avg != expected || dim->acc_delta != expected) {
         return false;
       }
       expected *= dim->size;
@@ -206,9 +205,7 @@ inline SparseEntries read_sparse_entries(
       entry.row.push_back({2, size, 0, size, size});
       entry.row_numel *= 2;
     }
-    entry.contiguous_row = detail::is_contiguous_row<&Dimension::param>(entry.row, param.dtype) &&
-                           detail::is_contiguous_row<&Dimension::square_avg>(entry.row, param.dtype) &&
-                           detail::is_contiguous_row<&Dimension::acc_delta>(entry.row, param.dtype);
+    entry.contiguous_row = detail::is_contiguous(entry.row, param.dtype);
     if (param.numel > 0) {
       detail::check_no_overlap(written, i);
       detail::check_apart(written, i);

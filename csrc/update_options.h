@@ -1,8 +1,10 @@
 // The options of one call of adadelta_, for the host and the device.
 #pragma once
 
+#include "adadelta.h"
 #include "dtypes.h"
 
+#include <cstddef>
 #include <limits>
 
 namespace torch_adadelta {
@@ -33,5 +35,16 @@ struct UpdateOptions {
            factor.number == 1 && grad_scale == nullptr;
   }
 };
+
+// What becomes of the gradient of parameter `index`, where the options can be read. `factor` is the value of
+// options.factor.
+template <typename T>
+ADADELTA_INLINE GradientClip<T> clip_of(const UpdateOptions& options, size_t index, double factor) {
+  const auto clip = options.square_sums != nullptr
+                        ? GradientClip<T>::by_norm(options.clipvalue, options.clipnorm, options.square_sums[index])
+                        : GradientClip<T>::by_factor(options.clipvalue, factor);
+  const T scale = options.grad_scale != nullptr ? static_cast<T>(*options.grad_scale) : T(1);
+  return clip.scaled_by(scale).negated_if(options.maximize);
+}
 
 }  // namespace torch_adadelta

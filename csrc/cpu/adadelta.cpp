@@ -118,7 +118,7 @@ void update_entries(const Entries& lists, const UpdateOptions& options) {
   });
 }
 
-// adadelta_ in ops.cpp, and adadelta_.unclipped, whose arguments are the first of those. Boxed, so that each list is
+// adadelta_ in schemas.h, and adadelta_.unclipped, whose arguments are the first of those. Boxed, so that each list is
 // read in place instead of becoming a vector of tensor objects.
 void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const UpdateArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
@@ -145,7 +145,7 @@ void adadelta_held(StableIValue* stack, uint64_t, uint64_t) {
   gil.emplace();
 }
 
-// check_lists in ops.cpp: what adadelta_ checks, and nothing more.
+// check_lists in schemas.h: what adadelta_ checks, and nothing more.
 void check_lists(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
   read_entries(params, grads, square_avgs, acc_deltas, aoti_torch_device_type_cpu());

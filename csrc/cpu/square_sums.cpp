@@ -105,7 +105,7 @@ void sum_squares(const Gradients& lists, double clipvalue, float scale, double* 
   }
 }
 
-// grad_square_sums in ops.cpp. Boxed, as adadelta_ is.
+// grad_square_sums in schemas.h. Boxed, as adadelta_ is.
 void grad_square_sums(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const SquareSumArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
   torch::stable::Tensor result = arguments.new_result();

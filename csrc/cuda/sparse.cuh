@@ -241,13 +241,6 @@ inline std::array<torch::stable::Tensor, 2> sorted(const torch::stable::Tensor& 
   return {to<torch::stable::Tensor>(stack[0]), to<torch::stable::Tensor>(stack[1])};
 }
 
-// Whether the elements of a parameter and its state lie in the order of its dimensions, without gaps.
-inline bool is_dense(const Layout& layout, Dtype dtype) {
-  return detail::is_contiguous_row<&Dimension::param>(layout, dtype) &&
-         detail::is_contiguous_row<&Dimension::square_avg>(layout, dtype) &&
-         detail::is_contiguous_row<&Dimension::acc_delta>(layout, dtype);
-}
-
 template <typename Item, typename Device>
 void update_rows(const Device& device, SparseUpdate& update, int width, int64_t blocks) {
   constexpr int kWidth = kVectorBytes / sizeof(ArithmeticType<Item>);
@@ -281,7 +274,7 @@ void update_sparse(
 
   Layout layout = entry.sparse_dims;
   layout.insert(layout.end(), entry.row.begin(), entry.row.end());
-  const bool dense = is_dense(layout, entry.dtype);
+  const bool dense = detail::is_contiguous(layout, entry.dtype);
   const int vector = entry.dtype == Dtype::kFloat64 ? 2 : 4;
   const auto fits = [&](const char* data, Dtype dtype) {
     return reinterpret_cast<uintptr_t>(data) % std::min<int64_t>(vector * item_size(dtype), kVectorBytes) == 0;

@@ -328,7 +328,7 @@ void add_units(const Device& device, const Gradients& lists, double* result, dou
   }
 }
 
-// grad_square_sums in ops.cpp.
+// grad_square_sums in schemas.h.
 template <typename Device>
 void grad_square_sums(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const SquareSumArguments arguments(stack, argument_count, Device::type());

@@ -63,15 +63,9 @@ struct GradientPipeline<T, false> {
   bool divides;
 
   __device__ __forceinline__ GradientPipeline(const UpdateOptions& options, uint32_t index)
-      : clip(clip_of(options, index)), scales(options.grad_scale != nullptr), divides(options.square_sums != nullptr) {}
-
-  __device__ __forceinline__ static GradientClip<T> clip_of(const UpdateOptions& options, uint32_t index) {
-    const auto clip = options.square_sums != nullptr
-                          ? GradientClip<T>::by_norm(options.clipvalue, options.clipnorm, options.square_sums[index])
-                          : GradientClip<T>::by_factor(options.clipvalue, value_of(options.factor));
-    const T scale = options.grad_scale != nullptr ? static_cast<T>(*options.grad_scale) : T(1);
-    return clip.scaled_by(scale).negated_if(options.maximize);
-  }
+      : clip(clip_of<T>(options, index, value_of(options.factor))),
+        scales(options.grad_scale != nullptr),
+        divides(options.square_sums != nullptr) {}
 
   // clip(g), but no division by 1.
   __device__ __forceinline__ T operator()(T g) const {
@@ -321,7 +315,7 @@ void update_together(const Device& device, EntryIterator first, EntryIterator la
   }
 }
 
-// adadelta_ and adadelta_.unclipped in ops.cpp, whose arguments are the first of the former's.
+// adadelta_ and adadelta_.unclipped in schemas.h, whose arguments are the first of the former's.
 template <typename Device>
 void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const UpdateArguments arguments(stack, argument_count, Device::type());
@@ -340,7 +334,7 @@ void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   }
 }
 
-// check_lists in ops.cpp: what adadelta_ checks, and nothing more.
+// check_lists in schemas.h: what adadelta_ checks, and nothing more.
 template <typename Device>
 void check_lists(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
