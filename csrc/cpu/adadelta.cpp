@@ -14,7 +14,42 @@ namespace {
 
 // ---- One parameter --------------------------------------------------------------------------------------------------
 
-// The elements [begin, end) of one parameter, in the order of its memory. T is the arithmetic type.
+template <typename T>
+auto update_loop(const Loops& loops) {
+  if constexpr (std::is_same_v<T, float>) {
+    return loops.update_float;
+  } else {
+    return loops.update_double;
+  }
+}
+
+// The elements [begin, end) of one parameter, in the order of its memory, block by block. T is the arithmetic type.
+//
+// Not inlined, for the buffers would be set up for each small parameter that needs none.
+template <typename T>
+__attribute__((noinline)) void update_by_blocks(
+    const Loops& loops,
+    const Entry& entry,
+    int64_t begin,
+    int64_t end,
+    const GradientClip<T>& clip,
+    const Hyperparameters<T>& h
+) {
+  alignas(64) T grad[kBlock], param[kBlock], square_avg[kBlock], acc_delta[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = std::min(kBlock, end - at);
+    load_block<&Dimension::grad>(loops, grad, entry.grad, entry.grad_dtype, entry.layout, at, count);
+    load_block<&Dimension::param>(loops, param, entry.param, entry.dtype, entry.layout, at, count);
+    load_block<&Dimension::square_avg>(loops, square_avg, entry.square_avg, entry.dtype, entry.layout, at, count);
+    load_block<&Dimension::acc_delta>(loops, acc_delta, entry.acc_delta, entry.dtype, entry.layout, at, count);
+    update_loop<T>(loops)(param, grad, square_avg, acc_delta, count, clip, h);
+    store_block<&Dimension::param>(loops, entry.param, entry.dtype, param, entry.layout, at, count);
+    store_block<&Dimension::square_avg>(loops, entry.square_avg, entry.dtype, square_avg, entry.layout, at, count);
+    store_block<&Dimension::acc_delta>(loops, entry.acc_delta, entry.dtype, acc_delta, entry.layout, at, count);
+  }
+}
+
+// The same, in place where that is possible.
 template <typename T>
 void update_range(
     const Loops& loops,
@@ -24,61 +59,30 @@ void update_range(
     const GradientClip<T>& clip,
     const Hyperparameters<T>& h
 ) {
-  UpdateLoop<T, T> update;
+  if (entry.layout != nullptr || entry.grad_dtype != entry.dtype || entry.grad_aliases_param) {
+    return update_by_blocks(loops, entry, begin, end, clip, h);
+  }
+  const auto update_in_place = [&](auto loop, auto* param) {
+    using Item = std::remove_pointer_t<decltype(param)>;
+    loop(
+        param + begin,
+        reinterpret_cast<const Item*>(entry.grad) + begin,
+        reinterpret_cast<Item*>(entry.square_avg) + begin,
+        reinterpret_cast<Item*>(entry.acc_delta) + begin,
+        end - begin,
+        clip,
+        h
+    );
+  };
   if constexpr (std::is_same_v<T, float>) {
-    update = loops.update_float;
-  } else {
-    update = loops.update_double;
-  }
-  const bool contiguous = entry.layout == nullptr;
-  if (contiguous && entry.grad_dtype == entry.dtype && !entry.grad_aliases_param) {
-    const auto update_in_place = [&](auto loop, auto* param) {
-      using Item = std::remove_pointer_t<decltype(param)>;
-      loop(
-          param + begin,
-          reinterpret_cast<const Item*>(entry.grad) + begin,
-          reinterpret_cast<Item*>(entry.square_avg) + begin,
-          reinterpret_cast<Item*>(entry.acc_delta) + begin,
-          end - begin,
-          clip,
-          h
-      );
-    };
-    if constexpr (std::is_same_v<T, float>) {
-      if (entry.dtype == Dtype::kFloat16) {
-        return update_in_place(loops.update_half, reinterpret_cast<uint16_t*>(entry.param));
-      }
-      if (entry.dtype == Dtype::kBFloat16) {
-        return update_in_place(loops.update_bfloat16, reinterpret_cast<uint16_t*>(entry.param));
-      }
+    if (entry.dtype == Dtype::kFloat16) {
+      return update_in_place(loops.update_half, reinterpret_cast<uint16_t*>(entry.param));
     }
-    return update_in_place(update, reinterpret_cast<T*>(entry.param));
-  }
-
-  alignas(64) T grad[kBlock], param[kBlock], square_avg[kBlock], acc_delta[kBlock];
-  const int64_t size = item_size(entry.dtype);
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t count = std::min(kBlock, end - at);
-    if (!contiguous) {
-      load_strided<&Dimension::grad>(loops, grad, entry.grad, entry.grad_dtype, *entry.layout, at, count);
-      load_strided<&Dimension::param>(loops, param, entry.param, entry.dtype, *entry.layout, at, count);
-      load_strided<&Dimension::square_avg>(loops, square_avg, entry.square_avg, entry.dtype, *entry.layout, at, count);
-      load_strided<&Dimension::acc_delta>(loops, acc_delta, entry.acc_delta, entry.dtype, *entry.layout, at, count);
-      update(param, grad, square_avg, acc_delta, count, clip, h);
-      store_strided<&Dimension::param>(loops, entry.param, entry.dtype, param, *entry.layout, at, count);
-      store_strided<&Dimension::square_avg>(loops, entry.square_avg, entry.dtype, square_avg, *entry.layout, at, count);
-      store_strided<&Dimension::acc_delta>(loops, entry.acc_delta, entry.dtype, acc_delta, *entry.layout, at, count);
-      continue;
+    if (entry.dtype == Dtype::kBFloat16) {
+      return update_in_place(loops.update_bfloat16, reinterpret_cast<uint16_t*>(entry.param));
     }
-    load_contiguous(loops, grad, entry.grad + at * item_size(entry.grad_dtype), entry.grad_dtype, count);
-    load_contiguous(loops, param, entry.param + at * size, entry.dtype, count);
-    load_contiguous(loops, square_avg, entry.square_avg + at * size, entry.dtype, count);
-    load_contiguous(loops, acc_delta, entry.acc_delta + at * size, entry.dtype, count);
-    update(param, grad, square_avg, acc_delta, count, clip, h);
-    store_contiguous(loops, entry.param + at * size, entry.dtype, param, count);
-    store_contiguous(loops, entry.square_avg + at * size, entry.dtype, square_avg, count);
-    store_contiguous(loops, entry.acc_delta + at * size, entry.dtype, acc_delta, count);
   }
+  update_in_place(update_loop<T>(loops), reinterpret_cast<T*>(entry.param));
 }
 
 // ---- The ops --------------------------------------------------------------------------------------------------------

@@ -126,4 +126,27 @@ void store_strided(
   });
 }
 
+// The elements [at, at + count) of a tensor, which lie as `layout` says, or one after the other where that is nullptr.
+template <int64_t Dimension::* stride, typename T>
+ADADELTA_INLINE void load_block(
+    const Loops& loops, T* to, const char* base, Dtype dtype, const Layout* layout, int64_t at, int64_t count
+) {
+  if (layout == nullptr) {
+    load_contiguous(loops, to, base + at * item_size(dtype), dtype, count);
+  } else {
+    load_strided<stride>(loops, to, base, dtype, *layout, at, count);
+  }
+}
+
+template <int64_t Dimension::* stride, typename T>
+ADADELTA_INLINE void store_block(
+    const Loops& loops, char* base, Dtype dtype, const T* from, const Layout* layout, int64_t at, int64_t count
+) {
+  if (layout == nullptr) {
+    store_contiguous(loops, base + at * item_size(dtype), dtype, from, count);
+  } else {
+    store_strided<stride>(loops, base, dtype, from, *layout, at, count);
+  }
+}
+
 }  // namespace torch_adadelta::cpu

@@ -117,7 +117,7 @@ void update_row(
   constexpr Dtype kT = std::is_same_v<T, float> ? Dtype::kFloat32 : Dtype::kFloat64;
   const auto [add, update] = loops_of<T>(loops);
   const Row row(entry, first->position);
-  const int64_t size = item_size(entry.dtype);
+  const Layout* layout = entry.contiguous_row ? nullptr : &entry.row;
   alignas(64) T grad[kBlock], buffer[kBlock], square_avg[kBlock], acc_delta[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
@@ -131,16 +131,7 @@ void update_row(
         add(grad, buffer, count, clip);
       }
     }
-    T* param = buffer;
-    if (!entry.contiguous_row) {
-      load_strided<&Dimension::param>(loops, param, row.param, entry.dtype, entry.row, at, count);
-      load_strided<&Dimension::square_avg>(loops, square_avg, row.square_avg, entry.dtype, entry.row, at, count);
-      load_strided<&Dimension::acc_delta>(loops, acc_delta, row.acc_delta, entry.dtype, entry.row, at, count);
-      update(param, grad, square_avg, acc_delta, count, h);
-      store_strided<&Dimension::param>(loops, row.param, entry.dtype, param, entry.row, at, count);
-      store_strided<&Dimension::square_avg>(loops, row.square_avg, entry.dtype, square_avg, entry.row, at, count);
-      store_strided<&Dimension::acc_delta>(loops, row.acc_delta, entry.dtype, acc_delta, entry.row, at, count);
-    } else if (entry.dtype == kT) {
+    if (layout == nullptr && entry.dtype == kT) {
       update(
           reinterpret_cast<T*>(row.param) + at,
           grad,
@@ -149,15 +140,16 @@ void update_row(
           count,
           h
       );
-    } else {
-      load_contiguous(loops, param, row.param + at * size, entry.dtype, count);
-      load_contiguous(loops, square_avg, row.square_avg + at * size, entry.dtype, count);
-      load_contiguous(loops, acc_delta, row.acc_delta + at * size, entry.dtype, count);
-      update(param, grad, square_avg, acc_delta, count, h);
-      store_contiguous(loops, row.param + at * size, entry.dtype, param, count);
-      store_contiguous(loops, row.square_avg + at * size, entry.dtype, square_avg, count);
-      store_contiguous(loops, row.acc_delta + at * size, entry.dtype, acc_delta, count);
+      continue;
     }
+    T* param = buffer;
+    load_block<&Dimension::param>(loops, param, row.param, entry.dtype, layout, at, count);
+    load_block<&Dimension::square_avg>(loops, square_avg, row.square_avg, entry.dtype, layout, at, count);
+    load_block<&Dimension::acc_delta>(loops, acc_delta, row.acc_delta, entry.dtype, layout, at, count);
+    update(param, grad, square_avg, acc_delta, count, h);
+    store_block<&Dimension::param>(loops, row.param, entry.dtype, param, layout, at, count);
+    store_block<&Dimension::square_avg>(loops, row.square_avg, entry.dtype, square_avg, layout, at, count);
+    store_block<&Dimension::acc_delta>(loops, row.acc_delta, entry.dtype, acc_delta, layout, at, count);
   }
 }
 

@@ -40,14 +40,9 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
   static_assert(kBlock / 2 % kSumLanes == 0, "a block begins at lane 0");
   for (int64_t at = begin; at < end; at += step) {
     const int64_t count = std::min(step, end - at);
-    const int64_t first = at * width;
-    if (gradient.layout == nullptr) {
-      load_contiguous(loops, block, gradient.data + first * item_size(gradient.dtype), gradient.dtype, count * width);
-    } else {
-      load_strided<&Dimension::grad>(
-          loops, block, gradient.data, gradient.dtype, *gradient.layout, first, count * width
-      );
-    }
+    load_block<&Dimension::grad>(
+        loops, block, gradient.data, gradient.dtype, gradient.layout, at * width, count * width
+    );
     if (scale != T(1)) {
       std::for_each(block, block + count * width, [&](T& g) { g = g / scale; });
     }
