@@ -162,18 +162,8 @@ def _global_factors(
         sums = [s.full_tensor() if shards.is_dtensor(s) else s for s in sums]  # type: ignore[attr-defined]
     if over_parts is not None:
         sums = over_parts(shared_out, sums)
-    # One device for all: not the CPU if there is another, for that would wait for the other.
-    device = next((s.device for s in sums if s.device.type != "cpu"), torch.device("cpu"))
     with recording(any(bucket[0]["differentiable"] for bucket in buckets)):
-        pieces: list[tuple[int, Tensor]] = []
-        for numbers_here, sums_here in zip(where, sums, strict=True):
-            moved = _moved(sums_here, device)
-            pieces += [(numbers_here[begin], moved[begin:end]) for begin, end in _runs(numbers_here)]
-        pieces.sort(key=itemgetter(0))
-        if len(pieces) == 1:
-            in_order = pieces[0][1]
-        else:
-            in_order = torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(piece for _, piece in pieces)])
+        in_order = _in_order(where, sums)
         if over_processes is not None:
             in_order = over_processes(gradients.pairwise_sum(in_order)).reshape(1)
         factor = gradients.global_factor(global_clipnorm, in_order, T)
@@ -210,6 +200,20 @@ def _parts_by_T(bucket: Bucket, keywords: dict[str, Any]) -> list[tuple[Bucket, 
             selected = (params, grads, *states)
         parts.append(((group, update, selected, values), own, indices))
     return parts
+
+
+def _in_order(numbers: list[list[int]], sums: list[Tensor]) -> Tensor:
+    """The sums of all gradients in the order of their numbers, as one tensor."""
+    # One device for all: not the CPU if there is another, for that would wait for the other.
+    device = next((s.device for s in sums if s.device.type != "cpu"), torch.device("cpu"))
+    pieces: list[tuple[int, Tensor]] = []
+    for numbers_here, sums_here in zip(numbers, sums, strict=True):
+        moved = _moved(sums_here, device)
+        pieces += [(numbers_here[begin], moved[begin:end]) for begin, end in _runs(numbers_here)]
+    if len(pieces) == 1:
+        return pieces[0][1]
+    pieces.sort(key=itemgetter(0))
+    return torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(piece for _, piece in pieces)])
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

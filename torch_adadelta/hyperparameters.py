@@ -14,9 +14,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_adadelta.schedules import LearningRateSchedule
+from torch_adadelta.schedules import LearningRateSchedule, Value
 
-Value = float | Tensor
 StepValues = tuple[Value, Value, Value]
 
 DEFAULT_EPSILON: Final = 1e-7

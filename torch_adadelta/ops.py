@@ -17,6 +17,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torch_adadelta.hyperparameters import Value
+
 LIBRARY_PATH: Final = Path(__file__).with_name("_C.so")
 CUDA_LIBRARY_PATH: Final = Path(__file__).with_name("_C_cuda.so")
 
@@ -93,9 +95,9 @@ def adadelta_(
     grads: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    lr: float | Tensor,
-    rho: float | Tensor,
-    epsilon: float | Tensor,
+    lr: Value,
+    rho: Value,
+    epsilon: Value,
     maximize: bool = False,
     **clip: Any,
 ) -> None:
@@ -125,15 +127,15 @@ def adadelta_(
 
 
 def _option_arguments(
-    lr: float | Tensor,
-    rho: float | Tensor,
-    epsilon: float | Tensor,
+    lr: Value,
+    rho: Value,
+    epsilon: Value,
     maximize: bool,
     *,
     clipvalue: float = inf,
     clipnorm: float | None = None,
     square_sums: Tensor | None = None,
-    factor: float | Tensor = 1.0,
+    factor: Value = 1.0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Any, ...]:
@@ -183,9 +185,9 @@ class HeldState:
         grads: list[Tensor],
         square_avgs: list[Tensor],
         acc_deltas: list[Tensor],
-        lr: float | Tensor,
-        rho: float | Tensor,
-        epsilon: float | Tensor,
+        lr: Value,
+        rho: Value,
+        epsilon: Value,
         maximize: bool = False,
         **clip: Any,
     ) -> None:
@@ -231,9 +233,9 @@ def sparse_adadelta_(
     values: list[Tensor],
     square_avgs: list[Tensor],
     acc_deltas: list[Tensor],
-    lr: float | Tensor,
-    rho: float | Tensor,
-    epsilon: float | Tensor,
+    lr: Value,
+    rho: Value,
+    epsilon: Value,
     maximize: bool = False,
     **clip: Any,
 ) -> None:

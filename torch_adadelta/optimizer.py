@@ -50,11 +50,13 @@ _OWN_ATTRIBUTES: Final = (
 Hyperparameter = float | Tensor | Callable[[], Any]
 
 
-# A step, checked and ready to be written: the buckets, the keywords of `gradients.clip` for each, state that is new,
-# what sources gave (the group, its key, the value), and whether the one bucket is a fused call, which checks its own
-# lists.
 _NewState = dict[Tensor, dict[str, Tensor]]
+
+# What a source gave: the group, its key, the value.
 _NewValue = tuple[dict[str, Any], str, Any, Source]
+
+# A step, checked and ready to be written: the buckets, the keywords of `gradients.clip` for each, state that is new,
+# what sources gave, and whether the one bucket is a fused call, which checks its own lists.
 _Plan = tuple[Iterable[Bucket], Iterable[dict[str, Any]], _NewState, Iterable[_NewValue], bool]
 
 # The step of a process that has nothing to update, while others have.

@@ -35,6 +35,7 @@ __all__ = [
     "deserialize",
 ]
 
+# What a hyperparameter is in one step.
 Value = float | Tensor
 Schedule = TypeVar("Schedule", bound="LearningRateSchedule")
 
