@@ -64,23 +64,23 @@ struct SparseEntries : InCommon {
 namespace detail {
 
 // Memory [begin, end) of a tensor of parameter `index`.
-struct MemoryRange {
+struct IndexedRange {
   const char* begin;
   const char* end;
   size_t index;
 };
 
 // Throws if some indices share memory with what is written: once they were overwritten, they would name any row.
-inline void check_indices_apart(std::vector<MemoryRange>& written, const std::vector<MemoryRange>& indices) {
-  std::sort(written.begin(), written.end(), [](const MemoryRange& x, const MemoryRange& y) {
+inline void check_indices_apart(std::vector<IndexedRange>& written, const std::vector<IndexedRange>& indices) {
+  std::sort(written.begin(), written.end(), [](const IndexedRange& x, const IndexedRange& y) {
     return x.begin < y.begin;
   });
   for (size_t i = 1; i < written.size(); ++i) {  // the furthest end so far, for ranges may overlap
     written[i].end = std::max(written[i].end, written[i - 1].end);
   }
-  for (const MemoryRange& range : indices) {
+  for (const IndexedRange& range : indices) {
     const auto after = std::lower_bound(
-        written.begin(), written.end(), range.end, [](const MemoryRange& x, const char* end) { return x.begin < end; }
+        written.begin(), written.end(), range.end, [](const IndexedRange& x, const char* end) { return x.begin < end; }
     );
     if (after != written.begin() && (after - 1)->end > range.begin) {
       fail("the indices of parameter ", range.index, " share memory with a tensor that would be written to");
@@ -154,7 +154,10 @@ inline SparseEntries read_sparse_entries(
       {acc_deltas, "acc_deltas"},
   });
   SparseEntries result;
-  std::vector<detail::MemoryRange> written_to, read_indices;
+  std::vector<detail::IndexedRange> written_to, read_indices;
+  CallMemory memory;
+  memory.begin();
+  std::vector<size_t> index_of_row;
   for (size_t i = 0; i < params.size(); ++i) {
     const TensorInfo param = params.info(i, "params", true);
     const TensorInfo value = values.info(i, "values", false);
@@ -214,6 +217,8 @@ inline SparseEntries read_sparse_entries(
           detail::check_apart(*tensor, value, i);
         }
       }
+      memory.add({{memory_of(param), memory_of(square_avg), memory_of(acc_delta)}, memory_of(value)});
+      index_of_row.push_back(i);
     }
     entry.param = param.data;
     entry.values = value.data;
@@ -226,6 +231,7 @@ inline SparseEntries read_sparse_entries(
     result.entries.push_back(std::move(entry));
   }
   detail::check_indices_apart(written_to, read_indices);
+  memory.finish([&](size_t row) { return index_of_row[row]; });
   return result;
 }
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include "dtypes.h"
+#include "fail.h"
 #include "gil.h"
+#include "overlaps.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -15,8 +17,6 @@
 #include <deque>
 #include <initializer_list>
 #include <limits>
-#include <sstream>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -25,13 +25,6 @@
 #endif
 
 namespace torch_adadelta {
-
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 // What PyTorch knows of one tensor. Pointers into its sizes and strides stay valid as long as the tensor lives.
 struct TensorInfo {
@@ -49,6 +42,8 @@ struct TensorInfo {
 };
 
 inline int64_t element_size(const TensorInfo& x) { return item_size(x.dtype) * (x.is_complex ? 2 : 1); }
+
+inline MemoryRange memory_of(const TensorInfo& x) { return {x.data, x.data + (x.numel > 0 ? x.bytes : 0)}; }
 
 // Whether this is where a tensor without memory would have its data: at an offset from nothing. No system gives out the
 // first page.
@@ -226,39 +221,16 @@ struct Entries : InCommon {
   std::deque<Layout> layouts;
   bool disjoint = true;  // false: some memory belongs to two entries, which must then run in their order
 
-  // The memory [begin, end) of every tensor that is written.
-  struct Range {
-    const char* begin;
-    const char* end;
-    bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
-  };
-  std::vector<Range> written;
+  CallMemory memory;  // of each entry
 
   int64_t numel() const { return entries.empty() ? 0 : entries.back().end; }
 
   void clear() {
     entries.clear();
     layouts.clear();
-    written.clear();
+    memory.begin();
     complex_param = -1;
   }
-
-  // Step after step the memory is the same, and what was found before still holds.
-  bool is_as_before() const { return written == known_; }
-
-  // Sets `disjoint`.
-  void find_overlaps() {
-    sorted_ = written;
-    std::sort(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
-    const auto overlap = std::adjacent_find(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) {
-      return y.begin < x.end;
-    });
-    disjoint = overlap == sorted_.end();
-    known_.swap(written);
-  }
-
- private:
-  std::vector<Range> known_, sorted_;
 };
 
 namespace detail {
@@ -467,19 +439,18 @@ inline const Entries& read_entries(
          i,
          grad_aliases_param}
     );
-    for (const TensorInfo* tensor : written) {
-      result.written.push_back({tensor->data, tensor->data + tensor->bytes});
-    }
+    result.memory.add({{memory_of(param), memory_of(square_avg), memory_of(acc_delta)}, memory_of(grad)});
   }
 
-  if (!result.is_as_before()) {
+  if (result.memory.writes_elsewhere()) {
     for (size_t i = 0; i < count; ++i) {
       params.check_storage(i, "params", params.info(i, "params", false));
       square_avgs.check_storage(i, "square_avgs", square_avgs.info(i, "square_avgs", false));
       acc_deltas.check_storage(i, "acc_deltas", acc_deltas.info(i, "acc_deltas", false));
     }
-    result.find_overlaps();
   }
+  result.memory.finish([](size_t row) { return result.entries[row].index; });
+  result.disjoint = result.memory.disjoint();
   return result;
 }
 

@@ -46,6 +46,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sparse": {"sparse": True},
 }
 
+OF_EACH_KIND: dict[type[BaseException], tuple[str, ...]] = {
+    TimeoutError: ("plain", "no state yet"),
+    RuntimeError: ("plain",),
+}
+
 
 def made(path: Path, groups: int = 1, steps_before: int = 2, sparse: bool = False, **options: Any) -> AdadeltaKeras:
     """An optimizer that has taken steps, and has gradients for another one."""
@@ -118,16 +123,17 @@ class Fault:
             frame = frame.f_back
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError, RuntimeError], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_exception_at_any_line_of_a_step(path: Path, name: str, kind: type[BaseException]) -> None:
     """It has done nothing, all, or says that it is partial; before the first write it has done nothing.
 
-    KeyboardInterrupt is what Ctrl-C raises, TimeoutError what a signal handler may: an Exception, like a refusal.
+    KeyboardInterrupt is what Ctrl-C raises, the others what a signal handler may: Exceptions, like a refusal, and
+    RuntimeError is what an op raises.
     """
     if path.capability not in (None, "default"):
         pytest.skip("the lines are those of the default instruction set")
-    if path.name == "foreach" or (kind is TimeoutError and name not in ("plain", "no state yet")):
+    if path.name == "foreach" or name not in OF_EACH_KIND.get(kind, SCENARIOS):
         pytest.skip("the optimizer's lines are the same")
     options = SCENARIOS[name]
     untouched, complete, after = (made(path, **options) for _ in range(3))
@@ -311,6 +317,66 @@ def test_no_memory_for_the_state_changes_nothing(path: Path) -> None:
     assert PARTIAL not in refused
     assert unchanged == "0 0 0.0"
     assert after == "1 1 True"
+
+
+NO_MEMORY_AMID = (
+    NO_MEMORY.partition("options =")[0]
+    + """
+options, numels, steps_before, megabytes = map(eval, sys.argv[1:])
+torch.set_num_threads(1)
+params = [torch.nn.Parameter(torch.zeros(numel)) for numel in numels]
+optimizer = AdadeltaKeras(params, 1.0, **options)
+for param in params:
+    param.grad = torch.ones_like(param)
+for _ in range(steps_before):
+    optimizer.step()
+
+def written():
+    return [[x.ravel()[0].item() for x in (p, *optimizer.state.get(p, {}).values())] for p in params]
+
+before = written()
+limit(megabytes)
+try:
+    optimizer.step()
+except (MemoryError, RuntimeError) as error:
+    print(f"{type(error).__name__}: {error}")
+print(optimizer.iterations == steps_before, [x != y for x, y in zip(written(), before)])
+"""
+)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "numels", "megabytes", "changed"),
+    [
+        # The for-loop computes all of a parameter before it writes to it, and goes on to the next.
+        ("for_loop", [10, 2**24], 40, [True, False]),
+        ("for_loop", [2**24, 10], 40, [False, False]),
+        # foreach updates all averages before anything else; one temporary fits, and a root takes more.
+        ("foreach", [10, 2**24], 40, [False, False]),
+        ("foreach", [10, 2**24], 100, [True, True]),
+    ],
+)
+def test_no_memory_amid_the_updates(
+    path: Path, name: str, numels: list[int], megabytes: int, changed: list[bool], steps_before: int
+) -> None:
+    """An update in Python needs more than parameters and state have. Either the step says that it is partial, or it has
+    done nothing; the fused update needs nothing.
+    """
+    if path.name != name:
+        pytest.skip("of another path")
+    if steps_before == 0:
+        megabytes += 2 * 64  # for the state
+        is_partial = any(changed)
+        changed = [is_partial] * 2  # there is state, where there was none
+    arguments = [path.options, numels, steps_before, megabytes]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY_AMID, *map(repr, arguments)], capture_output=True, text=True, check=True
+    )
+    refused, after = done.stdout.strip().split("\n")
+    assert "allocate memory" in refused or "MemoryError" in refused
+    assert (PARTIAL in refused) == any(changed)
+    assert after == f"True {changed}"
 
 
 # ---- Killed while it writes a checkpoint ------------------------------------------------------------------------------

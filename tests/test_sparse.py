@@ -757,9 +757,9 @@ def _values_are_param(optimizer: AdadeltaKeras, p: Tensor) -> None:
         ),
         (_state_overlaps, "parameter 1 of group 0: its state square_avg is not a dense tensor of its own memory"),
         (_state_is_negated, "parameter 1 of group 0: its state acc_delta is a lazily conjugated or negated view"),
-        (_state_is_param, "parameter 1 of group 0: it, its gradient and its state share memory"),
-        (_values_are_state, "parameter 1 of group 0: it, its gradient and its state share memory"),
-        (_values_are_param, "parameter 1 of group 0: it, its gradient and its state share memory"),
+        (_state_is_param, "parameter 1 of group 0: it and its state square_avg share memory"),
+        (_values_are_state, "parameter 1 of group 0: its gradient and its state square_avg share memory"),
+        (_values_are_param, "parameter 1 of group 0: it and its gradient share memory"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(path: Path, spoil: Any, error: str) -> None:

@@ -75,8 +75,7 @@ class StepInBackward:
             clip: dict[str, Any] = {} if group["clipvalue"] is None else {"clipvalue": float(group["clipvalue"])}
             values = self._values[id(group), arithmetic_dtype(param.dtype)]
             [bucket] = split(group, lists, values, may_be_mixed=True)
-            optimizer._check(bucket)
-            optimizer._check_indices([bucket])
+            optimizer._check_buckets([bucket])
             optimizer.state.update(new_state)
             self._has_written = True
             _, update, lists, values = bucket

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, chain, islice, repeat
 from operator import is_, itemgetter
 from typing import Any, Final, overload
 
@@ -617,14 +617,17 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         plan = self._plan_plain()
         if plan is None:
             return
-        buckets, clips, new_state, new_values, _ = plan
+        buckets, clips, new_state, new_values, checks_itself = plan
         if _HAS_CUDA and _is_capturing():
             self._check_capture(buckets, new_state)
         has_written = False
+        versions = None
         try:
             if new_state:
                 self.state.update(new_state)
             for (group, update, lists, values), clip in zip(buckets, clips, strict=False):
+                if not checks_itself:
+                    versions = None if has_written else _versions(update, lists)
                 if group["differentiable"]:
                     with torch.enable_grad():
                         update(*lists, *values, group["maximize"], **clip)
@@ -639,24 +642,27 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                         _advance_unless(self.found_inf, group)
             _write_values(new_values)
         except BaseException as error:
-            self._failed(error, plan, has_written)
+            wrote_nothing = not has_written and versions is not None and versions == _versions(update, lists)
+            self._failed(error, plan, has_written, wrote_nothing)
             raise
 
-    def _failed(self, error: BaseException, plan: _Plan, has_written: bool) -> None:
+    def _failed(self, error: BaseException, plan: _Plan, has_written: bool, wrote_nothing: bool = False) -> None:
         """After the writing of a plan raised: undoes and explains what the first update refused; or says it is partial.
 
-        `has_written`: whether an update has returned.
+        `has_written`: whether an update has returned. `wrote_nothing`: whether it is known that none has written yet.
         """
         buckets, clips, new_state, _, checks_itself = plan
         is_fused = checks_itself or any(bucket[1] is updates.fused for bucket in islice(buckets, 1))
         may_be_refusal = isinstance(error, Exception) and not has_written and is_fused
         # A fused update writes nothing if it raises, which is a RuntimeError unless an argument was none at all.
-        if may_be_refusal and (
-            isinstance(error, RuntimeError) or self._refuses(next(iter(buckets)), next(iter(clips)))
-        ):
+        is_refusal = may_be_refusal and (
+            (isinstance(error, RuntimeError) and _is_raised_by_op(error))
+            or self._refuses(next(iter(buckets)), next(iter(clips)))
+        )
+        if is_refusal or wrote_nothing:
             for param in new_state:
                 del self.state[param]
-            if checks_itself:
+            if is_refusal and checks_itself:
                 self._explain(next(iter(buckets)))
         else:
             _say_partial(error)
@@ -995,11 +1001,38 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         """
         checks_itself = len(buckets) == 1 and buckets[0][1] is updates.fused
         if not checks_itself or new_state:
-            for bucket in buckets:
-                self._check(bucket)
-        if not checks_itself:
-            self._check_indices(buckets)
+            self._check_buckets(buckets)
         return checks_itself
+
+    def _check_buckets(self, buckets: list[Bucket]) -> None:
+        """Raises, naming the parameter, unless all buckets can be updated."""
+        in_python: list[Bucket] = []
+        on_device: dict[torch.device, list[Bucket]] = {}
+        for bucket in buckets:
+            _, update, lists, _ = bucket
+            if update is updates.fused:
+                on_device.setdefault(lists[0][0].device, []).append(bucket)
+            elif update is not sparse.fused:  # of which _check_indices finds it all
+                self._check_rows(bucket)
+                in_python.append(bucket)
+        for fused in on_device.values():
+            self._check_fused(fused)
+        self._check_memory(in_python)
+        self._check_indices(buckets)
+
+    def _check_fused(self, buckets: list[Bucket]) -> None:
+        """Raises, naming the parameter, unless all of these buckets of one device can be updated."""
+        lists: Any = buckets[0][2]
+        if len(buckets) > 1:
+            columns = zip(*(bucket[2] for bucket in buckets), strict=True)
+            lists = tuple(list(chain.from_iterable(column)) for column in columns)
+        try:
+            updates.check_fused(lists)
+        except Exception:
+            for bucket in buckets:
+                self._explain(bucket)
+            self._check_memory(buckets)
+            raise
 
     def _check_indices(self, buckets: list[Bucket]) -> None:
         """Raises IndexError, naming the parameter, unless all sparse gradients are of rows that there are."""
@@ -1020,20 +1053,6 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                 self._explain(bucket)
                 raise
         sparse.check_indices(found, self._name_of)
-
-    def _check(self, bucket: Bucket) -> None:
-        """Raises, naming the parameter, unless all of the bucket can be updated."""
-        _, update, lists, _ = bucket
-        if update is sparse.fused:
-            return  # _check_indices does it all
-        if update is not updates.fused:
-            self._check_rows(bucket)
-            return
-        try:
-            updates.check_fused(lists)
-        except Exception:
-            self._explain(bucket)
-            raise
 
     def _refuses(self, bucket: Bucket, clip: dict[str, Any]) -> bool:
         """Whether the fused update refuses this: then what was raised was its refusal, and it has written nothing.
@@ -1057,6 +1076,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             raise _IsMixed from None
         try:
             self._check_rows(bucket)
+            self._check_memory([bucket])
         except (RuntimeError, TypeError, ValueError) as explained:
             raise explained from None
 
@@ -1065,12 +1085,38 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         for param, *tensors in zip(*lists, strict=True):
             updates.check_row(partial(self._name_of, param), param, *tensors, differentiable=group["differentiable"])
 
+    def _check_memory(self, buckets: list[Bucket]) -> None:
+        """Raises, naming the parameters, if memory that these buckets write to belongs to more than one of them."""
+        updates.check_memory([row for _, _, lists, _ in buckets for row in zip(*lists, strict=True)], self._name_of)
+
 
 def _write_values(new_values: Iterable[_NewValue]) -> None:
     """Leaves in the groups what schedules and callables gave."""
     for group, key, value, source in new_values:
         group[key] = value
         source.wrote(value)
+
+
+def _versions(update: updates.Update, lists: updates.Lists) -> list[int] | None:
+    """What tells whether one of the updates in Python has written to some tensor; None where nothing does."""
+    if update not in (updates.for_loop, updates.foreach, sparse.for_loop) or torch.is_inference_mode_enabled():
+        return None
+    params, _, square_avgs, acc_deltas = lists
+    return [tensor._version for tensor in chain(params, square_avgs, acc_deltas)]
+
+
+# Where ops are called from.
+_CALLERS: Final = frozenset(
+    function.__code__.co_filename for function in (ops.adadelta_, torch._ops.OpOverload.__call__)
+)
+
+
+def _is_raised_by_op(error: BaseException) -> bool:
+    """Whether this came out of an op itself; what a signal handler raises comes out of the handler."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_code.co_filename in _CALLERS
 
 
 def _say_partial(error: BaseException) -> None:

@@ -15,14 +15,13 @@ Every operation is rounded to T on its own. That is why no `addcmul`, `lerp` or 
 in another order, or fuse.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from torch_adadelta import gradients, ops, shards
+from torch_adadelta import gradients, memory, ops, shards
 from torch_adadelta.arithmetic import arithmetic_dtype, as_real, exact_sqrt
 from torch_adadelta.hyperparameters import Value, cast, one_minus
 from torch_adadelta.signature import Lists, Update
@@ -92,7 +91,7 @@ def foreach(
     **clip: Any,
 ) -> None:
     """Updates all parameters, which are of one device and dtype, with PyTorch's multi-tensor operations."""
-    if _overlap(_memory_range(param) for param in params if param.numel() > 0):
+    if memory.overlap([memory.memory_range(param, 0) for param in params if param.numel() > 0]):
         # A multi-tensor operation would run each parameter's first half before any second half.
         for_loop(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize, **clip)
         return
@@ -108,9 +107,9 @@ def foreach(
     # In T already, the state is updated where it is; else in a copy that is rounded back at the end.
     p, a, u = ([x.to(T) for x in tensors] for tensors in (p_out, a_out, u_out))
 
-    torch._foreach_mul_(a, rho_T)
     squares = list(torch._foreach_mul(g, g))
     torch._foreach_mul_(squares, omr)
+    torch._foreach_mul_(a, rho_T)
     torch._foreach_add_(a, squares)
     del squares
 
@@ -228,18 +227,6 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def _memory_range(tensor: Tensor) -> tuple[int, int, int]:
-    """The device's index, and where the memory of a tensor with elements begins and ends."""
-    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    begin = tensor.data_ptr()
-    return tensor.device.index or 0, begin, begin + (last + 1) * tensor.element_size()
-
-
-def _overlap(ranges: Iterable[tuple[int, int, int]]) -> bool:
-    """Whether some memory may belong to two of the ranges."""
-    return any(this[0] == after[0] and after[1] < this[2] for this, after in itertools.pairwise(sorted(ranges)))
-
-
 def check_param(name: Callable[[], str], param: Tensor) -> None:
     """Raises TypeError or ValueError, naming the parameter, if it is one that cannot be trained here."""
     if param.dtype not in DTYPES:
@@ -316,14 +303,9 @@ def check_row(
     for tensor in (param, square_avg, acc_delta):
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(f"{name()} or its state was made in inference mode, outside which it cannot be updated")
-    if param.is_meta or param.numel() == 0:
-        return
-    written = [_memory_range(tensor) for tensor in (param, square_avg, acc_delta)]
-    memory = grad._values() if is_sparse else grad
-    ranges = [*written, _memory_range(memory)] if memory.numel() > 0 else written
-    if _overlap(ranges):
-        grad_is_param = (
-            not is_sparse and ranges[-1] == written[0] and grad.dtype == param.dtype and grad.stride() == param.stride()
-        )
-        if not grad_is_param or _overlap(written):
-            raise RuntimeError(f"{name()}: it, its gradient and its state share memory. Use .clone()")
+
+
+def check_memory(rows: Iterable[memory.Row], name_of: Callable[[Tensor], str]) -> None:
+    """Raises RuntimeError, naming the parameters, unless the memory that these rows write to is their own."""
+    plain = [row for row in rows if not row[0].is_meta and _PLAIN_TYPES.issuperset(map(type, row))]
+    memory.check_apart(plain, name_of)
