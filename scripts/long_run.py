@@ -1,8 +1,9 @@
 """Trains a small model for very many steps: its memory must not grow, and its numbers must stay finite.
 
-    python scripts/long_run.py [--steps 1000000]
+    python scripts/long_run.py [--steps 1000000] [--path fused] [--renew 0]
 
 Prints the resident memory on the way, and fails if it grows by more than 2 MB after the first twentieth of the steps.
+With `--renew`, every so many steps the state is replaced by a copy of itself, which the library must then hold instead.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import torch
 
 from torch_adadelta import AdadeltaKeras
 
+PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}, "default": {}}
 MOST_GROWTH = 2 * 2**20
 
 
@@ -26,17 +28,22 @@ def main() -> int:
     """Runs the steps, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1_000_000)
-    steps = parser.parse_args().steps
+    parser.add_argument("--path", choices=PATHS, default="default")
+    parser.add_argument("--renew", type=int, default=0)
+    arguments = parser.parse_args()
+    steps, renew = arguments.steps, arguments.renew
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = torch.nn.Linear(8, 4)
-    optimizer = AdadeltaKeras(model.parameters(), 1.0)
+    optimizer = AdadeltaKeras(model.parameters(), 1.0, **PATHS[arguments.path])
     gradients = [[torch.randn_like(p) for p in model.parameters()] for _ in range(16)]
     begin, start = 0, time.perf_counter()
     for step in range(steps):
         for param, grad in zip(model.parameters(), gradients[step % 16], strict=True):
             param.grad = grad
         optimizer.step()
+        if renew and step % renew == 0:
+            optimizer.load_state_dict(optimizer.state_dict())
         if step == steps // 20:
             begin = resident_bytes()
         if step > steps // 20 and step % (steps // 10) == 0:
