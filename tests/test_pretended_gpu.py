@@ -88,6 +88,13 @@ def test_the_tests_for_a_gpu(run: Run) -> None:
     assert int(passed[1]) > 150, result.stdout
 
 
+def test_lives_that_move_between_devices(run: Run) -> None:
+    lives = str(SOURCES / "moving_lives.py")
+    result = run("-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider", "-q", "--rootdir", str(ROOT), lives)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 passed" in result.stdout
+
+
 WITHOUT_LIBRARY = """
 import pretended_gpu
 import warnings

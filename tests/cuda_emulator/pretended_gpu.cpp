@@ -252,6 +252,9 @@ class Call {
 
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string& name = op.schema().name();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      name.rfind("torch_adadelta::", 0) != 0, "Could not run '", name, "' with arguments from the 'CUDA' backend"
+  );
   const size_t count = op.schema().arguments().size();
   std::vector<IValue> arguments(stack->end() - count, stack->end());
   if (forbids_waiting && waits(name, arguments)) {
