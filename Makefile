@@ -8,7 +8,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/roots tests/sanitizers -type f \
+CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/exhaustive tests/sanitizers -type f \
   -not -name "*.json" -not -name "*.py")
 
 # A stamp for each PyTorch, with the package itself, compiled and editable; and one for each set of extras besides, which

@@ -24,7 +24,7 @@ CUDA_LIBRARY_PATH: Final = Path(__file__).with_name("_C_cuda.so")
 
 _increment_version: Final = torch._C._increment_version  # behind torch.autograd.graph.increment_version
 
-CPU_CAPABILITIES: Final = ("default", "AVX2", "AVX512")
+CPU_CAPABILITIES: Final = ("default", "AVX2", "AVX512", "AVX512_BF16")
 
 
 def _load(path: Path, remedy: str) -> Exception | None:
@@ -277,7 +277,7 @@ def first_bad_indices(
 
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels use: "default", "AVX2" or "AVX512"."""
+    """The instruction set that the CPU kernels use: one of `CPU_CAPABILITIES`."""
     return CPU_CAPABILITIES[torch.ops.torch_adadelta.cpu_capability.default()]
 
 

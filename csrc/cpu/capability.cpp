@@ -8,13 +8,13 @@
 namespace torch_adadelta::cpu {
 namespace {
 
-enum Capability : int64_t { kDefault, kAvx2, kAvx512 };
+enum Capability : int64_t { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
 int64_t best_capability() {
 #ifdef ADADELTA_CPU_DISPATCH
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   }
   if (__builtin_cpu_supports("avx2")) {
     return kAvx2;
@@ -40,6 +40,8 @@ int64_t set_cpu_capability(int64_t value) {
 const Loops& current_loops() {
 #ifdef ADADELTA_CPU_DISPATCH
   switch (capability.load(std::memory_order_relaxed)) {
+    case kAvx512Bf16:
+      return loops_avx512_bf16;
     case kAvx512:
       return loops_avx512;
     case kAvx2:

@@ -72,6 +72,7 @@ extern const Loops loops_default;
 #define ADADELTA_CPU_DISPATCH 1
 extern const Loops loops_avx2;
 extern const Loops loops_avx512;
+extern const Loops loops_avx512_bf16;
 #endif
 
 // The loops of the instruction set in use.

@@ -12,7 +12,7 @@ using torch_adadelta::Hyperparameters;
 
 // Each 16-bit format says how one element is converted, and how a group of kGroup is: compilers do not vectorise the
 // conversions of float16 at all, and those of bfloat16 with needless shuffles. Inside a group the floats may stand in
-// any order, the same for every tensor.
+// any order, the same for every tensor. kSparesDivider: the conversions leave the multipliers time for roots.
 constexpr int64_t kGroup = 32;
 
 #if defined(ADADELTA_AVX512)
@@ -25,6 +25,12 @@ constexpr int64_t kGroup = 32;
 constexpr int64_t kLanes = ADADELTA_LANES;
 
 struct Bfloat16 {
+#if defined(ADADELTA_AVX512_BF16)
+  static constexpr bool kSparesDivider = true;
+#else
+  static constexpr bool kSparesDivider = false;
+#endif
+
   static ADADELTA_INLINE float widen(uint16_t item) {
     const uint32_t bits = static_cast<uint32_t>(item) << 16;
     float value;
@@ -52,8 +58,30 @@ struct Bfloat16 {
     }
   }
 
-// A 32-bit lane holds two neighbours: one is shifted up to become a float, the other masked.
-#if ADADELTA_LANES == 16
+#if defined(ADADELTA_AVX512_BF16)
+  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
+    for (int64_t k = 0; k < kGroup; k += kLanes) {
+      const __m256i items = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
+      _mm512_storeu_si512(to + k, _mm512_slli_epi32(_mm512_cvtepu16_epi32(items), 16));
+    }
+  }
+
+  // The processor's own rounding takes subnormal numbers for 0, and keeps what a nan says.
+  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
+    constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
+    const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+    const __mmask16 in_low = _mm512_fpclass_ps_mask(low, kSubnormalOrNan);
+    if (__builtin_expect(!_kortestz_mask16_u8(in_low, _mm512_fpclass_ps_mask(high, kSubnormalOrNan)), 0)) {
+      for (int64_t k = 0; k < kGroup; ++k) {
+        to[k] = narrow(from[k]);
+      }
+      return;
+    }
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+    __builtin_memcpy(to, &rounded, sizeof(rounded));
+  }
+#elif ADADELTA_LANES == 16
+  // A 32-bit lane holds two neighbours: one is shifted up to become a float, the other masked. For AVX2 too.
   static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
     const __m512i pairs = _mm512_loadu_si512(from);
     _mm512_storeu_si512(to, _mm512_slli_epi32(pairs, 16));
@@ -117,6 +145,8 @@ struct Bfloat16 {
 };
 
 struct Half {
+  static constexpr bool kSparesDivider = false;
+
   static ADADELTA_INLINE float widen(uint16_t item) { return torch::headeronly::detail::fp16_ieee_to_fp32_value(item); }
 
   static ADADELTA_INLINE uint16_t narrow(float value) {
@@ -238,7 +268,7 @@ ADADELTA_INLINE void with_least(const GradientClip<T>& clip, const Run& run) {
 
 #if ADADELTA_LANES == 16
 // The square roots of x, to the bit, from y, an estimate of 1 / sqrt(x), by fused multiply-adds: one Newton step brings
-// g to sqrt(x) and h to 1 / (2 sqrt(x)), and the last addition rounds correctly. tests/roots proves it for every x
+// g to sqrt(x) and h to 1 / (2 sqrt(x)), and the last addition rounds correctly. tests/exhaustive proves it for every x
 // between 2^-64 and 2^64, where no step under- or overflows (even without subnormal numbers), and for every y within
 // 2^-14.
 ADADELTA_INLINE __m512 sqrt_from_estimate(__m512 x, __m512 y) {
@@ -259,8 +289,8 @@ ADADELTA_INLINE __m512 sqrt_by_multiplying(__m512 x) {
   return sqrt_from_estimate(x, _mm512_rsqrt14_ps(x));
 }
 
-// A group of floats in memory. The divider, which two roots and a quotient keep busy throughout, is spared half of the
-// roots of acc_delta, as many as the multipliers have time for meanwhile. (In 16 bits the conversions take that time.)
+// A group of floats. The divider, which two roots and a quotient keep busy throughout, is spared half of the roots of
+// acc_delta, as many as the multipliers have time for meanwhile.
 template <typename Clip>
 ADADELTA_INLINE void update_group(
     float* __restrict__ param,
@@ -342,7 +372,11 @@ ADADELTA_INLINE void update_16bit_groups(
     Format::widen_group(a, square_avg + i);
     Format::widen_group(u, acc_delta + i);
     Format::widen_group(p, param + i);
-    update_loop(p, g, a, u, kGroup, clip, h);
+    if constexpr (Format::kSparesDivider) {
+      update_contiguous(p, g, a, u, kGroup, clip, h);
+    } else {
+      update_loop(p, g, a, u, kGroup, clip, h);
+    }
     Format::narrow_group(square_avg + i, a);
     Format::narrow_group(acc_delta + i, u);
     Format::narrow_group(param + i, p);

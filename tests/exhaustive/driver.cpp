@@ -1,11 +1,15 @@
-// Compares the square roots by multiplication of the AVX-512 loops with the processor's, bit by bit:
+// Compares what the AVX-512 loops compute in ways of their own with what it stands for, bit by bit:
 //
 //     driver
 //
-// prints for how many of every float, with and without subnormal numbers, and for how many of every mantissa with every
-// estimate that the instruction set's specification allows, they differ. Powers of 4 only scale a root and its steps,
-// so the mantissas of [1, 4) stand for all; a processor whose estimates differ from this one's gets the same bits.
-#include "../../csrc/cpu/loops_avx512.cpp"
+// prints for how many of every float, with and without subnormal numbers, square roots by multiplication differ from
+// the processor's, and groups rounded to bfloat16 from numbers rounded one by one; and for how many of every mantissa
+// with every estimate that the instruction set's specification allows, the roots do. Powers of 4 only scale a root and
+// its steps, so the mantissas of [1, 4) stand for all; a processor whose estimates differ from this one's gets the same
+// bits.
+//
+// LOOPS is the file of the instruction set.
+#include LOOPS
 
 #include <cmath>
 #include <cstdint>
@@ -36,13 +40,36 @@ int64_t count_differences(__m512 x, __m512 y) {
   return __builtin_popcount(static_cast<unsigned>(differ & ~are_nan));
 }
 
-void every_float(const char* name) {
+void every_root(const char* name) {
   int64_t different = 0;
   for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += 16) {
     const __m512 x = _mm512_castsi512_ps(sixteen_from(static_cast<uint32_t>(bits)));
     different += count_differences(sqrt_by_multiplying(x), _mm512_sqrt_ps(x));
   }
   std::printf("%s: %lld\n", name, static_cast<long long>(different));
+}
+
+// With subnormal numbers only: without them no result of arithmetic is one that could be rounded.
+void every_rounding() {
+  // What a group makes of the numbers of its elements tells which of its floats each is rounded from.
+  alignas(64) uint16_t places[kGroup], rounded[kGroup], expected[kGroup];
+  alignas(64) float place_of[kGroup], group[kGroup];
+  for (int64_t k = 0; k < kGroup; ++k) {
+    places[k] = Bfloat16::narrow(static_cast<float>(k));
+  }
+  Bfloat16::widen_group(place_of, places);
+  int64_t different = 0;
+  for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += kGroup) {
+    for (int64_t k = 0; k < kGroup; ++k) {
+      group[k] = bits_as<float>(static_cast<uint32_t>(bits + k));
+    }
+    Bfloat16::narrow_group(rounded, group);
+    for (int64_t k = 0; k < kGroup; ++k) {
+      expected[static_cast<int64_t>(place_of[k])] = Bfloat16::narrow(group[k]);
+    }
+    different += std::memcmp(rounded, expected, sizeof(rounded)) != 0;
+  }
+  std::printf("bfloat16 of every float: %lld\n", static_cast<long long>(different));
 }
 
 void every_estimate() {
@@ -58,7 +85,7 @@ void every_estimate() {
     }
   }
   std::printf(
-      "every estimate, %lld billion: %lld\n",
+      "root from every estimate, %lld billion: %lld\n",
       static_cast<long long>(tried / 1000000000),
       static_cast<long long>(different)
   );
@@ -67,11 +94,12 @@ void every_estimate() {
 }  // namespace
 
 int main() {
-  every_float("every float");
+  every_rounding();
+  every_root("root of every float");
   constexpr unsigned kFlushAndDenormalsAreZero = 0x8040;
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before | kFlushAndDenormalsAreZero);
-  every_float("every float without subnormal numbers");
+  every_root("root of every float without subnormal numbers");
   _mm_setcsr(before);
   every_estimate();
 }

@@ -1,4 +1,4 @@
-"""The AVX-512 loops' square roots by multiplication, against the processor's: every float, every estimate they may get."""
+"""What the AVX-512 loops compute in ways of their own, for every float: square roots, and roundings to bfloat16."""
 
 import os
 import re
@@ -22,32 +22,34 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def has_avx512() -> None:
+FLAGS = {"AVX512": [], "AVX512_BF16": ["-mavx512bf16"]}
+
+
+@pytest.mark.parametrize("capability", FLAGS)
+def test_roots_and_roundings_are_those_of_the_other_instruction_sets(capability: str, tmp_path: Path) -> None:
     if not ops.is_loaded:
         pytest.skip("which instruction sets there are is known to the compiled library")
     before = ops.cpu_capability()
     try:
-        ops.set_cpu_capability("AVX512")
+        ops.set_cpu_capability(capability)
     except RuntimeError:
-        pytest.skip("this processor has no AVX-512")
+        pytest.skip(f"this processor does not have {capability}")
     ops.set_cpu_capability(before)
 
-
-@pytest.mark.usefixtures("has_avx512")
-def test_roots_by_multiplication_are_those_of_the_divider(tmp_path: Path) -> None:
     flags = re.search(r"COMPILE_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)
     assert flags is not None
     driver = tmp_path / "driver"
+    loops = ROOT / "csrc" / "cpu" / f"loops_{capability.lower()}.cpp"
     command = [
-        CXX, "-std=c++20", *re.findall(r'^ *"(-[^"{]+)"', flags[1], re.MULTILINE),
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", *(f"-I{path}" for path in include_paths()),
-        str(ROOT / "tests" / "roots" / "driver.cpp"), "-o", str(driver),
+        CXX, "-std=c++20", *re.findall(r'^ *"(-[^"{]+)"', flags[1], re.MULTILINE), f'-DLOOPS="{loops}"',
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", *FLAGS[capability],
+        *(f"-I{path}" for path in include_paths()), str(ROOT / "tests" / "exhaustive" / "driver.cpp"), "-o", str(driver),
     ]  # fmt: skip
     subprocess.run(command, check=True)
     found = subprocess.run([str(driver)], capture_output=True, text=True, check=True).stdout.splitlines()
     assert found == [
-        "every float: 0",
-        "every float without subnormal numbers: 0",
-        "every estimate, 24 billion: 0",
+        "bfloat16 of every float: 0",
+        "root of every float: 0",
+        "root of every float without subnormal numbers: 0",
+        "root from every estimate, 24 billion: 0",
     ]
