@@ -15,7 +15,7 @@ CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/exhau
 # compiles nothing.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
-.PHONY: demo test nightly bench lint format docs sanitize wheel matrix clean
+.PHONY: demo test nightly bench lint format docs sanitize coverage wheel matrix clean
 
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
@@ -53,6 +53,10 @@ docs: $(INSTALLED)-docs-keras
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer, LeakSanitizer and ThreadSanitizer.
 sanitize: $(INSTALLED)-test
 	PYTHON="$(abspath $(VENV))/bin/python" scripts/sanitize.sh
+
+# Which lines and branches the tests of the core run, in Python and, by gcov, in the CPU library.
+coverage: $(INSTALLED)-test-keras-coverage
+	PYTHON="$(abspath $(VENV))/bin/python" scripts/coverage.sh
 
 # One file for every PyTorch from 2.10 and every Python from 3.10, tagged for the oldest glibc that its symbols allow.
 wheel: $(INSTALLED)-wheel
