@@ -46,10 +46,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sparse": {"sparse": True},
 }
 
-OF_EACH_KIND: dict[type[BaseException], tuple[str, ...]] = {
-    TimeoutError: ("plain", "no state yet"),
-    RuntimeError: ("plain",),
-}
+OF_EACH_KIND: dict[type[BaseException], tuple[str, ...]] = dict.fromkeys(
+    (TimeoutError, RuntimeError), ("plain", "no state yet")
+)
 
 
 def made(path: Path, groups: int = 1, steps_before: int = 2, sparse: bool = False, **options: Any) -> AdadeltaKeras:

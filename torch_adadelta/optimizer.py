@@ -1,6 +1,5 @@
 """AdadeltaKeras: param groups, state and `step()`. How an update is computed is the business of `update.py`."""
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import accumulate, chain, islice, repeat
@@ -767,12 +766,17 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         self._held_state = None
         if _is_compiling() or _count_dispatch_modes():
             return bucket
-        # What cannot be held may be none at all; if no update can be with it, that will say which it is.
-        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
-            if lists[2][0].is_cpu and all(n <= _MOST_HELD for n in accumulate(map(Tensor.numel, lists[2]))):
-                self._held_state = ops.HeldState(*lists[2:])
-                return group, self._held_state.adadelta_, lists, values
-        return bucket
+        if not all(isinstance(tensor, Tensor) for tensor in chain(*lists[2:])) or not lists[2][0].is_cpu:
+            return bucket
+        try:
+            if any(n > _MOST_HELD for n in accumulate(map(Tensor.numel, lists[2]))):
+                return bucket
+            self._held_state = ops.HeldState(*lists[2:])
+        except RuntimeError as error:
+            if not _is_raised_by_op(error):
+                raise
+            return bucket  # there is some that cannot be held; if no update can be with it, that will say which it is
+        return group, self._held_state.adadelta_, lists, values
 
     def _without_gradients(self) -> _Plan | None:
         """The plan of a step that has nothing to update: none; but a part of an optimizer keeps count with the others.
