@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python3}
 CXX=${CXX:-c++}
 root=$PWD
 folder=$root/build/coverage
-left_out='benchmarks|cuda_build|cuda_emulated|docs|drawn_lives|examples|gpu_check|install|instruction_counts|long_run|roots|wheel'
+left_out='benchmarks|cuda_build|cuda_emulated|docs|drawn_lives|examples|gpu_check|install|instruction_counts|long_run|exhaustive|wheel'
 TESTS=${TESTS:-$(cd tests && ls test_*.py | grep -Ev "^test_($left_out)\.py$" | tr '\n' ' ')}
 
 rm -rf "$folder"
