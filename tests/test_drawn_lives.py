@@ -568,7 +568,7 @@ def test_a_fault_is_found_and_printed_as_a_script(monkeypatch: pytest.MonkeyPatc
     without_shrinking = settings(
         SETTINGS, derandomize=True, max_examples=250, phases=[Phase.generate], report_multiple_bugs=False
     )
-    with pytest.raises((AssertionError, RuntimeError)) as raised:
+    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as raised:
         run_lives(without_shrinking)
     script = "\n".join(getattr(raised.value, "__notes__", []))
     assert "state = Lives()" in script
