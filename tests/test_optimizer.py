@@ -159,6 +159,17 @@ def test_nothing_but_the_optimizer_holds_its_tensors(path: Path) -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
+@needs_library
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": True, "foreach": False}], ids=str)
+def test_state_is_taken_hold_of_once(options: dict[str, bool]) -> None:
+    optimizer = AdadeltaKeras([Parameter(torch.ones(3)) for _ in range(2)], **options)
+    advance(optimizer)
+    held = optimizer._held_state
+    advance(optimizer, 2)
+    assert held is not None
+    assert optimizer._held_state is held
+
+
 def test_large_state_is_freed_when_it_is_replaced(path: Path) -> None:
     param = Parameter(torch.ones(2**22 + 1))
     optimizer = AdadeltaKeras([param], **path.options)

@@ -20,7 +20,7 @@ from torch_adadelta.gradients import Callback
 from torch_adadelta.hyperparameters import Source
 from torch_adadelta.keras_interface import KerasInterface
 from torch_adadelta.schedules import LearningRateSchedule
-from torch_adadelta.signature import Lists
+from torch_adadelta.signature import Lists, Update
 
 _HAS_CUDA: Final = torch.version.cuda is not None
 
@@ -728,8 +728,9 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
                 continue
             if bucket is not None or not held_state.holds(self._states_of(params)):
                 return None
-            # What `updates.choose` looks at; that the parameters are plain tensors it saw before their state was held.
-            if group["foreach"] is not None or group["fused"] is False or group["differentiable"]:
+            # As `updates.choose` does, which saw that the parameters are plain tensors before their state was held.
+            foreach, fused = group["foreach"], group["fused"]
+            if foreach or fused is False or (foreach is False and fused is None) or group["differentiable"]:
                 return None
             lists = params, grads, held_state.square_avgs, held_state.acc_deltas
             values = hyperparameters.for_step(group["lr"], group["rho"], group["epsilon"])
@@ -1101,7 +1102,7 @@ def _write_values(new_values: Iterable[_NewValue]) -> None:
         source.wrote(value)
 
 
-def _versions(update: updates.Update, lists: updates.Lists) -> list[int] | None:
+def _versions(update: Update, lists: Lists) -> list[int] | None:
     """What tells whether one of the updates in Python has written to some tensor; None where nothing does."""
     if update not in (updates.for_loop, updates.foreach, sparse.for_loop) or torch.is_inference_mode_enabled():
         return None
