@@ -1,20 +1,13 @@
 """What the AVX-512 loops compute in ways of their own, for every float: square roots, and roundings to bfloat16."""
 
-import os
-import re
-import shlex
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import include_paths
+from compilers import CXX, ROOT, compile_flags
 
 from torch_adadelta import ops
-
-ROOT = Path(__file__).resolve().parent.parent
-CXX = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
@@ -36,14 +29,12 @@ def test_roots_and_roundings_are_those_of_the_other_instruction_sets(capability:
         pytest.skip(f"this processor does not have {capability}")
     ops.set_cpu_capability(before)
 
-    flags = re.search(r"COMPILE_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)
-    assert flags is not None
     driver = tmp_path / "driver"
     loops = ROOT / "csrc" / "cpu" / f"loops_{capability.lower()}.cpp"
     command = [
-        CXX, "-std=c++20", *re.findall(r'^ *"(-[^"{]+)"', flags[1], re.MULTILINE), f'-DLOOPS="{loops}"',
+        CXX, *compile_flags(), f'-DLOOPS="{loops}"',
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", *FLAGS[capability],
-        *(f"-I{path}" for path in include_paths()), str(ROOT / "tests" / "exhaustive" / "driver.cpp"), "-o", str(driver),
+        str(ROOT / "tests" / "exhaustive" / "driver.cpp"), "-o", str(driver),
     ]  # fmt: skip
     subprocess.run(command, check=True)
     found = subprocess.run([str(driver)], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -12,27 +12,22 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import include_paths
+from compilers import CXX, ROOT, compile_flags
 
-ROOT = Path(__file__).resolve().parent.parent
 COUNTS = Path(__file__).with_name("instructions") / "counts.json"
 
 # A long stretch; and a small tensor, where what stands before and after the vectorised loop counts.
 LENGTHS = (4096, 19)
 
 MOST_GROWTH = 0.05
-
-CXX = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
@@ -51,13 +46,10 @@ def toolchain() -> str:
 
 def build(folder: Path, *more_flags: str) -> Path:
     """The driver, with the flags that setup.py compiles the kernels with."""
-    flags = re.search(r"COMPILE_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)
-    assert flags is not None
     driver = folder / "driver"
     sources = ("tests/instructions/driver.cpp", "csrc/cpu/loops_default.cpp", "csrc/cpu/loops_avx2.cpp")
     command = [
-        CXX, "-std=c++20", *re.findall(r'^ *"(-[^"{]+)"', flags[1], re.MULTILINE), *more_flags,
-        *(f"-I{path}" for path in include_paths()), *(str(ROOT / source) for source in sources), "-o", str(driver),
+        CXX, *compile_flags(), *more_flags, *(str(ROOT / source) for source in sources), "-o", str(driver),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
