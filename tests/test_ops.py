@@ -213,6 +213,29 @@ def test_capabilities_can_be_chosen_in_process_and_by_the_environment() -> None:
     assert "TORCH_ADADELTA_CPU_CAPABILITY=sse9 is ignored" in ignored.stderr
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.0**70, 2.0**-70, 0.0])
+@pytest.mark.parametrize("count", [255, 256, 300, 1000, 1537])
+def test_square_avg_out_of_the_range_of_fast_roots(count: int, value: float) -> None:
+    """Wherever one stands, every instruction set computes the bits that the plainest does."""
+    best = ops.cpu_capability()
+    for capability in range(1, ops.CPU_CAPABILITIES.index(best) + 1):
+        for place in {0, 15, 16, 40, 95, 96, 97, 130, count // 2, count - 33, count - 1}:
+            plain, fast = lists((count,)), lists((count,))
+            for made in (plain, fast):
+                made[1][0][place] = 0.0
+                made[2][0][place : place + 1 + place % 3] = value
+            # An epsilon that leaves small numbers as they are.
+            ops.set_cpu_capability("default")
+            try:
+                update.fused(*plain, 1.0, 0.95, 1e-30, False)
+                ops.set_cpu_capability(ops.CPU_CAPABILITIES[capability])
+                update.fused(*fast, 1.0, 0.95, 1e-30, False)
+            finally:
+                ops.set_cpu_capability(best)
+            for one, other in zip(plain, fast, strict=True):
+                assert_same_bits(one[0], other[0])
+
+
 def test_more_elements_than_an_int32_counts() -> None:
     """2**31 + 3 of them, in one 16-bit parameter; the last ones as in a short one."""
     available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())

@@ -267,26 +267,47 @@ ADADELTA_INLINE void with_least(const GradientClip<T>& clip, const Run& run) {
 }
 
 #if ADADELTA_LANES == 16
-// The square roots of x, to the bit, from y, an estimate of 1 / sqrt(x), by fused multiply-adds: one Newton step brings
-// g to sqrt(x) and h to 1 / (2 sqrt(x)), and the last addition rounds correctly. tests/exhaustive proves it for every x
-// between 2^-64 and 2^64, where no step under- or overflows (even without subnormal numbers), and for every y within
-// 2^-14.
-ADADELTA_INLINE __m512 sqrt_from_estimate(__m512 x, __m512 y) {
+// sqrt(x) and 1 / (2 sqrt(x)), nearly: one Newton step from y, an estimate of 1 / sqrt(x).
+struct NearRoot {
+  __m512 root, half_inverse;
+};
+
+ADADELTA_INLINE NearRoot near_root(__m512 x, __m512 y) {
   const __m512 half = _mm512_set1_ps(0.5f);
-  __m512 g = _mm512_mul_ps(x, y), h = _mm512_mul_ps(half, y);
+  const __m512 g = _mm512_mul_ps(x, y);
+  // y / 2, which is left to the adders: the multipliers have more to do.
+  const __m512 h = _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(1 << 23)));
   const __m512 error = _mm512_fnmadd_ps(g, h, half);
-  g = _mm512_fmadd_ps(g, error, g);
-  h = _mm512_fmadd_ps(h, error, h);
-  return _mm512_fmadd_ps(_mm512_fnmadd_ps(g, g, x), h, g);
+  return {_mm512_fmadd_ps(g, error, g), _mm512_fmadd_ps(h, error, h)};
+}
+
+// The square roots of x, to the bit, by fused multiply-adds: the last one rounds correctly. tests/exhaustive proves it
+// for every x between 2^-64 and 2^64, where no step under- or overflows (even without subnormal numbers), and for every
+// estimate within 2^-14.
+ADADELTA_INLINE __m512 exact_root(__m512 x, NearRoot near) {
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(near.root, near.root, x), near.half_inverse, near.root);
+}
+
+// 1 / sqrt(x) with the root rounded and then the quotient, as the divider does it, and as well proven. The first of two
+// corrections rounds up: one that came out below 1 / 0x1.fffffep0 would leave the second exactly between two floats.
+ADADELTA_INLINE __m512 exact_inverse_root(__m512 x, NearRoot near) {
+  const __m512 one = _mm512_set1_ps(1.0f), root = exact_root(x, near);
+  __m512 r = _mm512_add_ps(near.half_inverse, near.half_inverse);
+  r = _mm512_fmadd_round_ps(_mm512_fnmadd_ps(root, r, one), r, r, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(root, r, one), r, r);
+}
+
+ADADELTA_INLINE bool are_between_2_to_minus_64_and_64(__m512 x) {
+  const __m512i above_least = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32((127 - 64) << 23));
+  return _mm512_cmpge_epu32_mask(above_least, _mm512_set1_epi32(128 << 23)) == 0;
 }
 
 // The square roots of any x without the divider, which is left those that are out of range or nan.
 ADADELTA_INLINE __m512 sqrt_by_multiplying(__m512 x) {
-  const __m512i above_least = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32((127 - 64) << 23));
-  if (__builtin_expect(_mm512_cmpge_epu32_mask(above_least, _mm512_set1_epi32(128 << 23)) != 0, 0)) {
+  if (__builtin_expect(!are_between_2_to_minus_64_and_64(x), 0)) {
     return _mm512_sqrt_ps(x);
   }
-  return sqrt_from_estimate(x, _mm512_rsqrt14_ps(x));
+  return exact_root(x, near_root(x, _mm512_rsqrt14_ps(x)));
 }
 
 // A group of floats. The divider, which two roots and a quotient keep busy throughout, is spared half of the roots of
@@ -307,6 +328,109 @@ ADADELTA_INLINE void update_group(
   for (int64_t k = 0; k < kGroup; ++k) {
     adadelta_element(clip(grad[k]), roots[k], square_avg[k], acc_delta[k], param[k], h);
   }
+}
+
+// Groups in a row, the inverse roots of half of their elements from multiplications. Both the divider and the
+// multipliers are then busy throughout, if what they wait for was begun in time: each turn begins a group, brings the
+// two before it one stage further and ends a third. Stops before a group of which a root would be out of range; returns
+// how many elements it updated.
+template <typename Clip>
+ADADELTA_INLINE int64_t update_staged_groups(
+    float* __restrict__ param,
+    const float* __restrict__ grad,
+    float* __restrict__ square_avg,
+    float* __restrict__ acc_delta,
+    int64_t count,
+    const Clip clip,
+    const Hyperparameters<float> h
+) {
+  const __m512 rho = _mm512_set1_ps(h.rho), omr = _mm512_set1_ps(h.omr);
+  const __m512 eps = _mm512_set1_ps(h.eps), lr = _mm512_set1_ps(h.lr), one = _mm512_set1_ps(1.0f);
+
+  // x is square_avg + eps, u_root sqrt(acc_delta + eps). Of a group, the first half is multiplied, the second divided.
+  struct Begun {
+    __m512 g, u_root, x;
+  };
+  struct Multiplied {
+    __m512 g, u_root, x;
+    NearRoot near;
+  };
+  struct Divided {
+    __m512 g, u_root, inverse;
+  };
+
+  const auto gradient = [&](int64_t i) {
+    alignas(64) float g[16];
+    for (int64_t k = 0; k < 16; ++k) {
+      g[k] = clip(grad[i + k]);
+    }
+    return _mm512_load_ps(g);
+  };
+  const auto averaged = [&](__m512 average, __m512 item) {
+    return _mm512_add_ps(_mm512_mul_ps(average, rho), _mm512_mul_ps(_mm512_mul_ps(item, item), omr));
+  };
+  const auto fits = [&](int64_t i) {
+    const __m512 a = averaged(_mm512_loadu_ps(square_avg + i), gradient(i));
+    return __builtin_expect(are_between_2_to_minus_64_and_64(_mm512_add_ps(a, eps)), 1);
+  };
+  const auto begin = [&](int64_t i) {
+    const __m512 g = gradient(i), a = averaged(_mm512_loadu_ps(square_avg + i), g);
+    _mm512_storeu_ps(square_avg + i, a);
+    const __m512 u_root = _mm512_sqrt_ps(_mm512_add_ps(_mm512_loadu_ps(acc_delta + i), eps));
+    return Begun{g, u_root, _mm512_add_ps(a, eps)};
+  };
+  const auto step = [&](__m512 g, __m512 u_root, __m512 inverse) {
+    return _mm512_mul_ps(_mm512_mul_ps(u_root, inverse), g);
+  };
+  const auto end = [&](int64_t i, __m512 d) {
+    _mm512_storeu_ps(acc_delta + i, averaged(_mm512_loadu_ps(acc_delta + i), d));
+    _mm512_storeu_ps(param + i, _mm512_sub_ps(_mm512_loadu_ps(param + i), _mm512_mul_ps(d, lr)));
+  };
+
+  // What is ahead: three groups begun, two of them brought one stage further, of one of which the step is known.
+  int64_t i = -3 * kGroup;
+  Begun begun{one, one, one}, begun2 = begun;
+  Multiplied multiplied{one, one, one, {one, one}};
+  Divided divided{one, one, one};
+  __m512 estimate = one, root = one, d = one, d2 = one;
+  if (count < 8 * kGroup) {  // of fewer, too many would wait for the stages before and after them
+    return 0;
+  }
+  for (; i + 4 * kGroup <= count; i += kGroup) {
+    const int64_t next = i + 3 * kGroup;
+    if (!fits(next)) {
+      break;
+    }
+    const Begun to = begin(next);
+    const __m512 to_estimate = _mm512_rsqrt14_ps(to.x);
+    const Multiplied to_multiplied{begun.g, begun.u_root, begun.x, near_root(begun.x, estimate)};
+    const __m512 to_d = step(multiplied.g, multiplied.u_root, exact_inverse_root(multiplied.x, multiplied.near));
+    if (i >= 0) {
+      end(i, d);
+    }
+    const Begun to2 = begin(next + 16);
+    const __m512 to_root = _mm512_sqrt_ps(to2.x);
+    const Divided to_divided{begun2.g, begun2.u_root, _mm512_div_ps(one, root)};
+    const __m512 to_d2 = step(divided.g, divided.u_root, divided.inverse);
+    if (i >= 0) {
+      end(i + 16, d2);
+    }
+    begun = to, estimate = to_estimate, multiplied = to_multiplied, d = to_d;
+    begun2 = to2, root = to_root, divided = to_divided, d2 = to_d2;
+  }
+  // The same without another group to begin.
+  const int64_t stop = i + 3 * kGroup;
+  for (; i < stop; i += kGroup) {
+    if (i >= 0) {
+      end(i, d);
+      end(i + 16, d2);
+    }
+    d = step(multiplied.g, multiplied.u_root, exact_inverse_root(multiplied.x, multiplied.near));
+    d2 = step(divided.g, divided.u_root, divided.inverse);
+    multiplied = {begun.g, begun.u_root, begun.x, near_root(begun.x, estimate)};
+    divided = {begun2.g, begun2.u_root, _mm512_div_ps(one, root)};
+  }
+  return stop;
 }
 #endif
 
@@ -333,8 +457,12 @@ ADADELTA_INLINE void update_contiguous(
   int64_t i = 0;
 #if ADADELTA_LANES == 16
   if constexpr (std::is_same_v<T, float>) {
-    for (; i + kGroup <= count; i += kGroup) {
-      update_group(param + i, grad + i, square_avg + i, acc_delta + i, clip, h);
+    // After a group that was out of range some more are taken one by one, before another row is begun.
+    while (i + kGroup <= count) {
+      i += update_staged_groups(param + i, grad + i, square_avg + i, acc_delta + i, count - i, clip, h);
+      for (const int64_t next = i + 16 * kGroup; i < next && i + kGroup <= count; i += kGroup) {
+        update_group(param + i, grad + i, square_avg + i, acc_delta + i, clip, h);
+      }
     }
   }
 #endif
