@@ -3,10 +3,10 @@
 //     driver
 //
 // prints for how many of every float, with and without subnormal numbers, square roots and their inverses by
-// multiplication differ from the processor's, and groups rounded to bfloat16 from numbers rounded one by one; and for how
-// many of every mantissa with every estimate that the instruction set's specification allows, the roots do. Powers of 4
-// only scale a root and its steps, so the mantissas of [1, 4) stand for all; a processor whose estimates differ from this
-// one's gets the same bits.
+// multiplication differ from the processor's, and groups rounded to bfloat16 from numbers rounded one by one; and for
+// how many of every mantissa with every estimate that the instruction set's specification allows, the roots do. Powers
+// of 4 only scale a root and its steps, so the mantissas of [1, 4) stand for all; a processor whose estimates differ
+// from this one's gets the same bits.
 //
 // LOOPS is the file of the instruction set.
 #include LOOPS
