@@ -65,18 +65,34 @@ struct GradientClip {
   ADADELTA_INLINE T operator()(T g) const { return divided(unscaled(g)); }
 };
 
-// a: square_avg, u: acc_delta, p: the parameter, d: the step before the learning rate.
+// The update in its parts, for a number or a vector of numbers V, which cross by reference: what is compiled for one
+// instruction set does not agree with another on how vectors are passed.
 //
 // Every operation is rounded to T on its own, in the order of the for-loop in update.py. Compile with
 // -ffp-contract=off (nvcc: --fmad=false) and IEEE division and square root: a fused multiply-add changes the bits.
-//
-// `root` is sqrt(u + eps).
-template <typename T>
-ADADELTA_INLINE void adadelta_element(T g, T root, T& a, T& u, T& p, const Hyperparameters<T>& h) {
-  a = a * h.rho + (g * g) * h.omr;
-  const T d = root * (T(1) / std::sqrt(a + h.eps)) * g;
-  u = u * h.rho + (d * d) * h.omr;
+template <typename V, typename T>
+ADADELTA_INLINE void average_in(V& average, const V& item, const Hyperparameters<T>& h) {
+  average = average * h.rho + (item * item) * h.omr;
+}
+
+// d: sqrt(acc_delta + eps), from which the step before the learning rate is made. inverse: 1 / sqrt(square_avg + eps).
+template <typename V>
+ADADELTA_INLINE void make_step(V& d, const V& inverse, const V& g) {
+  d = d * inverse * g;
+}
+
+template <typename V, typename T>
+ADADELTA_INLINE void move_by(V& p, const V& d, const Hyperparameters<T>& h) {
   p = p - d * h.lr;
+}
+
+// The update of one element. a: square_avg, u: acc_delta, p: the parameter, d: sqrt(u + eps).
+template <typename T>
+ADADELTA_INLINE void adadelta_element(T g, T d, T& a, T& u, T& p, const Hyperparameters<T>& h) {
+  average_in(a, g, h);
+  make_step(d, T(1) / std::sqrt(a + h.eps), g);
+  average_in(u, d, h);
+  move_by(p, d, h);
 }
 
 template <typename T>

@@ -5,8 +5,11 @@
 namespace {
 
 using torch_adadelta::adadelta_element;
+using torch_adadelta::average_in;
 using torch_adadelta::GradientClip;
 using torch_adadelta::Hyperparameters;
+using torch_adadelta::make_step;
+using torch_adadelta::move_by;
 
 // ---- Conversions ----------------------------------------------------------------------------------------------------
 
@@ -331,8 +334,8 @@ ADADELTA_INLINE void update_group(
 }
 
 // Groups in a row, the inverse roots of half of their elements from multiplications. Both the divider and the
-// multipliers are then busy throughout, if what they wait for was begun in time: each turn begins a group, brings the
-// two before it one stage further and ends a third. Stops before a group of which a root would be out of range; returns
+// multipliers are then busy throughout, if what they wait for was begun in time: each turn ends a group, brings the two
+// after it one stage further and begins a third. Stops before a group of which a root would be out of range; returns
 // how many elements it updated.
 template <typename Clip>
 ADADELTA_INLINE int64_t update_staged_groups(
@@ -344,19 +347,14 @@ ADADELTA_INLINE int64_t update_staged_groups(
     const Clip clip,
     const Hyperparameters<float> h
 ) {
-  const __m512 rho = _mm512_set1_ps(h.rho), omr = _mm512_set1_ps(h.omr);
-  const __m512 eps = _mm512_set1_ps(h.eps), lr = _mm512_set1_ps(h.lr), one = _mm512_set1_ps(1.0f);
+  if (count < 8 * kGroup) {  // of fewer, too many would wait for the stages before and after them
+    return 0;
+  }
+  const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
 
-  // x is square_avg + eps, u_root sqrt(acc_delta + eps). Of a group, the first half is multiplied, the second divided.
+  // x: square_avg + eps, u_root: sqrt(acc_delta + eps).
   struct Begun {
     __m512 g, u_root, x;
-  };
-  struct Multiplied {
-    __m512 g, u_root, x;
-    NearRoot near;
-  };
-  struct Divided {
-    __m512 g, u_root, inverse;
   };
 
   const auto gradient = [&](int64_t i) {
@@ -366,69 +364,60 @@ ADADELTA_INLINE int64_t update_staged_groups(
     }
     return _mm512_load_ps(g);
   };
-  const auto averaged = [&](__m512 average, __m512 item) {
-    return _mm512_add_ps(_mm512_mul_ps(average, rho), _mm512_mul_ps(_mm512_mul_ps(item, item), omr));
+  const auto averaged = [&](const float* average, __m512 item) {
+    __m512 to = _mm512_loadu_ps(average);
+    average_in(to, item, h);
+    return to;
   };
   const auto fits = [&](int64_t i) {
-    const __m512 a = averaged(_mm512_loadu_ps(square_avg + i), gradient(i));
-    return __builtin_expect(are_between_2_to_minus_64_and_64(_mm512_add_ps(a, eps)), 1);
+    const __m512 x = _mm512_add_ps(averaged(square_avg + i, gradient(i)), eps);
+    return __builtin_expect(are_between_2_to_minus_64_and_64(x), 1);
   };
   const auto begin = [&](int64_t i) {
-    const __m512 g = gradient(i), a = averaged(_mm512_loadu_ps(square_avg + i), g);
+    const __m512 g = gradient(i), a = averaged(square_avg + i, g);
     _mm512_storeu_ps(square_avg + i, a);
     const __m512 u_root = _mm512_sqrt_ps(_mm512_add_ps(_mm512_loadu_ps(acc_delta + i), eps));
     return Begun{g, u_root, _mm512_add_ps(a, eps)};
   };
-  const auto step = [&](__m512 g, __m512 u_root, __m512 inverse) {
-    return _mm512_mul_ps(_mm512_mul_ps(u_root, inverse), g);
+  const auto step = [&](const Begun& from, __m512 inverse) {
+    __m512 d = from.u_root;
+    make_step(d, inverse, from.g);
+    return d;
   };
   const auto end = [&](int64_t i, __m512 d) {
-    _mm512_storeu_ps(acc_delta + i, averaged(_mm512_loadu_ps(acc_delta + i), d));
-    _mm512_storeu_ps(param + i, _mm512_sub_ps(_mm512_loadu_ps(param + i), _mm512_mul_ps(d, lr)));
+    _mm512_storeu_ps(acc_delta + i, averaged(acc_delta + i, d));
+    __m512 p = _mm512_loadu_ps(param + i);
+    move_by(p, d, h);
+    _mm512_storeu_ps(param + i, p);
   };
 
-  // What is ahead: three groups begun, two of them brought one stage further, of one of which the step is known.
-  int64_t i = -3 * kGroup;
-  Begun begun{one, one, one}, begun2 = begun;
-  Multiplied multiplied{one, one, one, {one, one}};
-  Divided divided{one, one, one};
-  __m512 estimate = one, root = one, d = one, d2 = one;
-  if (count < 8 * kGroup) {  // of fewer, too many would wait for the stages before and after them
-    return 0;
-  }
-  for (; i + 4 * kGroup <= count; i += kGroup) {
+  // Three groups are under way: of the one in front the steps d are known, the next is halfway, the last begun. The
+  // first half of each is multiplied, the second divided. Before the first group there are ones, which go nowhere.
+  Begun begun{one, one, one}, begun2 = begun, halfway = begun, halfway2 = begun;
+  NearRoot near{one, one};
+  __m512 estimate = one, root = one, inverse = one, d = one, d2 = one;
+  int64_t stop = count - count % kGroup;
+  for (int64_t i = -3 * kGroup; i < stop; i += kGroup) {
     const int64_t next = i + 3 * kGroup;
-    if (!fits(next)) {
-      break;
-    }
-    const Begun to = begin(next);
-    const __m512 to_estimate = _mm512_rsqrt14_ps(to.x);
-    const Multiplied to_multiplied{begun.g, begun.u_root, begun.x, near_root(begun.x, estimate)};
-    const __m512 to_d = step(multiplied.g, multiplied.u_root, exact_inverse_root(multiplied.x, multiplied.near));
-    if (i >= 0) {
-      end(i, d);
-    }
-    const Begun to2 = begin(next + 16);
-    const __m512 to_root = _mm512_sqrt_ps(to2.x);
-    const Divided to_divided{begun2.g, begun2.u_root, _mm512_div_ps(one, root)};
-    const __m512 to_d2 = step(divided.g, divided.u_root, divided.inverse);
-    if (i >= 0) {
-      end(i + 16, d2);
-    }
-    begun = to, estimate = to_estimate, multiplied = to_multiplied, d = to_d;
-    begun2 = to2, root = to_root, divided = to_divided, d2 = to_d2;
-  }
-  // The same without another group to begin.
-  const int64_t stop = i + 3 * kGroup;
-  for (; i < stop; i += kGroup) {
     if (i >= 0) {
       end(i, d);
       end(i + 16, d2);
     }
-    d = step(multiplied.g, multiplied.u_root, exact_inverse_root(multiplied.x, multiplied.near));
-    d2 = step(divided.g, divided.u_root, divided.inverse);
-    multiplied = {begun.g, begun.u_root, begun.x, near_root(begun.x, estimate)};
-    divided = {begun2.g, begun2.u_root, _mm512_div_ps(one, root)};
+    d = step(halfway, exact_inverse_root(halfway.x, near));
+    d2 = step(halfway2, inverse);
+    near = near_root(begun.x, estimate);
+    inverse = _mm512_div_ps(one, root);
+    halfway = begun;
+    halfway2 = begun2;
+    if (next < stop && !fits(next)) {
+      stop = next;
+    }
+    if (next < stop) {
+      begun = begin(next);
+      begun2 = begin(next + 16);
+      estimate = _mm512_rsqrt14_ps(begun.x);
+      root = _mm512_sqrt_ps(begun2.x);
+    }
   }
   return stop;
 }
@@ -457,7 +446,7 @@ ADADELTA_INLINE void update_contiguous(
   int64_t i = 0;
 #if ADADELTA_LANES == 16
   if constexpr (std::is_same_v<T, float>) {
-    // After a group that was out of range some more are taken one by one, before another row is begun.
+    // After a group that was out of range some more do without stages, before another row is begun.
     while (i + kGroup <= count) {
       i += update_staged_groups(param + i, grad + i, square_avg + i, acc_delta + i, count - i, clip, h);
       for (const int64_t next = i + 16 * kGroup; i < next && i + kGroup <= count; i += kGroup) {
