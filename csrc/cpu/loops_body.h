@@ -352,9 +352,12 @@ ADADELTA_INLINE int64_t update_staged_groups(
   }
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
 
-  // x: square_avg + eps, u_root: sqrt(acc_delta + eps).
+  // a: the new square_avg, x: a + eps, u_root: sqrt(acc_delta + eps).
   struct Begun {
-    __m512 g, u_root, x;
+    __m512 a, g, u_root, x;
+  };
+  struct Ended {
+    __m512 acc_delta, param;
   };
 
   const auto gradient = [&](int64_t i) {
@@ -375,9 +378,8 @@ ADADELTA_INLINE int64_t update_staged_groups(
   };
   const auto begin = [&](int64_t i) {
     const __m512 g = gradient(i), a = averaged(square_avg + i, g);
-    _mm512_storeu_ps(square_avg + i, a);
     const __m512 u_root = _mm512_sqrt_ps(_mm512_add_ps(_mm512_loadu_ps(acc_delta + i), eps));
-    return Begun{g, u_root, _mm512_add_ps(a, eps)};
+    return Begun{a, g, u_root, _mm512_add_ps(a, eps)};
   };
   const auto step = [&](const Begun& from, __m512 inverse) {
     __m512 d = from.u_root;
@@ -385,23 +387,28 @@ ADADELTA_INLINE int64_t update_staged_groups(
     return d;
   };
   const auto end = [&](int64_t i, __m512 d) {
-    _mm512_storeu_ps(acc_delta + i, averaged(acc_delta + i, d));
     __m512 p = _mm512_loadu_ps(param + i);
     move_by(p, d, h);
-    _mm512_storeu_ps(param + i, p);
+    return Ended{averaged(acc_delta + i, d), p};
   };
 
   // Three groups are under way: of the one in front the steps d are known, the next is halfway, the last begun. The
   // first half of each is multiplied, the second divided. Before the first group there are ones, which go nowhere.
-  Begun begun{one, one, one}, begun2 = begun, halfway = begun, halfway2 = begun;
+  //
+  // Both halves are read before either is written: a read waits for an unfinished write to an address with the same
+  // lower twelve bits, and what those are in tensors allocated one after the other is often the same.
+  Begun begun{one, one, one, one}, begun2 = begun, halfway = begun, halfway2 = begun;
   NearRoot near{one, one};
   __m512 estimate = one, root = one, inverse = one, d = one, d2 = one;
   int64_t stop = count - count % kGroup;
   for (int64_t i = -3 * kGroup; i < stop; i += kGroup) {
     const int64_t next = i + 3 * kGroup;
     if (i >= 0) {
-      end(i, d);
-      end(i + 16, d2);
+      const Ended ended = end(i, d), ended2 = end(i + 16, d2);
+      _mm512_storeu_ps(acc_delta + i, ended.acc_delta);
+      _mm512_storeu_ps(acc_delta + i + 16, ended2.acc_delta);
+      _mm512_storeu_ps(param + i, ended.param);
+      _mm512_storeu_ps(param + i + 16, ended2.param);
     }
     d = step(halfway, exact_inverse_root(halfway.x, near));
     d2 = step(halfway2, inverse);
@@ -415,6 +422,8 @@ ADADELTA_INLINE int64_t update_staged_groups(
     if (next < stop) {
       begun = begin(next);
       begun2 = begin(next + 16);
+      _mm512_storeu_ps(square_avg + next, begun.a);
+      _mm512_storeu_ps(square_avg + next + 16, begun2.a);
       estimate = _mm512_rsqrt14_ps(begun.x);
       root = _mm512_sqrt_ps(begun2.x);
     }
