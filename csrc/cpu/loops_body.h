@@ -338,7 +338,7 @@ ADADELTA_INLINE void update_group(
 // after it one stage further and begins a third. Stops before a group of which a root would be out of range; returns
 // how many elements it updated.
 template <typename Clip>
-ADADELTA_INLINE int64_t update_staged_groups(
+ADADELTA_INLINE void update_staged_groups(
     float* __restrict__ param,
     const float* __restrict__ grad,
     float* __restrict__ square_avg,
@@ -347,9 +347,6 @@ ADADELTA_INLINE int64_t update_staged_groups(
     const Clip clip,
     const Hyperparameters<float> h
 ) {
-  if (count < 8 * kGroup) {  // of fewer, too many would wait for the stages before and after them
-    return 0;
-  }
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
 
   // a: the new square_avg, x: a + eps, u_root: sqrt(acc_delta + eps).
@@ -371,10 +368,6 @@ ADADELTA_INLINE int64_t update_staged_groups(
     __m512 to = _mm512_loadu_ps(average);
     average_in(to, item, h);
     return to;
-  };
-  const auto fits = [&](int64_t i) {
-    const __m512 x = _mm512_add_ps(averaged(square_avg + i, gradient(i)), eps);
-    return __builtin_expect(are_between_2_to_minus_64_and_64(x), 1);
   };
   const auto begin = [&](int64_t i) {
     const __m512 g = gradient(i), a = averaged(square_avg + i, g);
@@ -400,8 +393,7 @@ ADADELTA_INLINE int64_t update_staged_groups(
   Begun begun{one, one, one, one}, begun2 = begun, halfway = begun, halfway2 = begun;
   NearRoot near{one, one};
   __m512 estimate = one, root = one, inverse = one, d = one, d2 = one;
-  int64_t stop = count - count % kGroup;
-  for (int64_t i = -3 * kGroup; i < stop; i += kGroup) {
+  for (int64_t i = -3 * kGroup; i < count; i += kGroup) {
     const int64_t next = i + 3 * kGroup;
     if (i >= 0) {
       const Ended ended = end(i, d), ended2 = end(i + 16, d2);
@@ -410,16 +402,17 @@ ADADELTA_INLINE int64_t update_staged_groups(
       _mm512_storeu_ps(param + i, ended.param);
       _mm512_storeu_ps(param + i + 16, ended2.param);
     }
-    d = step(halfway, exact_inverse_root(halfway.x, near));
+    __m512 multiplied = exact_inverse_root(halfway.x, near);
+    if (__builtin_expect(!are_between_2_to_minus_64_and_64(halfway.x), 0)) {
+      multiplied = _mm512_div_ps(one, _mm512_sqrt_ps(halfway.x));
+    }
+    d = step(halfway, multiplied);
     d2 = step(halfway2, inverse);
     near = near_root(begun.x, estimate);
     inverse = _mm512_div_ps(one, root);
     halfway = begun;
     halfway2 = begun2;
-    if (next < stop && !fits(next)) {
-      stop = next;
-    }
-    if (next < stop) {
+    if (next < count) {
       begun = begin(next);
       begun2 = begin(next + 16);
       _mm512_storeu_ps(square_avg + next, begun.a);
@@ -428,7 +421,6 @@ ADADELTA_INLINE int64_t update_staged_groups(
       root = _mm512_sqrt_ps(begun2.x);
     }
   }
-  return stop;
 }
 #endif
 
@@ -455,12 +447,12 @@ ADADELTA_INLINE void update_contiguous(
   int64_t i = 0;
 #if ADADELTA_LANES == 16
   if constexpr (std::is_same_v<T, float>) {
-    // After a group that was out of range some more do without stages, before another row is begun.
-    while (i + kGroup <= count) {
-      i += update_staged_groups(param + i, grad + i, square_avg + i, acc_delta + i, count - i, clip, h);
-      for (const int64_t next = i + 16 * kGroup; i < next && i + kGroup <= count; i += kGroup) {
-        update_group(param + i, grad + i, square_avg + i, acc_delta + i, clip, h);
-      }
+    if (count >= 8 * kGroup) {  // of fewer, too many would wait for the stages before and after them
+      i = count - count % kGroup;
+      update_staged_groups(param, grad, square_avg, acc_delta, i, clip, h);
+    }
+    for (; i + kGroup <= count; i += kGroup) {
+      update_group(param + i, grad + i, square_avg + i, acc_delta + i, clip, h);
     }
   }
 #endif
