@@ -215,12 +215,13 @@ def test_capabilities_can_be_chosen_in_process_and_by_the_environment() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.0**70, 2.0**-70, 0.0])
 @pytest.mark.parametrize("count", [255, 256, 300, 1000, 1537])
-def test_square_avg_out_of_the_range_of_fast_roots(count: int, value: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_square_avg_out_of_the_range_of_fast_roots(dtype: torch.dtype, count: int, value: float) -> None:
     """Wherever one stands, every instruction set computes the bits that the plainest does."""
     best = ops.cpu_capability()
     for capability in range(1, ops.CPU_CAPABILITIES.index(best) + 1):
         for place in {0, 15, 16, 40, 95, 96, 97, 130, count // 2, count - 33, count - 1}:
-            plain, fast = lists((count,)), lists((count,))
+            plain, fast = lists((count,), dtype=dtype), lists((count,), dtype=dtype)
             for made in (plain, fast):
                 made[1][0][place] = 0.0
                 made[2][0][place : place + 1 + place % 3] = value

@@ -15,7 +15,8 @@ using torch_adadelta::move_by;
 
 // Each 16-bit format says how one element is converted, and how a group of kGroup is: compilers do not vectorise the
 // conversions of float16 at all, and those of bfloat16 with needless shuffles. Inside a group the floats may stand in
-// any order, the same for every tensor. kSparesDivider: the conversions leave the multipliers time for roots.
+// any order, the same for every tensor. kSparesDivider: the conversions leave the multipliers time for roots, even
+// without stages.
 constexpr int64_t kGroup = 32;
 
 #if defined(ADADELTA_AVX512)
@@ -61,29 +62,7 @@ struct Bfloat16 {
     }
   }
 
-#if defined(ADADELTA_AVX512_BF16)
-  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
-    for (int64_t k = 0; k < kGroup; k += kLanes) {
-      const __m256i items = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
-      _mm512_storeu_si512(to + k, _mm512_slli_epi32(_mm512_cvtepu16_epi32(items), 16));
-    }
-  }
-
-  // The processor's own rounding takes subnormal numbers for 0, and keeps what a nan says.
-  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
-    constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
-    const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
-    const __mmask16 in_low = _mm512_fpclass_ps_mask(low, kSubnormalOrNan);
-    if (__builtin_expect(!_kortestz_mask16_u8(in_low, _mm512_fpclass_ps_mask(high, kSubnormalOrNan)), 0)) {
-      for (int64_t k = 0; k < kGroup; ++k) {
-        to[k] = narrow(from[k]);
-      }
-      return;
-    }
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-    __builtin_memcpy(to, &rounded, sizeof(rounded));
-  }
-#elif ADADELTA_LANES == 16
+#if ADADELTA_LANES == 16
   // A 32-bit lane holds two neighbours: one is shifted up to become a float, the other masked. For AVX2 too.
   static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
     const __m512i pairs = _mm512_loadu_si512(from);
@@ -91,6 +70,28 @@ struct Bfloat16 {
     _mm512_storeu_si512(to + 16, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
 
+#if defined(ADADELTA_AVX512_BF16)
+  // The processor's own rounding takes subnormal numbers for 0, and keeps what a nan says.
+  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
+    constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
+    const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+    const __mmask16 in_low = _mm512_fpclass_ps_mask(low, kSubnormalOrNan);
+    if (__builtin_expect(!_kortestz_mask16_u8(in_low, _mm512_fpclass_ps_mask(high, kSubnormalOrNan)), 0)) {
+      for (int64_t k = 0; k < 16; ++k) {
+        to[2 * k] = narrow(from[k]);
+        to[2 * k + 1] = narrow(from[16 + k]);
+      }
+      return;
+    }
+    alignas(64) static constexpr uint16_t kInTurns[kGroup] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+    __m512i items;
+    __builtin_memcpy(&items, &rounded, sizeof(rounded));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurns), items));
+  }
+#else
   // The rounded value in the upper half of each lane.
   static ADADELTA_INLINE __m512i round(const float* from) {
     const __m512 values = _mm512_loadu_ps(from);
@@ -105,6 +106,7 @@ struct Bfloat16 {
     const __m512i low = _mm512_srli_epi32(round(from), 16);
     _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, low, round(from + 16)));
   }
+#endif
 #elif ADADELTA_LANES == 8
   static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
     for (int64_t k = 0; k < kGroup; k += 16) {
@@ -189,6 +191,13 @@ struct Half {
       narrow_lanes(to + k, from + k);
     }
   }
+};
+
+// What has no need to be converted.
+struct Float {
+  static ADADELTA_INLINE void widen_group(float* to, const float* from) { __builtin_memcpy(to, from, kGroup * 4); }
+
+  static ADADELTA_INLINE void narrow_group(float* to, const float* from) { __builtin_memcpy(to, from, kGroup * 4); }
 };
 
 template <typename Format>
@@ -333,92 +342,99 @@ ADADELTA_INLINE void update_group(
   }
 }
 
+// Of fewer elements in a row, too many would wait for the stages before and after them.
+constexpr int64_t kLeastStaged = 8 * kGroup;
+
 // Groups in a row, the inverse roots of half of their elements from multiplications. Both the divider and the
 // multipliers are then busy throughout, if what they wait for was begun in time: each turn ends a group, brings the two
-// after it one stage further and begins a third. Stops before a group of which a root would be out of range; returns
-// how many elements it updated.
-template <typename Clip>
+// after it one stage further and begins a third.
+template <typename Format, typename Item, typename Clip>
 ADADELTA_INLINE void update_staged_groups(
-    float* __restrict__ param,
-    const float* __restrict__ grad,
-    float* __restrict__ square_avg,
-    float* __restrict__ acc_delta,
+    Item* __restrict__ param,
+    const Item* __restrict__ grad,
+    Item* __restrict__ square_avg,
+    Item* __restrict__ acc_delta,
     int64_t count,
     const Clip clip,
     const Hyperparameters<float> h
 ) {
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
 
-  // a: the new square_avg, x: a + eps, u_root: sqrt(acc_delta + eps).
-  struct Begun {
-    __m512 a, g, u_root, x;
+  // The halves of a group.
+  struct Pair {
+    __m512 first, second;
   };
-  struct Ended {
-    __m512 acc_delta, param;
+  // x: the new square_avg + eps, u_root: sqrt(acc_delta + eps).
+  struct Begun {
+    __m512 g, u_root, x;
   };
 
+  const auto read = [&](const Item* from) {
+    alignas(64) float items[kGroup];
+    Format::widen_group(items, from);
+    return Pair{_mm512_load_ps(items), _mm512_load_ps(items + 16)};
+  };
+  const auto write = [&](Item* to, const Pair& pair) {
+    alignas(64) float items[kGroup];
+    _mm512_store_ps(items, pair.first);
+    _mm512_store_ps(items + 16, pair.second);
+    Format::narrow_group(to, items);
+  };
   const auto gradient = [&](int64_t i) {
-    alignas(64) float g[16];
-    for (int64_t k = 0; k < 16; ++k) {
-      g[k] = clip(grad[i + k]);
+    alignas(64) float items[kGroup];
+    Format::widen_group(items, grad + i);
+    for (int64_t k = 0; k < kGroup; ++k) {
+      items[k] = clip(items[k]);
     }
-    return _mm512_load_ps(g);
+    return Pair{_mm512_load_ps(items), _mm512_load_ps(items + 16)};
   };
-  const auto averaged = [&](const float* average, __m512 item) {
-    __m512 to = _mm512_loadu_ps(average);
-    average_in(to, item, h);
+  const auto averaged = [&](const Item* averages, const Pair& items) {
+    Pair to = read(averages);
+    average_in(to.first, items.first, h);
+    average_in(to.second, items.second, h);
     return to;
-  };
-  const auto begin = [&](int64_t i) {
-    const __m512 g = gradient(i), a = averaged(square_avg + i, g);
-    const __m512 u_root = _mm512_sqrt_ps(_mm512_add_ps(_mm512_loadu_ps(acc_delta + i), eps));
-    return Begun{a, g, u_root, _mm512_add_ps(a, eps)};
   };
   const auto step = [&](const Begun& from, __m512 inverse) {
     __m512 d = from.u_root;
     make_step(d, inverse, from.g);
     return d;
   };
-  const auto end = [&](int64_t i, __m512 d) {
-    __m512 p = _mm512_loadu_ps(param + i);
-    move_by(p, d, h);
-    return Ended{averaged(acc_delta + i, d), p};
-  };
 
   // Three groups are under way: of the one in front the steps d are known, the next is halfway, the last begun. The
   // first half of each is multiplied, the second divided. Before the first group there are ones, which go nowhere.
   //
-  // Both halves are read before either is written: a read waits for an unfinished write to an address with the same
+  // All of a group is read before any is written: a read waits for an unfinished write to an address with the same
   // lower twelve bits, and what those are in tensors allocated one after the other is often the same.
-  Begun begun{one, one, one, one}, begun2 = begun, halfway = begun, halfway2 = begun;
+  Begun begun{one, one, one}, begun2 = begun, halfway = begun, halfway2 = begun;
   NearRoot near{one, one};
-  __m512 estimate = one, root = one, inverse = one, d = one, d2 = one;
+  __m512 estimate = one, root = one, inverse = one;
+  Pair d{one, one};
   for (int64_t i = -3 * kGroup; i < count; i += kGroup) {
     const int64_t next = i + 3 * kGroup;
     if (i >= 0) {
-      const Ended ended = end(i, d), ended2 = end(i + 16, d2);
-      _mm512_storeu_ps(acc_delta + i, ended.acc_delta);
-      _mm512_storeu_ps(acc_delta + i + 16, ended2.acc_delta);
-      _mm512_storeu_ps(param + i, ended.param);
-      _mm512_storeu_ps(param + i + 16, ended2.param);
+      const Pair u = averaged(acc_delta + i, d);
+      Pair p = read(param + i);
+      move_by(p.first, d.first, h);
+      move_by(p.second, d.second, h);
+      write(acc_delta + i, u);
+      write(param + i, p);
     }
     __m512 multiplied = exact_inverse_root(halfway.x, near);
     if (__builtin_expect(!are_between_2_to_minus_64_and_64(halfway.x), 0)) {
       multiplied = _mm512_div_ps(one, _mm512_sqrt_ps(halfway.x));
     }
-    d = step(halfway, multiplied);
-    d2 = step(halfway2, inverse);
+    d = {step(halfway, multiplied), step(halfway2, inverse)};
     near = near_root(begun.x, estimate);
     inverse = _mm512_div_ps(one, root);
     halfway = begun;
     halfway2 = begun2;
     if (next < count) {
-      begun = begin(next);
-      begun2 = begin(next + 16);
-      _mm512_storeu_ps(square_avg + next, begun.a);
-      _mm512_storeu_ps(square_avg + next + 16, begun2.a);
+      const Pair g = gradient(next), a = averaged(square_avg + next, g), u = read(acc_delta + next);
+      begun = {g.first, _mm512_sqrt_ps(_mm512_add_ps(u.first, eps)), _mm512_add_ps(a.first, eps)};
+      begun2 = {g.second, _mm512_sqrt_ps(_mm512_add_ps(u.second, eps)), _mm512_add_ps(a.second, eps)};
       estimate = _mm512_rsqrt14_ps(begun.x);
       root = _mm512_sqrt_ps(begun2.x);
+      write(square_avg + next, a);
     }
   }
 }
@@ -447,9 +463,9 @@ ADADELTA_INLINE void update_contiguous(
   int64_t i = 0;
 #if ADADELTA_LANES == 16
   if constexpr (std::is_same_v<T, float>) {
-    if (count >= 8 * kGroup) {  // of fewer, too many would wait for the stages before and after them
+    if (count >= kLeastStaged) {
       i = count - count % kGroup;
-      update_staged_groups(param, grad, square_avg, acc_delta, i, clip, h);
+      update_staged_groups<Float>(param, grad, square_avg, acc_delta, i, clip, h);
     }
     for (; i + kGroup <= count; i += kGroup) {
       update_group(param + i, grad + i, square_avg + i, acc_delta + i, clip, h);
@@ -484,6 +500,12 @@ ADADELTA_INLINE void update_16bit_groups(
     const Hyperparameters<float> h
 ) {
   int64_t i = 0;
+#if ADADELTA_LANES == 16
+  if (count >= kLeastStaged) {
+    i = count - count % kGroup;
+    update_staged_groups<Format>(param, grad, square_avg, acc_delta, i, clip, h);
+  }
+#endif
   for (; i + kGroup <= count; i += kGroup) {
     alignas(64) float p[kGroup], g[kGroup], a[kGroup], u[kGroup];
     Format::widen_group(g, grad + i);
