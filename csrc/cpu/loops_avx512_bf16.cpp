@@ -2,6 +2,9 @@
 #include "loops.h"
 
 #ifdef ADADELTA_CPU_DISPATCH
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own intrinsics leave undefined on purpose
+#endif
 #include <immintrin.h>
 
 #include <torch/headeronly/util/Half.h>
