@@ -25,14 +25,12 @@ mkdir -p "$folder/package"
 cp -r torch_adadelta "$folder/package"
 rm -f "$folder"/package/torch_adadelta/*.so
 
-includes=$("$PYTHON" -c 'from torch.utils.cpp_extension import include_paths; print(*("-isystem " + p for p in include_paths()))')
 link=(-ltorch -ltorch_cpu -lc10 -ldl -pthread)
 for path in $("$PYTHON" -c 'from torch.utils.cpp_extension import library_paths; print(*library_paths())'); do
   link+=("-L$path" "-Wl,-rpath,$path")
 done
-# The flags that decide over roundings are those of setup.py, for the tests compare bits.
-compile="$CXX -std=c++20 -O1 -g -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -fprofile-update=atomic"
-compile+=" --coverage -DTORCH_TARGET_VERSION=0x020a000000000000 $includes"
+# The flags of the build: some decide over roundings, and the tests compare bits.
+compile="$CXX $("$PYTHON" tests/compilers.py) -O1 -g -fPIC -fprofile-update=atomic --coverage"
 for source in $(find csrc -name '*.cpp'); do
   echo "$compile -c $root/$source -o $folder/$(echo "$source" | tr / _).o"
 done | xargs -d '\n' -r -P "$(nproc)" -I{} sh -c '{}'

@@ -17,14 +17,7 @@ CXX=${CXX:-c++}
 TESTS=${TESTS:-tests/test_ops.py tests/test_clip_ops.py}
 
 # The flags of the build; what they do to roundings is tested, so it is what must be watched.
-flags=$("$PYTHON" - <<'END'
-import pathlib, re
-from torch.utils.cpp_extension import include_paths
-listed = re.search(r"COMPILE_FLAGS = \[(.*?)\n\]", pathlib.Path("setup.py").read_text(), re.DOTALL)[1]
-print("-DTORCH_TARGET_VERSION=0x020a000000000000", *re.findall(r'^ *"(-[^"{]+)"', listed, re.MULTILINE))
-print(*(f"-isystem {path}" for path in include_paths()))
-END
-)
+flags=$("$PYTHON" tests/compilers.py)
 libraries=$("$PYTHON" -c 'import torch.utils.cpp_extension as c; print(*c.library_paths())')
 
 link=(-ltorch -ltorch_cpu -lc10 -ldl -pthread)
@@ -37,7 +30,7 @@ build() {
   local folder=build/sanitize/$1
   shift
   mkdir -p "$folder"
-  local compile="$CXX -std=c++20 -g -fPIC -fno-omit-frame-pointer $(echo $flags | sed 's/-O3/-O1/') $*"
+  local compile="$CXX -g -fPIC -fno-omit-frame-pointer $(echo $flags | sed 's/-O3/-O1/') $*"
   for source in $(find csrc -name '*.cpp') tests/sanitizers/driver.cpp; do
     local object=$folder/$(echo "$source" | tr / _).o
     if [ ! -e "$object" ] || [ -n "$(find csrc setup.py "$source" -newer "$object" -type f)" ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import expecttest
 import numpy as np
 import pytest
+from compilers import compile_flags
 from reference.oracle import Oracle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,29 +278,10 @@ CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 
 @pytest.mark.skipif(CROSS_COMPILER is None, reason="no aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
 def test_cross_compiles_for_aarch64(tmp_path: Path) -> None:
-    from torch.utils.cpp_extension import include_paths
-
-    sys.path.insert(0, str(ROOT))
-    flags = re.search(r"COMPILE_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)
-    assert flags is not None
-    options = re.findall(r'"(-[^"{]+)"', flags[1])
     objects = []
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):
         objects.append(str(tmp_path / f"{source.stem}.o"))
-        includes = [f"-I{path}" for path in include_paths()]
-        define = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-        run(
-            str(CROSS_COMPILER),
-            "-std=c++20",
-            "-fPIC",
-            *options,
-            define,
-            *includes,
-            "-c",
-            str(source),
-            "-o",
-            objects[-1],
-        )
+        run(str(CROSS_COMPILER), "-fPIC", *compile_flags(), "-c", str(source), "-o", objects[-1])
     run(str(CROSS_COMPILER), "-shared", *objects, "-o", str(tmp_path / "_C.so"))
     assembly = run(CROSS_COMPILER.replace("g++", "objdump"), "-d", str(tmp_path / "loops_default.o")).stdout
     assert re.search(r"fsqrt\s+v\d+\.4s", assembly), "the loops are not vectorised"
