@@ -5,11 +5,18 @@
 
 STABLE_TORCH_LIBRARY(torch_adadelta, m) {
   torch_adadelta::define_ops(m);
-  // adadelta_ for the CPU with state that hold_state took, as plain as adadelta_.unclipped, with numbers only. Its
-  // schema does not show that the state is written to: not for what is traced.
+  // adadelta_ for the CPU with state that hold_state took. The schemas do not show that the state is written to: not
+  // for what is traced. One has numbers only, for each option more costs each call.
   m.def(
       "adadelta_.held(Tensor(a!)[] params, Tensor[] grads, int state, float lr, float rho, float epsilon, "
       "bool maximize=False) -> ()"
+  );
+  m.def(
+      "adadelta_.held_with_options(Tensor(a!)[] params, Tensor[] grads, int state, "
+      "float lr, float rho, float epsilon, bool maximize=False, "
+      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None, "
+      "float? clipvalue=None, float? clipnorm=None, Tensor? square_sums=None, "
+      "float factor=1.0, Tensor? factor_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
   );
   m.def("hold_state(Tensor[] square_avgs, Tensor[] acc_deltas) -> int");
   m.def("drop_state(int state) -> ()");

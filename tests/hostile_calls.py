@@ -41,6 +41,14 @@ def described(value: Any) -> str:
     return f"{value.dtype} {value.layout} {value.device} {'' if value.is_nested else tuple(value.shape)}{where}"
 
 
+def has_its_memory(x: Tensor) -> bool:
+    """Whether the storage of a tensor reaches to its end, if it is one that has a storage of elements."""
+    if x.layout is not torch.strided or x.is_nested or x.numel() == 0 or x.device.type != "cpu":
+        return True
+    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.untyped_storage().nbytes() >= (last + 1) * x.element_size()
+
+
 class Caller:
     """Draws arguments, calls, and looks what was written."""
 
@@ -139,6 +147,10 @@ class Caller:
                 # What is spoiled already may have no memory, and then PyTorch itself dies of some of these.
                 if any(tensors[i] is x for x in everything):
                     tensors[i] = self.spoiled(tensors[i], everything)
+        for tensors in lists:
+            # PyTorch prints what it cannot convert, and dies of a tensor without its memory.
+            if not all(isinstance(x, Tensor) for x in tensors):
+                tensors[:] = [x for x in tensors if not isinstance(x, Tensor) or has_its_memory(x)]
 
     def number(self) -> Any:
         return self.random.choice(NO_NUMBERS if self.random.random() < 0.05 else NUMBERS)
@@ -211,7 +223,10 @@ class Caller:
                         adadelta.drop_state(number)
                 except Exception:
                     pass
-            return name, adadelta.adadelta_.held, [params, grads, number, *self.options(count)[:4]]
+            options = self.options(count)
+            if draw.random() < 0.5:
+                return name, adadelta.adadelta_.held, [params, grads, number, *options[:4]]
+            return name, adadelta.adadelta_.held_with_options, [params, grads, number, *options]
         if name == "hold":
             lists = self.lists(count, 2, dtype)
             self.spoil(lists)

@@ -43,7 +43,7 @@ def dense_lists() -> list[list[Tensor]]:
     return [[torch.ones(4), at_an_offset(5)] for _ in range(4)]
 
 
-@pytest.mark.parametrize("op", ["default", "unclipped", "held", "check_lists"])
+@pytest.mark.parametrize("op", ["default", "unclipped", "held", "held_with_options", "check_lists"])
 @pytest.mark.parametrize("spoil", [freed, shortened])
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("calls_before", [0, 1])
@@ -55,9 +55,9 @@ def test_tensors_without_their_memory(op: str, spoil: Callable[[Tensor], None], 
     name = ["params", "grads", "square_avgs", "acc_deltas"][which]
     params, grads, *states = lists
     adadelta = torch.ops.torch_adadelta
-    if op == "held":
+    if op.startswith("held"):
         number = adadelta.hold_state(*states)
-        call = lambda: adadelta.adadelta_.held(params, grads, number, 1.0, 0.9, 1e-7)  # noqa: E731
+        call = lambda: getattr(adadelta.adadelta_, op)(params, grads, number, 1.0, 0.9, 1e-7)  # noqa: E731
     elif op == "check_lists":
         call = lambda: adadelta.check_lists(*lists)  # noqa: E731
     else:
@@ -122,4 +122,6 @@ def test_numbers_of_state_that_nothing_is_held_under() -> None:
     for wrong in (number, 0, -1, 2**63 - 1):
         with pytest.raises(RuntimeError, match=f"no state is held under the number {wrong}"):
             adadelta.adadelta_.held(params, grads, wrong, 1.0, 0.9, 1e-7)
+        with pytest.raises(RuntimeError, match=f"no state is held under the number {wrong}"):
+            adadelta.adadelta_.held_with_options(params, grads, wrong, 1.0, 0.9, 1e-7, clipvalue=1.0)
     assert torch.equal(params[0], torch.ones(4))

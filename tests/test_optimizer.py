@@ -160,8 +160,21 @@ def test_nothing_but_the_optimizer_holds_its_tensors(path: Path) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": True, "foreach": False}], ids=str)
-def test_state_is_taken_hold_of_once(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fused": True},
+        {"fused": True, "foreach": False},
+        {"clipvalue": 1.0},
+        {"clipnorm": 1.0},
+        {"global_clipnorm": 1.0},
+        {"decay": 0.1},
+        {"lr": torch.tensor(0.5)},
+    ],
+    ids=str,
+)
+def test_state_is_taken_hold_of_once(options: dict[str, Any]) -> None:
     optimizer = AdadeltaKeras([Parameter(torch.ones(3)) for _ in range(2)], **options)
     advance(optimizer)
     held = optimizer._held_state
@@ -191,10 +204,11 @@ def test_loading_lets_go_of_the_state_before(path: Path) -> None:
         assert {ref() for ref in old} == {None}
 
 
-def test_state_may_change_in_every_way_between_two_steps(path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"clipvalue": 1e30}, {"global_clipnorm": 1e30}], ids=str)
+def test_state_may_change_in_every_way_between_two_steps(path: Path, options: dict[str, float]) -> None:
     """Each tensor of each parameter is replaced, or its memory, in turn; no step may use what was there before."""
     params = [Parameter(torch.ones(2, 2)) for _ in range(4)]
-    optimizer = AdadeltaKeras(params, 1.0, **path.options)
+    optimizer = AdadeltaKeras(params, 1.0, **path.options, **options)
     oracles = [oracle_of(p, learning_rate=1.0) for p in params]
     number = 0
 
@@ -235,15 +249,16 @@ def test_state_may_change_in_every_way_between_two_steps(path: Path) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("options", [{}, {"clipvalue": 1e30}], ids=str)
 @pytest.mark.parametrize("key", ["square_avg", "acc_delta"])
-def test_state_that_no_longer_fits_is_noticed_where_it_is_held(key: str) -> None:
+def test_state_that_no_longer_fits_is_noticed_where_it_is_held(key: str, options: dict[str, float]) -> None:
     """A step like the one before it, but for the shape, dtype or layout of a state tensor."""
     for spoil, message in (
         (lambda x: x.double(), "dtype"),
         (lambda x: x[:2], "shape"),
         (lambda x: x[:1].expand(4), "dense tensor of its own memory"),
     ):
-        optimizer = AdadeltaKeras([Parameter(torch.ones(4)) for _ in range(3)], fused=True)
+        optimizer = AdadeltaKeras([Parameter(torch.ones(4)) for _ in range(3)], fused=True, **options)
         advance(optimizer, 2)
         last = optimizer.param_groups[0]["params"][-1]
         before = snapshot(optimizer)

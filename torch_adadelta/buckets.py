@@ -20,6 +20,8 @@ Bucket = tuple[dict[str, Any], Update, Lists, hyperparameters.StepValues]
 
 NO_CLIP: Final[dict[str, Any]] = {}
 
+_get_dtype: Final = attrgetter("dtype")
+
 _FUSED: Final = (updates.fused, updates.ON_SHARDS[updates.fused])
 _FOREACH: Final = (updates.foreach, updates.ON_SHARDS[updates.foreach])
 _ON_SHARDS: Final = tuple(updates.ON_SHARDS.values())
@@ -82,6 +84,9 @@ def by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
 
 def by_T(params: list[Tensor]) -> dict[torch.dtype, list[int]]:
     """The indices of the parameters of each arithmetic type."""
+    kinds = set(map(arithmetic_dtype, set(map(_get_dtype, params))))
+    if len(kinds) == 1:  # as of most groups
+        return {kinds.pop(): list(range(len(params)))}
     return _indices_by(lambda param: arithmetic_dtype(param.dtype), params)
 
 
@@ -146,7 +151,7 @@ def _global_factors(
     in_double: bool,
 ) -> list[hyperparameters.Value]:
     """What `global_clipnorm` multiplies the gradients of each bucket by, on its device."""
-    dtypes = {param.dtype for bucket in buckets for param in bucket[2][0]}
+    dtypes = set(map(_get_dtype, itertools.chain.from_iterable(bucket[2][0] for bucket in buckets)))
     T = torch.float64 if in_double or torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
     sums: list[Tensor] = []
     where: list[list[int]] = []
@@ -241,5 +246,8 @@ def recording(is_differentiable: bool) -> contextlib.AbstractContextManager[Any]
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     """Where consecutive numbers begin and end in a list."""
+    begin = numbers[0] if numbers else 0
+    if numbers == list(range(begin, begin + len(numbers))):  # as of most steps
+        return [(0, len(numbers))]
     cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
     return list(zip([0, *cuts], [*cuts, len(numbers)], strict=True))

@@ -13,6 +13,7 @@ their order in the parameter's memory: not on threads, devices or the path that 
 
 import math
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import Any, Final
 
 import torch
@@ -115,7 +116,7 @@ def global_factor(clipnorm: float, square_sums: Tensor, T: torch.dtype) -> Value
     numbers: list[float] = square_sums.tolist()
     while len(numbers) > 1:
         rest = numbers[-1:] if len(numbers) % 2 else []
-        numbers = [x + y for x, y in zip(numbers[0::2], numbers[1::2], strict=False)] + rest
+        numbers = list(map(add, numbers[0::2], numbers[1::2])) + rest
     square = rounded(sum(numbers), T)
     if not math.isfinite(square):
         return math.nan

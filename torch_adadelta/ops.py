@@ -194,9 +194,10 @@ class HeldState:
         """What `adadelta_` does, with the accumulators that are held and these."""
         if not clip and type(lr) is float and type(rho) is float and type(epsilon) is float:
             _adadelta_held(params, grads, self._number, lr, rho, epsilon, maximize)
-            _increment_version(params)
         else:
-            adadelta_(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize, **clip)
+            options = _option_arguments(lr, rho, epsilon, maximize, **clip)
+            _adadelta_held_with_options(params, grads, self._number, *options)
+        _increment_version(params)
 
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
@@ -294,8 +295,14 @@ if is_loaded:
     _adadelta: Final[Any] = torch.ops.torch_adadelta.adadelta_.default
     _adadelta_unclipped: Final[Any] = torch.ops.torch_adadelta.adadelta_.unclipped
     _sparse_adadelta: Final[Any] = torch.ops.torch_adadelta.sparse_adadelta_.default
-    _adadelta_held: Any = torch.ops.torch_adadelta.adadelta_.held
-    _adadelta_held = getattr(_adadelta_held, "_op", _adadelta_held)  # what an OpOverload calls; 0.4 microseconds less
+    # What an OpOverload calls takes 0.4 microseconds less.
+    _adadelta_held, _adadelta_held_with_options = (
+        getattr(overload, "_op", overload)
+        for overload in (
+            torch.ops.torch_adadelta.adadelta_.held,
+            torch.ops.torch_adadelta.adadelta_.held_with_options,
+        )
+    )
 
     def _fake(*args: Any, **kwargs: Any) -> None:
         # PyTorch calls a fake implementation, to trace, with fake tensors of the device they stand for; but also when
@@ -312,6 +319,7 @@ if is_loaded:
         "adadelta_",
         "adadelta_.unclipped",
         "adadelta_.held",
+        "adadelta_.held_with_options",
         "sparse_adadelta_",
         "check_lists",
         "first_bad_indices",
@@ -322,6 +330,7 @@ if is_loaded:
     torch.library.register_fake("torch_adadelta::adadelta_", _fake)
     torch.library.register_fake("torch_adadelta::adadelta_.unclipped", _fake)
     torch.library.register_fake("torch_adadelta::adadelta_.held", _fake)
+    torch.library.register_fake("torch_adadelta::adadelta_.held_with_options", _fake)
     torch.library.register_fake("torch_adadelta::check_lists", _fake)
     torch.library.register_fake("torch_adadelta::sparse_adadelta_", _fake)
 

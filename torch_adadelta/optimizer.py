@@ -617,6 +617,8 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         if plan is None:
             return
         buckets, clips, new_state, new_values, checks_itself = plan
+        if checks_itself:
+            buckets = [self._with_held_state(next(iter(buckets)))]
         if _HAS_CUDA and _is_capturing():
             self._check_capture(buckets, new_state)
         has_written = False
@@ -757,16 +759,16 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         if new_state and self._makes_state_only():
             return (), (), new_state, (), False
         checks_itself = self._check_all(buckets, new_state)
-        if checks_itself:
-            buckets = [self._with_held_state(buckets[0])]
         return buckets, repeat(NO_CLIP), new_state, (), checks_itself
 
     def _with_held_state(self, bucket: Bucket) -> Bucket:
         """A fused bucket with state on the CPU as one that need not hand that over anew, in this step and the next."""
         group, _, lists, values = bucket
-        self._held_state = None
         if _is_compiling() or _count_dispatch_modes():
             return bucket
+        if self._held_state is not None and lists[2] is self._held_state.square_avgs:  # see _with_state
+            return group, self._held_state.adadelta_, lists, values
+        self._held_state = None
         if not all(isinstance(tensor, Tensor) for tensor in chain(*lists[2:])) or not lists[2][0].is_cpu:
             return bucket
         try:
@@ -953,7 +955,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
             over_processes = self._norm_group.sum if global_clipnorm is not None and others_have_gradients else None
         if clipnorm is not None or global_clipnorm is not None:
             all_params = self._params()
-            if any(map(shards.is_dtensor, all_params)):
+            if shards.has_dtensor(all_params):
                 iterations = self.param_groups[0]["iterations"]
                 over_parts = partial(shards.sum_over_parts, all_params=all_params, iterations=iterations)
         return (over_parts, over_processes, in_double), others_have_gradients
@@ -966,6 +968,9 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
     def _with_state(self, params: list[Tensor], grads: list[Tensor], new_state: _NewState) -> Lists:
         """Parameters and gradients with their state. State that is missing is made and left in `new_state`."""
         states = self._states_of(params)
+        held_state = self._held_state
+        if held_state is not None and held_state.holds(states):
+            return params, grads, held_state.square_avgs, held_state.acc_deltas
         try:
             return params, grads, list(map(_get_square_avg, states)), list(map(_get_acc_delta, states))
         except (KeyError, TypeError):  # some parameter has no state yet, or an empty one

@@ -140,7 +140,7 @@ def check_agreement(groups: list[dict[str, Any]]) -> None:
 
 def check_not_complex(groups: list[dict[str, Any]], first: int = 0) -> None:
     for group_index, group in enumerate(groups[first:], first):
-        if group["clipvalue"] is None:
+        if group["clipvalue"] is None or not any(map(Tensor.is_complex, group["params"])):
             continue
         for index, param in enumerate(group["params"]):
             if param.is_complex():

@@ -16,9 +16,14 @@ from torch import Tensor
 from torch_adadelta.signature import Update
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Whether the tensor is a DTensor, without the import of what makes them."""
     return hasattr(tensor, "full_tensor")
+
+
+def has_dtensor(tensors: Iterable[Any]) -> bool:
+    """Whether there is one among them."""
+    return any(map(is_dtensor, set(map(type, tensors))))  # a class has the method, too
 
 
 def local(tensor: Tensor) -> Tensor:

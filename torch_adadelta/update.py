@@ -178,7 +178,7 @@ def choose(params: list[Tensor], foreach: bool | None, fused: bool | None, diffe
     has_kernel = ops.has_kernel_for(params[0])
     if has_kernel and is_plain and foreach is None and fused is not False and not differentiable:
         return _fused
-    if not is_plain and not differentiable and any(map(shards.is_dtensor, params)):
+    if not is_plain and not differentiable and shards.has_dtensor(params):
         # One part stands for all: what makes a difference is the device, and the type of the others.
         some = shards.local(next(filter(shards.is_dtensor, params)))
         others = [param for param in params if not shards.is_dtensor(param)]

@@ -122,30 +122,28 @@ void update_entries(const Entries& lists, const UpdateOptions& options) {
   });
 }
 
+void update_unless_found_inf(const Entries& entries, const UpdateOptions& options) {
+  if (options.found_inf == nullptr || *options.found_inf == 0) {
+    update_entries(entries, options);
+  }
+}
+
 // adadelta_ in schemas.h, and adadelta_.unclipped, whose arguments are the first of those. Boxed, so that each list is
 // read in place instead of becoming a vector of tensor objects.
 void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const UpdateArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
-  const UpdateOptions& options = arguments.options();
-  if (options.found_inf == nullptr || *options.found_inf == 0) {
-    update_entries(arguments.entries(), options);
-  }
+  update_unless_found_inf(arguments.entries(), arguments.options());
 }
 
-// adadelta_.held in ops.cpp.
-void adadelta_held(StableIValue* stack, uint64_t, uint64_t) {
-  using torch::stable::detail::to;
+// adadelta_.held_with_options in ops.cpp, and adadelta_.held, whose arguments are the first of those.
+void adadelta_held(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  const int32_t cpu = aoti_torch_device_type_cpu();
   std::optional<HeldGil> gil;  // before what is destroyed while it is held
   const TensorList params(stack[0]), grads(stack[1]);
-  const auto state = held_state(to<int64_t>(stack[2]));
-  UpdateOptions options;
-  options.lr = {to<double>(stack[3])};
-  options.rho = {to<double>(stack[4])};
-  options.epsilon = {to<double>(stack[5])};
-  options.maximize = to<bool>(stack[6]);
-  update_entries(
-      read_entries(params, grads, state->square_avgs, state->acc_deltas, aoti_torch_device_type_cpu()), options
-  );
+  const OptionArguments given(stack, argument_count, 3);
+  const auto state = held_state(torch::stable::detail::to<int64_t>(stack[2]));
+  const Entries& entries = read_entries(params, grads, state->square_avgs, state->acc_deltas, cpu);
+  update_unless_found_inf(entries, given.read({cpu, entries.device_index}, params.size(), entries.complex_param));
   gil.emplace();
 }
 
@@ -162,5 +160,6 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) {
   m.impl("adadelta_", torch_adadelta::cpu::adadelta_);
   m.impl("adadelta_.unclipped", torch_adadelta::cpu::adadelta_);
   m.impl("adadelta_.held", torch_adadelta::cpu::adadelta_held);
+  m.impl("adadelta_.held_with_options", torch_adadelta::cpu::adadelta_held);
   m.impl("check_lists", torch_adadelta::cpu::check_lists);
 }
