@@ -224,7 +224,7 @@ def test_square_avg_out_of_the_range_of_fast_roots(dtype: torch.dtype, count: in
             plain, fast = lists((count,), dtype=dtype), lists((count,), dtype=dtype)
             for made in (plain, fast):
                 made[1][0][place] = 0.0
-                made[2][0][place : place + 1 + place % 3] = value
+                made[2][0][place : place + 1 + place % 3] = torch.tensor(value).to(dtype)  # to infinity, of float16
             # An epsilon that leaves small numbers as they are.
             ops.set_cpu_capability("default")
             try:

@@ -617,8 +617,8 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         if plan is None:
             return
         buckets, clips, new_state, new_values, checks_itself = plan
-        if checks_itself:
-            buckets = [self._with_held_state(next(iter(buckets)))]
+        if checks_itself:  # there is one bucket, or, to count only, none
+            buckets = [self._with_held_state(bucket) for bucket in buckets]
         if _HAS_CUDA and _is_capturing():
             self._check_capture(buckets, new_state)
         has_written = False
