@@ -12,11 +12,8 @@ STABLE_TORCH_LIBRARY(torch_adadelta, m) {
       "bool maximize=False) -> ()"
   );
   m.def(
-      "adadelta_.held_with_options(Tensor(a!)[] params, Tensor[] grads, int state, "
-      "float lr, float rho, float epsilon, bool maximize=False, "
-      "Tensor? lr_tensor=None, Tensor? rho_tensor=None, Tensor? epsilon_tensor=None, "
-      "float? clipvalue=None, float? clipnorm=None, Tensor? square_sums=None, "
-      "float factor=1.0, Tensor? factor_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+      "adadelta_.held_with_options(Tensor(a!)[] params, Tensor[] grads, int "
+      "state" ADADELTA_HYPERPARAMETERS ADADELTA_OPTIONS ") -> ()"
   );
   m.def("hold_state(Tensor[] square_avgs, Tensor[] acc_deltas) -> int");
   m.def("drop_state(int state) -> ()");

@@ -36,6 +36,11 @@ struct UpdateOptions {
   }
 };
 
+// Whether nothing is to be written, where the options can be read.
+ADADELTA_INLINE bool is_skipped(const UpdateOptions& options) {
+  return options.found_inf != nullptr && *options.found_inf != 0;
+}
+
 // What becomes of the gradient of parameter `index`, where the options can be read. `factor` is the value of
 // options.factor.
 template <typename T>

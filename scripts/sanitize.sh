@@ -30,7 +30,7 @@ build() {
   local folder=build/sanitize/$1
   shift
   mkdir -p "$folder"
-  local compile="$CXX -g -fPIC -fno-omit-frame-pointer $(echo $flags | sed 's/-O3/-O1/') $*"
+  local compile="$CXX $flags -O1 -g -fPIC -fno-omit-frame-pointer $*"
   for source in $(find csrc -name '*.cpp') tests/sanitizers/driver.cpp; do
     local object=$folder/$(echo "$source" | tr / _).o
     if [ ! -e "$object" ] || [ -n "$(find csrc setup.py "$source" -newer "$object" -type f)" ]

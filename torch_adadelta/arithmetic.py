@@ -1,9 +1,13 @@
 """The arithmetic type, complex numbers as pairs of reals, and square roots that are exact on every device."""
 
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+_get_dtype: Final = attrgetter("dtype")
 
 _DOUBLE: Final = frozenset((torch.float64, torch.complex128))
 
@@ -11,6 +15,11 @@ _DOUBLE: Final = frozenset((torch.float64, torch.complex128))
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """T, the real type in which a parameter of `dtype` is updated: float64 for float64 and complex128, else float32."""
     return torch.float64 if dtype in _DOUBLE else torch.float32
+
+
+def arithmetic_dtypes(params: Iterable[Tensor]) -> set[torch.dtype]:
+    """The T of each of the parameters."""
+    return set(map(arithmetic_dtype, set(map(_get_dtype, params))))  # few dtypes, of maybe a thousand
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_adadelta import gradients, hyperparameters, ops, shards, sparse
 from torch_adadelta import update as updates
-from torch_adadelta.arithmetic import arithmetic_dtype
+from torch_adadelta.arithmetic import arithmetic_dtype, arithmetic_dtypes
 from torch_adadelta.signature import Lists, Update
 
 # Parameters of one group that one call updates: the group, the call, the parameters with their gradients and state, and
@@ -19,8 +19,6 @@ from torch_adadelta.signature import Lists, Update
 Bucket = tuple[dict[str, Any], Update, Lists, hyperparameters.StepValues]
 
 NO_CLIP: Final[dict[str, Any]] = {}
-
-_get_dtype: Final = attrgetter("dtype")
 
 _FUSED: Final = (updates.fused, updates.ON_SHARDS[updates.fused])
 _FOREACH: Final = (updates.foreach, updates.ON_SHARDS[updates.foreach])
@@ -84,9 +82,9 @@ def by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
 
 def by_T(params: list[Tensor]) -> dict[torch.dtype, list[int]]:
     """The indices of the parameters of each arithmetic type."""
-    kinds = set(map(arithmetic_dtype, set(map(_get_dtype, params))))
-    if len(kinds) == 1:  # as of most groups
-        return {kinds.pop(): list(range(len(params)))}
+    types = arithmetic_dtypes(params)
+    if len(types) == 1:  # as of most groups
+        return {types.pop(): list(range(len(params)))}
     return _indices_by(lambda param: arithmetic_dtype(param.dtype), params)
 
 
@@ -151,8 +149,8 @@ def _global_factors(
     in_double: bool,
 ) -> list[hyperparameters.Value]:
     """What `global_clipnorm` multiplies the gradients of each bucket by, on its device."""
-    dtypes = set(map(_get_dtype, itertools.chain.from_iterable(bucket[2][0] for bucket in buckets)))
-    T = torch.float64 if in_double or torch.float64 in map(arithmetic_dtype, dtypes) else torch.float32
+    types = arithmetic_dtypes(itertools.chain.from_iterable(bucket[2][0] for bucket in buckets))
+    T = torch.float64 if in_double or torch.float64 in types else torch.float32
     sums: list[Tensor] = []
     where: list[list[int]] = []
     shared_out: list[list[Tensor]] = []

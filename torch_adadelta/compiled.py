@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from torch_adadelta import gradients, hyperparameters, ops
 from torch_adadelta import update as updates
-from torch_adadelta.arithmetic import arithmetic_dtype
+from torch_adadelta.arithmetic import arithmetic_dtype, arithmetic_dtypes
 from torch_adadelta.signature import Lists, Update
 
 _KINDS: Final[tuple[Update, ...]] = (updates.fused, updates.for_loop, updates.foreach)
@@ -93,8 +93,8 @@ class CompiledStep(Optimizer):
             if len(set(where)) < len(where):  # listed twice, and updated twice
                 return _NOT_TRACEABLE
             self._traced.append((place_of[id(group)], _KINDS.index(update), where, numbers))
-        T = {arithmetic_dtype(param.dtype) for bucket in buckets for param in bucket[2][0]}
-        if self.param_groups[0]["global_clipnorm"] is not None and len(T) > 1:
+        types = arithmetic_dtypes(param for bucket in buckets for param in bucket[2][0])
+        if self.param_groups[0]["global_clipnorm"] is not None and len(types) > 1:
             return _NOT_TRACEABLE  # their norm is taken in float64, of gradients rounded before
         self.state.update(new_state)
         for group in self.param_groups:

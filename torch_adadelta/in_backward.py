@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_adadelta import hyperparameters, shards
-from torch_adadelta.arithmetic import arithmetic_dtype
+from torch_adadelta.arithmetic import arithmetic_dtype, arithmetic_dtypes
 from torch_adadelta.buckets import by_device, choose, split
 from torch_adadelta.optimizer import AdadeltaKeras, _values_of
 
@@ -58,7 +58,7 @@ class StepInBackward:
                 raise RuntimeError("a learning rate of 0.0 was written under a schedule")
             self._values, self._called, self._new_values = {}, {}, []
             for group, sources in zip(optimizer.param_groups, optimizer._sources, strict=True):
-                for T in {arithmetic_dtype(param.dtype) for param in group["params"]}:
+                for T in arithmetic_dtypes(group["params"]):
                     values, new_values = _values_of(group, sources, T, self._called)
                     self._values[id(group), T] = values
                     self._new_values += new_values

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from torch_adadelta import gradients, hyperparameters, ops, param_groups, shards, sparse
 from torch_adadelta import update as updates
-from torch_adadelta.arithmetic import arithmetic_dtype
+from torch_adadelta.arithmetic import arithmetic_dtypes
 from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, by_T, choose, clip_keywords, recording, split
 from torch_adadelta.compiled import CompiledStep
 from torch_adadelta.distributed import NormGroup
@@ -769,6 +769,8 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         if self._held_state is not None and lists[2] is self._held_state.square_avgs:  # see _with_state
             return group, self._held_state.adadelta_, lists, values
         self._held_state = None
+        if not lists[0][0].is_cpu:
+            return bucket
         if not all(isinstance(tensor, Tensor) for tensor in chain(*lists[2:])) or not lists[2][0].is_cpu:
             return bucket
         try:
@@ -948,7 +950,7 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
         clipnorm, global_clipnorm = (self.param_groups[0][key] for key in ("clipnorm", "global_clipnorm"))
         over_parts, over_processes, in_double = None, None, False
         if self._norm_group is not None:
-            T_here = {arithmetic_dtype(param.dtype) for params, _, _ in rows for param in params}
+            T_here = arithmetic_dtypes(chain.from_iterable(params for params, _, _ in rows))
             others_have_gradients, in_double = self._norm_group.agree(
                 self.iterations, bool(T_here), torch.float64 in T_here, global_clipnorm
             )

@@ -88,6 +88,9 @@ void update_range(
 // ---- The ops --------------------------------------------------------------------------------------------------------
 
 void update_entries(const Entries& lists, const UpdateOptions& options) {
+  if (is_skipped(options)) {
+    return;
+  }
   const double lr = value_of(options.lr), rho = value_of(options.rho), epsilon = value_of(options.epsilon);
   const Hyperparameters<float> in_float(lr, rho, epsilon);
   const Hyperparameters<double> in_double(lr, rho, epsilon);
@@ -122,17 +125,11 @@ void update_entries(const Entries& lists, const UpdateOptions& options) {
   });
 }
 
-void update_unless_found_inf(const Entries& entries, const UpdateOptions& options) {
-  if (options.found_inf == nullptr || *options.found_inf == 0) {
-    update_entries(entries, options);
-  }
-}
-
 // adadelta_ in schemas.h, and adadelta_.unclipped, whose arguments are the first of those. Boxed, so that each list is
 // read in place instead of becoming a vector of tensor objects.
 void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const UpdateArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
-  update_unless_found_inf(arguments.entries(), arguments.options());
+  update_entries(arguments.entries(), arguments.options());
 }
 
 // adadelta_.held_with_options in ops.cpp, and adadelta_.held, whose arguments are the first of those.
@@ -143,7 +140,7 @@ void adadelta_held(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const OptionArguments given(stack, argument_count, 3);
   const auto state = held_state(torch::stable::detail::to<int64_t>(stack[2]));
   const Entries& entries = read_entries(params, grads, state->square_avgs, state->acc_deltas, cpu);
-  update_unless_found_inf(entries, given.read({cpu, entries.device_index}, params.size(), entries.complex_param));
+  update_entries(entries, given.read({cpu, entries.device_index}, params.size(), entries.complex_param));
   gil.emplace();
 }
 

@@ -74,9 +74,9 @@ struct Bfloat16 {
   // The processor's own rounding takes subnormal numbers for 0, and keeps what a nan says.
   static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
     constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
-    const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
-    const __mmask16 in_low = _mm512_fpclass_ps_mask(low, kSubnormalOrNan);
-    if (__builtin_expect(!_kortestz_mask16_u8(in_low, _mm512_fpclass_ps_mask(high, kSubnormalOrNan)), 0)) {
+    const __m512 even = _mm512_loadu_ps(from), odd = _mm512_loadu_ps(from + 16);
+    const __mmask16 in_even = _mm512_fpclass_ps_mask(even, kSubnormalOrNan);
+    if (__builtin_expect(!_kortestz_mask16_u8(in_even, _mm512_fpclass_ps_mask(odd, kSubnormalOrNan)), 0)) {
       for (int64_t k = 0; k < 16; ++k) {
         to[2 * k] = narrow(from[k]);
         to[2 * k + 1] = narrow(from[16 + k]);
@@ -86,7 +86,7 @@ struct Bfloat16 {
     alignas(64) static constexpr uint16_t kInTurns[kGroup] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                               21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                               11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
     __m512i items;
     __builtin_memcpy(&items, &rounded, sizeof(rounded));
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurns), items));
@@ -347,9 +347,9 @@ constexpr int64_t kLeastStaged = 8 * kGroup;
 
 // Groups in a row, the inverse roots of half of their elements from multiplications. Both the divider and the
 // multipliers are then busy throughout, if what they wait for was begun in time: each turn ends a group, brings the two
-// after it one stage further and begins a third.
+// after it one stage further and begins a third. Returns how many elements they were: none, if there are too few.
 template <typename Format, typename Item, typename Clip>
-ADADELTA_INLINE void update_staged_groups(
+ADADELTA_INLINE int64_t update_staged_groups(
     Item* __restrict__ param,
     const Item* __restrict__ grad,
     Item* __restrict__ square_avg,
@@ -358,6 +358,10 @@ ADADELTA_INLINE void update_staged_groups(
     const Clip clip,
     const Hyperparameters<float> h
 ) {
+  if (count < kLeastStaged) {
+    return 0;
+  }
+  const int64_t stop = count - count % kGroup;
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
 
   // The halves of a group.
@@ -409,7 +413,7 @@ ADADELTA_INLINE void update_staged_groups(
   NearRoot near{one, one};
   __m512 estimate = one, root = one, inverse = one;
   Pair d{one, one};
-  for (int64_t i = -3 * kGroup; i < count; i += kGroup) {
+  for (int64_t i = -3 * kGroup; i < stop; i += kGroup) {
     const int64_t next = i + 3 * kGroup;
     if (i >= 0) {
       const Pair u = averaged(acc_delta + i, d);
@@ -428,7 +432,7 @@ ADADELTA_INLINE void update_staged_groups(
     inverse = _mm512_div_ps(one, root);
     halfway = begun;
     halfway2 = begun2;
-    if (next < count) {
+    if (next < stop) {
       const Pair g = gradient(next), a = averaged(square_avg + next, g), u = read(acc_delta + next);
       begun = {g.first, _mm512_sqrt_ps(_mm512_add_ps(u.first, eps)), _mm512_add_ps(a.first, eps)};
       begun2 = {g.second, _mm512_sqrt_ps(_mm512_add_ps(u.second, eps)), _mm512_add_ps(a.second, eps)};
@@ -437,6 +441,7 @@ ADADELTA_INLINE void update_staged_groups(
       write(square_avg + next, a);
     }
   }
+  return stop;
 }
 #endif
 
@@ -463,10 +468,7 @@ ADADELTA_INLINE void update_contiguous(
   int64_t i = 0;
 #if ADADELTA_LANES == 16
   if constexpr (std::is_same_v<T, float>) {
-    if (count >= kLeastStaged) {
-      i = count - count % kGroup;
-      update_staged_groups<Float>(param, grad, square_avg, acc_delta, i, clip, h);
-    }
+    i = update_staged_groups<Float>(param, grad, square_avg, acc_delta, count, clip, h);
     for (; i + kGroup <= count; i += kGroup) {
       update_group(param + i, grad + i, square_avg + i, acc_delta + i, clip, h);
     }
@@ -501,10 +503,7 @@ ADADELTA_INLINE void update_16bit_groups(
 ) {
   int64_t i = 0;
 #if ADADELTA_LANES == 16
-  if (count >= kLeastStaged) {
-    i = count - count % kGroup;
-    update_staged_groups<Format>(param, grad, square_avg, acc_delta, i, clip, h);
-  }
+  i = update_staged_groups<Format>(param, grad, square_avg, acc_delta, count, clip, h);
 #endif
   for (; i + kGroup <= count; i += kGroup) {
     alignas(64) float p[kGroup], g[kGroup], a[kGroup], u[kGroup];

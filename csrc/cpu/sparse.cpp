@@ -228,7 +228,7 @@ void sparse_adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
       fail("index ", bad, " of the gradient of parameter ", entry.index, " is out of range");
     }
   }
-  if (options.found_inf != nullptr && *options.found_inf != 0) {
+  if (is_skipped(options)) {
     return;
   }
   const double lr = value_of(options.lr), rho = value_of(options.rho), epsilon = value_of(options.epsilon);

@@ -81,10 +81,6 @@ __device__ __forceinline__ Hyperparameters<T> hyperparameters(const UpdateOption
   return {value_of(options.lr), value_of(options.rho), value_of(options.epsilon)};
 }
 
-__device__ __forceinline__ bool is_skipped(const UpdateOptions& options) {
-  return options.found_inf != nullptr && *options.found_inf != 0;
-}
-
 // How gradients of the parameter's dtype are read, and those of any other.
 template <typename Item>
 struct SameDtype {
