@@ -67,6 +67,15 @@ struct Loops {
   RowLoop<double> update_row_double;
 };
 
+// How many bytes the loops ask for ahead of what they work on, in all that they read together; 0 leaves that to the
+// processor. An Intel's own reading ahead begins anew in each page: out of cache an update takes a seventh less if it
+// is asked, and squares a quarter. An AMD then takes a twentieth more.
+inline const int64_t read_ahead =
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_is("intel") ? 4096 :
+#endif
+                              0;
+
 extern const Loops loops_default;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ADADELTA_CPU_DISPATCH 1
