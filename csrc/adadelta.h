@@ -71,8 +71,19 @@ struct GradientClip {
 // Every operation is rounded to T on its own, in the order of the for-loop in update.py. Compile with
 // -ffp-contract=off (nvcc: --fmad=false) and IEEE division and square root: a fused multiply-add changes the bits.
 template <typename V, typename T>
+ADADELTA_INLINE void decay(V& average, const Hyperparameters<T>& h) {
+  average = average * h.rho;
+}
+
+template <typename V, typename T>
+ADADELTA_INLINE void add_square(V& average, const V& item, const Hyperparameters<T>& h) {
+  average = average + (item * item) * h.omr;
+}
+
+template <typename V, typename T>
 ADADELTA_INLINE void average_in(V& average, const V& item, const Hyperparameters<T>& h) {
-  average = average * h.rho + (item * item) * h.omr;
+  decay(average, h);
+  add_square(average, item, h);
 }
 
 // d: sqrt(acc_delta + eps), from which the step before the learning rate is made. inverse: 1 / sqrt(square_avg + eps).

@@ -1,4 +1,4 @@
-"""What the AVX-512 loops compute in ways of their own, for every float: square roots, and roundings to bfloat16."""
+"""What the AVX-512 loops compute in ways of their own, for every float: roots, roundings to bfloat16, and decays."""
 
 import shutil
 import subprocess
@@ -40,6 +40,7 @@ def test_roots_and_roundings_are_those_of_the_other_instruction_sets(capability:
     found = subprocess.run([str(driver)], capture_output=True, text=True, check=True).stdout.splitlines()
     assert found == [
         "bfloat16 of every float: 0",
+        "decay: 0",
         "root of every float: 0",
         "inverse root of every float in range: 0",
         "root of every float without subnormal numbers: 0",

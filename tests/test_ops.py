@@ -237,6 +237,82 @@ def test_square_avg_out_of_the_range_of_fast_roots(dtype: torch.dtype, count: in
                 assert_same_bits(one[0], other[0])
 
 
+@pytest.mark.parametrize("rho", [0.95, 0.5, 0.0, 1.0, 1.25, -0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_subnormal_averages(dtype: torch.dtype, rho: float) -> None:
+    """They come and go along a tensor; every instruction set computes the bits that the plainest does."""
+    generator = torch.Generator().manual_seed(1)
+    count = 30_000
+
+    def stretches(*values: Tensor) -> Tensor:
+        """Now these, now those, for a while each."""
+        lengths = torch.tensor([7, 1500, 90, 3000, 1024, 400, 32, 2048])
+        kinds = torch.randint(len(values), (count,), generator=generator).repeat_interleave(lengths.repeat(count // 8))
+        return torch.stack(values).gather(0, kinds[None, :count])[0]
+
+    normal = torch.rand(count, generator=generator)
+    subnormal = torch.randint(1, 2**23, (count,), generator=generator, dtype=torch.int32).view(torch.float32)
+    mixed = torch.where(normal > 0.5, normal, subnormal)
+    zero = torch.zeros(count)
+    grad = stretches(zero, zero, zero, normal - 0.5, subnormal)
+    states = [stretches(normal, subnormal, zero, -subnormal, mixed, 1e-37 * normal) for _ in range(2)]
+
+    def updated(capability: str) -> list[Tensor]:
+        param, *others = [[tensor.to(dtype, copy=True)] for tensor in (normal, grad, *states)]
+        ops.set_cpu_capability(capability)
+        for _ in range(3):
+            update.fused(param, *others, 1.0, rho, 1e-7, False)
+        return [param[0], others[1][0], others[2][0]]
+
+    best = ops.cpu_capability()
+    try:
+        results = [updated(capability) for capability in ops.CPU_CAPABILITIES[: ops.CPU_CAPABILITIES.index(best) + 1]]
+    finally:
+        ops.set_cpu_capability(best)
+    assert bool((results[0][1].float().abs() < torch.finfo(torch.float32).tiny).any())
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_flushing_of_subnormals_is_that_of_the_calling_thread(dtype: torch.dtype) -> None:
+    """`torch.set_flush_denormal` changes the thread that calls it; the other threads must calculate like it."""
+    before = torch.get_num_threads()
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    count = 300_000
+    tiny = torch.full((count,), torch.finfo(dtype).tiny / 8, dtype=torch.float64).to(dtype)
+    indices = torch.arange(count)[None]
+
+    def results(*, flushes: bool, threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        tensors = [tiny.clone() for _ in range(8)]
+        dense, values, sparse = [[tensor] for tensor in tensors[:4]], [tiny], [[tensor] for tensor in tensors[4:7]]
+        torch.set_flush_denormal(flushes)
+        try:
+            update.fused(dense[0], dense[1], dense[2], dense[3], 1.0, 0.95, 1e-7, False)
+            ops.sparse_adadelta_(sparse[0], [indices], values, sparse[1], sparse[2], 1.0, 0.95, 1e-7)
+            roots = [torch.full((count,), torch.finfo(dtype).tiny, dtype=torch.float64).sqrt().to(dtype) / 4]
+            sums = ops.grad_square_sums(roots, roots)
+        finally:
+            torch.set_flush_denormal(False)
+        return [*tensors, sums]
+
+    try:
+        torch.set_num_threads(2)
+        torch.zeros(count).add_(1.0)  # so that the threads were there before
+        kept = results(flushes=False, threads=1)
+        flushed = results(flushes=True, threads=1)
+        in_two = results(flushes=True, threads=2)
+    finally:
+        torch.set_num_threads(before)
+    if dtype is not torch.float16:  # which has no subnormal numbers in float32
+        assert not torch.equal(kept[2], flushed[2])
+    for one, other in zip(in_two, flushed, strict=True):
+        assert_same_bits(one, other)
+
+
 def test_more_elements_than_an_int32_counts() -> None:
     """2**31 + 3 of them, in one 16-bit parameter; the last ones as in a short one."""
     available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())

@@ -5,7 +5,8 @@
 namespace {
 
 using torch_adadelta::adadelta_element;
-using torch_adadelta::average_in;
+using torch_adadelta::add_square;
+using torch_adadelta::decay;
 using torch_adadelta::GradientClip;
 using torch_adadelta::Hyperparameters;
 using torch_adadelta::make_step;
@@ -354,26 +355,61 @@ ADADELTA_INLINE void update_group(
   }
 }
 
+// What `decay` makes of averages, where rho is from 0 to 1. Subnormal ones are taken in units of the least of them, in
+// which they are whole, and so are the results: those are rounded where they are added to 2^23.
+//
+// A processor may take some hundred cycles for a product with a subnormal number. And an average whose items have
+// become zero decays to one that times rho rounds to itself, and stays.
+ADADELTA_INLINE void decay_with_subnormals(__m512& averages, const Hyperparameters<float>& h) {
+  const __m512i bits = _mm512_castps_si512(averages), two_to_23 = _mm512_castps_si512(_mm512_set1_ps(0x1p23f));
+  const __mmask16 are_subnormal =
+      _mm512_cmplt_epu32_mask(_mm512_sub_epi32(bits, _mm512_set1_epi32(1)), _mm512_set1_epi32((1 << 23) - 1));
+  const __m512 shifted =
+      _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(h.rho), _mm512_castsi512_ps(two_to_23));
+  const __m512i units = _mm512_sub_epi32(_mm512_castps_si512(shifted), two_to_23);
+  averages = _mm512_maskz_mov_ps(static_cast<__mmask16>(~are_subnormal), averages);
+  decay(averages, h);
+  averages = _mm512_mask_mov_ps(averages, are_subnormal, _mm512_castsi512_ps(units));
+}
+
+// Whether this thread met a subnormal number since it was last asked, as the processor notes in its status.
+ADADELTA_INLINE bool has_met_subnormals() {
+  constexpr unsigned kDenormalOperand = 0x2;
+  const unsigned status = _mm_getcsr();
+  if ((status & kDenormalOperand) == 0) {
+    return false;
+  }
+  _mm_setcsr(status & ~kDenormalOperand);
+  return true;
+}
+
+ADADELTA_INLINE bool keeps_subnormals() {
+  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
+  return (_mm_getcsr() & (kFlushToZero | kDenormalsAreZero)) == 0;
+}
+
+// After so many elements each, a loop asks whether another would suit them better.
+constexpr int64_t kAsked = 1024;
+
 // Of fewer elements in a row, too many would wait for the stages before and after them.
 constexpr int64_t kLeastStaged = 8 * kGroup;
 
 // Groups in a row, the inverse roots of half of their elements from multiplications. Both the divider and the
 // multipliers are then busy throughout, if what they wait for was begun in time: each turn ends a group, brings the two
-// after it one stage further and begins a third. Returns how many elements they were: none, if there are too few.
-template <typename Format, typename Item, typename Clip>
-ADADELTA_INLINE int64_t update_staged_groups(
+// after it one stage further and begins a third. Returns how many elements they were: all that make groups, or if
+// `watches`, those after which there are subnormal numbers, or `with_subnormals`, no longer are.
+template <bool with_subnormals, typename Format, typename Item, typename Clip>
+ADADELTA_INLINE int64_t update_in_stages(
     Item* __restrict__ param,
     const Item* __restrict__ grad,
     Item* __restrict__ square_avg,
     Item* __restrict__ acc_delta,
     int64_t count,
+    bool watches,
     const Clip clip,
     const Hyperparameters<float> h
 ) {
-  if (count < kLeastStaged) {
-    return 0;
-  }
-  const int64_t stop = count - count % kGroup;
+  int64_t stop = count - count % kGroup;
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
 
   // The halves of a group.
@@ -408,8 +444,15 @@ ADADELTA_INLINE int64_t update_staged_groups(
   };
   const auto averaged = [&](const Item* averages, const Pair& items) {
     Pair to = read(averages);
-    average_in(to.first, items.first, h);
-    average_in(to.second, items.second, h);
+    if constexpr (with_subnormals) {
+      decay_with_subnormals(to.first, h);
+      decay_with_subnormals(to.second, h);
+    } else {
+      decay(to.first, h);
+      decay(to.second, h);
+    }
+    add_square(to.first, items.first, h);
+    add_square(to.second, items.second, h);
     return to;
   };
   const auto step = [&](const Begun& from, __m512 inverse) {
@@ -427,8 +470,12 @@ ADADELTA_INLINE int64_t update_staged_groups(
   NearRoot near{one, one};
   __m512 estimate = one, root = one, inverse = one;
   Pair d{one, one};
+  has_met_subnormals();
   for (int64_t i = -3 * kGroup; i < stop; i += kGroup) {
     const int64_t next = i + 3 * kGroup;
+    if (i % kAsked == 0 && watches && next < stop && has_met_subnormals() != with_subnormals) {
+      stop = next;
+    }
     if (i >= 0) {
       const Pair u = averaged(acc_delta + i, d);
       Pair p = read(param + i);
@@ -462,6 +509,30 @@ ADADELTA_INLINE int64_t update_staged_groups(
     }
   }
   return stop;
+}
+
+// Groups in a row, in stages. Returns how many elements they were: none, if there are too few.
+template <typename Format, typename Item, typename Clip>
+ADADELTA_INLINE int64_t update_staged_groups(
+    Item* param,
+    const Item* grad,
+    Item* square_avg,
+    Item* acc_delta,
+    int64_t count,
+    const Clip clip,
+    const Hyperparameters<float>& h
+) {
+  const bool watches = h.rho >= 0 && h.rho <= 1 && keeps_subnormals();
+  int64_t done = 0;
+  for (bool with_subnormals = false; count - done >= kLeastStaged; with_subnormals = !with_subnormals) {
+    const auto update = [&](auto kind) {
+      return update_in_stages<decltype(kind)::value, Format>(
+          param + done, grad + done, square_avg + done, acc_delta + done, count - done, watches, clip, h
+      );
+    };
+    done += with_subnormals ? update(std::true_type()) : update(std::false_type());
+  }
+  return done;
 }
 #endif
 

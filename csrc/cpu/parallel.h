@@ -5,10 +5,40 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cstdint>
 #include <vector>
 
 namespace torch_adadelta::cpu {
+
+// How a thread calculates: how it rounds, and whether it keeps subnormal numbers. torch.set_flush_denormal changes that
+// for the thread that calls it; what a step computes must not depend on which thread does.
+class Arithmetic {
+ public:
+  Arithmetic() { std::fegetenv(&environment_); }
+
+  // Calls run() on this thread as on the one that made this.
+  template <typename Run>
+  void apply(const Run& run) const {
+    std::fenv_t own;
+    std::fegetenv(&own);
+    std::fesetenv(&environment_);
+    run();
+    std::fesetenv(&own);
+  }
+
+ private:
+  std::fenv_t environment_;
+};
+
+// Calls run(begin, end) for ranges of at least `grain` that together are [0, count), on all threads.
+template <typename Run>
+void parallel_ranges(int64_t count, int64_t grain, const Run& run) {
+  const Arithmetic arithmetic;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    arithmetic.apply([&] { run(begin, end); });
+  });
+}
 
 // Elements below which another thread costs more than it saves (some 10 microseconds of work).
 constexpr int64_t kGrain = 32768;
@@ -41,7 +71,7 @@ void parallel_pieces(int64_t count, const Run& run) {
     shares[i].next = count * i / threads;
     shares[i].end = count * (i + 1) / threads;
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  parallel_ranges(threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t i = 0; i < threads; ++i) {
         Share& share = shares[(thread + i) % threads];

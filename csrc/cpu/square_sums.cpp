@@ -1,6 +1,7 @@
-// The sums of squares behind the norms on the CPU: one parallel_for over the elements of all gradients of a call.
+// The sums of squares behind the norms on the CPU: one parallel call over the elements of all gradients of a call.
 #include "blocks.h"
 #include "loops.h"
+#include "parallel.h"
 
 #include "../square_sums.h"
 #include "../arguments.h"
@@ -93,7 +94,7 @@ void sum_squares(const Gradients& lists, double clipvalue, float scale, double* 
     }
   };
   // Below a unit, another thread costs more than it saves.
-  torch::stable::parallel_for(0, lists.numel(), kUnit, sum_range);
+  parallel_ranges(lists.numel(), kUnit, sum_range);
 
   for (size_t i = 0; i < gradients.size(); ++i) {
     sums[gradients[i].index] = pairwise_sum(units_of(i), (gradients[i].numel + kUnit - 1) / kUnit);

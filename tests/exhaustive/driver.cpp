@@ -6,7 +6,8 @@
 // multiplication differ from the processor's, and groups rounded to bfloat16 from numbers rounded one by one; and for
 // how many of every mantissa with every estimate that the instruction set's specification allows, the roots do. Powers
 // of 4 only scale a root and its steps, so the mantissas of [1, 4) stand for all; a processor whose estimates differ
-// from this one's gets the same bits.
+// from this one's gets the same bits. And for how many of every average a decay without subnormal products differs,
+// with some thousand rho.
 //
 // LOOPS is the file of the instruction set.
 #include LOOPS
@@ -101,10 +102,36 @@ void every_estimate() {
   );
 }
 
+// Rho of many sizes; for the average of every other float, subnormal or not, and of every subnormal one.
+void every_decay() {
+  int64_t different = 0;
+  const auto compare = [&](float rho, uint64_t first, uint64_t last, uint64_t step) {
+    const Hyperparameters<float> h(0, rho, 0);
+    for (uint64_t bits = first; bits < last; bits += step) {
+      __m512 averages = _mm512_castsi512_ps(sixteen_from(static_cast<uint32_t>(bits))), expected = averages;
+      decay_with_subnormals(averages, h);
+      decay(expected, h);
+      different += count_differences(averages, expected);
+    }
+  };
+  constexpr uint64_t kFloats = uint64_t(1) << 32, kSubnormals = uint64_t(1) << 23;
+  for (const float rho : {0.0f, 0x1p-149f, 0x1p-24f, 0.5f, 0.9f, 0.95f, 0x1.fffffep-1f, 1.0f}) {
+    compare(rho, 0, kFloats, 32);
+    compare(rho, 0, kSubnormals, 16);
+  }
+  uint32_t random = 1;
+  for (int i = 0; i < 1000; ++i) {
+    random = random * 1664525 + 1013904223;
+    compare(static_cast<float>(random >> 8) * 0x1p-24f, random % 4096, kSubnormals, 4096);
+  }
+  std::printf("decay: %lld\n", static_cast<long long>(different));
+}
+
 }  // namespace
 
 int main() {
   every_rounding();
+  every_decay();
   every_root("");
   constexpr unsigned kFlushAndDenormalsAreZero = 0x8040;
   const unsigned before = _mm_getcsr();
