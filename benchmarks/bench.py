@@ -261,7 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         action=argparse.BooleanOptionalAction,
         help=f"{TORCH_COMPILED}, too: minutes (default: unless --quick)",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "bench", help="where to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="where to write (default: output/bench; if it is not all that is measured, and not to --update that, "
+        "output/bench-part)",
+    )
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON", help="figures to show instead of measuring")
     parser.add_argument("--update", action="store_true", help="keep what else the folder's bench.json has")
     parser.add_argument("--docs", action="store_true", help="put tables and pictures into README.md and docs/")
@@ -270,6 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         parser.error("--threads and --rounds must be at least 1")
     if options.compile is None:
         options.compile = not options.quick
+    if options.output is None:
+        is_part = (options.quick or options.workload or options.part) and not options.update
+        options.output = ROOT / "output" / ("bench-part" if is_part else "bench")
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     options.output.mkdir(parents=True, exist_ok=True)
