@@ -318,7 +318,7 @@ def test_loops_are_vectorised_and_never_fused() -> None:
     # Without its effect on the result, a compiler may take a request for memory ahead for none.
     functions = assembly.split("\n\n")
     read_ahead = [
-        function for function in functions if "{ru-sae}" in function or re.search("add_.*squares.*>:", function)
+        function for function in functions if "{ru-sae}" in function or re.search(r"add_\w*squares\w*>:", function)
     ]
     assert len(read_ahead) > 0
     assert all("prefetcht0" in function for function in read_ahead)

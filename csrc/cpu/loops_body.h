@@ -355,8 +355,9 @@ ADADELTA_INLINE void update_group(
   }
 }
 
-// What `decay` makes of averages, where rho is from 0 to 1. Subnormal ones are taken in units of the least of them, in
-// which they are whole, and so are the results: those are rounded where they are added to 2^23.
+// What `decay` makes of averages, where rho is from 0 to 1 and subnormal numbers are kept. Those above zero are taken
+// in units of the least of them, in which they are whole, and so are the results: these are rounded where they are
+// added to 2^23.
 //
 // A processor may take some hundred cycles for a product with a subnormal number. And an average whose items have
 // become zero decays to one that times rho rounds to itself, and stays.
@@ -388,7 +389,7 @@ ADADELTA_INLINE bool keeps_subnormals() {
   return (_mm_getcsr() & (kFlushToZero | kDenormalsAreZero)) == 0;
 }
 
-// After so many elements each, a loop asks whether another would suit them better.
+// A loop asks after its first three groups, and then after so many elements each, whether the other would suit better.
 constexpr int64_t kAsked = 1024;
 
 // Of fewer elements in a row, too many would wait for the stages before and after them.
@@ -396,8 +397,8 @@ constexpr int64_t kLeastStaged = 8 * kGroup;
 
 // Groups in a row, the inverse roots of half of their elements from multiplications. Both the divider and the
 // multipliers are then busy throughout, if what they wait for was begun in time: each turn ends a group, brings the two
-// after it one stage further and begins a third. Returns how many elements they were: all that make groups, or if
-// `watches`, those after which there are subnormal numbers, or `with_subnormals`, no longer are.
+// after it one stage further and begins a third. Returns how many elements they were: all that make groups; or fewer,
+// if it `watches` for subnormal numbers and there were some, or with_subnormals, none.
 template <bool with_subnormals, typename Format, typename Item, typename Clip>
 ADADELTA_INLINE int64_t update_in_stages(
     Item* __restrict__ param,
@@ -470,10 +471,14 @@ ADADELTA_INLINE int64_t update_in_stages(
   NearRoot near{one, one};
   __m512 estimate = one, root = one, inverse = one;
   Pair d{one, one};
-  has_met_subnormals();
+  if (watches) {
+    has_met_subnormals();
+  }
   for (int64_t i = -3 * kGroup; i < stop; i += kGroup) {
     const int64_t next = i + 3 * kGroup;
-    if (i % kAsked == 0 && watches && next < stop && has_met_subnormals() != with_subnormals) {
+    // Not at once where there were some before: to change costs as much as three groups do.
+    const bool asks = i % kAsked == 0 && (i > 0 || !with_subnormals);
+    if (asks && watches && next < stop && has_met_subnormals() != with_subnormals) {
       stop = next;
     }
     if (i >= 0) {
@@ -522,9 +527,12 @@ ADADELTA_INLINE int64_t update_staged_groups(
     const Clip clip,
     const Hyperparameters<float>& h
 ) {
+  if (count < kLeastStaged) {
+    return 0;
+  }
   const bool watches = h.rho >= 0 && h.rho <= 1 && keeps_subnormals();
   int64_t done = 0;
-  for (bool with_subnormals = false; count - done >= kLeastStaged; with_subnormals = !with_subnormals) {
+  for (bool with_subnormals = false; count - done >= kGroup; with_subnormals = !with_subnormals) {
     const auto update = [&](auto kind) {
       return update_in_stages<decltype(kind)::value, Format>(
           param + done, grad + done, square_avg + done, acc_delta + done, count - done, watches, clip, h

@@ -11,32 +11,38 @@
 
 namespace torch_adadelta::cpu {
 
-// How a thread calculates: how it rounds, and whether it keeps subnormal numbers. torch.set_flush_denormal changes that
-// for the thread that calls it; what a step computes must not depend on which thread does.
-class Arithmetic {
+// As long as it lives, this thread calculates in the floating-point environment of another, and so keeps or flushes
+// subnormal numbers as that one does: torch.set_flush_denormal changes the thread that calls it, and what a step
+// computes must not depend on which thread does.
+class InEnvironment {
  public:
-  Arithmetic() { std::fegetenv(&environment_); }
-
-  // Calls run() on this thread as on the one that made this.
-  template <typename Run>
-  void apply(const Run& run) const {
-    std::fenv_t own;
-    std::fegetenv(&own);
-    std::fesetenv(&environment_);
-    run();
-    std::fesetenv(&own);
+  explicit InEnvironment(const std::fenv_t& environment) {
+    std::fegetenv(&own_);
+    std::fesetenv(&environment);
   }
+  InEnvironment(const InEnvironment&) = delete;
+  InEnvironment& operator=(const InEnvironment&) = delete;
+  ~InEnvironment() { std::fesetenv(&own_); }
 
  private:
-  std::fenv_t environment_;
+  std::fenv_t own_;
 };
 
-// Calls run(begin, end) for ranges of at least `grain` that together are [0, count), on all threads.
+// Calls run(begin, end) for ranges that together are [0, count), on a thread for each `grain` begun, if there are so
+// many.
 template <typename Run>
 void parallel_ranges(int64_t count, int64_t grain, const Run& run) {
-  const Arithmetic arithmetic;
+  if (count <= grain) {
+    if (count > 0) {
+      run(int64_t(0), count);
+    }
+    return;
+  }
+  std::fenv_t environment;
+  std::fegetenv(&environment);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    arithmetic.apply([&] { run(begin, end); });
+    const InEnvironment caller(environment);
+    run(begin, end);
   });
 }
 

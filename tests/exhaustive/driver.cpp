@@ -102,7 +102,7 @@ void every_estimate() {
   );
 }
 
-// Rho of many sizes; for the average of every other float, subnormal or not, and of every subnormal one.
+// Every subnormal number with many rho; with some of them, also half of all floats.
 void every_decay() {
   int64_t different = 0;
   const auto compare = [&](float rho, uint64_t first, uint64_t last, uint64_t step) {
@@ -120,9 +120,9 @@ void every_decay() {
     compare(rho, 0, kSubnormals, 16);
   }
   uint32_t random = 1;
-  for (int i = 0; i < 1000; ++i) {
+  for (int i = 0; i < 100; ++i) {
     random = random * 1664525 + 1013904223;
-    compare(static_cast<float>(random >> 8) * 0x1p-24f, random % 4096, kSubnormals, 4096);
+    compare(static_cast<float>(random >> 8) * 0x1p-24f, 0, kSubnormals, 16);
   }
   std::printf("decay: %lld\n", static_cast<long long>(different));
 }
