@@ -67,15 +67,6 @@ struct Loops {
   RowLoop<double> update_row_double;
 };
 
-// How many bytes the loops ask for ahead of what they work on, in all that they read together; 0 leaves that to the
-// processor. Out of cache, asking takes an eighth to a fifth off an update on an Emerald Rapids, and a quarter off the
-// squares; on a Zen 4 an update takes a twentieth longer.
-inline const int64_t read_ahead =
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_is("intel") ? 4096 :
-#endif
-                              0;
-
 extern const Loops loops_default;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ADADELTA_CPU_DISPATCH 1
@@ -83,6 +74,15 @@ extern const Loops loops_avx2;
 extern const Loops loops_avx512;
 extern const Loops loops_avx512_bf16;
 #endif
+
+// How many bytes the loops ask for ahead of what they work on, in all that they read together; 0 leaves that to the
+// processor. Out of cache, asking takes an eighth to a fifth off an update on an Emerald Rapids, and a quarter off the
+// squares; on a Zen 4 an update takes a twentieth longer.
+inline const int64_t read_ahead =
+#ifdef ADADELTA_CPU_DISPATCH
+    __builtin_cpu_is("intel") ? 4096 :
+#endif
+                              0;
 
 // The loops of the instruction set in use.
 const Loops& current_loops();

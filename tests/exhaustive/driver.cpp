@@ -6,8 +6,8 @@
 // multiplication differ from the processor's, and groups rounded to bfloat16 from numbers rounded one by one; and for
 // how many of every mantissa with every estimate that the instruction set's specification allows, the roots do. Powers
 // of 4 only scale a root and its steps, so the mantissas of [1, 4) stand for all; a processor whose estimates differ
-// from this one's gets the same bits. And for how many of every average a decay without subnormal products differs,
-// with some thousand rho.
+// from this one's gets the same bits. And for how many averages, all subnormal ones among them, a decay without
+// subnormal products differs, with a hundred rho.
 //
 // LOOPS is the file of the instruction set.
 #include LOOPS
