@@ -1,16 +1,21 @@
 // Keeps held state, and gives it its numbers.
 #include "held_state.h"
 
-#include <mutex>
+#include "cpu/parallel.h"
+
+#include <exception>
 #include <unordered_map>
 #include <utility>
 
 namespace torch_adadelta {
 namespace {
 
+// Parameters for which it pays to have a second thread look at their state.
+constexpr size_t kMany = 64;
+
 struct Registry {
   std::mutex mutex;
-  std::unordered_map<int64_t, std::shared_ptr<const HeldState>> states;
+  std::unordered_map<int64_t, std::shared_ptr<HeldState>> states;
   int64_t last = 0;
 };
 
@@ -22,8 +27,7 @@ Registry& registry() {
 
 // hold_state in ops.cpp.
 void hold_state(StableIValue* stack, uint64_t, uint64_t) {
-  auto state = std::make_shared<const HeldState>(stack[0], stack[1]);
-  check_lengths({{state->square_avgs, "square_avgs"}, {state->acc_deltas, "acc_deltas"}});
+  auto state = std::make_shared<HeldState>(stack[0], stack[1]);
   Registry& all = registry();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.states.emplace(++all.last, std::move(state));
@@ -32,7 +36,7 @@ void hold_state(StableIValue* stack, uint64_t, uint64_t) {
 
 // drop_state in ops.cpp. Who uses the state at the moment keeps it that long.
 void drop_state(int64_t number) {
-  std::shared_ptr<const HeldState> state;
+  std::shared_ptr<HeldState> state;
   {
     Registry& all = registry();
     const std::lock_guard<std::mutex> lock(all.mutex);
@@ -48,7 +52,85 @@ void drop_state(int64_t number) {
 
 }  // namespace
 
-std::shared_ptr<const HeldState> held_state(int64_t number) {
+// ---- What is known --------------------------------------------------------------------------------------------------
+
+void KnownTensors::look(const char* list_name) {
+  infos_.clear();
+  dimensions_.clear();
+  numel_ = 0;
+  std::vector<TensorInfo> infos;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const TensorInfo& info = infos.emplace_back(tensors_.info(i, list_name, true));
+    dimensions_.insert(dimensions_.end(), info.sizes, info.sizes + info.dim);
+    dimensions_.insert(dimensions_.end(), info.strides, info.strides + info.dim);
+    numel_ += info.numel;
+  }
+  const int64_t* own = dimensions_.data();
+  for (TensorInfo& info : infos) {
+    info.sizes = own;
+    info.strides = own + info.dim;
+    own += 2 * info.dim;
+  }
+  infos_ = std::move(infos);
+}
+
+bool KnownTensors::are_as_known() const {
+  if (!is_known()) {
+    return false;
+  }
+  for (size_t i = 0; i < infos_.size(); ++i) {
+    if (!tensors_.is_still(i, infos_[i])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+const Entries& HeldState::read(const TensorList& params, const TensorList& grads) {
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  const std::lock_guard<std::mutex> lock(mutex_);
+
+  // Another thread looks at the state, if the update will have one, while this one reads on as if it had not changed.
+  bool is_known = false;
+  const Entries* entries = nullptr;
+  std::exception_ptr error;
+  const auto look = [&] { is_known = is_as_known(); };
+  const auto read = [&] {
+    try {
+      entries = &read_entries(params, grads, square_avgs_, acc_deltas_, cpu);
+    } catch (...) {
+      error = std::current_exception();
+    }
+  };
+  if (square_avgs_.is_known() && params.size() >= kMany && square_avgs_.numel() > cpu::kGrain) {
+    torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
+      if (begin == 0) {
+        read();
+      }
+      if (end == 2) {
+        look();
+      }
+    });
+  } else {
+    look();
+    if (is_known) {
+      read();
+    }
+  }
+
+  if (!is_known) {
+    const Entries& found = read_entries(params, grads, square_avgs_.tensors(), acc_deltas_.tensors(), cpu);
+    square_avgs_.look("square_avgs");
+    acc_deltas_.look("acc_deltas");
+    return found;
+  }
+  if (error) {
+    std::rethrow_exception(error);
+  }
+  return *entries;
+}
+
+std::shared_ptr<HeldState> held_state(int64_t number) {
   Registry& all = registry();
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.states.find(number);

@@ -147,11 +147,11 @@ inline SparseEntries read_sparse_entries(
     int32_t device_type
 ) {
   check_lengths({
-      {params, "params"},
-      {indices, "indices"},
-      {values, "values"},
-      {square_avgs, "square_avgs"},
-      {acc_deltas, "acc_deltas"},
+      {params.size(), "params"},
+      {indices.size(), "indices"},
+      {values.size(), "values"},
+      {square_avgs.size(), "square_avgs"},
+      {acc_deltas.size(), "acc_deltas"},
   });
   SparseEntries result;
   std::vector<detail::IndexedRange> written_to, read_indices;

@@ -70,10 +70,13 @@ class TensorList {
   }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
-  ~TensorList() {
+  ~TensorList() { clear(); }
+
+  void clear() {
     for (const AtenTensorHandle handle : handles_) {
       aoti_torch_delete_tensor_object(handle);
     }
+    handles_.clear();
   }
 
   size_t size() const { return handles_.size(); }
@@ -123,6 +126,23 @@ class TensorList {
     return info;
   }
 
+  // Whether `info`, with `written`, would find what is `known` of the tensor that it was asked for.
+  bool is_still(size_t index, const TensorInfo& known) const {
+    const AtenTensorHandle handle = handles_[index];
+    int64_t* sizes = nullptr;
+    int64_t* strides = nullptr;
+    int64_t dim = 0;
+    int32_t scalar_type = 0, device_type = 0;
+    void* data = nullptr;
+    return aoti_torch_get_dim(handle, &dim) == AOTI_TORCH_SUCCESS && dim == known.dim &&
+           aoti_torch_get_sizes(handle, &sizes) == AOTI_TORCH_SUCCESS && std::equal(sizes, sizes + dim, known.sizes) &&
+           aoti_torch_get_strides(handle, &strides) == AOTI_TORCH_SUCCESS &&
+           std::equal(strides, strides + dim, known.strides) &&
+           aoti_torch_get_dtype(handle, &scalar_type) == AOTI_TORCH_SUCCESS && scalar_type == known.scalar_type &&
+           aoti_torch_get_device_type(handle, &device_type) == AOTI_TORCH_SUCCESS && device_type == known.device_type &&
+           torch_get_mutable_data_ptr(handle, &data) == AOTI_TORCH_SUCCESS && data == known.data;
+  }
+
   // Throws if the tensor reaches beyond its storage, which somebody may have resized.
   void check_storage(size_t index, const char* list_name, const TensorInfo& info) const {
     int64_t offset = 0, bytes = 0;
@@ -158,14 +178,14 @@ class TensorList {
 };
 
 // Throws unless all lists have as many tensors as the first.
-inline void check_lengths(std::initializer_list<std::pair<const TensorList&, const char*>> lists) {
-  const size_t count = lists.begin()->first.size();
-  if (std::all_of(lists.begin(), lists.end(), [&](const auto& list) { return list.first.size() == count; })) {
+inline void check_lengths(std::initializer_list<std::pair<size_t, const char*>> lists) {
+  const size_t count = lists.begin()->first;
+  if (std::all_of(lists.begin(), lists.end(), [&](const auto& list) { return list.first == count; })) {
     return;
   }
   std::ostringstream lengths;
   for (const auto& [list, name] : lists) {
-    lengths << (name == lists.begin()->second ? ": " : ", ") << list.size() << ' ' << name;
+    lengths << (name == lists.begin()->second ? ": " : ", ") << list << ' ' << name;
   }
   fail("the lists differ in length", lengths.str());
 }
@@ -371,28 +391,39 @@ inline void check_apart(const Written& tensors, size_t index) {
 
 }  // namespace detail
 
+inline Entries& entries_of_thread() {
+  static thread_local Entries entries;
+  return entries;
+}
+
 // Checks that each parameter's four tensors can be updated together on `device_type`, and describes them. Throws
 // std::runtime_error before anything is written.
 //
 // The result lives as long as the calling thread and until its next call: to allocate and free so much at every step
 // costs a tenth of the step for a thousand small tensors.
-inline const Entries& read_entries(
+template <typename StateList>
+const Entries& read_entries(
     const TensorList& params,
     const TensorList& grads,
-    const TensorList& square_avgs,
-    const TensorList& acc_deltas,
+    const StateList& square_avgs,
+    const StateList& acc_deltas,
     int32_t device_type
 ) {
   const size_t count = params.size();
-  check_lengths({{params, "params"}, {grads, "grads"}, {square_avgs, "square_avgs"}, {acc_deltas, "acc_deltas"}});
-  static thread_local Entries result;
+  check_lengths({
+      {count, "params"},
+      {grads.size(), "grads"},
+      {square_avgs.size(), "square_avgs"},
+      {acc_deltas.size(), "acc_deltas"},
+  });
+  Entries& result = entries_of_thread();
   result.clear();
 
   for (size_t i = 0; i < count; ++i) {
     const TensorInfo param = params.info(i, "params", true);
     const TensorInfo grad = grads.info(i, "grads", false);
-    const TensorInfo square_avg = square_avgs.info(i, "square_avgs", true);
-    const TensorInfo acc_delta = acc_deltas.info(i, "acc_deltas", true);
+    const TensorInfo& square_avg = square_avgs.info(i, "square_avgs", true);
+    const TensorInfo& acc_delta = acc_deltas.info(i, "acc_deltas", true);
 
     for (const TensorInfo* tensor : {&param, &grad, &square_avg, &acc_delta}) {
       detail::check_fits(param, *tensor, device_type, i);
@@ -449,7 +480,7 @@ inline const Entries& read_entries(
       acc_deltas.check_storage(i, "acc_deltas", acc_deltas.info(i, "acc_deltas", false));
     }
   }
-  result.memory.finish([](size_t row) { return result.entries[row].index; });
+  result.memory.finish([&](size_t row) { return result.entries[row].index; });
   result.disjoint = result.memory.disjoint();
   return result;
 }
@@ -496,7 +527,7 @@ inline bool is_packed(const Layout& layout, const TensorInfo& grad) {
 inline const Gradients& read_gradients(
     const TensorList& params, const TensorList& grads, bool in_double, int32_t device_type
 ) {
-  check_lengths({{params, "params"}, {grads, "grads"}});
+  check_lengths({{params.size(), "params"}, {grads.size(), "grads"}});
   static thread_local Gradients result;
   result.gradients.clear();
   result.layouts.clear();

@@ -5,6 +5,9 @@ import gc
 import io
 import itertools
 import pickle
+import subprocess
+import sys
+import textwrap
 import warnings
 import weakref
 from typing import Any
@@ -204,11 +207,22 @@ def test_loading_lets_go_of_the_state_before(path: Path) -> None:
         assert {ref() for ref in old} == {None}
 
 
+# Parameters that are so many, and so large, that several threads read what belongs to them.
+MANY = (80, 512)
+
+
+@pytest.mark.parametrize("crowd", [(0, 0), MANY], ids=["few", "many"])
 @pytest.mark.parametrize("options", [{}, {"clipvalue": 1e30}, {"global_clipnorm": 1e30}], ids=str)
-def test_state_may_change_in_every_way_between_two_steps(path: Path, options: dict[str, float]) -> None:
+def test_state_may_change_in_every_way_between_two_steps(
+    path: Path, options: dict[str, float], crowd: tuple[int, int]
+) -> None:
     """Each tensor of each parameter is replaced, or its memory, in turn; no step may use what was there before."""
     params = [Parameter(torch.ones(2, 2)) for _ in range(4)]
-    optimizer = AdadeltaKeras(params, 1.0, **path.options, **options)
+    count, numel = crowd
+    others = [Parameter(torch.ones(numel)) for _ in range(count)]
+    for other in others:
+        other.grad = torch.ones(numel)
+    optimizer = AdadeltaKeras([*params[:2], *others, *params[2:]], 1.0, **path.options, **options)
     oracles = [oracle_of(p, learning_rate=1.0) for p in params]
     number = 0
 
@@ -251,14 +265,17 @@ def test_state_may_change_in_every_way_between_two_steps(path: Path, options: di
 @needs_library
 @pytest.mark.parametrize("options", [{}, {"clipvalue": 1e30}], ids=str)
 @pytest.mark.parametrize("key", ["square_avg", "acc_delta"])
-def test_state_that_no_longer_fits_is_noticed_where_it_is_held(key: str, options: dict[str, float]) -> None:
+@pytest.mark.parametrize(("count", "numel"), [(3, 4), MANY])
+def test_state_that_no_longer_fits_is_noticed_where_it_is_held(
+    count: int, numel: int, key: str, options: dict[str, float]
+) -> None:
     """A step like the one before it, but for the shape, dtype or layout of a state tensor."""
     for spoil, message in (
         (lambda x: x.double(), "dtype"),
         (lambda x: x[:2], "shape"),
-        (lambda x: x[:1].expand(4), "dense tensor of its own memory"),
+        (lambda x: x[:1].expand(numel), "dense tensor of its own memory"),
     ):
-        optimizer = AdadeltaKeras([Parameter(torch.ones(4)) for _ in range(3)], fused=True, **options)
+        optimizer = AdadeltaKeras([Parameter(torch.ones(numel)) for _ in range(count)], fused=True, **options)
         advance(optimizer, 2)
         last = optimizer.param_groups[0]["params"][-1]
         before = snapshot(optimizer)
@@ -268,6 +285,58 @@ def test_state_that_no_longer_fits_is_noticed_where_it_is_held(key: str, options
             advance(optimizer)
         optimizer.state[last][key].data = good
         assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(("count", "numel"), [(3, 4), MANY])
+def test_gradients_that_do_not_fit_are_noticed_where_state_is_held(count: int, numel: int) -> None:
+    optimizer = AdadeltaKeras([Parameter(torch.ones(numel)) for _ in range(count)])
+    advance(optimizer, 2)
+    before = snapshot(optimizer)
+    last = optimizer.param_groups[0]["params"][-1]
+    last.grad.data = torch.ones(numel + 1)
+    with pytest.raises(RuntimeError, match=f"parameter {count - 1} of group 0 has shape"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(("count", "numel"), [(3, 4), MANY])
+def test_lazy_clones_of_state_keep_their_values(path: Path, count: int, numel: int) -> None:
+    """A clone that copies on write shares its memory with the state until the next step writes to it."""
+    optimizer = AdadeltaKeras([Parameter(torch.ones(numel)) for _ in range(count)], **path.options)
+    twin = copy.deepcopy(optimizer)
+    advance(optimizer, 2)
+    advance(twin, 2)
+    clones, values = (
+        [function(x) for state in optimizer.state.values() for x in state.values()]
+        for function in (torch._lazy_clone, torch.clone)
+    )
+    advance(optimizer, 2)
+    advance(twin, 2)
+    assert_same_training(optimizer, twin)
+    for clone, value in zip(clones, values, strict=True):
+        assert_same_bits(clone, value)
+
+
+@needs_library
+def test_lists_may_be_emptied_while_an_update_runs() -> None:
+    """By another thread: what the update works on stays alive."""
+    code = """
+        import threading, torch
+        from torch_adadelta import ops
+
+        numel = 2**25
+        state = ops.HeldState([torch.zeros(numel)], [torch.zeros(numel)])
+        for _ in range(5):
+            params, grads = [torch.ones(numel)], [torch.ones(numel)]
+            lists = params, grads, state.square_avgs, state.acc_deltas
+            update = threading.Thread(target=state.adadelta_, args=(*lists, 1.0, 0.95, 1e-7))
+            del lists
+            update.start()
+            params.clear()
+            grads.clear()
+            update.join()
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 @pytest.mark.parametrize("key", ["square_avg", "acc_delta"])

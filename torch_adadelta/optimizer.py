@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torch_adadelta import gradients, hyperparameters, ops, param_groups, shards, sparse
+from torch_adadelta import gradients, hyperparameters, ops, param_groups, shards, sparse, step_hooks
 from torch_adadelta import update as updates
 from torch_adadelta.arithmetic import arithmetic_dtypes
 from torch_adadelta.buckets import NO_CLIP, Bucket, by_device, by_T, choose, clip_keywords, recording, split
@@ -142,6 +142,9 @@ class AdadeltaKeras(CompiledStep, KerasInterface):
     Source: M. D. Zeiler, "ADADELTA: An Adaptive Learning Rate Method", https://arxiv.org/abs/1212.5701, in the form of
     ``tensorflow/python/keras/optimizer_v2/adadelta.py``, TensorFlow 2.4.
     """
+
+    # With this, in place of its own, PyTorch wraps the `step` of each class when its first instance is made.
+    profile_hook_step = staticmethod(step_hooks.profile_hook_step)
 
     # Whether a group was seen whose parameters are on several devices, or that has sparse gradients. To ask each one at
     # each step costs too much.
