@@ -10,8 +10,10 @@
 namespace torch_adadelta {
 namespace {
 
-// Parameters for which it pays to have a second thread look at their state.
-constexpr size_t kMany = 64;
+// From how many parameters on, of how many elements on the average, it pays to have a second thread look at their
+// state. What PyTorch knows of smaller tensors lies among their elements, which the first thread may just have written.
+constexpr int64_t kMany = 64;
+constexpr int64_t kLarge = 256;
 
 struct Registry {
   std::mutex mutex;
@@ -102,7 +104,8 @@ const Entries& HeldState::read(const TensorList& params, const TensorList& grads
       error = std::current_exception();
     }
   };
-  if (square_avgs_.is_known() && params.size() >= kMany && square_avgs_.numel() > cpu::kGrain) {
+  const int64_t count = static_cast<int64_t>(square_avgs_.size()), numel = square_avgs_.numel();
+  if (count >= kMany && numel >= kLarge * count && numel > cpu::kGrain) {
     torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
       if (begin == 0) {
         read();
