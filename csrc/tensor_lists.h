@@ -70,13 +70,10 @@ class TensorList {
   }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
-  ~TensorList() { clear(); }
-
-  void clear() {
+  ~TensorList() {
     for (const AtenTensorHandle handle : handles_) {
       aoti_torch_delete_tensor_object(handle);
     }
-    handles_.clear();
   }
 
   size_t size() const { return handles_.size(); }

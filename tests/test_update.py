@@ -177,16 +177,23 @@ def test_lazily_conjugated_gradient(path: Path, dtype: torch.dtype) -> None:
     assert_like_oracle(param, optimizer.state[param], oracle)
 
 
-def test_lazily_negated_gradient(path: Path) -> None:
-    param = Parameter(torch.ones(37))
-    grad = torch.randn(37, dtype=torch.complex64, generator=torch.Generator().manual_seed(5)).conj().imag
-    assert grad.is_neg()
+@pytest.mark.parametrize("numel", [37, 100_000])
+def test_lazy_gradients(path: Path, numel: int) -> None:
+    """Of negated and zero tensors whose elements are not in memory, PyTorch hands over copies that nobody else keeps."""
+    param = Parameter(torch.ones(numel))
     optimizer = AdadeltaKeras([param], 1.0, **path.options)
     oracle = oracle_of(param, learning_rate=1.0)
-    param.grad = grad
-    optimizer.step()
-    oracle.step(grad.resolve_neg().contiguous().numpy())
-    assert_like_oracle(param, optimizer.state[param], oracle)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        negated = torch.randn(numel, dtype=torch.complex64, generator=generator).conj().imag
+        assert negated.is_neg()
+        zero = torch._efficientzerotensor(numel)
+        assert zero._is_zerotensor()
+        for grad in (negated, zero):
+            param.grad = grad
+            optimizer.step()
+            oracle.step(grad.resolve_neg().clone(memory_format=torch.contiguous_format).numpy())
+            assert_like_oracle(param, optimizer.state[param], oracle)
 
 
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)

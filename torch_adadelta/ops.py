@@ -192,8 +192,6 @@ class HeldState:
         **clip: Any,
     ) -> None:
         """What `adadelta_` does, with the accumulators that are held and these."""
-        # The op leaves it to its caller to keep the tensors alive, so they are in lists that nobody else can change.
-        params, grads = params.copy(), grads.copy()
         if not clip and type(lr) is float and type(rho) is float and type(epsilon) is float:
             _adadelta_held(params, grads, self._number, lr, rho, epsilon, maximize)
         else:

@@ -87,11 +87,8 @@ void update_range(
 
 // ---- The ops --------------------------------------------------------------------------------------------------------
 
-// `aside` is called once, on this thread, while others may have begun.
-template <typename Aside>
-void update_entries(const Entries& lists, const UpdateOptions& options, const Aside& aside) {
+void update_entries(const Entries& lists, const UpdateOptions& options) {
   if (is_skipped(options)) {
-    aside();
     return;
   }
   const double lr = value_of(options.lr), rho = value_of(options.rho), epsilon = value_of(options.epsilon);
@@ -109,52 +106,42 @@ void update_entries(const Entries& lists, const UpdateOptions& options, const As
   const auto& entries = lists.entries;
 
   if (!lists.disjoint) {
-    aside();
     for (const Entry& entry : entries) {
       parallel_pieces(entry.numel, [&](int64_t begin, int64_t end) { update_entry(entry, begin, end); });
     }
     return;
   }
 
-  parallel_pieces(
-      lists.numel(),
-      [&](int64_t begin, int64_t end) {
-        auto entry = std::upper_bound(entries.begin(), entries.end(), begin, [](int64_t position, const Entry& e) {
-          return position < e.end;
-        });
-        for (; begin < end; ++entry) {
-          const int64_t start = entry->end - entry->numel;
-          const int64_t stop = std::min(end, entry->end);
-          update_entry(*entry, begin - start, stop - start);
-          begin = stop;
-        }
-      },
-      aside
-  );
+  parallel_pieces(lists.numel(), [&](int64_t begin, int64_t end) {
+    auto entry = std::upper_bound(entries.begin(), entries.end(), begin, [](int64_t position, const Entry& e) {
+      return position < e.end;
+    });
+    for (; begin < end; ++entry) {
+      const int64_t start = entry->end - entry->numel;
+      const int64_t stop = std::min(end, entry->end);
+      update_entry(*entry, begin - start, stop - start);
+      begin = stop;
+    }
+  });
 }
 
 // adadelta_ in schemas.h, and adadelta_.unclipped, whose arguments are the first of those. Boxed, so that each list is
 // read in place instead of becoming a vector of tensor objects.
 void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   const UpdateArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
-  update_entries(arguments.entries(), arguments.options(), [] {});
+  update_entries(arguments.entries(), arguments.options());
 }
 
-// adadelta_.held_with_options in ops.cpp, and adadelta_.held, whose arguments are the first of those. The caller keeps
-// the tensors alive: here they are let go of while the other threads compute, and while what must be touched for that
-// is in the cache.
+// adadelta_.held_with_options in ops.cpp, and adadelta_.held, whose arguments are the first of those.
 void adadelta_held(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  TensorList params(stack[0]), grads(stack[1]);
+  std::optional<HeldGil> gil;  // before what is destroyed while it is held
+  const TensorList params(stack[0]), grads(stack[1]);
   const OptionArguments given(stack, argument_count, 3);
   const auto state = held_state(torch::stable::detail::to<int64_t>(stack[2]));
   const Entries& entries = state->read(params, grads);
   const detail::Place place{aoti_torch_device_type_cpu(), entries.device_index};
-  const UpdateOptions options = given.read(place, params.size(), entries.complex_param);
-  update_entries(entries, options, [&] {
-    const HeldGil gil;
-    params.clear();
-    grads.clear();
-  });
+  update_entries(entries, given.read(place, params.size(), entries.complex_param));
+  gil.emplace();
 }
 
 // check_lists in schemas.h: what adadelta_ checks, and nothing more.

@@ -54,16 +54,14 @@ constexpr int64_t kGrain = 32768;
 constexpr int64_t kTurn = 8192;
 constexpr int64_t kTurns = 32;
 
-// Calls run(begin, end) for pieces of [0, count), which it may do in any order and on any thread, and aside() once, on
-// the calling thread, before its first piece.
+// Calls run(begin, end) for pieces of [0, count), which it may do in any order and on any thread.
 //
 // Each thread begins with a share of its own, and then takes over what is left of the others': a processor that runs
-// other programs too, wakes up late or has to do something aside, does not keep all of them waiting.
-template <typename Run, typename Aside>
-void parallel_pieces(int64_t count, const Run& run, const Aside& aside) {
+// other programs too, or wakes up late, does not keep all of them waiting.
+template <typename Run>
+void parallel_pieces(int64_t count, const Run& run) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (count + kGrain - 1) / kGrain);
   if (threads <= 1) {
-    aside();
     if (count > 0) {
       run(int64_t(0), count);
     }
@@ -80,9 +78,6 @@ void parallel_pieces(int64_t count, const Run& run, const Aside& aside) {
     shares[i].end = count * (i + 1) / threads;
   }
   parallel_ranges(threads, 1, [&](int64_t first, int64_t last) {
-    if (first == 0) {  // of which the calling thread begins with what belongs to it
-      aside();
-    }
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t i = 0; i < threads; ++i) {
         Share& share = shares[(thread + i) % threads];
@@ -92,11 +87,6 @@ void parallel_pieces(int64_t count, const Run& run, const Aside& aside) {
       }
     }
   });
-}
-
-template <typename Run>
-void parallel_pieces(int64_t count, const Run& run) {
-  parallel_pieces(count, run, [] {});
 }
 
 }  // namespace torch_adadelta::cpu
