@@ -3,7 +3,6 @@
 
 #include "cpu/parallel.h"
 
-#include <exception>
 #include <unordered_map>
 #include <utility>
 
@@ -92,45 +91,37 @@ const Entries& HeldState::read(const TensorList& params, const TensorList& grads
   const int32_t cpu = aoti_torch_device_type_cpu();
   const std::lock_guard<std::mutex> lock(mutex_);
 
-  // Another thread looks at the state, if the update will have one, while this one reads on as if it had not changed.
+  // Another thread looks at the state, while this one, which gets the first range, reads on as if it had not changed.
+  // What fails meanwhile need not be wrong: PyTorch lets nobody write to a lazy clone in a parallel region, for that
+  // copies it. So it is read again afterwards.
   bool is_known = false;
   const Entries* entries = nullptr;
-  std::exception_ptr error;
-  const auto look = [&] { is_known = is_as_known(); };
-  const auto read = [&] {
-    try {
-      entries = &read_entries(params, grads, square_avgs_, acc_deltas_, cpu);
-    } catch (...) {
-      error = std::current_exception();
-    }
-  };
   const int64_t count = static_cast<int64_t>(square_avgs_.size()), numel = square_avgs_.numel();
-  if (count >= kMany && numel >= kLarge * count && numel > cpu::kGrain) {
+  if (count >= kMany && numel >= kLarge * count && numel > cpu::kGrain && torch::stable::get_num_threads() > 1) {
     torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
       if (begin == 0) {
-        read();
+        try {
+          entries = &read_entries(params, grads, square_avgs_, acc_deltas_, cpu);
+        } catch (...) {
+          entries = nullptr;
+        }
       }
       if (end == 2) {
-        look();
+        is_known = is_as_known();
       }
     });
-  } else {
-    look();
-    if (is_known) {
-      read();
+    if (is_known && entries != nullptr) {
+      return *entries;
     }
   }
 
-  if (!is_known) {
-    const Entries& found = read_entries(params, grads, square_avgs_.tensors(), acc_deltas_.tensors(), cpu);
-    square_avgs_.look("square_avgs");
-    acc_deltas_.look("acc_deltas");
-    return found;
+  if (is_as_known()) {
+    return read_entries(params, grads, square_avgs_, acc_deltas_, cpu);
   }
-  if (error) {
-    std::rethrow_exception(error);
-  }
-  return *entries;
+  const Entries& found = read_entries(params, grads, square_avgs_.tensors(), acc_deltas_.tensors(), cpu);
+  square_avgs_.look("square_avgs");
+  acc_deltas_.look("acc_deltas");
+  return found;
 }
 
 std::shared_ptr<HeldState> held_state(int64_t number) {

@@ -123,7 +123,8 @@ class TensorList {
     return info;
   }
 
-  // Whether `info`, with `written`, would find what is `known` of the tensor that it was asked for.
+  // Whether the tensor still has the memory, shape, dtype and type of device that `info`, with `written`, found. False,
+  // too, for a lazy clone that is looked at in a parallel region, where PyTorch refuses to copy it.
   bool is_still(size_t index, const TensorInfo& known) const {
     const AtenTensorHandle handle = handles_[index];
     int64_t* sizes = nullptr;

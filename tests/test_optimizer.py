@@ -299,17 +299,18 @@ def test_gradients_that_do_not_fit_are_noticed_where_state_is_held(count: int, n
     assert_unchanged(optimizer, before)
 
 
+@pytest.mark.parametrize("of_params", [True, False])
+@pytest.mark.parametrize("of_state", [True, False])
 @pytest.mark.parametrize(("count", "numel"), [(3, 4), MANY])
-def test_lazy_clones_of_state_keep_their_values(path: Path, count: int, numel: int) -> None:
-    """A clone that copies on write shares its memory with the state until the next step writes to it."""
+def test_lazy_clones_keep_their_values(path: Path, count: int, numel: int, of_state: bool, of_params: bool) -> None:
+    """A clone that copies on write shares its memory with what the next step writes to, until then."""
     optimizer = AdadeltaKeras([Parameter(torch.ones(numel)) for _ in range(count)], **path.options)
     twin = copy.deepcopy(optimizer)
     advance(optimizer, 2)
     advance(twin, 2)
-    clones, values = (
-        [function(x) for state in optimizer.state.values() for x in state.values()]
-        for function in (torch._lazy_clone, torch.clone)
-    )
+    tensors = [x for state in optimizer.state.values() for x in state.values()] if of_state else []
+    tensors += [param.detach() for param in optimizer.param_groups[0]["params"]] if of_params else []
+    clones, values = ([function(x) for x in tensors] for function in (torch._lazy_clone, torch.clone))
     advance(optimizer, 2)
     advance(twin, 2)
     assert_same_training(optimizer, twin)
@@ -321,20 +322,25 @@ def test_lazy_clones_of_state_keep_their_values(path: Path, count: int, numel: i
 def test_lists_may_be_emptied_while_an_update_runs() -> None:
     """By another thread: what the update works on stays alive."""
     code = """
-        import threading, torch
+        from concurrent.futures import ThreadPoolExecutor
+        import torch
         from torch_adadelta import ops
 
         numel = 2**25
         state = ops.HeldState([torch.zeros(numel)], [torch.zeros(numel)])
-        for _ in range(5):
-            params, grads = [torch.ones(numel)], [torch.ones(numel)]
-            lists = params, grads, state.square_avgs, state.acc_deltas
-            update = threading.Thread(target=state.adadelta_, args=(*lists, 1.0, 0.95, 1e-7))
-            del lists
-            update.start()
-            params.clear()
-            grads.clear()
-            update.join()
+        with ThreadPoolExecutor(1) as executor:
+            for _ in range(5):
+                before = state.square_avgs[0][0].clone()
+                params, grads = [torch.ones(numel)], [torch.ones(numel)]
+                lists = params, grads, state.square_avgs, state.acc_deltas
+                update = executor.submit(state.adadelta_, *lists, 1.0, 0.95, 1e-7)
+                del lists
+                while not update.done() and state.square_avgs[0][0] == before:
+                    pass  # until it has begun to write
+                params.clear()
+                grads.clear()
+                update.result()
+        assert state.square_avgs[0].min() == state.square_avgs[0].max() > 0
         """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
