@@ -389,6 +389,7 @@ inline void check_apart(const Written& tensors, size_t index) {
 
 }  // namespace detail
 
+// One for all kinds of lists of state that read_entries is made for.
 inline Entries& entries_of_thread() {
   static thread_local Entries entries;
   return entries;

@@ -1,11 +1,11 @@
 // The dense update on the CPU: all threads share the elements of all parameters of a call, as one row.
 #include "blocks.h"
+#include "held_state.h"
 #include "loops.h"
 #include "options.h"
 #include "parallel.h"
 
 #include "../arguments.h"
-#include "../held_state.h"
 
 #include <torch/csrc/stable/ops.h>
 

@@ -1,12 +1,12 @@
 // Keeps held state, and gives it its numbers.
 #include "held_state.h"
 
-#include "cpu/parallel.h"
+#include "parallel.h"
 
 #include <unordered_map>
 #include <utility>
 
-namespace torch_adadelta {
+namespace torch_adadelta::cpu {
 namespace {
 
 // From how many parameters on, of how many elements on the average, it pays to have a second thread look at their
@@ -76,7 +76,7 @@ void KnownTensors::look(const char* list_name) {
 }
 
 bool KnownTensors::are_as_known() const {
-  if (!is_known()) {
+  if (infos_.size() != tensors_.size()) {
     return false;
   }
   for (size_t i = 0; i < infos_.size(); ++i) {
@@ -97,13 +97,12 @@ const Entries& HeldState::read(const TensorList& params, const TensorList& grads
   bool is_known = false;
   const Entries* entries = nullptr;
   const int64_t count = static_cast<int64_t>(square_avgs_.size()), numel = square_avgs_.numel();
-  if (count >= kMany && numel >= kLarge * count && numel > cpu::kGrain && torch::stable::get_num_threads() > 1) {
+  if (count >= kMany && numel >= kLarge * count && numel > kGrain && torch::stable::get_num_threads() > 1) {
     torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
       if (begin == 0) {
         try {
           entries = &read_entries(params, grads, square_avgs_, acc_deltas_, cpu);
-        } catch (...) {
-          entries = nullptr;
+        } catch (...) {  // `entries` stays without any
         }
       }
       if (end == 2) {
@@ -134,10 +133,10 @@ std::shared_ptr<HeldState> held_state(int64_t number) {
   return found->second;
 }
 
-}  // namespace torch_adadelta
+}  // namespace torch_adadelta::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) { m.impl("hold_state", torch_adadelta::hold_state); }
+STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) { m.impl("hold_state", torch_adadelta::cpu::hold_state); }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CompositeExplicitAutograd, m) {
-  m.impl("drop_state", TORCH_BOX(&torch_adadelta::drop_state));
+  m.impl("drop_state", TORCH_BOX(&torch_adadelta::cpu::drop_state));
 }

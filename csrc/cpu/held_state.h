@@ -2,14 +2,14 @@
 // of tensors less takes a third off a step of many small parameters.
 #pragma once
 
-#include "tensor_lists.h"
+#include "../tensor_lists.h"
 
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
 
-namespace torch_adadelta {
+namespace torch_adadelta::cpu {
 
 // A list of tensors, and what was found when they were last looked at.
 class KnownTensors {
@@ -21,9 +21,8 @@ class KnownTensors {
   // Takes note of what the tensors, which will be written to, are now.
   void look(const char* list_name);
 
-  // Whether each tensor still has the memory, the shape and the dtype that it had. False if nothing is known.
+  // Whether each tensor still has the memory, the shape and the dtype that it had. False if nobody has looked.
   bool are_as_known() const;
-  bool is_known() const { return infos_.size() == tensors_.size(); }
 
   // What a TensorList says of its tensors, as far as is known.
   size_t size() const { return infos_.size(); }
@@ -46,7 +45,7 @@ class HeldState {
     check_lengths({{square_avgs_.tensors().size(), "square_avgs"}, {acc_deltas_.tensors().size(), "acc_deltas"}});
   }
 
-  // What read_entries finds of parameters on the CPU, with this state.
+  // What read_entries finds of these parameters and gradients with this state.
   const Entries& read(const TensorList& params, const TensorList& grads);
 
  private:
@@ -60,4 +59,4 @@ class HeldState {
 // The state with this number. Throws std::runtime_error if there is none.
 std::shared_ptr<HeldState> held_state(int64_t number);
 
-}  // namespace torch_adadelta
+}  // namespace torch_adadelta::cpu
