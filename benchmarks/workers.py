@@ -24,6 +24,10 @@ from workloads import Tensors, Workload
 MOST_COPIES: Final = {"torch": 12, "keras": 12, "tensorflow": 12, "jax": 10}
 MOST_COPIES_OF_TABLE: Final = 6  # with sparse gradients: the contenders of PyTorch share Adadelta's state
 
+# A worker that has forgotten everything and still holds more bytes makes way for a new one: the allocators of
+# TensorFlow and JAX keep what they once had, until there is not enough left for others.
+MOST_KEPT: Final = 2 << 30
+
 
 class Stage:
     """What a worker has built: steps by name, on tensors that they share as far as they can."""
@@ -78,7 +82,7 @@ class Stage:
 
     def clear(self) -> None:
         """Forgets everything."""
-        if not self.steps:
+        if not self.steps and not self.tensors:
             return  # to collect what frameworks hold takes a while
         self.steps.clear()
         self.tensors.clear()
@@ -87,12 +91,17 @@ class Stage:
 
 def available_memory() -> int | None:
     """The bytes that can be had without swapping, or None if unknown."""
+    return _bytes_of("MemAvailable", "/proc/meminfo")
+
+
+def _bytes_of(field: str, file: str) -> int | None:
+    """What Linux says in one of its files, or None where it does not."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(file).read_text().splitlines()
     except OSError:
         return None
-    fields = dict(line.split(":") for line in lines)
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    fields = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(fields[field].split()[0]) if field in fields else None
 
 
 def serve(connection: Connection, family: str, threads: int) -> None:
@@ -152,6 +161,10 @@ class Worker:
             return 0.0
         return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
+    def resident_memory(self) -> int | None:
+        """The bytes that the process has in memory, or None if unknown."""
+        return _bytes_of("VmRSS", f"/proc/{self.process.pid}/status")
+
     def close(self) -> None:
         """Ends the process."""
         if self.process.is_alive():
@@ -202,10 +215,13 @@ class Workers:
         return own.user + own.system + sum(worker.seconds() for worker in self.by_kind.values())
 
     def clear(self) -> None:
-        """Lets all forget what they built."""
-        for worker in self.by_kind.values():
+        """Lets all forget what they built. A worker that has ended, or whose memory stays large, is not used again."""
+        for kind, worker in list(self.by_kind.items()):
             if worker.process.is_alive():
                 worker.call("clear")
+            if not worker.process.is_alive() or (worker.resident_memory() or 0) > MOST_KEPT:
+                worker.close()
+                del self.by_kind[kind]
 
     def close(self) -> None:
         """Ends all."""

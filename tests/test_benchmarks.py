@@ -107,6 +107,34 @@ def test_a_contender_that_cannot_run_is_absent_and_a_slow_one_has_few_rounds() -
     assert timings.ratio("slow", "a").median == pytest.approx(2000)
 
 
+def test_a_worker_that_ended_or_keeps_memory_makes_way_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    import workers
+    from contenders import ADD
+    from workloads import Workload
+
+    workload = Workload("", ((2**10,),))
+    with workers.Workers(1) as some:
+        first = some.of("torch")
+        first.call("build_step", workload, ADD)
+        some.clear()
+        assert some.of("torch") is first
+        with pytest.raises(RuntimeError):
+            first.call("time", ADD, 1)  # forgotten
+
+        monkeypatch.setattr(workers, "MOST_KEPT", 1)
+        some.clear()
+        second = some.of("torch")
+        assert second is not first
+        assert not first.process.is_alive()
+
+        second.process.kill()
+        second.process.join()
+        some.clear()
+        third = some.of("torch")
+        third.call("build_step", workload, ADD)
+        assert third.call("time", ADD, 1) > 0
+
+
 def test_what_a_run_measured_comes_back_from_json(tmp_path: Path) -> None:
     from measure import Timings
     from results import Record, Results, verdicts
