@@ -29,7 +29,7 @@ nightly: $(INSTALLED)-test
 	TORCH_ADADELTA_LIVES=$(LIVES) $(VENV)/bin/python -m pytest tests/test_drawn_lives.py
 	$(VENV)/bin/python scripts/long_run.py
 
-# Some ten minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.
+# Some 14 minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.
 BENCH ?=
 bench: $(INSTALLED)-bench-parity
 	$(VENV)/bin/python benchmarks/bench.py $(BENCH)

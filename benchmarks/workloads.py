@@ -116,7 +116,7 @@ HOST: Final = "the host: Python, the dispatcher, reading the lists"
 _BFLOAT16: Final = torch.bfloat16
 
 WORKLOADS: Final = (
-    Workload("1x16M", one(2**24), budget=15, turn=0.03, fits_cache=False, clips=True, compiles=True, limit=MEMORY),
+    Workload("1x16M", one(2**24), budget=30, turn=0.03, fits_cache=False, clips=True, compiles=True, limit=MEMORY),
     Workload("200x4096", many(200, 4096), budget=9, turn=5e-3, clips=True, compiles=True, limit=ARITHMETIC),
     Workload("1000x16", many(1000, 16), budget=9, turn=5e-3, clips=True, limit=HOST),
     Workload("1x16", one(16), budget=4, turn=5e-4, compiles=True, limit=HOST),
