@@ -207,10 +207,22 @@ def extra_memory(step: Step, *, repeats: int = 3) -> int:
 
 
 def _high_water_mark() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+    mark = memory_field("/proc/self/status", "VmHWM")
+    if mark is None:
+        raise OSError("/proc/self/status has no VmHWM")
+    return mark
+
+
+def memory_field(file: str, field: str) -> int | None:
+    """The bytes that a line "field: N kB" of one of Linux's files says, or None if there is none."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status has no VmHWM")
+    return None
 
 
 # ---- Numerical hygiene ----------------------------------------------------------------------------------------------

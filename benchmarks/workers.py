@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import contenders
 import torch
-from measure import Step, Timer, count_abnormal, extra_memory, timer
+from measure import Step, Timer, count_abnormal, extra_memory, memory_field, timer
 from workloads import Tensors, Workload
 
 # Bytes that the contenders of one process take at most, as a multiple of what the parameters take: parameters,
@@ -91,17 +91,7 @@ class Stage:
 
 def available_memory() -> int | None:
     """The bytes that can be had without swapping, or None if unknown."""
-    return _bytes_of("MemAvailable", "/proc/meminfo")
-
-
-def _bytes_of(field: str, file: str) -> int | None:
-    """What Linux says in one of its files, or None where it does not."""
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(fields[field].split()[0]) if field in fields else None
+    return memory_field("/proc/meminfo", "MemAvailable")
 
 
 def serve(connection: Connection, family: str, threads: int) -> None:
@@ -163,7 +153,7 @@ class Worker:
 
     def resident_memory(self) -> int | None:
         """The bytes that the process has in memory, or None if unknown."""
-        return _bytes_of("VmRSS", f"/proc/{self.process.pid}/status")
+        return memory_field(f"/proc/{self.process.pid}/status", "VmRSS")
 
     def close(self) -> None:
         """Ends the process."""

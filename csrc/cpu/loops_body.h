@@ -675,14 +675,14 @@ using torch_adadelta::square;
 template <int64_t width, bool clamps, typename T>
 ADADELTA_INLINE void add_rows(double* __restrict__ lanes, const T* __restrict__ grad, int64_t count, T limit) {
   const int64_t ahead = torch_adadelta::cpu::read_ahead;
-  double* __restrict__ sums = lanes;
-#if ADADELTA_LANES == 16
-  // AVX-512 has registers for all of them, where compilers keep what no other function could see. Written to memory
-  // after each row, they cost the reading of a gradient out of cache a tenth to a quarter.
+  // AVX-512 has registers for all lanes, where compilers keep what no other function could see. Written to memory after
+  // each row, they cost the reading of a gradient out of cache a tenth to a quarter.
+  constexpr bool kKeptInRegisters = kLanes == 16;
   alignas(64) double registers[kSumLanes];
-  __builtin_memcpy(registers, lanes, sizeof(registers));
-  sums = registers;
-#endif
+  double* __restrict__ sums = kKeptInRegisters ? registers : lanes;
+  if constexpr (kKeptInRegisters) {
+    __builtin_memcpy(registers, lanes, sizeof(registers));
+  }
   for (; count >= kSumLanes; count -= kSumLanes, grad += width * kSumLanes) {
     if (ahead > 0) {
       prefetch<width * kSumLanes * sizeof(T)>(grad, ahead);
@@ -691,9 +691,9 @@ ADADELTA_INLINE void add_rows(double* __restrict__ lanes, const T* __restrict__ 
       sums[lane] += square<width, clamps>(grad + width * lane, limit);
     }
   }
-#if ADADELTA_LANES == 16
-  __builtin_memcpy(lanes, registers, sizeof(registers));
-#endif
+  if constexpr (kKeptInRegisters) {
+    __builtin_memcpy(lanes, registers, sizeof(registers));
+  }
   for (int64_t lane = 0; lane < count; ++lane) {
     lanes[lane] += square<width, clamps>(grad + width * lane, limit);
   }
