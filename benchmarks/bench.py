@@ -29,7 +29,7 @@ import contenders
 import shapes
 import torch
 from contenders import ADAM, ADD, FUSED, OPTAX, TF_GRAPH, TORCH_COMPILED, TORCH_FOR_LOOP, TORCH_FOREACH
-from measure import interleave, machine
+from measure import handover, interleave, machine
 from report import fill_in, record_table, show, tables_of, write_markdown
 from results import Memory, Record, Results
 from rich.console import Console
@@ -80,6 +80,7 @@ class Bench:
             fits_cache=workload.fits_cache,
             rounds=self.rounds,
             busy=self.workers.seconds,
+            handover=handover,
         )
         abnormal = sum(worker.call("abnormal") for worker in dict.fromkeys(used) if worker.process.is_alive())
         self.workers.clear()

@@ -4,13 +4,17 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Final, NamedTuple
@@ -50,12 +54,14 @@ class Timings(NamedTuple):
     `first` is the very first call, which may compile something. A slow contender takes part in the first rounds only.
     `disturbance` is the share (0 to 1) of the machine's processors that other processes used meanwhile, None if
     unknown. It falsifies most what runs on all processors: the threads wait for the one that was held up.
+    `handovers`: what `handover` said before each round, None if unknown.
     """
 
     seconds: dict[str, list[float]]
     first: dict[str, float]
     absent: dict[str, str]
     disturbance: float | None
+    handovers: list[float] | None = None
 
     @property
     def rounds(self) -> int:
@@ -73,6 +79,19 @@ class Timings(NamedTuple):
     def difference(self, name: str, other: str) -> Spread:
         """How many seconds longer `name` takes than `other`, over the rounds that both took part in."""
         return Spread.of([a - b for a, b in zip(self.seconds[name], self.seconds[other], strict=False)])
+
+    def by_handover(self) -> list["Timings"]:
+        """The rounds with short handovers and those with long ones; nothing, if they hardly differ."""
+        if not self.handovers or max(self.handovers) < 2 * min(self.handovers):
+            return []
+        limit = math.sqrt(max(self.handovers) * min(self.handovers))
+        parts = []
+        for is_long in (False, True):
+            chosen = [i for i, seconds in enumerate(self.handovers) if (seconds > limit) == is_long]
+            seconds = {name: [v[i] for i in chosen if i < len(v)] for name, v in self.seconds.items()}
+            kept = {name: values for name, values in seconds.items() if values}
+            parts.append(self._replace(seconds=kept, handovers=[self.handovers[i] for i in chosen]))
+        return parts
 
 
 LEAST_ROUNDS: Final = 5  # whatever the budget
@@ -100,6 +119,7 @@ def interleave(
     rounds: int | None = None,
     most_calls: int = sys.maxsize,
     busy: Callable[[], float] = time.process_time,
+    handover: Callable[[], float | None] = lambda: None,
 ) -> Timings:
     """Times contenders round-robin, so that all of them see the machine's good and bad moments.
 
@@ -115,6 +135,7 @@ def interleave(
         rounds: the number of rounds, whatever the budget.
         most_calls: the most calls of a turn, however short they are.
         busy: the processor seconds that the contenders have used so far.
+        handover: what to note before each round.
     """
     turns: dict[str, tuple[Timer, int, bool, int]] = {}
     first: dict[str, float] = {}
@@ -134,12 +155,15 @@ def interleave(
         turns[name] = timed, calls, fits_cache and seconds < SLOW_CALL_IN_TURNS * turn, rounds or most
 
     values: dict[str, list[float]] = {name: [] for name in turns}
+    handovers: list[float] = []
     order = list(turns)
     others_before = _seconds_of_others(busy)
     start = time.perf_counter()
     for done in range(rounds or MOST_ROUNDS):
         if not rounds and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
+        if (handed_over := handover()) is not None:
+            handovers.append(handed_over)
         for name in order:
             timed, calls, warms_up, most = turns[name]
             if done >= most:
@@ -154,7 +178,7 @@ def interleave(
     if others is not None and others_before is not None:
         available = (time.perf_counter() - start) * (os.cpu_count() or 1)
         disturbance = max(0.0, others - others_before) / available
-    return Timings(values, first, absent, disturbance)
+    return Timings(values, first, absent, disturbance, handovers or None)
 
 
 def _seconds(step: Step, calls: int) -> float:
@@ -179,6 +203,40 @@ def _seconds_of_others(busy: Callable[[], float]) -> float | None:
     user, nice, system, _idle, _wait_for_disk, interrupts, soft_interrupts, stolen, *_guests = map(int, fields)
     ticks = user + nice + system + interrupts + soft_interrupts + stolen
     return ticks / os.sysconf("SC_CLK_TCK") - busy()
+
+
+# ---- Where the processors are ---------------------------------------------------------------------------------------
+
+
+def handover() -> float | None:
+    """Seconds that a line of memory takes from the first processor of this process to its second.
+
+    It is short where the two share a cache, and so the way to memory; a host may move a virtual machine's processors at
+    any time, and out of cache two that share it are slower by half. None if there is one processor, no C compiler, or
+    another system than Linux.
+    """
+    processors = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []
+    library = _handover_library()
+    if library is None or len(processors) < 2:
+        return None
+    # The least of some, for whoever takes a processor meanwhile prolongs one.
+    seconds: float = min(library.handover(*processors) for _ in range(3))
+    return seconds if seconds > 0 else None
+
+
+@cache
+def _handover_library() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "handover.so"
+        source = Path(__file__).with_name("handover.c")
+        command = [*shlex.split(os.environ.get("CC", "cc")), "-O2", "-shared", "-fPIC", "-pthread", str(source)]
+        try:
+            subprocess.run([*command, "-o", str(library)], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        loaded = ctypes.CDLL(str(library))
+    loaded.handover.restype = ctypes.c_double
+    return loaded
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from contenders import (
     TORCH_FOREACH,
 )
 from measure import Spread
-from results import Record, Results, Verdict, verdicts
+from results import Record, Results, Verdict, verdicts, verdicts_by_handover
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -328,6 +328,26 @@ def bars_table(results: Results) -> Table | None:
     return Table("Bars", header, rows, notes) if rows else None
 
 
+def handovers_table(results: Results) -> Table | None:
+    """The bars where processors share a cache, and where they do not; nothing, if no handovers were measured."""
+    if not any(record.timings.handovers for record in results.steps):
+        return None
+    rows, notes = [], []
+    for record, (short, long) in verdicts_by_handover(results):
+        bar, measured = verdict_text(short)
+        rows.append((record.name, short.what, bar, measured, verdict_text(long)[1]))
+        values = [part.handovers or [] for part in record.timings.by_handover()]
+        texts = (f"{seconds_text(Spread.of(part).median)} in {len(part)} rounds" for part in values)
+        notes.append(f"{record.name}: a handover took {' and '.join(texts)}")
+    header = ("workload", "what", "bar", "short handovers", "long handovers")
+    return Table(
+        "Bars, by how long a line of memory takes from processor to processor",
+        header,
+        rows or [("all", "in all rounds, handovers took about as long", "", "", "")],
+        list(dict.fromkeys(notes)),
+    )
+
+
 def tables_of(results: Results) -> dict[str, Table]:
     """All tables that sum up a run, by name."""
     tables: dict[str, Table | None] = dict(step_tables(results))
@@ -346,6 +366,7 @@ def tables_of(results: Results) -> dict[str, Table]:
     tables["setup"] = setup_table(results)
     tables["memory"] = memory_table(results)
     tables["bars"] = bars_table(results)
+    tables["handovers"] = handovers_table(results)
     return {name: table for name, table in tables.items() if table}
 
 

@@ -251,6 +251,23 @@ class Verdict(NamedTuple):
 
 def verdicts(results: Results) -> list[Verdict]:
     """What became of the bars of the workloads that were run."""
+    return verdicts_on_time(results) + verdicts_on_memory(results)
+
+
+def verdicts_by_handover(results: Results) -> list[tuple[Record, list[Verdict]]]:
+    """For each workload's bar, where the processors were moved meanwhile: in the rounds with short handovers, and in
+    those with long ones.
+    """
+    split = []
+    for record in (*results.steps, *results.by_rows):
+        parts = [record._replace(timings=part) for part in record.timings.by_handover()]
+        judged = [verdicts_on_time(results._replace(steps=[part], by_rows=[])) for part in parts]
+        split += [(record, list(pair)) for pair in zip(*judged, strict=True)]
+    return split
+
+
+def verdicts_on_time(results: Results) -> list[Verdict]:
+    """What became of the bars on time."""
     judged = []
     for bar in BARS:
         record = results.step(bar.workload)
@@ -267,6 +284,12 @@ def verdicts(results: Results) -> list[Verdict]:
         assert isinstance(spread, Spread)
         is_met = spread.median >= bar.bar if bar.at_least else spread.median <= bar.bar
         judged.append(Verdict(bar.workload, bar.what, bar.bar, bar.at_least, unit, spread, is_met))
+    return judged
+
+
+def verdicts_on_memory(results: Results) -> list[Verdict]:
+    """What became of the bars on memory."""
+    judged = []
     for name, by_contender in results.memory.items():
         record = results.step(name)
         extra = by_contender.get(FUSED, "not measured")

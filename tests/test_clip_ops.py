@@ -116,6 +116,15 @@ def test_square_sums(dtype: torch.dtype, in_double: bool) -> None:
     assert_square_sums(grads, grads, inf if dtype.is_complex else 0.3, in_double=in_double)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_square_sums_of_gradients_beyond_the_caches(dtype: torch.dtype) -> None:
+    """Of a megabyte and more, where the loops ask for pages ahead, to the last of which there is no next."""
+    numel = 2**20 // dtype.itemsize + 133
+    memory = order_sensitive((numel + 1,), dtype, seed=0)
+    grads = [memory[:-1], memory[1:]]
+    assert_square_sums(grads, grads)
+
+
 def test_square_sums_of_many_small_tensors() -> None:
     """Units of many gradients in one thread's range, and ranges that begin inside a gradient."""
     generator = torch.Generator().manual_seed(0)

@@ -29,12 +29,12 @@ using CastLoop = void (*)(To* to, const From* from, int64_t count);
 
 // Adds the squares of `count` elements, which begin at lane 0, to the kSumLanes lanes of a chunk; see square_sums.h.
 // `limit` is the clipvalue, or infinity.
-template <typename T>
-using SquareLoop = void (*)(double* lanes, const T* grad, int64_t count, T limit);
+template <typename Item, typename T>
+using SquareLoop = void (*)(double* lanes, const Item* grad, int64_t count, T limit, int64_t pages_ahead);
 
 // The same for complex elements, which are pairs.
 template <typename T>
-using ComplexSquareLoop = void (*)(double* lanes, const T* grad, int64_t count);
+using ComplexSquareLoop = void (*)(double* lanes, const T* grad, int64_t count, int64_t pages_ahead);
 
 // Adds `count` elements, clipped, to sums.
 template <typename T>
@@ -56,8 +56,10 @@ struct Loops {
   CastLoop<double, float> double_from_float;
   CastLoop<uint16_t, float> half_from_float;
   CastLoop<uint16_t, float> bfloat16_from_float;
-  SquareLoop<float> add_squares_float;
-  SquareLoop<double> add_squares_double;
+  SquareLoop<float, float> add_squares_float;
+  SquareLoop<double, double> add_squares_double;
+  SquareLoop<uint16_t, float> add_squares_half;
+  SquareLoop<uint16_t, float> add_squares_bfloat16;
   ComplexSquareLoop<float> add_complex_squares_float;
   ComplexSquareLoop<double> add_complex_squares_double;
   double (*sum_lanes)(double* lanes);  // which are overwritten
@@ -83,6 +85,15 @@ inline const int64_t read_ahead =
     __builtin_cpu_is("intel") ? 4096 :
 #endif
                               0;
+
+// How many bytes ahead the squares of a gradient of kLeastPaged bytes and more ask for one line of every page, so that
+// the processor knows by then where the page is: its own reading ahead ends with the page, and to find the next one it
+// walks through the system's tables, and through the hypervisor's if there is one.
+inline const int64_t page_ahead = read_ahead > 0 ? 0 : 65536;
+
+constexpr int64_t kLeastPaged = 1 << 20;
+
+inline int64_t pages_ahead_in(int64_t bytes) { return bytes >= kLeastPaged ? page_ahead : 0; }
 
 // The loops of the instruction set in use.
 const Loops& current_loops();

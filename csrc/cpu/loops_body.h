@@ -670,10 +670,18 @@ void update_row(T* param, const T* grad, T* square_avg, T* acc_delta, int64_t co
 using torch_adadelta::kSumLanes;
 using torch_adadelta::square;
 
+constexpr int64_t kPage = 4096;
+
+// What is squared as memory holds it.
+struct AsStored {};
+
 // One row after the other: to add several at once would spare the lanes some traffic with the first-level cache, but
 // out of cache, where processors see a stream for each row, it takes up to three times as long.
-template <int64_t width, bool clamps, typename T>
-ADADELTA_INLINE void add_rows(double* __restrict__ lanes, const T* __restrict__ grad, int64_t count, T limit) {
+template <int64_t width, bool clamps, typename Format, typename Item, typename T>
+ADADELTA_INLINE void add_rows(
+    double* __restrict__ lanes, const Item* __restrict__ grad, int64_t count, T limit, int64_t pages_ahead
+) {
+  constexpr int64_t kBytes = width * kSumLanes * sizeof(Item);
   const int64_t ahead = torch_adadelta::cpu::read_ahead;
   // AVX-512 has registers for all lanes, where compilers keep what no other function could see. Written to memory after
   // each row, they cost the reading of a gradient out of cache a tenth to a quarter.
@@ -684,33 +692,51 @@ ADADELTA_INLINE void add_rows(double* __restrict__ lanes, const T* __restrict__ 
     __builtin_memcpy(registers, lanes, sizeof(registers));
   }
   for (; count >= kSumLanes; count -= kSumLanes, grad += width * kSumLanes) {
+    if (pages_ahead > 0 && reinterpret_cast<uintptr_t>(grad) % kPage < kBytes) {
+      prefetch<64>(grad, pages_ahead);
+    }
     if (ahead > 0) {
-      prefetch<width * kSumLanes * sizeof(T)>(grad, ahead);
+      prefetch<kBytes>(grad, ahead);
+    }
+    alignas(64) T widened[kSumLanes];
+    const T* row;
+    if constexpr (std::is_same_v<Format, AsStored>) {
+      row = grad;
+    } else {
+      for (int64_t lane = 0; lane < kSumLanes; lane += kLanes) {
+        Format::widen_lanes(widened + lane, grad + lane);
+      }
+      row = widened;
     }
     for (int64_t lane = 0; lane < kSumLanes; ++lane) {
-      sums[lane] += square<width, clamps>(grad + width * lane, limit);
+      sums[lane] += square<width, clamps>(row + width * lane, limit);
     }
   }
   if constexpr (kKeptInRegisters) {
     __builtin_memcpy(lanes, registers, sizeof(registers));
   }
   for (int64_t lane = 0; lane < count; ++lane) {
-    lanes[lane] += square<width, clamps>(grad + width * lane, limit);
+    if constexpr (std::is_same_v<Format, AsStored>) {
+      lanes[lane] += square<width, clamps>(grad + width * lane, limit);
+    } else {
+      const T g = Format::widen(grad[lane]);
+      lanes[lane] += square<width, clamps>(&g, limit);
+    }
   }
 }
 
-template <typename T>
-void add_squares(double* lanes, const T* grad, int64_t count, T limit) {
+template <typename Format, typename Item, typename T>
+void add_squares(double* lanes, const Item* grad, int64_t count, T limit, int64_t pages_ahead) {
   if (limit < std::numeric_limits<T>::infinity()) {
-    add_rows<1, true>(lanes, grad, count, limit);
+    add_rows<1, true, Format>(lanes, grad, count, limit, pages_ahead);
   } else {
-    add_rows<1, false>(lanes, grad, count, limit);
+    add_rows<1, false, Format>(lanes, grad, count, limit, pages_ahead);
   }
 }
 
 template <typename T>
-void add_complex_squares(double* lanes, const T* grad, int64_t count) {
-  add_rows<2, false>(lanes, grad, count, T());
+void add_complex_squares(double* lanes, const T* grad, int64_t count, int64_t pages_ahead) {
+  add_rows<2, false, AsStored>(lanes, grad, count, T(), pages_ahead);
 }
 
 double sum_lanes(double* lanes) {
@@ -734,8 +760,10 @@ constexpr torch_adadelta::cpu::Loops kLoops = {
     cast<double, float>,
     narrow<Half>,
     narrow<Bfloat16>,
-    add_squares<float>,
-    add_squares<double>,
+    add_squares<AsStored, float, float>,
+    add_squares<AsStored, double, double>,
+    add_squares<Half, uint16_t, float>,
+    add_squares<Bfloat16, uint16_t, float>,
     add_complex_squares<float>,
     add_complex_squares<double>,
     sum_lanes,

@@ -20,21 +20,38 @@ namespace {
 template <typename T>
 double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, T limit, T scale) {
   constexpr bool is_float = std::is_same_v<T, float>;
-  const auto add_squares = [&](double* lanes, const T* grad, int64_t count) {
+  constexpr Dtype kT = is_float ? Dtype::kFloat32 : Dtype::kFloat64;
+  const int64_t width = gradient.is_complex ? 2 : 1;
+  const auto add_squares = [&](double* lanes, const T* grad, int64_t count, int64_t pages_ahead) {
     if constexpr (is_float) {
-      gradient.is_complex ? loops.add_complex_squares_float(lanes, grad, count)
-                          : loops.add_squares_float(lanes, grad, count, limit);
+      gradient.is_complex ? loops.add_complex_squares_float(lanes, grad, count, pages_ahead)
+                          : loops.add_squares_float(lanes, grad, count, limit, pages_ahead);
     } else {
-      gradient.is_complex ? loops.add_complex_squares_double(lanes, grad, count)
-                          : loops.add_squares_double(lanes, grad, count, limit);
+      gradient.is_complex ? loops.add_complex_squares_double(lanes, grad, count, pages_ahead)
+                          : loops.add_squares_double(lanes, grad, count, limit, pages_ahead);
     }
   };
-  const int64_t width = gradient.is_complex ? 2 : 1;
 
   alignas(64) double lanes[kSumLanes] = {};
-  if (scale == T(1) && gradient.layout == nullptr && gradient.dtype == (is_float ? Dtype::kFloat32 : Dtype::kFloat64)) {
-    add_squares(lanes, reinterpret_cast<const T*>(gradient.data) + begin * width, end - begin);
-    return loops.sum_lanes(lanes);
+  if (scale == T(1) && gradient.layout == nullptr) {
+    const int64_t size = item_size(gradient.dtype), count = end - begin;
+    const int64_t pages_ahead = pages_ahead_in(gradient.numel * width * size);
+    const char* from = gradient.data + begin * width * size;
+    if (gradient.dtype == kT) {
+      add_squares(lanes, reinterpret_cast<const T*>(from), count, pages_ahead);
+      return loops.sum_lanes(lanes);
+    }
+    if constexpr (is_float) {
+      const auto* half = reinterpret_cast<const uint16_t*>(from);
+      if (gradient.dtype == Dtype::kFloat16 && !gradient.is_complex) {
+        loops.add_squares_half(lanes, half, count, limit, pages_ahead);
+        return loops.sum_lanes(lanes);
+      }
+      if (gradient.dtype == Dtype::kBFloat16) {
+        loops.add_squares_bfloat16(lanes, half, count, limit, pages_ahead);
+        return loops.sum_lanes(lanes);
+      }
+    }
   }
   alignas(64) T block[kBlock];
   const int64_t step = kBlock / width;
@@ -47,7 +64,7 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
     if (scale != T(1)) {
       std::for_each(block, block + count * width, [&](T& g) { g = g / scale; });
     }
-    add_squares(lanes, block, count);
+    add_squares(lanes, block, count, 0);
   }
   return loops.sum_lanes(lanes);
 }

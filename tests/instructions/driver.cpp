@@ -43,12 +43,12 @@ Case update(UpdateLoop<Item, T> loop, Item one, const GradientClip<T>& clip) {
   };
 }
 
-template <typename T>
-Case squares(SquareLoop<T> loop) {
+template <typename Item, typename T>
+Case squares(SquareLoop<Item, T> loop, Item one) {
   return [=](int64_t count) {
     alignas(64) double lanes[kSumLanes] = {};
-    const std::vector<T> grad(count, T(1));
-    measure([&] { loop(lanes, grad.data(), count, std::numeric_limits<T>::infinity()); });
+    const std::vector<Item> grad(count, one);
+    measure([&] { loop(lanes, grad.data(), count, std::numeric_limits<T>::infinity(), 0); });
   };
 }
 
@@ -63,8 +63,10 @@ std::vector<std::pair<std::string, Case>> cases(const Loops& loops) {
       {"update_bfloat16", update<uint16_t, float>(loops.update_bfloat16, 0x3f80, none)},
       {"update_float_clipvalue", update<float, float>(loops.update_float, 1.0f, Float::by_factor(0.5, 1.0))},
       {"update_float_clipnorm", update<float, float>(loops.update_float, 1.0f, Float::by_norm(kNone, 0.5, 4.0))},
-      {"add_squares_float", squares<float>(loops.add_squares_float)},
-      {"add_squares_double", squares<double>(loops.add_squares_double)},
+      {"add_squares_float", squares<float, float>(loops.add_squares_float, 1.0f)},
+      {"add_squares_double", squares<double, double>(loops.add_squares_double, 1.0)},
+      {"add_squares_half", squares<uint16_t, float>(loops.add_squares_half, 0x3c00)},
+      {"add_squares_bfloat16", squares<uint16_t, float>(loops.add_squares_bfloat16, 0x3f80)},
   };
 }
 
