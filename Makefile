@@ -9,7 +9,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/exhaustive tests/sanitizers -type f \
-  -not -name "*.json" -not -name "*.py")
+  -not -name "*.json" -not -name "*.py") benchmarks/handover.c
 
 # A stamp for each PyTorch, with the package itself, compiled and editable; and one for each set of extras besides, which
 # compiles nothing.

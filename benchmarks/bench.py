@@ -52,6 +52,7 @@ class Bench:
         self.console = console
         self.rounds = rounds
         self.quick = quick
+        handover()  # once, for the first compiles something
 
     def measure(
         self,

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Final, NamedTuple
@@ -54,7 +54,7 @@ class Timings(NamedTuple):
     `first` is the very first call, which may compile something. A slow contender takes part in the first rounds only.
     `disturbance` is the share (0 to 1) of the machine's processors that other processes used meanwhile, None if
     unknown. It falsifies most what runs on all processors: the threads wait for the one that was held up.
-    `handovers`: what `handover` said before each round, None if unknown.
+    `handovers`: what `handover` said before each round and after the last, None if unknown.
     """
 
     seconds: dict[str, list[float]]
@@ -81,17 +81,25 @@ class Timings(NamedTuple):
         return Spread.of([a - b for a, b in zip(self.seconds[name], self.seconds[other], strict=False)])
 
     def by_handover(self) -> list["Timings"]:
-        """The rounds with short handovers and those with long ones; nothing, if they hardly differ."""
-        if not self.handovers or max(self.handovers) < 2 * min(self.handovers):
+        """The rounds between short handovers and those between long ones; nothing, unless there were both.
+
+        Long ones take twice as long as any short one, at least; a single one is taken for an accident. A round that
+        began with one kind and ended with the other belongs to neither.
+        """
+        handovers = self.handovers or []
+        ordered = sorted(handovers)
+        gaps = [(above / below, below) for below, above in pairwise(ordered[1:-1])]
+        widest, limit = max(gaps, default=(1.0, 0.0))
+        if widest < 2:
             return []
-        limit = math.sqrt(max(self.handovers) * min(self.handovers))
         parts = []
         for is_long in (False, True):
-            chosen = [i for i, seconds in enumerate(self.handovers) if (seconds > limit) == is_long]
+            ends = [(seconds > limit) == is_long for seconds in handovers]
+            chosen = [i for i, (before, after) in enumerate(pairwise(ends)) if before and after]
             seconds = {name: [v[i] for i in chosen if i < len(v)] for name, v in self.seconds.items()}
             kept = {name: values for name, values in seconds.items() if values}
-            parts.append(self._replace(seconds=kept, handovers=[self.handovers[i] for i in chosen]))
-        return parts
+            parts.append(self._replace(seconds=kept, handovers=[handovers[i] for i in chosen]))
+        return parts if all(part.seconds for part in parts) else []
 
 
 LEAST_ROUNDS: Final = 5  # whatever the budget
@@ -135,7 +143,7 @@ def interleave(
         rounds: the number of rounds, whatever the budget.
         most_calls: the most calls of a turn, however short they are.
         busy: the processor seconds that the contenders have used so far.
-        handover: what to note before each round.
+        handover: what to note before each round and after the last.
     """
     turns: dict[str, tuple[Timer, int, bool, int]] = {}
     first: dict[str, float] = {}
@@ -155,15 +163,14 @@ def interleave(
         turns[name] = timed, calls, fits_cache and seconds < SLOW_CALL_IN_TURNS * turn, rounds or most
 
     values: dict[str, list[float]] = {name: [] for name in turns}
-    handovers: list[float] = []
+    handovers: list[float | None] = []
     order = list(turns)
     others_before = _seconds_of_others(busy)
     start = time.perf_counter()
     for done in range(rounds or MOST_ROUNDS):
         if not rounds and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
-        if (handed_over := handover()) is not None:
-            handovers.append(handed_over)
+        handovers.append(handover())
         for name in order:
             timed, calls, warms_up, most = turns[name]
             if done >= most:
@@ -172,13 +179,15 @@ def interleave(
                 timed(calls)
             values[name].append(timed(calls) / calls)
         order.reverse()
+    handovers.append(handover())
 
     disturbance = None
     others = _seconds_of_others(busy)
     if others is not None and others_before is not None:
         available = (time.perf_counter() - start) * (os.cpu_count() or 1)
         disturbance = max(0.0, others - others_before) / available
-    return Timings(values, first, absent, disturbance, handovers or None)
+    known = [seconds for seconds in handovers if seconds is not None]
+    return Timings(values, first, absent, disturbance, known if len(known) == len(handovers) else None)
 
 
 def _seconds(step: Step, calls: int) -> float:
@@ -211,17 +220,15 @@ def _seconds_of_others(busy: Callable[[], float]) -> float | None:
 def handover() -> float | None:
     """Seconds that a line of memory takes from the first processor of this process to its second.
 
-    It is short where the two share a cache, and so the way to memory; a host may move a virtual machine's processors at
-    any time, and out of cache two that share it are slower by half. None if there is one processor, no C compiler, or
-    another system than Linux.
+    It is short where the two share a cache, and perhaps their way to memory. A host may move the processors of a
+    virtual machine at any time. None if there is one processor, no C compiler, or another system than Linux.
     """
     processors = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []
-    library = _handover_library()
-    if library is None or len(processors) < 2:
+    if len(processors) < 2 or (library := _handover_library()) is None:
         return None
     # The least of some, for whoever takes a processor meanwhile prolongs one.
-    seconds: float = min(library.handover(*processors) for _ in range(3))
-    return seconds if seconds > 0 else None
+    values = [library.handover(*processors) for _ in range(3)]
+    return min((seconds for seconds in values if seconds > 0), default=None)
 
 
 @cache
@@ -232,9 +239,9 @@ def _handover_library() -> Any:
         command = [*shlex.split(os.environ.get("CC", "cc")), "-O2", "-shared", "-fPIC", "-pthread", str(source)]
         try:
             subprocess.run([*command, "-o", str(library)], check=True, capture_output=True)
+            loaded = ctypes.CDLL(str(library))
         except (OSError, subprocess.CalledProcessError):
             return None
-        loaded = ctypes.CDLL(str(library))
     loaded.handover.restype = ctypes.c_double
     return loaded
 

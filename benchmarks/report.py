@@ -328,22 +328,26 @@ def bars_table(results: Results) -> Table | None:
     return Table("Bars", header, rows, notes) if rows else None
 
 
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' if count > 1 else ''}"
+
+
 def handovers_table(results: Results) -> Table | None:
-    """The bars where processors share a cache, and where they do not; nothing, if no handovers were measured."""
-    if not any(record.timings.handovers for record in results.steps):
+    """The bars in the rounds with short handovers, and in those with long ones; nothing, if none were measured."""
+    if not any(record.timings.handovers for record in (*results.steps, *results.by_rows)):
         return None
     rows, notes = [], []
     for record, (short, long) in verdicts_by_handover(results):
         bar, measured = verdict_text(short)
         rows.append((record.name, short.what, bar, measured, verdict_text(long)[1]))
         values = [part.handovers or [] for part in record.timings.by_handover()]
-        texts = (f"{seconds_text(Spread.of(part).median)} in {len(part)} rounds" for part in values)
+        texts = (f"{seconds_text(Spread.of(part).median)} in {_rounds(len(part))}" for part in values)
         notes.append(f"{record.name}: a handover took {' and '.join(texts)}")
     header = ("workload", "what", "bar", "short handovers", "long handovers")
     return Table(
         "Bars, by how long a line of memory takes from processor to processor",
         header,
-        rows or [("all", "in all rounds, handovers took about as long", "", "", "")],
+        rows or [("none", "had rounds of both kinds", "", "", "")],
         list(dict.fromkeys(notes)),
     )
 

@@ -110,7 +110,7 @@ def test_a_contender_that_cannot_run_is_absent_and_a_slow_one_has_few_rounds() -
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None or os.cpu_count() == 1,
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or shutil.which(os.environ.get("CC", "cc")) is None,
     reason="needs Linux, a C compiler and two processors",
 )
 def test_a_line_of_memory_is_handed_over_and_the_thread_stays_free() -> None:
@@ -129,20 +129,22 @@ def test_rounds_are_told_apart_by_their_handovers() -> None:
     from results import Record, Results
     from workloads import WORKLOADS
 
-    said = iter((30e-9, 160e-9, 31e-9, 150e-9))
+    said = iter((30e-9, 31e-9, 160e-9, 150e-9, 155e-9))
     clock = Clock()
     timings = interleave(
         {"a": clock.timer("a", 1e-3)}, budget=1.0, turn=1e-3, fits_cache=False, rounds=4, handover=lambda: next(said)
     )
-    assert timings.handovers == [30e-9, 160e-9, 31e-9, 150e-9]
-    assert timings._replace(handovers=[30e-9, 31e-9]).by_handover() == []
+    assert timings.handovers == [30e-9, 31e-9, 160e-9, 150e-9, 155e-9]
+    assert timings._replace(handovers=[30e-9, 30e-9, 40e-9, 45e-9, 900e-9]).by_handover() == []  # an accident
+    assert timings._replace(handovers=[30e-9, 160e-9, 30e-9, 160e-9, 30e-9]).by_handover() == []  # always moved
     assert timings._replace(handovers=None).by_handover() == []
 
-    seconds = {"AdadeltaKeras, fused": [1.0, 2.0, 3.0, 4.0], "torch.optim.Adam, fused": [6.0, 8.0, 18.0]}
+    # In the second round the processors were moved.
+    seconds = {"AdadeltaKeras, fused": [1.0, 2.0, 3.0, 4.0], "torch.optim.Adam, fused": [6.0, 8.0, 12.0]}
     timings = Timings(seconds, {}, {}, None, timings.handovers)
     short, long = timings.by_handover()
-    assert short.seconds == {"AdadeltaKeras, fused": [1.0, 3.0], "torch.optim.Adam, fused": [6.0, 18.0]}
-    assert long.seconds == {"AdadeltaKeras, fused": [2.0, 4.0], "torch.optim.Adam, fused": [8.0]}
+    assert short.seconds == {"AdadeltaKeras, fused": [1.0], "torch.optim.Adam, fused": [6.0]}
+    assert long.seconds == {"AdadeltaKeras, fused": [3.0, 4.0], "torch.optim.Adam, fused": [12.0]}
     assert long.handovers == [160e-9, 150e-9]
 
     workload = next(w for w in WORKLOADS if w.name == "1000x16")
@@ -150,7 +152,7 @@ def test_rounds_are_told_apart_by_their_handovers() -> None:
     table = handovers_table(results)
     assert table is not None
     assert ("1000x16", "speed against torch's fused Adam", "≥ 4 x", "6 x (6-6)", "4 x (4-4)") in table.rows
-    assert table.notes == ["1000x16: a handover took 30.5 ns in 2 rounds and 155 ns in 2 rounds"]
+    assert table.notes == ["1000x16: a handover took 30.0 ns in 1 round and 155 ns in 2 rounds"]
 
 
 def test_a_worker_that_ended_or_keeps_memory_makes_way_for_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,8 +117,8 @@ def test_square_sums(dtype: torch.dtype, in_double: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_square_sums_of_gradients_beyond_the_caches(dtype: torch.dtype) -> None:
-    """Of a megabyte and more, where the loops ask for pages ahead, to the last of which there is no next."""
+def test_square_sums_of_gradients_that_ask_for_pages_ahead(dtype: torch.dtype) -> None:
+    """Of a megabyte and more; the last pages have none that follow."""
     numel = 2**20 // dtype.itemsize + 133
     memory = order_sensitive((numel + 1,), dtype, seed=0)
     grads = [memory[:-1], memory[1:]]

@@ -28,7 +28,7 @@ template <typename To, typename From>
 using CastLoop = void (*)(To* to, const From* from, int64_t count);
 
 // Adds the squares of `count` elements, which begin at lane 0, to the kSumLanes lanes of a chunk; see square_sums.h.
-// `limit` is the clipvalue, or infinity.
+// `limit` is the clipvalue, or infinity; pages_ahead is from pages_ahead_in, below.
 template <typename Item, typename T>
 using SquareLoop = void (*)(double* lanes, const Item* grad, int64_t count, T limit, int64_t pages_ahead);
 
@@ -88,7 +88,8 @@ inline const int64_t read_ahead =
 
 // How many bytes ahead the squares of a gradient of kLeastPaged bytes and more ask for one line of every page, so that
 // the processor knows by then where the page is: its own reading ahead ends with the page, and to find the next one it
-// walks through the system's tables, and through the hypervisor's if there is one.
+// walks through the system's tables, and through the hypervisor's if there is one. Out of cache, this takes a tenth to
+// a third off the squares on a Zen 4. Who is asked to read_ahead has crossed the page by then.
 inline const int64_t page_ahead = read_ahead > 0 ? 0 : 65536;
 
 constexpr int64_t kLeastPaged = 1 << 20;
