@@ -337,18 +337,22 @@ def handovers_table(results: Results) -> Table | None:
     if not any(record.timings.handovers for record in (*results.steps, *results.by_rows)):
         return None
     rows, notes = [], []
-    for record, (short, long) in verdicts_by_handover(results):
-        bar, measured = verdict_text(short)
-        rows.append((record.name, short.what, bar, measured, verdict_text(long)[1]))
-        values = [part.handovers or [] for part in record.timings.by_handover()]
-        texts = (f"{seconds_text(Spread.of(part).median)} in {_rounds(len(part))}" for part in values)
-        notes.append(f"{record.name}: a handover took {' and '.join(texts)}")
+    for record in (*results.steps, *results.by_rows):
+        parts = verdicts_by_handover(record, results)
+        pairs = list(zip(*(judged for _, judged in parts), strict=True))
+        for short, long in pairs:
+            bar, measured = verdict_text(short)
+            rows.append((record.name, short.what, bar, measured, verdict_text(long)[1]))
+        if pairs:
+            values = [timings.handovers or [] for timings, _ in parts]
+            texts = (f"{seconds_text(Spread.of(part).median)} in {_rounds(len(part))}" for part in values)
+            notes.append(f"{record.name}: a handover took {' and '.join(texts)}")
     header = ("workload", "what", "bar", "short handovers", "long handovers")
     return Table(
         "Bars, by how long a line of memory takes from processor to processor",
         header,
         rows or [("none", "had rounds of both kinds", "", "", "")],
-        list(dict.fromkeys(notes)),
+        notes,
     )
 
 

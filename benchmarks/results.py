@@ -254,16 +254,15 @@ def verdicts(results: Results) -> list[Verdict]:
     return verdicts_on_time(results) + verdicts_on_memory(results)
 
 
-def verdicts_by_handover(results: Results) -> list[tuple[Record, list[Verdict]]]:
-    """For each workload's bar, where the processors were moved meanwhile: in the rounds with short handovers, and in
-    those with long ones.
+def verdicts_by_handover(record: Record, results: Results) -> list[tuple[Timings, list[Verdict]]]:
+    """The rounds of a workload with short handovers, and those with long ones, each with what became of its bars.
+
+    Nothing, unless it had both.
     """
-    split = []
-    for record in (*results.steps, *results.by_rows):
-        parts = [record._replace(timings=part) for part in record.timings.by_handover()]
-        judged = [verdicts_on_time(results._replace(steps=[part], by_rows=[])) for part in parts]
-        split += [(record, list(pair)) for pair in zip(*judged, strict=True)]
-    return split
+    return [
+        (part, verdicts_on_time(results._replace(steps=[record._replace(timings=part)], by_rows=[])))
+        for part in record.timings.by_handover()
+    ]
 
 
 def verdicts_on_time(results: Results) -> list[Verdict]:
