@@ -76,38 +76,8 @@ struct Bfloat16 {
   }
 
 #if ADADELTA_LANES == 16
-  // A 32-bit lane holds two neighbours: one is shifted up to become a float, the other masked. For AVX2 too.
-  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
-    const __m512i pairs = _mm512_loadu_si512(from);
-    _mm512_storeu_si512(to, _mm512_slli_epi32(pairs, 16));
-    _mm512_storeu_si512(to + 16, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-  }
-
-#if defined(ADADELTA_AVX512_BF16)
-  // The processor's own rounding takes subnormal numbers for 0, and keeps what a nan says.
-  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
-    constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
-    const __m512 even = _mm512_loadu_ps(from), odd = _mm512_loadu_ps(from + 16);
-    const __mmask16 in_even = _mm512_fpclass_ps_mask(even, kSubnormalOrNan);
-    if (__builtin_expect(!_kortestz_mask16_u8(in_even, _mm512_fpclass_ps_mask(odd, kSubnormalOrNan)), 0)) {
-      for (int64_t k = 0; k < 16; ++k) {
-        to[2 * k] = narrow(from[k]);
-        to[2 * k + 1] = narrow(from[16 + k]);
-      }
-      return;
-    }
-    alignas(64) static constexpr uint16_t kInTurns[kGroup] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
-    __m512i items;
-    __builtin_memcpy(&items, &rounded, sizeof(rounded));
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurns), items));
-  }
-#else
   // The rounded value in the upper half of each lane.
-  static ADADELTA_INLINE __m512i round(const float* from) {
-    const __m512 values = _mm512_loadu_ps(from);
+  static ADADELTA_INLINE __m512i round(__m512 values) {
     const __m512i bits = _mm512_castps_si512(values);
     const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
@@ -115,9 +85,52 @@ struct Bfloat16 {
     return _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half_ulp), is_nan, _mm512_set1_epi32(0x7fc00000));
   }
 
+#if defined(ADADELTA_AVX512_BF16)
+  // In order, as the processor's own rounding takes them: it moves items to the upper halves of lanes.
+  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
+    constexpr __mmask32 kUpperHalves = 0xaaaaaaaa;
+    alignas(64) static constexpr uint16_t kFirst[kGroup] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                            0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+    alignas(64) static constexpr uint16_t kSecond[kGroup] = {0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0, 23,
+                                                             0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31};
+    const __m512i items = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi16(kUpperHalves, _mm512_load_si512(kFirst), items));
+    _mm512_storeu_si512(to + 16, _mm512_maskz_permutexvar_epi16(kUpperHalves, _mm512_load_si512(kSecond), items));
+  }
+
+  // The processor's own rounding, which takes subnormal numbers for 0, and keeps what a nan says.
+  static ADADELTA_INLINE __m512i round_normal(__m512 first, __m512 second) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
+    __m512i items;
+    __builtin_memcpy(&items, &rounded, sizeof(rounded));
+    return items;
+  }
+
   static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
-    const __m512i low = _mm512_srli_epi32(round(from), 16);
-    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, low, round(from + 16)));
+    constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
+    alignas(64) static constexpr uint16_t kUpperHalves[kGroup] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
+    const __mmask16 in_first = _mm512_fpclass_ps_mask(first, kSubnormalOrNan);
+    if (__builtin_expect(_kortestz_mask16_u8(in_first, _mm512_fpclass_ps_mask(second, kSubnormalOrNan)), 1)) {
+      _mm512_storeu_si512(to, round_normal(first, second));
+    } else {
+      const __m512i upper_halves = _mm512_load_si512(kUpperHalves);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(round(first), upper_halves, round(second)));
+    }
+  }
+#else
+  // A 32-bit lane holds two neighbours: one is shifted up to become a float, the other masked. For AVX2 too.
+  static ADADELTA_INLINE void widen_group(float* to, const uint16_t* from) {
+    const __m512i pairs = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_slli_epi32(pairs, 16));
+    _mm512_storeu_si512(to + 16, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
+    const __m512i low = _mm512_srli_epi32(round(_mm512_loadu_ps(from)), 16);
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, low, round(_mm512_loadu_ps(from + 16))));
   }
 #endif
 #elif ADADELTA_LANES == 8
@@ -292,51 +305,38 @@ ADADELTA_INLINE void with_least(const GradientClip<T>& clip, const Run& run) {
 }
 
 #if ADADELTA_LANES == 16
-// sqrt(x) and 1 / (2 sqrt(x)), nearly: one Newton step from y, an estimate of 1 / sqrt(x).
-struct NearRoot {
-  __m512 root, half_inverse;
+// 1 / root, as the divider rounds it, by fused multiply-adds: the last one rounds correctly. The one before it rounds
+// up, since a result below that of 1 / 0x1.fffffep0 would leave the last exactly between two floats. tests/exhaustive
+// proves it for every root from 2^-64 to 2^64, where no step under- or overflows (even without subnormal numbers), and
+// for every estimate within 2^-14.
+ADADELTA_INLINE __m512 inverse_from_estimate(__m512 root, __m512 estimate) {
+  constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 above = _mm512_fmadd_round_ps(_mm512_fnmadd_ps(root, estimate, one), estimate, estimate, kUp);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(root, above, one), above, above);
+}
+
+ADADELTA_INLINE __m512 inverse_by_multiplying(__m512 root) {
+  return inverse_from_estimate(root, _mm512_rcp14_ps(root));
+}
+
+// The halves of a group.
+struct Pair {
+  __m512 first, second;
 };
 
-ADADELTA_INLINE NearRoot near_root(__m512 x, __m512 y) {
-  const __m512 half = _mm512_set1_ps(0.5f);
-  const __m512 g = _mm512_mul_ps(x, y);
-  // y / 2, which is left to the adders: the multipliers have more to do.
-  const __m512 h = _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(1 << 23)));
-  const __m512 error = _mm512_fnmadd_ps(g, h, half);
-  return {_mm512_fmadd_ps(g, error, g), _mm512_fmadd_ps(h, error, h)};
+// Which square_avg can have the inverse roots of square_avg + eps multiplied: as bits, those below this.
+ADADELTA_INLINE uint32_t end_of_multiplied(const Hyperparameters<float>& h) {
+  constexpr uint32_t k2To127 = 0x7f000000;
+  return h.eps >= 0x1p-126f && h.eps <= 0x1p126f ? k2To127 : 0;
 }
 
-// The square roots of x, to the bit, by fused multiply-adds: the last one rounds correctly. tests/exhaustive proves it
-// for every x between 2^-64 and 2^64, where no step under- or overflows (even without subnormal numbers), and for every
-// estimate within 2^-14.
-ADADELTA_INLINE __m512 exact_root(__m512 x, NearRoot near) {
-  return _mm512_fmadd_ps(_mm512_fnmadd_ps(near.root, near.root, x), near.half_inverse, near.root);
+ADADELTA_INLINE bool can_be_multiplied(const Pair& square_avg, uint32_t end) {
+  const __m512i most = _mm512_max_epu32(_mm512_castps_si512(square_avg.first), _mm512_castps_si512(square_avg.second));
+  return _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(static_cast<int>(end))) == 0;
 }
 
-// 1 / sqrt(x) with the root rounded and then the quotient, as the divider does it, and as well proven. The first of two
-// corrections rounds up: one that came out below 1 / 0x1.fffffep0 would leave the second exactly between two floats.
-ADADELTA_INLINE __m512 exact_inverse_root(__m512 x, NearRoot near) {
-  const __m512 one = _mm512_set1_ps(1.0f), root = exact_root(x, near);
-  __m512 r = _mm512_add_ps(near.half_inverse, near.half_inverse);
-  r = _mm512_fmadd_round_ps(_mm512_fnmadd_ps(root, r, one), r, r, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
-  return _mm512_fmadd_ps(_mm512_fnmadd_ps(root, r, one), r, r);
-}
-
-ADADELTA_INLINE bool are_between_2_to_minus_64_and_64(__m512 x) {
-  const __m512i above_least = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32((127 - 64) << 23));
-  return _mm512_cmpge_epu32_mask(above_least, _mm512_set1_epi32(128 << 23)) == 0;
-}
-
-// The square roots of any x without the divider, which is left those that are out of range or nan.
-ADADELTA_INLINE __m512 sqrt_by_multiplying(__m512 x) {
-  if (__builtin_expect(!are_between_2_to_minus_64_and_64(x), 0)) {
-    return _mm512_sqrt_ps(x);
-  }
-  return exact_root(x, near_root(x, _mm512_rsqrt14_ps(x)));
-}
-
-// A group of floats. The divider, which two roots and a quotient keep busy throughout, is spared half of the roots of
-// acc_delta, as many as the multipliers have time for meanwhile.
+// A group of floats. The divider, which the roots of both accumulators keep busy throughout, is spared the quotients.
 template <typename Clip>
 ADADELTA_INLINE void update_group(
     float* __restrict__ param,
@@ -344,15 +344,37 @@ ADADELTA_INLINE void update_group(
     float* __restrict__ square_avg,
     float* __restrict__ acc_delta,
     const Clip clip,
-    const Hyperparameters<float> h
+    const Hyperparameters<float>& h
 ) {
-  alignas(64) float roots[kGroup];
-  const __m512 eps = _mm512_set1_ps(h.eps);
-  _mm512_store_ps(roots, _mm512_sqrt_ps(_mm512_add_ps(_mm512_loadu_ps(acc_delta), eps)));
-  _mm512_store_ps(roots + 16, sqrt_by_multiplying(_mm512_add_ps(_mm512_loadu_ps(acc_delta + 16), eps)));
+  const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
+  const auto read = [](const float* from) { return Pair{_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}; };
+  const auto write = [](float* to, const Pair& pair) {
+    _mm512_storeu_ps(to, pair.first);
+    _mm512_storeu_ps(to + 16, pair.second);
+  };
+  alignas(64) float clipped[kGroup];
   for (int64_t k = 0; k < kGroup; ++k) {
-    adadelta_element(clip(grad[k]), roots[k], square_avg[k], acc_delta[k], param[k], h);
+    clipped[k] = clip(grad[k]);
   }
+  const Pair g = read(clipped);
+  Pair a = read(square_avg), u = read(acc_delta), p = read(param);
+  average_in(a.first, g.first, h);
+  average_in(a.second, g.second, h);
+  const __m512 root = _mm512_sqrt_ps(_mm512_add_ps(a.first, eps)), root2 = _mm512_sqrt_ps(_mm512_add_ps(a.second, eps));
+  Pair d{_mm512_sqrt_ps(_mm512_add_ps(u.first, eps)), _mm512_sqrt_ps(_mm512_add_ps(u.second, eps))};
+  Pair inverse{inverse_by_multiplying(root), inverse_by_multiplying(root2)};
+  if (__builtin_expect(!can_be_multiplied(a, end_of_multiplied(h)), 0)) {
+    inverse = {_mm512_div_ps(one, root), _mm512_div_ps(one, root2)};
+  }
+  make_step(d.first, inverse.first, g.first);
+  make_step(d.second, inverse.second, g.second);
+  average_in(u.first, d.first, h);
+  average_in(u.second, d.second, h);
+  move_by(p.first, d.first, h);
+  move_by(p.second, d.second, h);
+  write(square_avg, a);
+  write(acc_delta, u);
+  write(param, p);
 }
 
 // What `decay` makes of averages, where rho is from 0 to 1 and subnormal numbers are kept. Those above zero are taken
@@ -395,10 +417,53 @@ constexpr int64_t kAsked = 1024;
 // Of fewer elements in a row, too many would wait for the stages before and after them.
 constexpr int64_t kLeastStaged = 8 * kGroup;
 
-// Groups in a row, the inverse roots of half of their elements from multiplications. Both the divider and the
-// multipliers are then busy throughout, if what they wait for was begun in time: each turn ends a group, brings the two
-// after it one stage further and begins a third. Returns how many elements they were: all that make groups; or fewer,
-// if it `watches` for subnormal numbers and there were some, or with_subnormals, none.
+// Finds the groups of bfloat16 whose new numbers are neither subnormal nor nan. Only the new square_avg is asked
+// itself: of the others, the old numbers tell in time, where to ask the new ones takes an eighth longer. Numbers are
+// compared as the integers that their bits are.
+//
+// In the ranges below, a step d is finite: sqrt(acc_delta + eps) is less than 2^48, and a gradient at most 2^24 times
+// the root of the new square_avg, since omr is at least 2^-24, and terms that nearly cancel leave a part in 2^24. The
+// new acc_delta is at least 2^-96 * rho. The new parameter is at least 2^-86 or zero, as a parameter and a d * lr that
+// nearly cancel are multiples of that.
+class NormalGroups {
+ public:
+  explicit NormalGroups(const Hyperparameters<float>& h) {
+    constexpr int kOctave = 1 << 7, k2To63 = (127 + 63) * kOctave;
+    constexpr int kLeastAccDelta = (127 - 96) * kOctave, kLeastParam = (127 - 62) * kOctave;
+    static_assert(kLeastParam + k2To63 <= 255 * kOctave, "infinity is not in range");
+    const bool lr_is_finite = h.lr - h.lr == 0;
+    const bool applies = h.rho >= 0x1p-29f && h.rho < 1 && h.eps >= 0x1p-126f && h.eps <= 0x1p62f && lr_is_finite;
+    minus_least_square_avg_ = _mm512_set1_epi16(-1);
+    minus_least_acc_delta_ = _mm512_set1_epi16(-kLeastAccDelta);
+    minus_least_param_ = _mm512_set1_epi16(-kLeastParam);
+    count_ = _mm512_set1_epi16(static_cast<int16_t>(applies ? k2To63 - 1 : 0));
+    magnitude_ = _mm512_set1_epi16(0x7fff);
+    // GCC would make these anew from integers in each turn of a loop.
+    asm(""
+        : "+v"(minus_least_square_avg_),
+          "+v"(minus_least_acc_delta_),
+          "+v"(minus_least_param_),
+          "+v"(count_),
+          "+v"(magnitude_));
+  }
+
+  // square_avg: the new ones, rounded.
+  ADADELTA_INLINE bool has(__m512i square_avg, const uint16_t* acc_delta, const uint16_t* param) const {
+    const __m512i u = _mm512_add_epi16(_mm512_loadu_si512(acc_delta), minus_least_acc_delta_);
+    const __m512i a = _mm512_add_epi16(square_avg, minus_least_square_avg_);
+    const __m512i p = _mm512_add_epi16(_mm512_and_si512(_mm512_loadu_si512(param), magnitude_), minus_least_param_);
+    return _mm512_cmpge_epu16_mask(_mm512_max_epu16(_mm512_max_epu16(a, u), p), count_) == 0;
+  }
+
+ private:
+  __m512i minus_least_square_avg_, minus_least_acc_delta_, minus_least_param_;
+  __m512i count_, magnitude_;
+};
+
+// Groups in a row, with inverse roots from multiplications. Both the divider and the multipliers are then busy
+// throughout, if what they wait for was begun in time: each turn begins a group, makes the steps of the second before
+// it and ends the third. Returns how many elements they were: all that make groups; or fewer, if it `watches` for
+// subnormal numbers and there were some, or with_subnormals, none.
 template <bool with_subnormals, typename Format, typename Item, typename Clip>
 ADADELTA_INLINE int64_t update_in_stages(
     Item* __restrict__ param,
@@ -412,14 +477,18 @@ ADADELTA_INLINE int64_t update_in_stages(
 ) {
   int64_t stop = count - count % kGroup;
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
+  const uint32_t end = end_of_multiplied(h);
+  constexpr bool kRoundsNormal = requires { Format::round_normal; };
+  const NormalGroups normal_groups(h);
 
-  // The halves of a group.
-  struct Pair {
-    __m512 first, second;
-  };
-  // x: the new square_avg + eps, u_root: sqrt(acc_delta + eps).
+  // Half of a group, with the roots of the new square_avg + eps and of acc_delta + eps.
   struct Begun {
-    __m512 g, u_root, x;
+    __m512 g, a_root, u_root;
+  };
+  // Of a group: whether its inverse roots are to be divided, and whether its new numbers are as NormalGroups finds
+  // them.
+  struct Kind {
+    bool divided = false, normal = false;
   };
 
   constexpr int64_t kBytes = kGroup * sizeof(Item);
@@ -456,20 +525,23 @@ ADADELTA_INLINE int64_t update_in_stages(
     add_square(to.second, items.second, h);
     return to;
   };
-  const auto step = [&](const Begun& from, __m512 inverse) {
-    __m512 d = from.u_root;
+  const auto root = [&](__m512 average) { return _mm512_sqrt_ps(_mm512_add_ps(average, eps)); };
+  const auto step = [&](const Begun& from, bool divided) {
+    __m512 d = from.u_root, inverse = inverse_by_multiplying(from.a_root);
+    if (__builtin_expect(divided, 0)) {
+      inverse = _mm512_div_ps(one, from.a_root);
+    }
     make_step(d, inverse, from.g);
     return d;
   };
 
-  // Three groups are under way: of the one in front the steps d are known, the next is halfway, the last begun. The
-  // first half of each is multiplied, the second divided. Before the first group there are ones, which go nowhere.
+  // Three groups are under way: of the one in front the steps d are known, the next has waited a turn for its roots,
+  // the last is begun. Before the first group there are ones, which go nowhere.
   //
   // All of a group is read before any is written: a read waits for an unfinished write to an address with the same
   // lower twelve bits, and what those are in tensors allocated one after the other is often the same.
-  Begun begun{one, one, one}, begun2 = begun, halfway = begun, halfway2 = begun;
-  NearRoot near{one, one};
-  __m512 estimate = one, root = one, inverse = one;
+  Begun begun{one, one, one}, begun2 = begun, waiting = begun, waiting2 = begun;
+  Kind begun_is, waiting_is, front_is;
   Pair d{one, one};
   if (watches) {
     has_met_subnormals();
@@ -481,23 +553,8 @@ ADADELTA_INLINE int64_t update_in_stages(
     if (asks && watches && next < stop && has_met_subnormals() != with_subnormals) {
       stop = next;
     }
-    if (i >= 0) {
-      const Pair u = averaged(acc_delta + i, d);
-      Pair p = read(param + i);
-      move_by(p.first, d.first, h);
-      move_by(p.second, d.second, h);
-      write(acc_delta + i, u);
-      write(param + i, p);
-    }
-    __m512 multiplied = exact_inverse_root(halfway.x, near);
-    if (__builtin_expect(!are_between_2_to_minus_64_and_64(halfway.x), 0)) {
-      multiplied = _mm512_div_ps(one, _mm512_sqrt_ps(halfway.x));
-    }
-    d = {step(halfway, multiplied), step(halfway2, inverse)};
-    near = near_root(begun.x, estimate);
-    inverse = _mm512_div_ps(one, root);
-    halfway = begun;
-    halfway2 = begun2;
+    Begun next1 = begun, next2 = begun2;
+    Kind next_is;
     if (next < stop) {
       if (ahead > 0) {
         prefetch<kBytes>(grad + next, ahead);
@@ -506,12 +563,45 @@ ADADELTA_INLINE int64_t update_in_stages(
         prefetch<kBytes>(param + next, ahead);
       }
       const Pair g = gradient(next), a = averaged(square_avg + next, g), u = read(acc_delta + next);
-      begun = {g.first, _mm512_sqrt_ps(_mm512_add_ps(u.first, eps)), _mm512_add_ps(a.first, eps)};
-      begun2 = {g.second, _mm512_sqrt_ps(_mm512_add_ps(u.second, eps)), _mm512_add_ps(a.second, eps)};
-      estimate = _mm512_rsqrt14_ps(begun.x);
-      root = _mm512_sqrt_ps(begun2.x);
-      write(square_avg + next, a);
+      next1 = {g.first, root(a.first), root(u.first)};
+      next2 = {g.second, root(a.second), root(u.second)};
+      if constexpr (kRoundsNormal) {
+        const __m512i items = Format::round_normal(a.first, a.second);
+        next_is.normal = normal_groups.has(items, acc_delta + next, param + next);
+        if (__builtin_expect(next_is.normal, 1)) {
+          _mm512_storeu_si512(square_avg + next, items);
+        }
+      }
+      if (!kRoundsNormal || __builtin_expect(!next_is.normal, 0)) {
+        write(square_avg + next, a);
+        next_is.divided = !can_be_multiplied(a, end);
+      }
     }
+    const Pair d_of_waiting{step(waiting, waiting_is.divided), step(waiting2, waiting_is.divided)};
+    if (i >= 0) {
+      const Pair u = averaged(acc_delta + i, d);
+      Pair p = read(param + i);
+      move_by(p.first, d.first, h);
+      move_by(p.second, d.second, h);
+      if constexpr (kRoundsNormal) {
+        if (__builtin_expect(front_is.normal, 1)) {
+          _mm512_storeu_si512(acc_delta + i, Format::round_normal(u.first, u.second));
+          _mm512_storeu_si512(param + i, Format::round_normal(p.first, p.second));
+        }
+      }
+      if (!kRoundsNormal || __builtin_expect(!front_is.normal, 0)) {
+        write(acc_delta + i, u);
+        write(param + i, p);
+      }
+    }
+    d = d_of_waiting;
+    front_is = waiting_is;
+    waiting = begun;
+    waiting2 = begun2;
+    waiting_is = begun_is;
+    begun = next1;
+    begun2 = next2;
+    begun_is = next_is;
   }
   return stop;
 }

@@ -2,12 +2,12 @@
 //
 //     driver
 //
-// prints for how many of every float, with and without subnormal numbers, square roots and their inverses by
-// multiplication differ from the processor's, and groups rounded to bfloat16 from numbers rounded one by one; and for
-// how many of every mantissa with every estimate that the instruction set's specification allows, the roots do. Powers
-// of 4 only scale a root and its steps, so the mantissas of [1, 4) stand for all; a processor whose estimates differ
-// from this one's gets the same bits. And for how many averages, all subnormal ones among them, a decay without
-// subnormal products differs, with a hundred rho.
+// prints for how many of every root in range, with and without subnormal numbers, inverses by multiplication differ
+// from the processor's quotients, and for how many of every mantissa with every estimate that the instruction set's
+// specification allows. Powers of 2 only scale a root and its steps, so the mantissas of [1, 2) stand for all; a
+// processor whose estimates differ from this one's gets the same bits. For how many groups of every float those rounded
+// to bfloat16 differ from numbers rounded one by one. And for how many averages, all subnormal ones among them, a decay
+// without subnormal products differs, with a hundred rho.
 //
 // LOOPS is the file of the instruction set.
 #include LOOPS
@@ -42,18 +42,13 @@ int64_t count_differences(__m512 x, __m512 y) {
 }
 
 void every_root(const char* name) {
-  int64_t different = 0, inverse_different = 0;
-  for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += 16) {
-    const __m512 x = _mm512_castsi512_ps(sixteen_from(static_cast<uint32_t>(bits)));
-    const __m512 root = _mm512_sqrt_ps(x);
-    different += count_differences(sqrt_by_multiplying(x), root);
-    if (are_between_2_to_minus_64_and_64(x)) {
-      const __m512 inverse = exact_inverse_root(x, near_root(x, _mm512_rsqrt14_ps(x)));
-      inverse_different += count_differences(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), root));
-    }
+  int64_t different = 0;
+  const uint32_t first = bits_as<uint32_t>(0x1p-64f), last = bits_as<uint32_t>(0x1p64f);
+  for (uint32_t bits = first; bits < last; bits += 16) {
+    const __m512 root = _mm512_castsi512_ps(sixteen_from(bits));
+    different += count_differences(inverse_by_multiplying(root), _mm512_div_ps(_mm512_set1_ps(1.0f), root));
   }
-  std::printf("root of every float%s: %lld\n", name, static_cast<long long>(different));
-  std::printf("inverse root of every float in range%s: %lld\n", name, static_cast<long long>(inverse_different));
+  std::printf("inverse of every root in range%s: %lld\n", name, static_cast<long long>(different));
 }
 
 // With subnormal numbers only: without them no result of arithmetic is one that could be rounded.
@@ -80,25 +75,22 @@ void every_rounding() {
 }
 
 void every_estimate() {
-  int64_t different = 0, inverse_different = 0, tried = 0;
-  for (uint32_t bits = bits_as<uint32_t>(1.0f); bits < bits_as<uint32_t>(4.0f); ++bits) {
-    const float x = bits_as<float>(bits);
-    const double inverse = 1 / std::sqrt(static_cast<double>(x));
+  int64_t different = 0, tried = 0;
+  for (uint32_t bits = bits_as<uint32_t>(1.0f); bits < bits_as<uint32_t>(2.0f); ++bits) {
+    const float root = bits_as<float>(bits);
+    const double inverse = 1 / static_cast<double>(root);
     const uint32_t first = bits_as<uint32_t>(static_cast<float>(inverse * (1 - kEstimateError))) - 1;
     const uint32_t last = bits_as<uint32_t>(static_cast<float>(inverse * (1 + kEstimateError))) + 1;
-    const __m512 xs = _mm512_set1_ps(x), root = _mm512_sqrt_ps(xs);
-    const __m512 inverse_root = _mm512_div_ps(_mm512_set1_ps(1.0f), root);
+    const __m512 roots = _mm512_set1_ps(root), expected = _mm512_div_ps(_mm512_set1_ps(1.0f), roots);
     for (uint32_t estimate = first; estimate <= last; estimate += 16, tried += 16) {
-      const NearRoot near = near_root(xs, _mm512_castsi512_ps(sixteen_from(estimate)));
-      different += count_differences(exact_root(xs, near), root);
-      inverse_different += count_differences(exact_inverse_root(xs, near), inverse_root);
+      const __m512 estimates = _mm512_castsi512_ps(sixteen_from(estimate));
+      different += count_differences(inverse_from_estimate(roots, estimates), expected);
     }
   }
   std::printf(
-      "root and inverse root from every estimate, %lld billion: %lld, %lld\n",
+      "inverse from every estimate, %lld billion: %lld\n",
       static_cast<long long>(tried / 1000000000),
-      static_cast<long long>(different),
-      static_cast<long long>(inverse_different)
+      static_cast<long long>(different)
   );
 }
 
