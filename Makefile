@@ -15,13 +15,17 @@ CPP_FILES = $(shell find csrc tests/cuda_emulator tests/instructions tests/exhau
 # compiles nothing.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
-.PHONY: demo test nightly bench lint format docs sanitize coverage wheel matrix clean
+.PHONY: demo test prepare-test nightly bench lint format docs sanitize coverage wheel matrix clean
 
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
 
-test: $(INSTALLED)-test-keras-parity-examples-frameworks
+FOR_TEST := $(INSTALLED)-test-keras-parity-examples-frameworks
+test: $(FOR_TEST)
 	$(VENV)/bin/python -m pytest
+
+# What `test` installs, and no more.
+prepare-test: $(FOR_TEST)
 
 # What takes hours: LIVES drawn lives of an optimizer (see tests/test_drawn_lives.py), each time others; a million steps.
 LIVES ?= 100000

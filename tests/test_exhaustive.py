@@ -19,7 +19,7 @@ FLAGS = {"AVX512": [], "AVX512_BF16": ["-mavx512bf16"]}
 
 
 @pytest.mark.parametrize("capability", FLAGS)
-def test_roots_and_roundings_are_those_of_the_other_instruction_sets(capability: str, tmp_path: Path) -> None:
+def test_inverses_and_roundings_are_those_of_the_other_instruction_sets(capability: str, tmp_path: Path) -> None:
     if not ops.is_loaded:
         pytest.skip("which instruction sets there are is known to the compiled library")
     before = ops.cpu_capability()

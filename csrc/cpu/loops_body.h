@@ -28,8 +28,8 @@ ADADELTA_INLINE void prefetch(const void* here, int64_t ahead) {
 
 // Each 16-bit format says how one element is converted, and how a group of kGroup is: compilers do not vectorise the
 // conversions of float16 at all, and those of bfloat16 with needless shuffles. Inside a group the floats may stand in
-// any order, the same for every tensor. kSparesDivider: the conversions leave the multipliers time for roots, even
-// without stages.
+// any order, the same for every tensor. kSparesDivider: the conversions leave the multipliers time for inverses,
+// even without stages.
 constexpr int64_t kGroup = 32;
 
 #if defined(ADADELTA_AVX512)
@@ -108,16 +108,16 @@ struct Bfloat16 {
 
   static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
     constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
-    alignas(64) static constexpr uint16_t kUpperHalves[kGroup] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    alignas(64) static constexpr uint16_t kUppers[kGroup] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                             23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                             45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
     const __mmask16 in_first = _mm512_fpclass_ps_mask(first, kSubnormalOrNan);
     if (__builtin_expect(_kortestz_mask16_u8(in_first, _mm512_fpclass_ps_mask(second, kSubnormalOrNan)), 1)) {
       _mm512_storeu_si512(to, round_normal(first, second));
     } else {
-      const __m512i upper_halves = _mm512_load_si512(kUpperHalves);
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(round(first), upper_halves, round(second)));
+      const __m512i uppers = _mm512_load_si512(kUppers);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(round(first), uppers, round(second)));
     }
   }
 #else
@@ -325,7 +325,8 @@ struct Pair {
   __m512 first, second;
 };
 
-// Which square_avg can have the inverse roots of square_avg + eps multiplied: as bits, those below this.
+// Which square_avg can have the inverse roots of square_avg + eps multiplied: as bits, those below this. For them the
+// sum is from 2^-126 to 2^128, and its root from 2^-63 to 2^64.
 ADADELTA_INLINE uint32_t end_of_multiplied(const Hyperparameters<float>& h) {
   constexpr uint32_t k2To127 = 0x7f000000;
   return h.eps >= 0x1p-126f && h.eps <= 0x1p126f ? k2To127 : 0;
@@ -417,33 +418,35 @@ constexpr int64_t kAsked = 1024;
 // Of fewer elements in a row, too many would wait for the stages before and after them.
 constexpr int64_t kLeastStaged = 8 * kGroup;
 
-// Finds the groups of bfloat16 whose new numbers are neither subnormal nor nan. Only the new square_avg is asked
-// itself: of the others, the old numbers tell in time, where to ask the new ones takes an eighth longer. Numbers are
+// Finds the groups of bfloat16 whose new numbers are neither subnormal nor nan. Of square_avg the new ones are asked;
+// of the others the old ones, which are known earlier: to ask the new ones takes a twentieth longer. Numbers are
 // compared as the integers that their bits are.
 //
-// In the ranges below, a step d is finite: sqrt(acc_delta + eps) is less than 2^48, and a gradient at most 2^24 times
-// the root of the new square_avg, since omr is at least 2^-24, and terms that nearly cancel leave a part in 2^24. The
-// new acc_delta is at least 2^-96 * rho. The new parameter is at least 2^-86 or zero, as a parameter and a d * lr that
-// nearly cancel are multiples of that.
+// The new square_avg must be above zero and below 2^63: so their inverse roots can be multiplied, too. Of acc_delta,
+// from 2^-96 to 2^94, the new ones are at least 2^-96 * rho, which is at least 2^-125. A step d is finite:
+// sqrt(acc_delta + eps) is less than 2^48, and a gradient at most 2^24 times the root of the new square_avg, since omr
+// is at least 2^-24, and terms that nearly cancel leave a part in 2^24. Of parameters, from 2^-62, the new ones are
+// zero or at least 2^-86, as a parameter and a d * lr that nearly cancel are multiples of that. Both may be infinite,
+// which is rounded rightly.
 class NormalGroups {
  public:
   explicit NormalGroups(const Hyperparameters<float>& h) {
-    constexpr int kOctave = 1 << 7, k2To63 = (127 + 63) * kOctave;
+    constexpr int kOctave = 1 << 7, kWidth = 190 * kOctave - 1;
     constexpr int kLeastAccDelta = (127 - 96) * kOctave, kLeastParam = (127 - 62) * kOctave;
-    static_assert(kLeastParam + k2To63 <= 255 * kOctave, "infinity is not in range");
+    static_assert(kLeastParam + kWidth < 255 * kOctave, "infinity is not in range");
     const bool lr_is_finite = h.lr - h.lr == 0;
     const bool applies = h.rho >= 0x1p-29f && h.rho < 1 && h.eps >= 0x1p-126f && h.eps <= 0x1p62f && lr_is_finite;
     minus_least_square_avg_ = _mm512_set1_epi16(-1);
     minus_least_acc_delta_ = _mm512_set1_epi16(-kLeastAccDelta);
     minus_least_param_ = _mm512_set1_epi16(-kLeastParam);
-    count_ = _mm512_set1_epi16(static_cast<int16_t>(applies ? k2To63 - 1 : 0));
+    width_ = _mm512_set1_epi16(static_cast<int16_t>(applies ? kWidth : 0));
     magnitude_ = _mm512_set1_epi16(0x7fff);
     // GCC would make these anew from integers in each turn of a loop.
     asm(""
         : "+v"(minus_least_square_avg_),
           "+v"(minus_least_acc_delta_),
           "+v"(minus_least_param_),
-          "+v"(count_),
+          "+v"(width_),
           "+v"(magnitude_));
   }
 
@@ -452,12 +455,12 @@ class NormalGroups {
     const __m512i u = _mm512_add_epi16(_mm512_loadu_si512(acc_delta), minus_least_acc_delta_);
     const __m512i a = _mm512_add_epi16(square_avg, minus_least_square_avg_);
     const __m512i p = _mm512_add_epi16(_mm512_and_si512(_mm512_loadu_si512(param), magnitude_), minus_least_param_);
-    return _mm512_cmpge_epu16_mask(_mm512_max_epu16(_mm512_max_epu16(a, u), p), count_) == 0;
+    return _mm512_cmpge_epu16_mask(_mm512_max_epu16(_mm512_max_epu16(a, u), p), width_) == 0;
   }
 
  private:
   __m512i minus_least_square_avg_, minus_least_acc_delta_, minus_least_param_;
-  __m512i count_, magnitude_;
+  __m512i width_, magnitude_;
 };
 
 // Groups in a row, with inverse roots from multiplications. Both the divider and the multipliers are then busy
@@ -538,8 +541,9 @@ ADADELTA_INLINE int64_t update_in_stages(
   // Three groups are under way: of the one in front the steps d are known, the next has waited a turn for its roots,
   // the last is begun. Before the first group there are ones, which go nowhere.
   //
-  // All of a group is read before any is written: a read waits for an unfinished write to an address with the same
-  // lower twelve bits, and what those are in tensors allocated one after the other is often the same.
+  // All that a turn begins is read before any of it is written, and so is all that it ends: a read waits for an
+  // unfinished write to an address with the same lower twelve bits, and what those are in tensors allocated one after
+  // the other is often the same.
   Begun begun{one, one, one}, begun2 = begun, waiting = begun, waiting2 = begun;
   Kind begun_is, waiting_is, front_is;
   Pair d{one, one};

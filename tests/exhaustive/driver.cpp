@@ -5,14 +5,13 @@
 // prints for how many of every root in range, with and without subnormal numbers, inverses by multiplication differ
 // from the processor's quotients, and for how many of every mantissa with every estimate that the instruction set's
 // specification allows. Powers of 2 only scale a root and its steps, so the mantissas of [1, 2) stand for all; a
-// processor whose estimates differ from this one's gets the same bits. For how many groups of every float those rounded
-// to bfloat16 differ from numbers rounded one by one. And for how many averages, all subnormal ones among them, a decay
-// without subnormal products differs, with a hundred rho.
+// processor whose estimates differ from this one's gets the same bits. It also prints for how many groups of every
+// float those rounded to bfloat16 differ from numbers rounded one by one, and for how many averages, all subnormal ones
+// among them, a decay without subnormal products differs, with a hundred rho.
 //
 // LOOPS is the file of the instruction set.
 #include LOOPS
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -41,7 +40,7 @@ int64_t count_differences(__m512 x, __m512 y) {
   return __builtin_popcount(static_cast<unsigned>(differ & ~are_nan));
 }
 
-void every_root(const char* name) {
+void every_inverse(const char* name) {
   int64_t different = 0;
   const uint32_t first = bits_as<uint32_t>(0x1p-64f), last = bits_as<uint32_t>(0x1p64f);
   for (uint32_t bits = first; bits < last; bits += 16) {
@@ -124,11 +123,11 @@ void every_decay() {
 int main() {
   every_rounding();
   every_decay();
-  every_root("");
+  every_inverse("");
   constexpr unsigned kFlushAndDenormalsAreZero = 0x8040;
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before | kFlushAndDenormalsAreZero);
-  every_root(" without subnormal numbers");
+  every_inverse(" without subnormal numbers");
   _mm_setcsr(before);
   every_estimate();
 }
