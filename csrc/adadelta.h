@@ -97,18 +97,14 @@ ADADELTA_INLINE void move_by(V& p, const V& d, const Hyperparameters<T>& h) {
   p = p - d * h.lr;
 }
 
-// The update of one element. a: square_avg, u: acc_delta, p: the parameter, d: sqrt(u + eps).
+// The update of one element. a: square_avg, u: acc_delta, p: the parameter.
 template <typename T>
-ADADELTA_INLINE void adadelta_element(T g, T d, T& a, T& u, T& p, const Hyperparameters<T>& h) {
+ADADELTA_INLINE void adadelta_element(T g, T& a, T& u, T& p, const Hyperparameters<T>& h) {
+  T d = std::sqrt(u + h.eps);
   average_in(a, g, h);
   make_step(d, T(1) / std::sqrt(a + h.eps), g);
   average_in(u, d, h);
   move_by(p, d, h);
-}
-
-template <typename T>
-ADADELTA_INLINE void adadelta_element(T g, T& a, T& u, T& p, const Hyperparameters<T>& h) {
-  adadelta_element(g, std::sqrt(u + h.eps), a, u, p, h);
 }
 
 }  // namespace torch_adadelta
