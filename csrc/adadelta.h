@@ -11,7 +11,10 @@
 
 namespace torch_adadelta {
 
-// The hyperparameters of one step in the arithmetic type T: float for 16-bit and float32 parameters, else double.
+// The hyperparameters of a segment, in the order in which the ops receive them.
+enum Hyperparameter : int { kLr, kRho, kEpsilon, kMaximize, kHyperparameters };
+
+// Those of the formula in the arithmetic type T: float for 16-bit and float32 parameters, else double.
 template <typename T>
 struct Hyperparameters {
   T lr;
@@ -19,8 +22,11 @@ struct Hyperparameters {
   T omr;  // 1 - rho, subtracted in T: float gives 0.050000012f for rho = 0.95, not 0.05f
   T eps;
 
-  ADADELTA_INLINE Hyperparameters(double lr_, double rho_, double eps_)
-      : lr(static_cast<T>(lr_)), rho(static_cast<T>(rho_)), omr(T(1) - rho), eps(static_cast<T>(eps_)) {}
+  explicit ADADELTA_INLINE Hyperparameters(const double (&values)[kHyperparameters])
+      : lr(static_cast<T>(values[kLr])),
+        rho(static_cast<T>(values[kRho])),
+        omr(T(1) - rho),
+        eps(static_cast<T>(values[kEpsilon])) {}
 };
 
 // max(min(g, limit), -limit), where nan stays nan.

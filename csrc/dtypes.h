@@ -1,9 +1,18 @@
-// The dtypes that the kernels store, for the host and the device.
+// The tensors of a parameter, and the dtypes that the kernels store, for the host and the device.
 #pragma once
 
 #include <cstdint>
 
 namespace torch_adadelta {
+
+// The tensors that belong to a parameter, in the order in which the schemas list them.
+enum Slot : int { kParam, kGrad, kSquareAvg, kAccDelta, kTensors };
+
+// From here on they are the state.
+constexpr int kFirstState = kSquareAvg;
+constexpr int kStates = kTensors - kFirstState;
+
+constexpr bool is_written(int slot) { return slot != kGrad; }
 
 // A complex tensor is a real one with a trailing dimension of two.
 enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };

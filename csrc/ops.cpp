@@ -5,18 +5,13 @@
 
 STABLE_TORCH_LIBRARY(torch_adadelta, m) {
   torch_adadelta::define_ops(m);
-  // adadelta_ for the CPU with state that hold_state took. The schemas do not show that the state is written to: not
-  // for what is traced. One has numbers only, for each option more costs each call.
+  // adadelta_ for the CPU with accumulators that cache_accumulators took. The schema does not show that they are written
+  // to: not for what is traced.
   m.def(
-      "adadelta_.held(Tensor(a!)[] params, Tensor[] grads, int state, float lr, float rho, float epsilon, "
-      "bool maximize=False) -> ()"
+      "adadelta_.cached(Tensor(a!)[] params, Tensor[] grads, int accumulators, " ADADELTA_OPTIONS ") -> ()"
   );
-  m.def(
-      "adadelta_.held_with_options(Tensor(a!)[] params, Tensor[] grads, int "
-      "state" ADADELTA_HYPERPARAMETERS ADADELTA_OPTIONS ") -> ()"
-  );
-  m.def("hold_state(Tensor[] square_avgs, Tensor[] acc_deltas) -> int");
-  m.def("drop_state(int state) -> ()");
+  m.def("cache_accumulators(Tensor[] square_avgs, Tensor[] acc_deltas) -> int");
+  m.def("drop_accumulators(int accumulators) -> ()");
   m.def("cpu_capability() -> int");
   m.def("set_cpu_capability(int capability) -> int");
 }

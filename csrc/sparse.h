@@ -7,8 +7,7 @@
 #pragma once
 
 #include "adadelta.h"
-#include "arguments.h"
-#include "tensor_lists.h"
+#include "options.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -39,26 +38,24 @@ struct Indices {
 
 // One parameter with a sparse gradient, ready to be updated.
 struct SparseEntry {
-  char* param;
-  char* square_avg;
-  char* acc_delta;
-  const char* values;  // [occurrences, row_numel]
+  char* data[kTensors];  // that of the gradient: its values, [occurrences, row_numel]
   Indices indices;
-  Layout sparse_dims;   // of the parameter, with their strides in param, square_avg and acc_delta
+  Layout sparse_dims;   // of the parameter and its state, with their strides
   Layout row;           // the dimensions of a row, in their order; the last may be the parts of a complex number
   int64_t rows;         // of the parameter
   int64_t row_numel;    // of real numbers
-  bool contiguous_row;  // in param, square_avg and acc_delta
-  Dtype dtype;          // of param, square_avg and acc_delta
-  Dtype value_dtype;
+  bool contiguous_row;  // in the parameter and its state
+  Dtype dtype[kTensors];  // the state has that of the parameter
   bool contiguous_values;
+  uint32_t segment;
   size_t index;  // of the parameter in the lists
 
   int64_t count() const { return row_numel == 0 ? 0 : indices.count; }
 };
 
-struct SparseEntries : InCommon {
+struct SparseEntries : CallInfo {
   std::vector<SparseEntry> entries;  // one for each parameter
+  bool disjoint = true;              // as in a Workspace
 };
 
 namespace detail {
@@ -70,7 +67,7 @@ struct IndexedRange {
   size_t index;
 };
 
-// Throws if some indices share memory with what is written: once they were overwritten, they would name any row.
+// Refuses indices that share memory with what is written: once they were overwritten, they would name any row.
 inline void check_indices_apart(std::vector<IndexedRange>& written, const std::vector<IndexedRange>& indices) {
   std::sort(written.begin(), written.end(), [](const IndexedRange& x, const IndexedRange& y) {
     return x.begin < y.begin;
@@ -83,12 +80,12 @@ inline void check_indices_apart(std::vector<IndexedRange>& written, const std::v
         written.begin(), written.end(), range.end, [](const IndexedRange& x, const char* end) { return x.begin < end; }
     );
     if (after != written.begin() && (after - 1)->end > range.begin) {
-      fail("the indices of parameter ", range.index, " share memory with a tensor that would be written to");
+      refuse(range.index, "its indices share memory with a tensor that would be written to");
     }
   }
 }
 
-inline Indices read_indices(AtenTensorHandle handle, const Place& place, size_t i) {
+inline Indices read_indices(AtenTensorHandle handle, const DeviceId& device, size_t i) {
   int32_t layout = 0, dtype = 0, device_type = 0, device_index = 0;
   int64_t dim = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
@@ -99,10 +96,10 @@ inline Indices read_indices(AtenTensorHandle handle, const Place& place, size_t 
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
   }
   if (layout != aoti_torch_layout_strided() || dtype != aoti_torch_dtype_int64() || dim != 2) {
-    fail("indices[", i, "] is not a dense matrix of int64");
+    refuse(i, "its indices are not a dense matrix of int64");
   }
-  if (device_type != place.device_type || device_index != place.device_index) {
-    fail("the tensors of parameter ", i, " are not on one device");
+  if (device_type != device.device_type || device_index != device.device_index) {
+    refuse(i, "its tensors are not on one device");
   }
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
@@ -115,7 +112,7 @@ inline Indices read_indices(AtenTensorHandle handle, const Place& place, size_t 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
   const Indices indices{static_cast<const int64_t*>(data), sizes[0], sizes[1], strides[0], strides[1]};
   if (offset * static_cast<int64_t>(sizeof(int64_t)) + indices.bytes() > bytes) {
-    fail("indices[", i, "] reaches beyond its memory: its storage was resized");
+    refuse(i, "the memory of its indices ends before them: its storage was resized");
   }
   return indices;
 }
@@ -124,12 +121,15 @@ inline Indices read_indices(AtenTensorHandle handle, const Place& place, size_t 
 inline bool is_contiguous(const Layout& layout, Dtype dtype) {
   int64_t expected = item_size(dtype);
   for (auto dim = layout.rbegin(); dim != layout.rend(); ++dim) {
-    if (dim->size != 1) {
-      if (dim->param != expected || dim->square_avg != expected || dim->acc_delta != expected) {
+    if (dim->size == 1) {
+      continue;
+    }
+    for (int slot = 0; slot < kTensors; ++slot) {
+      if (is_written(slot) && dim->stride[slot] != expected) {
         return false;
       }
-      expected *= dim->size;
     }
+    expected *= dim->size;
   }
   return true;
 }
@@ -137,49 +137,45 @@ inline bool is_contiguous(const Layout& layout, Dtype dtype) {
 }  // namespace detail
 
 // Checks that each parameter can be updated with its gradient on `device_type`, but for the range of the indices, and
-// describes it. Throws std::runtime_error before anything is written.
+// describes it. The gradients of `lists` are the values.
 inline SparseEntries read_sparse_entries(
-    const TensorList& params,
-    const TensorList& indices,
-    const TensorList& values,
-    const TensorList& square_avgs,
-    const TensorList& acc_deltas,
-    int32_t device_type
+    const Lists<TensorList>& lists, const TensorList& indices, const std::vector<int64_t>& sizes, int32_t device_type
 ) {
+  const TensorList& params = lists.params;
   check_lengths({
       {params.size(), "params"},
       {indices.size(), "indices"},
-      {values.size(), "values"},
-      {square_avgs.size(), "square_avgs"},
-      {acc_deltas.size(), "acc_deltas"},
+      {lists.grads.size(), "values"},
+      {lists.states[0]->size(), kListNames[kFirstState]},
+      {lists.states[1]->size(), kListNames[kFirstState + 1]},
   });
+  check_sizes(sizes, params.size());
+  SegmentCursor segments(sizes);
   SparseEntries result;
   std::vector<detail::IndexedRange> written_to, read_indices;
-  CallMemory memory;
-  memory.begin();
+  AliasChecker aliases;
+  aliases.begin();
   std::vector<size_t> index_of_row;
   for (size_t i = 0; i < params.size(); ++i) {
-    const TensorInfo param = params.info(i, "params", true);
-    const TensorInfo value = values.info(i, "values", false);
-    const TensorInfo square_avg = square_avgs.info(i, "square_avgs", true);
-    const TensorInfo acc_delta = acc_deltas.info(i, "acc_deltas", true);
-    params.check_storage(i, "params", param);
-    values.check_storage(i, "values", value);
-    square_avgs.check_storage(i, "square_avgs", square_avg);
-    acc_deltas.check_storage(i, "acc_deltas", acc_delta);
-    const detail::Written written{&param, &square_avg, &acc_delta};
-    for (const TensorInfo* tensor : written) {
-      detail::check_fits(param, *tensor, device_type, i);
-      if (param.numel > 0) {
-        written_to.push_back({tensor->data, tensor->data + tensor->bytes, i});
+    std::array<TensorInfo, kTensors> storage;
+    const TensorRow tensors = lists.row(i, storage);
+    const TensorInfo &param = *tensors[kParam], &value = *tensors[kGrad];
+    lists.check_storage(i);
+    lists.grads.check_storage(i, kOwnNames[kGrad], value);
+    for (int slot = 0; slot < kTensors; ++slot) {
+      if (is_written(slot)) {
+        detail::check_fits(param, *tensors[slot], device_type, i);
+        if (param.numel > 0) {
+          written_to.push_back({tensors[slot]->data, tensors[slot]->data + tensors[slot]->bytes, i});
+        }
       }
     }
     result.add(param, i);
-    detail::check_state_dtype(written, i);
+    detail::check_state_dtype(tensors, i);
     detail::check_device(param, value, device_type, i);
     detail::check_complex(param, value, i);
 
-    SparseEntry entry{};
+    SparseEntry& entry = result.entries.emplace_back();
     entry.indices = detail::read_indices(indices[i], {device_type, param.device_index}, i);
     const int64_t sparse_dims = entry.indices.dims;
     if (entry.indices.bytes() > 0) {
@@ -188,91 +184,113 @@ inline SparseEntries read_sparse_entries(
     }
     if (sparse_dims > param.dim || value.dim != 1 + param.dim - sparse_dims || value.sizes[0] != entry.indices.count ||
         !std::equal(value.sizes + 1, value.sizes + value.dim, param.sizes + sparse_dims)) {
-      fail("the indices and values of parameter ", i, " do not make a gradient of its shape");
+      refuse(i, "its indices and values do not make a gradient of its shape");
     }
 
     entry.rows = entry.row_numel = 1;
     for (int64_t d = 0; d < param.dim; ++d) {
       (d < sparse_dims ? entry.rows : entry.row_numel) *= param.sizes[d];
-      (d < sparse_dims ? entry.sparse_dims : entry.row)
-          .push_back(
-              {param.sizes[d],
-               param.strides[d] * element_size(param),
-               0,
-               square_avg.strides[d] * element_size(square_avg),
-               acc_delta.strides[d] * element_size(acc_delta)}
-          );
+      Dimension& dim = (d < sparse_dims ? entry.sparse_dims : entry.row).emplace_back();
+      dim.size = param.sizes[d];
+      for (int slot = 0; slot < kTensors; ++slot) {
+        dim.stride[slot] = is_written(slot) ? tensors[slot]->strides[d] * element_size(param) : 0;
+      }
     }
     if (param.is_complex) {
-      const int64_t size = item_size(param.dtype);
-      entry.row.push_back({2, size, 0, size, size});
+      Dimension& dim = entry.row.emplace_back();
+      dim.size = 2;
+      std::fill_n(dim.stride, kTensors, item_size(param.dtype));
       entry.row_numel *= 2;
     }
     entry.contiguous_row = detail::is_contiguous(entry.row, param.dtype);
+    RowMemory memory;
+    for (int slot = 0; slot < kTensors; ++slot) {
+      entry.data[slot] = tensors[slot]->data;
+      entry.dtype[slot] = tensors[slot]->dtype;
+      memory[slot] = memory_of(*tensors[slot]);
+    }
     if (param.numel > 0) {
-      detail::check_no_overlap(written, i);
-      detail::check_apart(written, i);
-      for (const TensorInfo* tensor : written) {
-        if (value.numel > 0) {
-          detail::check_apart(*tensor, value, i);
-        }
+      detail::check_no_overlap(tensors, i);
+      detail::check_apart(tensors, i);
+      if (value.numel > 0 && detail::share_memory(param, value)) {
+        refuse(i, "it and its gradient share memory");
       }
-      memory.add({{memory_of(param), memory_of(square_avg), memory_of(acc_delta)}, memory_of(value)});
+      aliases.add(memory);
       index_of_row.push_back(i);
     }
-    entry.param = param.data;
-    entry.values = value.data;
-    entry.square_avg = square_avg.data;
-    entry.acc_delta = acc_delta.data;
-    entry.dtype = param.dtype;
-    entry.value_dtype = value.dtype;
     entry.contiguous_values = value.numel == 0 || detail::is_contiguous(value);
+    entry.segment = segments.segment_of(i);
     entry.index = i;
-    result.entries.push_back(std::move(entry));
   }
   detail::check_indices_apart(written_to, read_indices);
-  memory.finish([&](size_t row) { return index_of_row[row]; });
+  aliases.finish([&](size_t row) { return index_of_row[row]; });
+  result.disjoint = aliases.disjoint();
   return result;
 }
 
-// Throws unless the values are as the kernels read them.
-inline void check_values(const SparseEntries& entries) {
-  for (const SparseEntry& entry : entries.entries) {
-    if (!entry.contiguous_values) {
-      fail("the values of parameter ", entry.index, " are not contiguous");
-    }
-  }
-}
-
-// Owns what the dispatcher handed over to sparse_adadelta_, or the lists of it to first_bad_indices.
+// Owns the lists that the dispatcher handed over to sparse_adadelta_ or first_invalid_indices.
 class SparseLists {
  public:
-  SparseLists(StableIValue* stack, int32_t device_type)
-      : params_(stack[0]),
-        indices_(stack[1]),
-        values_(stack[2]),
-        square_avgs_(stack[3]),
-        acc_deltas_(stack[4]),
+  SparseLists(ArgumentReader& reader, int32_t device_type)
+      : params_(reader.tensors()),
+        indices_(reader.tensors()),
+        values_(reader.tensors()),
+        states_{reader.tensors(), reader.tensors()},
         device_type_(device_type) {}
   SparseLists(const SparseLists&) = delete;
   SparseLists& operator=(const SparseLists&) = delete;
 
   size_t size() const { return params_.size(); }
 
-  SparseEntries read() const {
-    return read_sparse_entries(params_, indices_, values_, square_avgs_, acc_deltas_, device_type_);
+  SparseEntries read(const std::vector<int64_t>& sizes) const {
+    Lists<TensorList> lists{params_, values_, {}};
+    for (int state = 0; state < kStates; ++state) {
+      lists.states[state] = &states_[state];
+    }
+    return read_sparse_entries(lists, indices_, sizes, device_type_);
   }
 
-  detail::Place place(const SparseEntries& entries) const { return {device_type_, entries.device_index}; }
+  // The same, where there are no segments.
+  SparseEntries read() const { return read({static_cast<int64_t>(size())}); }
+
+  DeviceId device(const CallInfo& info) const { return {device_type_, info.device_index}; }
 
   // One uninitialised int64 for each parameter.
-  torch::stable::Tensor new_result(const SparseEntries& entries) const {
-    return new_vector(static_cast<int64_t>(size()), aoti_torch_dtype_int64(), place(entries));
+  torch::stable::Tensor new_result(const CallInfo& info) const {
+    return new_vector(static_cast<int64_t>(size()), aoti_torch_dtype_int64(), device(info));
   }
 
  private:
-  TensorList params_, indices_, values_, square_avgs_, acc_deltas_;
+  TensorList params_, indices_, values_;
+  TensorList states_[kStates];
   int32_t device_type_;
+};
+
+// Owns what the dispatcher handed over to sparse_adadelta_.
+class SparseArguments {
+ public:
+  SparseArguments(ArgumentReader reader, int32_t device_type)
+      : lists_(reader, device_type),
+        given_(reader),
+        entries_(lists_.read(given_.sizes())),
+        options_(given_.read(device(), entries_, lists_.size())) {
+    for (const SparseEntry& entry : entries_.entries) {
+      if (!entry.contiguous_values) {
+        refuse(entry.index, "the values of its gradient are not contiguous");
+      }
+    }
+  }
+
+  const SparseEntries& entries() const { return entries_; }
+  const UpdateOptions& options() const { return options_; }
+  bool check_only() const { return given_.check_only(); }
+  DeviceId device() const { return lists_.device(entries_); }
+
+ private:
+  SparseLists lists_;
+  OptionArguments given_;
+  SparseEntries entries_;
+  UpdateOptions options_;
 };
 
 }  // namespace torch_adadelta

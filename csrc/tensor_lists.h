@@ -2,10 +2,10 @@
 // stable ABI, checks them, and turns each parameter into an Entry that a kernel can run without looking back.
 #pragma once
 
+#include "aliasing.h"
 #include "dtypes.h"
-#include "fail.h"
 #include "gil.h"
-#include "overlaps.h"
+#include "refusal.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -15,8 +15,7 @@
 #include <array>
 #include <cstdint>
 #include <deque>
-#include <initializer_list>
-#include <limits>
+#include <sstream>
 #include <utility>
 #include <vector>
 
@@ -25,6 +24,8 @@
 #endif
 
 namespace torch_adadelta {
+
+constexpr const char* kListNames[kTensors] = {"params", "grads", "square_avgs", "acc_deltas"};
 
 // What PyTorch knows of one tensor. Pointers into its sizes and strides stay valid as long as the tensor lives.
 struct TensorInfo {
@@ -65,7 +66,7 @@ class TensorList {
     }
     torch_delete_list(list);
     if (!ok) {
-      fail("a list of tensors could not be read");
+      refuse_call("a list of tensors could not be read");
     }
   }
   TensorList(const TensorList&) = delete;
@@ -79,13 +80,14 @@ class TensorList {
   size_t size() const { return handles_.size(); }
   AtenTensorHandle operator[](size_t index) const { return handles_[index]; }
 
-  TensorInfo info(size_t index, const char* list_name, bool written) const {
+  // `name` is how messages about its parameter call the tensor.
+  TensorInfo info(size_t index, const char* name, bool written) const {
     const AtenTensorHandle handle = handles_[index];
     TensorInfo info{};
     int32_t layout = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
     if (layout != aoti_torch_layout_strided()) {
-      fail(list_name, "[", index, "] is not a dense tensor");
+      refuse(index, name, " is not a dense tensor");
     }
     int64_t* sizes = nullptr;
     int64_t* strides = nullptr;
@@ -100,7 +102,7 @@ class TensorList {
     }
     info.sizes = sizes;
     info.strides = strides;
-    set_dtype(info, list_name, index);
+    set_dtype(info, name, index);
     info.numel = 1;
     int64_t last = 0;
     for (int64_t d = 0; d < info.dim; ++d) {
@@ -118,13 +120,19 @@ class TensorList {
       info.data = static_cast<char*>(const_cast<void*>(data));
     }
     if (info.numel > 0 && is_null(info.data)) {
-      fail(list_name, "[", index, "] has no memory: its storage was resized");
+      refuse(index, name, " has no memory: its storage was resized");
     }
     return info;
   }
 
-  // Whether the tensor still has the memory, shape, dtype and type of device that `info`, with `written`, found. False,
-  // too, for a lazy clone that is looked at in a parallel region, where PyTorch refuses to copy it.
+  // The same of a list that holds one of the tensors of each parameter. `storage` is where the result may lie.
+  const TensorInfo& info(size_t index, Slot slot, TensorInfo& storage) const {
+    storage = info(index, kOwnNames[slot], is_written(slot));
+    return storage;
+  }
+
+  // Whether the tensor still has the memory, shape, dtype and type of device that `info`, of a tensor that is written
+  // to, found. False, too, for a lazy clone that is looked at in a parallel region, where PyTorch refuses to copy it.
   bool is_still(size_t index, const TensorInfo& known) const {
     const AtenTensorHandle handle = handles_[index];
     int64_t* sizes = nullptr;
@@ -141,18 +149,18 @@ class TensorList {
            torch_get_mutable_data_ptr(handle, &data) == AOTI_TORCH_SUCCESS && data == known.data;
   }
 
-  // Throws if the tensor reaches beyond its storage, which somebody may have resized.
-  void check_storage(size_t index, const char* list_name, const TensorInfo& info) const {
+  // Refuses a tensor that reaches beyond its storage, which somebody may have resized.
+  void check_storage(size_t index, const char* name, const TensorInfo& info) const {
     int64_t offset = 0, bytes = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handles_[index], &offset));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handles_[index], &bytes));
     if (info.numel > 0 && offset * element_size(info) + info.bytes > bytes) {
-      fail(list_name, "[", index, "] reaches beyond its memory: its storage was resized");
+      refuse(index, name, " reaches beyond its memory: its storage was resized");
     }
   }
 
  private:
-  static void set_dtype(TensorInfo& info, const char* list_name, size_t index) {
+  static void set_dtype(TensorInfo& info, const char* name, size_t index) {
     static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
                          float16 = aoti_torch_dtype_float16(), bfloat16 = aoti_torch_dtype_bfloat16(),
                          complex32 = aoti_torch_dtype_complex32(), complex64 = aoti_torch_dtype_complex64(),
@@ -167,7 +175,7 @@ class TensorList {
     } else if (type == bfloat16) {
       info.dtype = Dtype::kBFloat16;
     } else {
-      fail(list_name, "[", index, "] has a dtype that the kernels do not know (ScalarType ", type, ")");
+      refuse(index, name, " has a dtype that the kernels do not know (ScalarType ", type, ")");
     }
     info.is_complex = type == complex32 || type == complex64 || type == complex128;
   }
@@ -175,30 +183,67 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// Throws unless all lists have as many tensors as the first.
-inline void check_lengths(std::initializer_list<std::pair<size_t, const char*>> lists) {
-  const size_t count = lists.begin()->first;
-  if (std::all_of(lists.begin(), lists.end(), [&](const auto& list) { return list.first == count; })) {
+// Refuses lists of which one has not as many tensors as the first.
+template <size_t count>
+void check_lengths(const std::pair<size_t, const char*> (&lists)[count]) {
+  if (std::all_of(lists, lists + count, [&](const auto& list) { return list.first == lists[0].first; })) {
     return;
   }
   std::ostringstream lengths;
-  for (const auto& [list, name] : lists) {
-    lengths << (name == lists.begin()->second ? ": " : ", ") << list << ' ' << name;
+  for (const auto& [size, name] : lists) {
+    lengths << (name == lists[0].second ? ": " : ", ") << size << ' ' << name;
   }
-  fail("the lists differ in length", lengths.str());
+  refuse_call("the lists differ in length", lengths.str());
+}
+
+// Which segment the parameters of a call belong to: sizes[s] of them, one after the other, to segment s.
+class SegmentCursor {
+ public:
+  explicit SegmentCursor(const std::vector<int64_t>& sizes) : sizes_(sizes) {}
+
+  // For each index from 0 on, in this order.
+  uint32_t segment_of(size_t index) {
+    while (index >= end_) {
+      end_ += static_cast<size_t>(sizes_[next_++]);
+    }
+    return static_cast<uint32_t>(next_ - 1);
+  }
+
+ private:
+  const std::vector<int64_t>& sizes_;
+  size_t next_ = 0;
+  size_t end_ = 0;  // of the segments before `next_`
+};
+
+inline void check_sizes(const std::vector<int64_t>& sizes, size_t param_count) {
+  uint64_t sum = 0;
+  for (const int64_t size : sizes) {
+    if (size < 0 || static_cast<uint64_t>(size) > param_count - sum) {
+      sum = param_count + 1;
+      break;
+    }
+    sum += static_cast<uint64_t>(size);
+  }
+  if (sum != param_count) {
+    std::ostringstream listed;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      listed << (i == 0 ? "" : ", ") << sizes[i];
+    }
+    refuse_call("the sizes of its segments are ", listed.str(), ", which do not make ", param_count, " parameters");
+  }
 }
 
 // What the parameters of a call have in common.
-struct InCommon {
+struct CallInfo {
   int64_t complex_param = -1;  // the index of the first complex parameter, if there is one
   int32_t device_index = 0;    // of all tensors
 
-  // Throws unless the parameter is on the device of the first.
+  // Refuses a parameter that is not on the device of the first.
   void add(const TensorInfo& param, size_t index) {
     if (index == 0) {
       device_index = param.device_index;
     } else if (param.device_index != device_index) {
-      fail("parameter 0 is on device ", device_index, ", but parameter ", index, " on device ", param.device_index);
+      refuse(index, "it is on device ", param.device_index, ", but parameter 0 on device ", device_index);
     }
     if (param.is_complex && complex_param < 0) {
       complex_param = static_cast<int64_t>(index);
@@ -206,50 +251,49 @@ struct InCommon {
   }
 };
 
-// One dimension of a parameter with the strides, in bytes, of its four tensors.
+// One dimension of a parameter with the strides, in bytes, of its tensors.
 struct Dimension {
   int64_t size;
-  int64_t param;
-  int64_t grad;
-  int64_t square_avg;
-  int64_t acc_delta;
+  int64_t stride[kTensors];
 };
 
 // The dimensions of a parameter, its innermost dimension in memory last.
 using Layout = std::vector<Dimension>;
 
-// One parameter, ready to be updated. If it is dense, all four tensors hold element i at index i of their memory;
+// One parameter, ready to be updated. If it is dense, all its tensors hold element i at index i of their memory;
 // otherwise `layout` leads from an index to each address.
 struct Entry {
-  char* param;
-  char* grad;
-  char* square_avg;
-  char* acc_delta;
+  char* data[kTensors];
   int64_t numel;         // of real numbers
   int64_t end;           // where its elements end in the concatenation of all entries
   const Layout* layout;  // nullptr if dense
-  Dtype dtype;           // of param, square_avg and acc_delta
-  Dtype grad_dtype;
-  size_t index;             // of the parameter in the lists
+  size_t index;          // of the parameter in the lists
+  uint32_t segment;
+  Dtype dtype[kTensors];    // the state has that of the parameter
   bool grad_aliases_param;  // the gradient is the parameter itself: read a block of it before the block is written
 };
 
-struct Entries : InCommon {
+// What read_entries finds. Its owner keeps it from call to call: to allocate and free so much at every step costs a
+// tenth of the step for a thousand small tensors, and `aliases` remembers what was found.
+struct Workspace : CallInfo {
   std::vector<Entry> entries;  // empty tensors are left out
   std::deque<Layout> layouts;
   bool disjoint = true;  // false: some memory belongs to two entries, which must then run in their order
 
-  CallMemory memory;  // of each entry
+  AliasChecker aliases;
 
   int64_t numel() const { return entries.empty() ? 0 : entries.back().end; }
 
   void clear() {
     entries.clear();
     layouts.clear();
-    memory.begin();
+    aliases.begin();
     complex_param = -1;
   }
 };
+
+// The tensors of one parameter.
+using TensorRow = std::array<const TensorInfo*, kTensors>;
 
 namespace detail {
 
@@ -309,179 +353,184 @@ inline bool share_memory(const TensorInfo& x, const TensorInfo& y) {
   return x.data < y.data + y.bytes && y.data < x.data + x.bytes;
 }
 
-inline Layout dimensions(
-    const TensorInfo& param, const TensorInfo& grad, const TensorInfo& square_avg, const TensorInfo& acc_delta
-) {
+inline Layout dimensions(const TensorRow& tensors) {
+  const TensorInfo& param = *tensors[kParam];
   Layout dims;
   for (const int64_t d : memory_order(param)) {
-    dims.push_back(
-        {param.sizes[d],
-         param.strides[d] * element_size(param),
-         grad.strides[d] * element_size(grad),
-         square_avg.strides[d] * element_size(square_avg),
-         acc_delta.strides[d] * element_size(acc_delta)}
-    );
+    Dimension& dim = dims.emplace_back();
+    dim.size = param.sizes[d];
+    for (int slot = 0; slot < kTensors; ++slot) {
+      dim.stride[slot] = tensors[slot]->strides[d] * element_size(*tensors[slot]);
+    }
   }
   if (param.is_complex) {
-    dims.push_back(
-        {2, item_size(param.dtype), item_size(grad.dtype), item_size(square_avg.dtype), item_size(acc_delta.dtype)}
-    );
+    Dimension& dim = dims.emplace_back();
+    dim.size = 2;
+    for (int slot = 0; slot < kTensors; ++slot) {
+      dim.stride[slot] = item_size(tensors[slot]->dtype);
+    }
   }
   return dims;
 }
 
-// Each of these throws unless `tensor`, which belongs to parameter `index`, …
+// Each of these refuses parameter `index` unless `tensor`, which belongs to it, …
 
-// … is on the device of `param`.
+// … is on its device.
 inline void check_device(const TensorInfo& param, const TensorInfo& tensor, int32_t device_type, size_t index) {
   if (tensor.device_type != device_type || tensor.device_index != param.device_index) {
-    fail("the tensors of parameter ", index, " are not on one device");
+    refuse(index, "its tensors are not on one device");
   }
 }
 
-// … is complex if `param` is.
+// … is complex if it is.
 inline void check_complex(const TensorInfo& param, const TensorInfo& tensor, size_t index) {
   if (tensor.is_complex != param.is_complex) {
-    fail("of the tensors of parameter ", index, ", some are complex and some are real");
+    refuse(index, "of its tensors, some are complex and some are real");
   }
 }
 
-// … is both, and of the shape of `param`.
+// … is both, and of its shape.
 inline void check_fits(const TensorInfo& param, const TensorInfo& tensor, int32_t device_type, size_t index) {
   check_device(param, tensor, device_type, index);
   if (!same_sizes(param, tensor)) {
-    fail("the tensors of parameter ", index, " differ in shape");
+    refuse(index, "its tensors differ in shape");
   }
   check_complex(param, tensor, index);
 }
 
-// The parameter and its state, which are written to. The following throw unless they …
-using Written = std::array<const TensorInfo*, 3>;
+// The following look at the tensors that are written to: the parameter and its state. They refuse those that are not …
 
-// … are of one dtype.
-inline void check_state_dtype(const Written& tensors, size_t index) {
-  if (tensors[1]->dtype != tensors[0]->dtype || tensors[2]->dtype != tensors[0]->dtype) {
-    fail("the state of parameter ", index, " has another dtype than the parameter");
-  }
-}
-
-// … have each element at a place of its own.
-inline void check_no_overlap(const Written& tensors, size_t index) {
-  for (const TensorInfo* tensor : tensors) {
-    if (overlaps_itself(*tensor)) {
-      fail("a tensor of parameter ", index, " that would be written to overlaps itself in memory");
+// … of one dtype.
+inline void check_state_dtype(const TensorRow& tensors, size_t index) {
+  for (int slot = kFirstState; slot < kTensors; ++slot) {
+    if (tensors[slot]->dtype != tensors[kParam]->dtype) {
+      refuse(index, "its state has another dtype than the parameter");
     }
   }
 }
 
-// … share no memory.
-inline void check_apart(const TensorInfo& x, const TensorInfo& y, size_t index) {
-  if (share_memory(x, y)) {
-    fail("two tensors of parameter ", index, " share memory");
+// … such that each element has a place of its own.
+inline void check_no_overlap(const TensorRow& tensors, size_t index) {
+  for (int slot = 0; slot < kTensors; ++slot) {
+    if (is_written(slot) && overlaps_itself(*tensors[slot])) {
+      refuse(index, kOwnNames[slot], " would be written to, but overlaps itself in memory");
+    }
   }
 }
 
-inline void check_apart(const Written& tensors, size_t index) {
-  check_apart(*tensors[0], *tensors[1], index);
-  check_apart(*tensors[0], *tensors[2], index);
-  check_apart(*tensors[1], *tensors[2], index);
+// … apart from each other, or, but for the parameter, from a gradient that is not empty.
+inline void check_apart(const TensorRow& tensors, size_t index) {
+  for (int slot = kFirstState; slot < kTensors; ++slot) {
+    for (int other = 0; other < slot; ++other) {
+      if (tensors[other]->numel > 0 && share_memory(*tensors[slot], *tensors[other])) {
+        refuse(index, kOwnNames[other], " and ", kOwnNames[slot], " share memory");
+      }
+    }
+  }
 }
 
 }  // namespace detail
 
-// One for all kinds of lists of state that read_entries is made for.
-inline Entries& entries_of_thread() {
-  static thread_local Entries entries;
-  return entries;
-}
-
-// Checks that each parameter's four tensors can be updated together on `device_type`, and describes them. Throws
-// std::runtime_error before anything is written.
-//
-// The result lives as long as the calling thread and until its next call: to allocate and free so much at every step
-// costs a tenth of the step for a thousand small tensors.
+// The lists of the tensors of each parameter.
 template <typename StateList>
-const Entries& read_entries(
-    const TensorList& params,
-    const TensorList& grads,
-    const StateList& square_avgs,
-    const StateList& acc_deltas,
-    int32_t device_type
+struct Lists {
+  const TensorList& params;
+  const TensorList& grads;
+  std::array<const StateList*, kStates> states;
+
+  TensorRow row(size_t index, std::array<TensorInfo, kTensors>& storage) const {
+    TensorRow tensors{
+        &params.info(index, kParam, storage[kParam]), &grads.info(index, kGrad, storage[kGrad])
+    };
+    for (int slot = kFirstState; slot < kTensors; ++slot) {
+      tensors[slot] = &states[slot - kFirstState]->info(index, static_cast<Slot>(slot), storage[slot]);
+    }
+    return tensors;
+  }
+
+  void check_lengths() const {
+    std::pair<size_t, const char*> lengths[kTensors] = {{params.size(), kListNames[kParam]}, {grads.size(), kListNames[kGrad]}};
+    for (int slot = kFirstState; slot < kTensors; ++slot) {
+      lengths[slot] = {states[slot - kFirstState]->size(), kListNames[slot]};
+    }
+    torch_adadelta::check_lengths(lengths);
+  }
+
+  // Of what is written to.
+  void check_storage(size_t index) const {
+    std::array<TensorInfo, kTensors> storage;
+    const TensorRow tensors = row(index, storage);
+    params.check_storage(index, kOwnNames[kParam], *tensors[kParam]);
+    for (int slot = kFirstState; slot < kTensors; ++slot) {
+      states[slot - kFirstState]->check_storage(index, kOwnNames[slot], *tensors[slot]);
+    }
+  }
+};
+
+// Checks that each parameter's tensors can be updated together on `device_type`, and describes them.
+template <typename StateList>
+void read_entries(
+    Workspace& workspace, const Lists<StateList>& lists, const std::vector<int64_t>& sizes, int32_t device_type
 ) {
-  const size_t count = params.size();
-  check_lengths({
-      {count, "params"},
-      {grads.size(), "grads"},
-      {square_avgs.size(), "square_avgs"},
-      {acc_deltas.size(), "acc_deltas"},
-  });
-  Entries& result = entries_of_thread();
-  result.clear();
+  lists.check_lengths();
+  const size_t count = lists.params.size();
+  check_sizes(sizes, count);
+  SegmentCursor segments(sizes);
+  workspace.clear();
 
   for (size_t i = 0; i < count; ++i) {
-    const TensorInfo param = params.info(i, "params", true);
-    const TensorInfo grad = grads.info(i, "grads", false);
-    const TensorInfo& square_avg = square_avgs.info(i, "square_avgs", true);
-    const TensorInfo& acc_delta = acc_deltas.info(i, "acc_deltas", true);
-
-    for (const TensorInfo* tensor : {&param, &grad, &square_avg, &acc_delta}) {
+    std::array<TensorInfo, kTensors> storage;
+    const TensorRow tensors = lists.row(i, storage);
+    const TensorInfo &param = *tensors[kParam], &grad = *tensors[kGrad];
+    for (const TensorInfo* tensor : tensors) {
       detail::check_fits(param, *tensor, device_type, i);
     }
-    result.add(param, i);
-    const detail::Written written{&param, &square_avg, &acc_delta};
-    detail::check_state_dtype(written, i);
+    workspace.add(param, i);
+    detail::check_state_dtype(tensors, i);
     if (param.numel == 0) {
       continue;
     }
 
-    const bool same_layout = detail::same_strides(param, grad) && detail::same_strides(param, square_avg) &&
-                             detail::same_strides(param, acc_delta);
-    const bool dense =
-        same_layout && (detail::is_contiguous(param) ||
-                        (param.bytes == param.numel * element_size(param) && !detail::overlaps_itself(param)));
-    if (!dense) {
-      detail::check_no_overlap(written, i);
+    bool dense = true;
+    for (const TensorInfo* tensor : tensors) {
+      dense = dense && detail::same_strides(param, *tensor);
     }
-    detail::check_apart(written, i);
-    detail::check_apart(grad, square_avg, i);
-    detail::check_apart(grad, acc_delta, i);
+    dense = dense && (detail::is_contiguous(param) ||
+                      (param.bytes == param.numel * element_size(param) && !detail::overlaps_itself(param)));
+    if (!dense) {
+      detail::check_no_overlap(tensors, i);
+    }
+    detail::check_apart(tensors, i);
     const bool grad_aliases_param = detail::share_memory(grad, param);
     if (grad_aliases_param &&
         (grad.data != param.data || grad.dtype != param.dtype || !detail::same_strides(param, grad))) {
-      fail("the gradient of parameter ", i, " shares memory with the parameter at another place");
+      refuse(i, "its gradient shares memory with the parameter at another place");
     }
 
-    const Layout* layout = nullptr;
-    if (!dense) {
-      layout = &result.layouts.emplace_back(detail::dimensions(param, grad, square_avg, acc_delta));
+    const int64_t numel = param.numel * (param.is_complex ? 2 : 1), end = workspace.numel() + numel;
+    Entry& entry = workspace.entries.emplace_back();
+    RowMemory memory;
+    for (int slot = 0; slot < kTensors; ++slot) {
+      entry.data[slot] = tensors[slot]->data;
+      entry.dtype[slot] = tensors[slot]->dtype;
+      memory[slot] = memory_of(*tensors[slot]);
     }
-    const int64_t numel = param.numel * (param.is_complex ? 2 : 1);
-    result.entries.push_back(
-        {param.data,
-         grad.data,
-         square_avg.data,
-         acc_delta.data,
-         numel,
-         result.numel() + numel,
-         layout,
-         param.dtype,
-         grad.dtype,
-         i,
-         grad_aliases_param}
-    );
-    result.memory.add({{memory_of(param), memory_of(square_avg), memory_of(acc_delta)}, memory_of(grad)});
+    entry.numel = numel;
+    entry.end = end;
+    entry.layout = dense ? nullptr : &workspace.layouts.emplace_back(detail::dimensions(tensors));
+    entry.index = i;
+    entry.segment = segments.segment_of(i);
+    entry.grad_aliases_param = grad_aliases_param;
+    workspace.aliases.add(memory);
   }
 
-  if (result.memory.writes_elsewhere()) {
+  if (workspace.aliases.writes_elsewhere()) {
     for (size_t i = 0; i < count; ++i) {
-      params.check_storage(i, "params", params.info(i, "params", false));
-      square_avgs.check_storage(i, "square_avgs", square_avgs.info(i, "square_avgs", false));
-      acc_deltas.check_storage(i, "acc_deltas", acc_deltas.info(i, "acc_deltas", false));
+      lists.check_storage(i);
     }
   }
-  result.memory.finish([&](size_t row) { return result.entries[row].index; });
-  result.disjoint = result.memory.disjoint();
-  return result;
+  workspace.aliases.finish([&](size_t row) { return workspace.entries[row].index; });
+  workspace.disjoint = workspace.aliases.disjoint();
 }
 
 // ---- Gradients by themselves ----------------------------------------------------------------------------------------
@@ -498,7 +547,8 @@ struct Gradient {
   bool in_double;  // the arithmetic type
 };
 
-struct Gradients : InCommon {
+// What read_gradients finds; its owner keeps it, as a Workspace.
+struct Gradients : CallInfo {
   std::vector<Gradient> gradients;  // empty tensors are left out
   std::deque<Layout> layouts;
 
@@ -511,7 +561,7 @@ namespace detail {
 inline bool is_packed(const Layout& layout, const TensorInfo& grad) {
   int64_t expected = item_size(grad.dtype);
   for (auto dim = layout.rbegin(); dim != layout.rend(); ++dim) {
-    if (dim->grad != expected) {
+    if (dim->stride[kGrad] != expected) {
       return false;
     }
     expected *= dim->size;
@@ -522,19 +572,18 @@ inline bool is_packed(const Layout& layout, const TensorInfo& grad) {
 }  // namespace detail
 
 // Checks that each gradient is one of its parameter, and describes it. The arithmetic type is that of the parameter, or
-// double for all. The result lives as that of read_entries does.
-inline const Gradients& read_gradients(
-    const TensorList& params, const TensorList& grads, bool in_double, int32_t device_type
+// double for all.
+inline void read_gradients(
+    Gradients& result, const TensorList& params, const TensorList& grads, bool in_double, int32_t device_type
 ) {
-  check_lengths({{params.size(), "params"}, {grads.size(), "grads"}});
-  static thread_local Gradients result;
+  check_lengths({{params.size(), kListNames[kParam]}, {grads.size(), kListNames[kGrad]}});
   result.gradients.clear();
   result.layouts.clear();
   result.complex_param = -1;
 
   for (size_t i = 0; i < params.size(); ++i) {
-    const TensorInfo param = params.info(i, "params", false);
-    const TensorInfo grad = grads.info(i, "grads", false);
+    const TensorInfo param = params.info(i, kOwnNames[kParam], false);
+    const TensorInfo grad = grads.info(i, kOwnNames[kGrad], false);
     detail::check_fits(param, param, device_type, i);
     detail::check_fits(param, grad, device_type, i);
     result.add(param, i);
@@ -543,7 +592,10 @@ inline const Gradients& read_gradients(
     }
     const Layout* layout = nullptr;
     if (!detail::is_contiguous(param) || !detail::is_contiguous(grad)) {
-      const Layout& dims = result.layouts.emplace_back(detail::dimensions(param, grad, param, param));
+      TensorRow tensors;
+      tensors.fill(&param);
+      tensors[kGrad] = &grad;
+      const Layout& dims = result.layouts.emplace_back(detail::dimensions(tensors));
       layout = detail::is_packed(dims, grad) ? nullptr : &dims;
     }
     result.gradients.push_back(
@@ -556,18 +608,6 @@ inline const Gradients& read_gradients(
          grad.is_complex,
          in_double || param.dtype == Dtype::kFloat64}
     );
-  }
-  return result;
-}
-
-// Throws if `clipvalue`, infinite where there is none, cannot be applied. `complex_param` is the index of some complex
-// parameter, or negative.
-inline void check_clipvalue(double clipvalue, int64_t complex_param) {
-  if (!(clipvalue >= 0)) {
-    fail("clipvalue must be a number >= 0, got ", clipvalue);
-  }
-  if (clipvalue < std::numeric_limits<double>::infinity() && complex_param >= 0) {
-    fail("clipvalue is ", clipvalue, ", but parameter ", complex_param, " is complex, and has no order to clamp in");
   }
 }
 

@@ -174,7 +174,7 @@ class CompiledStep(Optimizer):
             if "factor" in own:
                 own["factor"] = own["factor"].to(param.device)
             if which % len(_KINDS) == 0:
-                ops._adadelta(*lists, *ops._option_arguments(lr, rho, epsilon, group["maximize"], **own))
+                ops._adadelta(*lists, *ops._option_arguments(len(lists[0]), lr, rho, epsilon, group["maximize"], **own))
             else:
                 updates.for_loop(*lists, lr, rho, epsilon, group["maximize"], **own)
 

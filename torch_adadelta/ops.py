@@ -118,15 +118,14 @@ def adadelta_(
     """
     if not params:  # the dispatcher finds no kernel without a tensor
         return
-    if not clip and type(lr) is float and type(rho) is float and type(epsilon) is float:
-        _adadelta_unclipped(params, grads, square_avgs, acc_deltas, lr, rho, epsilon, maximize)
-    else:
-        _adadelta(params, grads, square_avgs, acc_deltas, *_option_arguments(lr, rho, epsilon, maximize, **clip))
+    options = _option_arguments(len(params), lr, rho, epsilon, maximize, **clip)
+    _adadelta(params, grads, square_avgs, acc_deltas, *options)
     # By its version autograd notices that a tensor it saved has changed. An op behind the stable ABI cannot raise it.
     _increment_version(params)
 
 
 def _option_arguments(
+    count: int,
     lr: Value,
     rho: Value,
     epsilon: Value,
@@ -139,12 +138,26 @@ def _option_arguments(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """The arguments of an update op that follow its lists."""
-    values = (lr, rho, epsilon, factor)
-    *numbers, factor_number = [0.0 if isinstance(value, Tensor) else value for value in values]
-    *tensors, factor_tensor = [value if isinstance(value, Tensor) else None for value in values]
-    options = (clipvalue, clipnorm, square_sums, factor_number, factor_tensor, grad_scale, found_inf)
-    return (*numbers, maximize, *tensors, *options)
+    """The arguments of an update op that follow its lists, for one segment of `count` parameters."""
+    values = (lr, rho, epsilon, 1.0 if maximize else 0.0)
+    numbers: Any = values
+    tensors: list[Tensor | None] = []
+    if not (type(lr) is float and type(rho) is float and type(epsilon) is float):
+        numbers = [0.0 if isinstance(value, Tensor) else value for value in values]
+        tensors = [value if isinstance(value, Tensor) else None for value in values]
+    factor_tensor = factor if isinstance(factor, Tensor) else None
+    return (
+        (count,),
+        numbers,
+        tensors,
+        None if clipvalue == inf else clipvalue,
+        clipnorm,
+        square_sums,
+        1.0 if factor_tensor is not None else factor,
+        factor_tensor,
+        grad_scale,
+        found_inf,
+    )
 
 
 class HeldState:
@@ -163,9 +176,9 @@ class HeldState:
             raise RuntimeError("complex or negated accumulators cannot be held")
         self.square_avgs: Final = square_avgs
         self.acc_deltas: Final = acc_deltas
-        self._number: int = torch.ops.torch_adadelta.hold_state.default(square_avgs, acc_deltas)
+        self._number: int = torch.ops.torch_adadelta.cache_accumulators.default(square_avgs, acc_deltas)
         # At the end of the process they go anyway.
-        weakref.finalize(self, torch.ops.torch_adadelta.drop_state.default, self._number).atexit = False
+        weakref.finalize(self, torch.ops.torch_adadelta.drop_accumulators.default, self._number).atexit = False
 
     def holds(self, states: Collection[Any]) -> bool:
         """Whether `square_avg` and `acc_delta` of these states are the very tensors that it holds, in this order."""
@@ -192,18 +205,16 @@ class HeldState:
         **clip: Any,
     ) -> None:
         """What `adadelta_` does, with the accumulators that are held and these."""
-        if not clip and type(lr) is float and type(rho) is float and type(epsilon) is float:
-            _adadelta_held(params, grads, self._number, lr, rho, epsilon, maximize)
-        else:
-            options = _option_arguments(lr, rho, epsilon, maximize, **clip)
-            _adadelta_held_with_options(params, grads, self._number, *options)
+        options = _option_arguments(len(params), lr, rho, epsilon, maximize, **clip)
+        _adadelta_cached(params, grads, self._number, *options)
         _increment_version(params)
 
 
 def check_lists(params: list[Tensor], grads: list[Tensor], square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> None:
     """Raises what `adadelta_` would raise for these lists, and writes nothing."""
     if params:
-        torch.ops.torch_adadelta.check_lists.default(params, grads, square_avgs, acc_deltas)
+        options = _option_arguments(len(params), 1.0, 0.0, 0.0, False)
+        _adadelta(params, grads, square_avgs, acc_deltas, *options, check_only=True)
 
 
 def grad_square_sums(
@@ -254,9 +265,8 @@ def sparse_adadelta_(
     """
     if not params:
         return
-    _sparse_adadelta(
-        params, indices, values, square_avgs, acc_deltas, *_option_arguments(lr, rho, epsilon, maximize, **clip)
-    )
+    options = _option_arguments(len(params), lr, rho, epsilon, maximize, **clip)
+    _sparse_adadelta(params, indices, values, square_avgs, acc_deltas, *options)
     _increment_version(params)
 
 
@@ -271,7 +281,7 @@ def first_bad_indices(
 
     Raises RuntimeError for lists, not empty ones, that `sparse_adadelta_` would refuse for another reason.
     """
-    result: Tensor = torch.ops.torch_adadelta.first_bad_indices.default(
+    result: Tensor = torch.ops.torch_adadelta.first_invalid_indices.default(
         params, indices, values, square_avgs, acc_deltas
     )
     return result
@@ -293,15 +303,10 @@ def set_cpu_capability(name: str) -> str:
 
 if is_loaded:
     _adadelta: Final[Any] = torch.ops.torch_adadelta.adadelta_.default
-    _adadelta_unclipped: Final[Any] = torch.ops.torch_adadelta.adadelta_.unclipped
     _sparse_adadelta: Final[Any] = torch.ops.torch_adadelta.sparse_adadelta_.default
     # What an OpOverload calls takes 0.4 microseconds less.
-    _adadelta_held, _adadelta_held_with_options = (
-        getattr(overload, "_op", overload)
-        for overload in (
-            torch.ops.torch_adadelta.adadelta_.held,
-            torch.ops.torch_adadelta.adadelta_.held_with_options,
-        )
+    _adadelta_cached: Final[Any] = getattr(
+        torch.ops.torch_adadelta.adadelta_.cached, "_op", torch.ops.torch_adadelta.adadelta_.cached
     )
 
     def _fake(*args: Any, **kwargs: Any) -> None:
@@ -317,21 +322,15 @@ if is_loaded:
     _library: Final = torch.library.Library("torch_adadelta", "IMPL")
     for _name in (
         "adadelta_",
-        "adadelta_.unclipped",
-        "adadelta_.held",
-        "adadelta_.held_with_options",
+        "adadelta_.cached",
         "sparse_adadelta_",
-        "check_lists",
-        "first_bad_indices",
+        "first_invalid_indices",
         "grad_square_sums",
     ):
         _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
     torch.library.register_fake("torch_adadelta::adadelta_", _fake)
-    torch.library.register_fake("torch_adadelta::adadelta_.unclipped", _fake)
-    torch.library.register_fake("torch_adadelta::adadelta_.held", _fake)
-    torch.library.register_fake("torch_adadelta::adadelta_.held_with_options", _fake)
-    torch.library.register_fake("torch_adadelta::check_lists", _fake)
+    torch.library.register_fake("torch_adadelta::adadelta_.cached", _fake)
     torch.library.register_fake("torch_adadelta::sparse_adadelta_", _fake)
 
     def _fake_grad_square_sums(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -340,11 +339,11 @@ if is_loaded:
 
     torch.library.register_fake("torch_adadelta::grad_square_sums", _fake_grad_square_sums)
 
-    def _fake_first_bad_indices(params: list[Tensor], *args: Any) -> Tensor:
+    def _fake_first_invalid_indices(params: list[Tensor], *args: Any) -> Tensor:
         _fake(params, *args)
         return params[0].new_empty(len(params), dtype=torch.int64)
 
-    torch.library.register_fake("torch_adadelta::first_bad_indices", _fake_first_bad_indices)
+    torch.library.register_fake("torch_adadelta::first_invalid_indices", _fake_first_invalid_indices)
 
     # So that the sets can be compared on a whole program, as PyTorch's ATEN_CPU_CAPABILITY allows for its own kernels.
     if _wanted := os.environ.get("TORCH_ADADELTA_CPU_CAPABILITY"):

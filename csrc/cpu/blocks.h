@@ -8,8 +8,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 namespace torch_adadelta::cpu {
+
+// Calls run(std::integral_constant of the slot) for each tensor of a parameter.
+template <typename Run>
+ADADELTA_INLINE void for_each_slot(const Run& run) {
+  [&]<int... slots>(std::integer_sequence<int, slots...>) {
+    (run(std::integral_constant<int, slots>()), ...);
+  }(std::make_integer_sequence<int, kTensors>());
+}
 
 // Elements that are converted or gathered at a time: four buffers of doubles (16 KiB) stay in the first-level cache.
 constexpr int64_t kBlock = 512;
@@ -80,16 +89,16 @@ void scatter(char* to, const char* from, int64_t stride, int64_t count) {
 
 // Calls run(offset in bytes, position in the block, count) for each stretch of the innermost dimension that the
 // elements [begin, begin + count) of a strided tensor consist of.
-template <int64_t Dimension::* stride, typename Run>
+template <int slot, typename Run>
 void for_each_run(const Layout& layout, int64_t begin, int64_t count, const Run& run) {
   const Dimension& inner = layout.back();
   for (int64_t done = 0; done < count;) {
     int64_t index = begin + done;
     const int64_t first = index % inner.size;
-    int64_t offset = first * (inner.*stride);
+    int64_t offset = first * inner.stride[slot];
     index /= inner.size;
     for (auto dim = layout.rbegin() + 1; dim != layout.rend(); ++dim) {
-      offset += (index % dim->size) * (*dim.*stride);
+      offset += (index % dim->size) * dim->stride[slot];
       index /= dim->size;
     }
     const int64_t length = std::min(inner.size - first, count - done);
@@ -98,54 +107,54 @@ void for_each_run(const Layout& layout, int64_t begin, int64_t count, const Run&
   }
 }
 
-template <int64_t Dimension::* stride, typename T>
+template <int slot, typename T>
 void load_strided(
     const Loops& loops, T* to, const char* base, Dtype dtype, const Layout& layout, int64_t begin, int64_t count
 ) {
   alignas(64) char items[kBlock * sizeof(double)];
   const int64_t size = item_size(dtype);
-  const int64_t step = layout.back().*stride;
-  for_each_run<stride>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+  const int64_t step = layout.back().stride[slot];
+  for_each_run<slot>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
     const auto collect = size == 2 ? gather<uint16_t> : size == 4 ? gather<uint32_t> : gather<uint64_t>;
     collect(items + position * size, base + offset, step, length);
   });
   load_contiguous(loops, to, items, dtype, count);
 }
 
-template <int64_t Dimension::* stride, typename T>
+template <int slot, typename T>
 void store_strided(
     const Loops& loops, char* base, Dtype dtype, const T* from, const Layout& layout, int64_t begin, int64_t count
 ) {
   alignas(64) char items[kBlock * sizeof(double)];
   store_contiguous(loops, items, dtype, from, count);
   const int64_t size = item_size(dtype);
-  const int64_t step = layout.back().*stride;
-  for_each_run<stride>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+  const int64_t step = layout.back().stride[slot];
+  for_each_run<slot>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
     const auto spread = size == 2 ? scatter<uint16_t> : size == 4 ? scatter<uint32_t> : scatter<uint64_t>;
     spread(base + offset, items + position * size, step, length);
   });
 }
 
 // The elements [at, at + count) of a tensor, which lie as `layout` says, or one after the other where that is nullptr.
-template <int64_t Dimension::* stride, typename T>
+template <int slot, typename T>
 ADADELTA_INLINE void load_block(
     const Loops& loops, T* to, const char* base, Dtype dtype, const Layout* layout, int64_t at, int64_t count
 ) {
   if (layout == nullptr) {
     load_contiguous(loops, to, base + at * item_size(dtype), dtype, count);
   } else {
-    load_strided<stride>(loops, to, base, dtype, *layout, at, count);
+    load_strided<slot>(loops, to, base, dtype, *layout, at, count);
   }
 }
 
-template <int64_t Dimension::* stride, typename T>
+template <int slot, typename T>
 ADADELTA_INLINE void store_block(
     const Loops& loops, char* base, Dtype dtype, const T* from, const Layout* layout, int64_t at, int64_t count
 ) {
   if (layout == nullptr) {
     store_contiguous(loops, base + at * item_size(dtype), dtype, from, count);
   } else {
-    store_strided<stride>(loops, base, dtype, from, *layout, at, count);
+    store_strided<slot>(loops, base, dtype, from, *layout, at, count);
   }
 }
 

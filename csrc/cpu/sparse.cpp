@@ -3,14 +3,14 @@
 // order in which its occurrences were given, and updates the row.
 #include "blocks.h"
 #include "loops.h"
-#include "options.h"
 #include "parallel.h"
+#include "segments.h"
 
 #include "../sparse.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <array>
+#include <optional>
+#include <vector>
 
 namespace torch_adadelta::cpu {
 namespace {
@@ -23,7 +23,7 @@ struct Occurrence {
 };
 
 // The first occurrence whose row the parameter does not have, or -1.
-int64_t first_bad_index(const SparseEntry& entry) {
+int64_t first_invalid_index(const SparseEntry& entry) {
   int64_t first = entry.indices.count;
   for (int64_t d = 0; d < entry.indices.dims; ++d) {
     const auto size = static_cast<uint64_t>(entry.sparse_dims[d].size);
@@ -75,20 +75,18 @@ std::vector<Occurrence> occurrences_by_row(const SparseEntry& entry) {
 
 // ---- One row --------------------------------------------------------------------------------------------------------
 
-// Where the row that an occurrence names begins.
+// Where the row that an occurrence names begins, in the parameter and its state.
 struct Row {
-  char* param;
-  char* square_avg;
-  char* acc_delta;
+  char* data[kTensors];
 
-  Row(const SparseEntry& entry, int64_t position)
-      : param(entry.param), square_avg(entry.square_avg), acc_delta(entry.acc_delta) {
+  Row(const SparseEntry& entry, int64_t position) {
+    std::copy_n(entry.data, kTensors, data);
     for (int64_t d = 0; d < entry.indices.dims; ++d) {
       const Dimension& dim = entry.sparse_dims[d];
       const int64_t index = entry.indices.at(d, position);
-      param += index * dim.param;
-      square_avg += index * dim.square_avg;
-      acc_delta += index * dim.acc_delta;
+      for (int slot = 0; slot < kTensors; ++slot) {
+        data[slot] += index * dim.stride[slot];
+      }
     }
   }
 };
@@ -118,38 +116,43 @@ void update_row(
   const auto [add, update] = loops_of<T>(loops);
   const Row row(entry, first->position);
   const Layout* layout = entry.contiguous_row ? nullptr : &entry.row;
-  alignas(64) T grad[kBlock], buffer[kBlock], square_avg[kBlock], acc_delta[kBlock];
+  alignas(64) T blocks[kTensors][kBlock];
+  T *grad = blocks[kGrad], *param = blocks[kParam];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
     std::fill_n(grad, count, T(0));
     for (const Occurrence* occurrence = first; occurrence != last; ++occurrence) {
-      const char* value = entry.values + (occurrence->position * entry.row_numel + at) * item_size(entry.value_dtype);
-      if (entry.value_dtype == kT) {
+      const Dtype dtype = entry.dtype[kGrad];
+      const char* value = entry.data[kGrad] + (occurrence->position * entry.row_numel + at) * item_size(dtype);
+      if (dtype == kT) {
         add(grad, reinterpret_cast<const T*>(value), count, clip);
       } else {
-        load_contiguous(loops, buffer, value, entry.value_dtype, count);
-        add(grad, buffer, count, clip);
+        load_contiguous(loops, param, value, dtype, count);
+        add(grad, param, count, clip);
       }
     }
-    if (layout == nullptr && entry.dtype == kT) {
+    if (layout == nullptr && entry.dtype[kParam] == kT) {
       update(
-          reinterpret_cast<T*>(row.param) + at,
+          reinterpret_cast<T*>(row.data[kParam]) + at,
           grad,
-          reinterpret_cast<T*>(row.square_avg) + at,
-          reinterpret_cast<T*>(row.acc_delta) + at,
+          reinterpret_cast<T*>(row.data[kSquareAvg]) + at,
+          reinterpret_cast<T*>(row.data[kAccDelta]) + at,
           count,
           h
       );
       continue;
     }
-    T* param = buffer;
-    load_block<&Dimension::param>(loops, param, row.param, entry.dtype, layout, at, count);
-    load_block<&Dimension::square_avg>(loops, square_avg, row.square_avg, entry.dtype, layout, at, count);
-    load_block<&Dimension::acc_delta>(loops, acc_delta, row.acc_delta, entry.dtype, layout, at, count);
-    update(param, grad, square_avg, acc_delta, count, h);
-    store_block<&Dimension::param>(loops, row.param, entry.dtype, param, layout, at, count);
-    store_block<&Dimension::square_avg>(loops, row.square_avg, entry.dtype, square_avg, layout, at, count);
-    store_block<&Dimension::acc_delta>(loops, row.acc_delta, entry.dtype, acc_delta, layout, at, count);
+    for_each_slot([&](auto slot) {
+      if constexpr (is_written(slot)) {
+        load_block<slot>(loops, blocks[slot], row.data[slot], entry.dtype[slot], layout, at, count);
+      }
+    });
+    update(param, grad, blocks[kSquareAvg], blocks[kAccDelta], count, h);
+    for_each_slot([&](auto slot) {
+      if constexpr (is_written(slot)) {
+        store_block<slot>(loops, row.data[slot], entry.dtype[slot], blocks[slot], layout, at, count);
+      }
+    });
   }
 }
 
@@ -166,20 +169,45 @@ constexpr int64_t kMostBytesAhead = 1024;
 // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
 ADADELTA_INLINE void prefetch_row(const SparseEntry& entry, int64_t position, int64_t column) {
   const Row row(entry, position);
-  const int64_t size = item_size(entry.dtype);
+  const int64_t size = item_size(entry.dtype[kParam]);
   const int64_t bytes = std::min(std::min(kColumns, entry.row_numel - column) * size, kMostBytesAhead);
   for (int64_t byte = column * size; byte < column * size + bytes; byte += 64) {
-    __builtin_prefetch(row.param + byte, 0, 2);
-    __builtin_prefetch(row.square_avg + byte, 0, 2);
-    __builtin_prefetch(row.acc_delta + byte, 0, 2);
+    for (int slot = 0; slot < kTensors; ++slot) {
+      if (is_written(slot)) {
+        __builtin_prefetch(row.data[slot] + byte, 0, 2);
+      }
+    }
   }
 }
 
+// A parameter with its occurrences, by their rows.
+struct SortedEntry {
+  const SparseEntry* entry;
+  std::vector<Occurrence> occurrences;
+  int64_t end;  // as in for_all_elements
+
+  // A row is cut into pieces of so many elements, by whose number threads are called.
+  int64_t columns() const { return std::min(kColumns, entry->row_numel); }
+
+  int64_t size() const {
+    const int64_t pieces = entry->count() == 0 ? 0 : (entry->row_numel + columns() - 1) / columns();
+    return pieces * entry->count() * columns();
+  }
+};
+
+// The elements [begin, end) of all pieces of one parameter. Who has the first element of an occurrence takes all of
+// them.
 template <typename T>
-void update_entry(
-    const Loops& loops, const SparseEntry& entry, const GradientClip<T>& clip, const Hyperparameters<T>& h
+void update_range(
+    const Loops& loops,
+    const SortedEntry& sorted,
+    int64_t begin,
+    int64_t end,
+    const GradientClip<T>& clip,
+    const Hyperparameters<T>& h
 ) {
-  const std::vector<Occurrence> occurrences = occurrences_by_row(entry);
+  const SparseEntry& entry = *sorted.entry;
+  const std::vector<Occurrence>& occurrences = sorted.occurrences;
   const auto count = static_cast<int64_t>(occurrences.size());
   const auto is_first = [&](int64_t k) { return k == 0 || occurrences[k].row != occurrences[k - 1].row; };
 
@@ -199,65 +227,95 @@ void update_entry(
       update_row(loops, entry, &occurrences[k], occurrences.data() + stop, begin, end, clip, h);
     }
   };
-  const int64_t columns = std::min(kColumns, entry.row_numel);
-  const int64_t pieces = (entry.row_numel + columns - 1) / columns;
-  // In elements, for by their number threads are called; who has the first element of an occurrence takes all of them.
-  parallel_pieces(pieces * count * columns, [&](int64_t begin, int64_t end) {
-    const int64_t to = (end + columns - 1) / columns;
-    for (int64_t from = (begin + columns - 1) / columns; from < to;) {
-      const int64_t piece = from / count;
-      const int64_t first = from - piece * count;
-      const int64_t last = std::min(to - piece * count, count);
-      update_rows(first, last, piece * columns, std::min((piece + 1) * columns, entry.row_numel));
-      from += last - first;
-    }
-  });
+  const int64_t columns = sorted.columns();
+  const int64_t to = (end + columns - 1) / columns;
+  for (int64_t from = (begin + columns - 1) / columns; from < to;) {
+    const int64_t piece = from / count;
+    const int64_t first = from - piece * count;
+    const int64_t last = std::min(to - piece * count, count);
+    update_rows(first, last, piece * columns, std::min((piece + 1) * columns, entry.row_numel));
+    from += last - first;
+  }
 }
 
 // ---- The ops --------------------------------------------------------------------------------------------------------
 
+// All that an update allocates. Made before anything is written, and run after that.
+class SparseUpdate {
+ public:
+  explicit SparseUpdate(const SparseArguments& arguments)
+      : disjoint_(arguments.entries().disjoint),
+        options_(arguments.options().gradient),
+        values_(arguments.options()),
+        entries_(sorted(arguments.entries())),
+        pieces_(entries_.empty() ? 0 : entries_.back().end) {}
+
+  void run() {
+    if (is_skipped(options_)) {
+      return;
+    }
+    const Loops& loops = current_loops();
+    for_all_elements(entries_, disjoint_, pieces_, [&](const SortedEntry& sorted, int64_t begin, int64_t end) {
+      const SparseEntry& entry = *sorted.entry;
+      values_.with_values(
+          entry.dtype[kParam], entry.segment, entry.index, [&](const auto& clip, const auto& hyperparameters) {
+            update_range(loops, sorted, begin, end, clip, hyperparameters);
+          }
+      );
+    });
+  }
+
+ private:
+  static std::vector<SortedEntry> sorted(const SparseEntries& entries) {
+    for (const SparseEntry& entry : entries.entries) {
+      if (const int64_t position = first_invalid_index(entry); position >= 0) {
+        refuse(entry.index, "index ", position, " of its gradient is out of range");
+      }
+    }
+    std::vector<SortedEntry> result;
+    for (const SparseEntry& entry : entries.entries) {
+      if (entry.count() > 0) {
+        const int64_t start = result.empty() ? 0 : result.back().end;
+        SortedEntry& sorted = result.emplace_back(SortedEntry{&entry, occurrences_by_row(entry), 0});
+        sorted.end = start + sorted.size();
+      }
+    }
+    return result;
+  }
+
+  bool disjoint_;
+  const GradientOptions& options_;
+  SegmentValues values_;
+  std::vector<SortedEntry> entries_;
+  ParallelPieces pieces_;
+};
+
 // sparse_adadelta_ in schemas.h.
-void sparse_adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  const SparseLists lists(stack, aoti_torch_device_type_cpu());
-  const OptionArguments given(stack, argument_count, 5);
-  const SparseEntries entries = lists.read();
-  const UpdateOptions options = given.read(lists.place(entries), lists.size(), entries.complex_param);
-  check_values(entries);
-  for (const SparseEntry& entry : entries.entries) {
-    if (const int64_t bad = first_bad_index(entry); bad >= 0) {
-      fail("index ", bad, " of the gradient of parameter ", entry.index, " is out of range");
-    }
-  }
-  if (is_skipped(options)) {
-    return;
-  }
-  const double lr = value_of(options.lr), rho = value_of(options.rho), epsilon = value_of(options.epsilon);
-  const double factor = value_of(options.factor);
-  const Loops& loops = current_loops();
-  for (const SparseEntry& entry : entries.entries) {
-    if (entry.count() == 0) {
-      continue;
-    }
-    if (entry.dtype == Dtype::kFloat64) {
-      const auto clip = clip_of<double>(options, entry.index, factor);
-      update_entry(loops, entry, clip, Hyperparameters<double>(lr, rho, epsilon));
-    } else {
-      const auto clip = clip_of<float>(options, entry.index, factor);
-      update_entry(loops, entry, clip, Hyperparameters<float>(lr, rho, epsilon));
-    }
+void sparse_adadelta_(StableIValue* stack, uint64_t, uint64_t) {
+  std::optional<SparseArguments> arguments;
+  std::optional<SparseUpdate> update;
+  before_writing([&] {
+    arguments.emplace(ArgumentReader(stack), aoti_torch_device_type_cpu());
+    update.emplace(*arguments);
+  });
+  if (!arguments->check_only()) {
+    update->run();
   }
 }
 
-// first_bad_indices in schemas.h.
-void first_bad_indices(StableIValue* stack, uint64_t, uint64_t) {
-  const SparseLists lists(stack, aoti_torch_device_type_cpu());
-  const SparseEntries entries = lists.read();
-  torch::stable::Tensor result = lists.new_result(entries);
-  auto* positions = static_cast<int64_t*>(result.mutable_data_ptr());
-  for (const SparseEntry& entry : entries.entries) {
-    positions[entry.index] = first_bad_index(entry);
-  }
-  stack[0] = torch::stable::detail::from(result);
+// first_invalid_indices in schemas.h.
+void first_invalid_indices(StableIValue* stack, uint64_t, uint64_t) {
+  before_writing([&] {
+    ArgumentReader reader(stack);
+    const SparseLists lists(reader, aoti_torch_device_type_cpu());
+    const SparseEntries entries = lists.read();
+    torch::stable::Tensor result = lists.new_result(entries);
+    auto* positions = static_cast<int64_t*>(result.mutable_data_ptr());
+    for (const SparseEntry& entry : entries.entries) {
+      positions[entry.index] = first_invalid_index(entry);
+    }
+    stack[0] = torch::stable::detail::from(result);
+  });
 }
 
 }  // namespace
@@ -265,5 +323,5 @@ void first_bad_indices(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CPU, m) {
   m.impl("sparse_adadelta_", torch_adadelta::cpu::sparse_adadelta_);
-  m.impl("first_bad_indices", torch_adadelta::cpu::first_bad_indices);
+  m.impl("first_invalid_indices", torch_adadelta::cpu::first_invalid_indices);
 }

@@ -3,8 +3,8 @@
 #include "loops.h"
 #include "parallel.h"
 
+#include "../options.h"
 #include "../square_sums.h"
-#include "../arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -58,7 +58,7 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
   static_assert(kBlock / 2 % kSumLanes == 0, "a block begins at lane 0");
   for (int64_t at = begin; at < end; at += step) {
     const int64_t count = std::min(step, end - at);
-    load_block<&Dimension::grad>(
+    load_block<kGrad>(
         loops, block, gradient.data, gradient.dtype, gradient.layout, at * width, count * width
     );
     if (scale != T(1)) {
@@ -84,16 +84,17 @@ double unit_sum(
   return pairwise_sum(chunks, count);
 }
 
-// Writes the sum of each gradient to `sums`, at the gradient's index.
-void sum_squares(const Gradients& lists, double clipvalue, float scale, double* sums) {
+// Writes the sum of each gradient to `sums`, at the gradient's index. `units` is room for the sums of all units.
+void sum_squares(
+    const Gradients& lists, double clipvalue, float scale, std::vector<double>& units, double* sums
+) {
   const Loops& loops = current_loops();
   const auto& gradients = lists.gradients;
   const auto start_of = [](const Gradient& gradient) { return gradient.end - gradient.numel; };
 
-  // The sums of all units. Where those of a gradient begin leaves room for the units of all gradients before it.
-  static thread_local std::vector<double> units;
+  // Where the units of a gradient begin leaves room for those of all gradients before it.
   units.resize(lists.numel() / kUnit + gradients.size());
-  const auto units_of = [&, units = units.data()](size_t i) { return units + start_of(gradients[i]) / kUnit + i; };
+  const auto units_of = [&](size_t i) { return units.data() + start_of(gradients[i]) / kUnit + i; };
 
   // Each thread takes the units that begin in its range.
   const auto sum_range = [&](int64_t begin, int64_t end) {
@@ -119,14 +120,18 @@ void sum_squares(const Gradients& lists, double clipvalue, float scale, double* 
 }
 
 // grad_square_sums in schemas.h. Boxed, as adadelta_ is.
-void grad_square_sums(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  const SquareSumArguments arguments(stack, argument_count, aoti_torch_device_type_cpu());
-  torch::stable::Tensor result = arguments.new_result();
-  auto* sums = static_cast<double*>(result.mutable_data_ptr());
-  std::fill_n(sums, result.numel(), 0.0);
-  const float scale = arguments.grad_scale() != nullptr ? *arguments.grad_scale() : 1.0f;
-  sum_squares(arguments.gradients(), arguments.clipvalue(), scale, sums);
-  stack[0] = torch::stable::detail::from(result);
+void grad_square_sums(StableIValue* stack, uint64_t, uint64_t) {
+  static thread_local Gradients gradients;
+  static thread_local std::vector<double> units;
+  before_writing([&] {
+    const SquareSumArguments arguments(ArgumentReader(stack), gradients, aoti_torch_device_type_cpu());
+    torch::stable::Tensor result = arguments.new_result();
+    auto* sums = static_cast<double*>(result.mutable_data_ptr());
+    std::fill_n(sums, result.numel(), 0.0);
+    const float scale = arguments.grad_scale() != nullptr ? *arguments.grad_scale() : 1.0f;
+    sum_squares(gradients, arguments.clipvalue(), scale, units, sums);
+    stack[0] = torch::stable::detail::from(result);
+  });
 }
 
 }  // namespace

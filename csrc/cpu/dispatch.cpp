@@ -1,7 +1,9 @@
 // The instruction set: the best that the processor has, or another one for tests and benchmarks.
 #include "loops.h"
 
-#include "../tensor_lists.h"
+#include "../refusal.h"
+
+#include <torch/csrc/stable/library.h>
 
 #include <atomic>
 
@@ -30,7 +32,7 @@ int64_t cpu_capability() { return capability.load(); }
 // Returns the capability that was set before.
 int64_t set_cpu_capability(int64_t value) {
   if (value < kDefault || value > best_capability()) {
-    fail("this processor has the CPU capabilities 0 to ", best_capability(), ", got ", value);
+    refuse_call("this processor has the CPU capabilities 0 to ", best_capability(), ", got ", value);
   }
   return capability.exchange(value);
 }

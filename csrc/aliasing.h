@@ -4,13 +4,21 @@
 // state, and be the gradient.
 #pragma once
 
-#include "fail.h"
+#include "dtypes.h"
+#include "refusal.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <vector>
 
 namespace torch_adadelta {
+
+// How messages about a parameter call its tensors, and how those about another parameter do.
+constexpr const char* kOwnNames[kTensors] = {"it", "its gradient", "its square_avg", "its acc_delta"};
+constexpr const char* kOtherNames[kTensors] = {
+    "parameter ", "the gradient of parameter ", "the square_avg of parameter ", "the acc_delta of parameter "
+};
 
 struct MemoryRange {
   const char* begin;
@@ -19,13 +27,10 @@ struct MemoryRange {
 };
 
 // The memory of one parameter's tensors, of which only the gradient may be empty.
-struct RowMemory {
-  MemoryRange written[3];  // of the parameter, its square_avg and its acc_delta
-  MemoryRange gradient;
-};
+using RowMemory = std::array<MemoryRange, kTensors>;
 
 // The memory of all parameters of a call. Step after step it is the same, and what was found before still holds.
-class CallMemory {
+class AliasChecker {
  public:
   // Begins a call; without `finish` it leaves nothing that would be taken for known.
   void begin() {
@@ -46,9 +51,11 @@ class CallMemory {
       return;
     }
     RowMemory& known = rows_[number];
-    const bool same_written =
-        known.written[0] == row.written[0] && known.written[1] == row.written[1] && known.written[2] == row.written[2];
-    if (same_written && known.gradient == row.gradient) {
+    bool same_written = true;
+    for (int slot = 0; slot < kTensors; ++slot) {
+      same_written &= !is_written(slot) || known[slot] == row[slot];
+    }
+    if (same_written && known[kGrad] == row[kGrad]) {
       return;
     }
     writes_elsewhere_ |= !same_written;
@@ -59,7 +66,7 @@ class CallMemory {
   // Whether the call writes to other memory than the one before.
   bool writes_elsewhere() const { return writes_elsewhere_ || count_ != rows_.size(); }
 
-  // Throws if two rows share memory that they must not. `index_of` gives the index of a row's parameter in the lists.
+  // Refuses two rows that share memory that they must not. `index_of` gives the index of a row's parameter in the lists.
   template <typename IndexOf>
   void finish(IndexOf index_of) {
     if (writes_elsewhere()) {
@@ -80,38 +87,33 @@ class CallMemory {
   bool disjoint() const { return disjoint_; }
 
  private:
-  // Range number `which` of those that are written to, three a row.
-  struct Place {
+  // One range that is written to.
+  struct Range {
     const char* begin;
     const char* furthest_end;  // of this and all before it
-    size_t which;
+    size_t row;
+    int slot;
   };
-
-  static constexpr const char* kNames[] = {"parameter ", "square_avg of parameter ", "acc_delta of parameter "};
-
-  const MemoryRange& written(size_t which) const { return rows_[which / 3].written[which % 3]; }
 
   template <typename IndexOf>
   void sort(IndexOf index_of) {
     sorted_.clear();
-    for (size_t which = 0; which < 3 * count_; ++which) {
-      sorted_.push_back({written(which).begin, written(which).end, which});
+    for (size_t row = 0; row < count_; ++row) {
+      for (int slot = 0; slot < kTensors; ++slot) {
+        if (is_written(slot)) {
+          sorted_.push_back({rows_[row][slot].begin, rows_[row][slot].end, row, slot});
+        }
+      }
     }
-    std::sort(sorted_.begin(), sorted_.end(), [](const Place& x, const Place& y) { return x.begin < y.begin; });
+    std::sort(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
     disjoint_ = true;
     for (size_t i = 0; i < sorted_.size(); ++i) {
       for (size_t j = i + 1; j < sorted_.size() && sorted_[j].begin < sorted_[i].furthest_end; ++j) {
         disjoint_ = false;
-        const auto [one, other] = std::minmax(sorted_[i].which, sorted_[j].which);
-        if (!may_share(one, other)) {
-          fail(
-              kNames[one % 3],
-              index_of(one / 3),
-              " and ",
-              kNames[other % 3],
-              index_of(other / 3),
-              " share memory that would be written to"
-          );
+        const Range &x = sorted_[i], &y = sorted_[j];
+        if (!may_share(x, y)) {
+          const bool in_order = x.row < y.row || (x.row == y.row && x.slot < y.slot);
+          in_order ? refuse_shared(x.row, x.slot, y, index_of) : refuse_shared(y.row, y.slot, x, index_of);
         }
       }
     }
@@ -120,45 +122,52 @@ class CallMemory {
     }
   }
 
-  bool may_share(size_t one, size_t other) const {
-    const size_t kind = one % 3;
-    return kind == other % 3 &&
-           (kind == 0 || (written(one) == written(other) && written(one - kind) == written(other - kind)));
+  bool may_share(const Range& x, const Range& y) const {
+    const RowMemory &one = rows_[x.row], &other = rows_[y.row];
+    return x.slot == y.slot &&
+           (x.slot == kParam || (one[x.slot] == other[x.slot] && one[kParam] == other[kParam]));
   }
 
   template <typename IndexOf>
   void check_gradient(size_t row, IndexOf index_of) const {
-    const MemoryRange& gradient = rows_[row].gradient;
+    const MemoryRange& gradient = rows_[row][kGrad];
     if (gradient.begin == gradient.end) {
       return;
     }
     const auto after = std::lower_bound(
-        sorted_.begin(), sorted_.end(), gradient.end, [](const Place& x, const char* end) { return x.begin < end; }
+        sorted_.begin(), sorted_.end(), gradient.end, [](const Range& x, const char* end) { return x.begin < end; }
     );
     if (after == sorted_.begin() || (after - 1)->furthest_end <= gradient.begin) {
       return;
     }
-    for (size_t which = 0; which < sorted_.size(); ++which) {
-      const MemoryRange& range = written(which);
-      const bool overlaps = range.begin < gradient.end && gradient.begin < range.end;
-      const bool is_own = which / 3 == row || (which % 3 == 0 && range == written(3 * row));
-      if (overlaps && !is_own) {
-        fail(
-            "the gradient of parameter ",
-            index_of(row),
-            " and ",
-            kNames[which % 3],
-            index_of(which / 3),
-            " share memory that would be written to"
-        );
+    for (size_t other = 0; other < count_; ++other) {
+      for (int slot = 0; slot < kTensors; ++slot) {
+        const MemoryRange& range = rows_[other][slot];
+        const bool overlaps = is_written(slot) && range.begin < gradient.end && gradient.begin < range.end;
+        const bool is_own = other == row || (slot == kParam && range == rows_[row][kParam]);
+        if (overlaps && !is_own) {
+          refuse_shared(row, kGrad, {range.begin, range.end, other, slot}, index_of);
+        }
       }
     }
+  }
+
+  template <typename IndexOf>
+  [[noreturn]] void refuse_shared(size_t row, int slot, const Range& other, IndexOf index_of) const {
+    refuse(
+        index_of(row),
+        kOwnNames[slot],
+        " and ",
+        kOtherNames[other.slot],
+        index_of(other.row),
+        " share memory that would be written to"
+    );
   }
 
   std::vector<RowMemory> rows_;
   size_t count_ = 0;             // of the rows of this call, the first in rows_
   std::vector<size_t> changed_;  // those that were others in the call before
-  std::vector<Place> sorted_;    // all ranges, by where they begin
+  std::vector<Range> sorted_;    // all ranges that are written to, by where they begin
   bool is_known_ = false;
   bool writes_elsewhere_ = false;
   bool disjoint_ = true;
