@@ -66,7 +66,8 @@ class AliasChecker {
   // Whether the call writes to other memory than the one before.
   bool writes_elsewhere() const { return writes_elsewhere_ || count_ != rows_.size(); }
 
-  // Refuses two rows that share memory that they must not. `index_of` gives the index of a row's parameter in the lists.
+  // Refuses two rows that share memory that they must not. `index_of` gives the index of a row's parameter in the
+  // lists.
   template <typename IndexOf>
   void finish(IndexOf index_of) {
     if (writes_elsewhere()) {
@@ -124,8 +125,7 @@ class AliasChecker {
 
   bool may_share(const Range& x, const Range& y) const {
     const RowMemory &one = rows_[x.row], &other = rows_[y.row];
-    return x.slot == y.slot &&
-           (x.slot == kParam || (one[x.slot] == other[x.slot] && one[kParam] == other[kParam]));
+    return x.slot == y.slot && (x.slot == kParam || (one[x.slot] == other[x.slot] && one[kParam] == other[kParam]));
   }
 
   template <typename IndexOf>

@@ -1,6 +1,8 @@
 // The tensors of a parameter, and the dtypes that the kernels store, for the host and the device.
 #pragma once
 
+#include "adadelta.h"
+
 #include <cstdint>
 
 namespace torch_adadelta {
@@ -17,7 +19,7 @@ constexpr bool is_written(int slot) { return slot != kGrad; }
 // A complex tensor is a real one with a trailing dimension of two.
 enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-constexpr int64_t item_size(Dtype dtype) {
+constexpr ADADELTA_INLINE int64_t item_size(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat32:
       return 4;

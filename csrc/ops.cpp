@@ -5,11 +5,9 @@
 
 STABLE_TORCH_LIBRARY(torch_adadelta, m) {
   torch_adadelta::define_ops(m);
-  // adadelta_ for the CPU with accumulators that cache_accumulators took. The schema does not show that they are written
-  // to: not for what is traced.
-  m.def(
-      "adadelta_.cached(Tensor(a!)[] params, Tensor[] grads, int accumulators, " ADADELTA_OPTIONS ") -> ()"
-  );
+  // adadelta_ for the CPU with accumulators that cache_accumulators took. The schema does not show that they are
+  // written to: not for what is traced.
+  m.def("adadelta_.cached(Tensor(a!)[] params, Tensor[] grads, int accumulators, " ADADELTA_OPTIONS ") -> ()");
   m.def("cache_accumulators(Tensor[] square_avgs, Tensor[] acc_deltas) -> int");
   m.def("drop_accumulators(int accumulators) -> ()");
   m.def("cpu_capability() -> int");

@@ -1,17 +1,17 @@
 // The schemas of the ops that have a kernel for each type of device.
 //
-// The parameters of an update form segments: sizes[s] consecutive ones share hyperparameters. For each segment these are
-// the numbers that adadelta.h enumerates, as double, rounded already where Keras rounds them; maximize is 0 or 1. An
-// element of hyperparameter_tensors, which may be empty, replaces the number at its place: it has one element, on the
-// device of the parameters. With check_only an op checks its arguments and writes nothing.
+// The parameters of an update form segments: sizes[s] consecutive ones share hyperparameters. For each segment these
+// are the numbers that adadelta.h enumerates, as double, rounded already where Keras rounds them; maximize is 0 or 1.
+// An element of hyperparameter_tensors, which may be empty, replaces the number at its place: it has one element, on
+// the device of the parameters. With check_only an op checks its arguments and writes nothing.
 //
 // An op that refuses its arguments has written nothing, and the message begins as refusal.h says.
 #pragma once
 
 // The arguments that follow the lists of an update.
-#define ADADELTA_OPTIONS                                                          \
-  "int[] sizes, float[] hyperparameters, Tensor?[] hyperparameter_tensors, "      \
-  "float? clipvalue=None, float? clipnorm=None, Tensor? square_sums=None, "       \
+#define ADADELTA_OPTIONS                                                                            \
+  "int[] sizes, float[] hyperparameters, Tensor?[] hyperparameter_tensors, "                        \
+  "float? clipvalue=None, float? clipnorm=None, Tensor? square_sums=None, "                         \
   "float factor=1.0, Tensor? factor_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, " \
   "bool check_only=False"
 
@@ -20,8 +20,8 @@ namespace torch_adadelta {
 template <typename Library>
 void define_ops(Library& m) {
   m.def(
-      "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, "
-      ADADELTA_OPTIONS ") -> ()"
+      "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] "
+      "acc_deltas, " ADADELTA_OPTIONS ") -> ()"
   );
   m.def(
       "grad_square_sums(Tensor[] params, Tensor[] grads, float? clipvalue=None, bool in_double=False, "

@@ -40,11 +40,11 @@ struct Indices {
 struct SparseEntry {
   char* data[kTensors];  // that of the gradient: its values, [occurrences, row_numel]
   Indices indices;
-  Layout sparse_dims;   // of the parameter and its state, with their strides
-  Layout row;           // the dimensions of a row, in their order; the last may be the parts of a complex number
-  int64_t rows;         // of the parameter
-  int64_t row_numel;    // of real numbers
-  bool contiguous_row;  // in the parameter and its state
+  Layout sparse_dims;     // of the parameter and its state, with their strides
+  Layout row;             // the dimensions of a row, in their order; the last may be the parts of a complex number
+  int64_t rows;           // of the parameter
+  int64_t row_numel;      // of real numbers
+  bool contiguous_row;    // in the parameter and its state
   Dtype dtype[kTensors];  // the state has that of the parameter
   bool contiguous_values;
   uint32_t segment;

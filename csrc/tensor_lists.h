@@ -439,9 +439,7 @@ struct Lists {
   std::array<const StateList*, kStates> states;
 
   TensorRow row(size_t index, std::array<TensorInfo, kTensors>& storage) const {
-    TensorRow tensors{
-        &params.info(index, kParam, storage[kParam]), &grads.info(index, kGrad, storage[kGrad])
-    };
+    TensorRow tensors{&params.info(index, kParam, storage[kParam]), &grads.info(index, kGrad, storage[kGrad])};
     for (int slot = kFirstState; slot < kTensors; ++slot) {
       tensors[slot] = &states[slot - kFirstState]->info(index, static_cast<Slot>(slot), storage[slot]);
     }
@@ -449,7 +447,9 @@ struct Lists {
   }
 
   void check_lengths() const {
-    std::pair<size_t, const char*> lengths[kTensors] = {{params.size(), kListNames[kParam]}, {grads.size(), kListNames[kGrad]}};
+    std::pair<size_t, const char*> lengths[kTensors] = {
+        {params.size(), kListNames[kParam]}, {grads.size(), kListNames[kGrad]}
+    };
     for (int slot = kFirstState; slot < kTensors; ++slot) {
       lengths[slot] = {states[slot - kFirstState]->size(), kListNames[slot]};
     }

@@ -97,6 +97,28 @@ def order_sensitive(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tens
     return values.view(tuple(shape)).to(dtype)
 
 
+Segments = tuple[list[int], list[float], list[Tensor | None]]
+
+
+def segment(count: int, lr: Any, rho: Any, epsilon: Any, maximize: bool = False) -> Segments:
+    """What the ops take of a segment of so many parameters. A Tensor replaces a number."""
+    values = (lr, rho, epsilon, float(maximize))
+    tensors = [value if isinstance(value, Tensor) else None for value in values]
+    numbers = [0.0 if isinstance(value, Tensor) else value for value in values]
+    return [count], numbers, tensors if any(value is not None for value in tensors) else []
+
+
+def segments(*parts: Segments) -> Segments:
+    """Several segments in one call."""
+    has_tensors = any(tensors for _, _, tensors in parts)
+    sizes, numbers, all_tensors = [], [], []
+    for own_sizes, own_numbers, tensors in parts:
+        sizes += own_sizes
+        numbers += own_numbers
+        all_tensors += (tensors or [None] * len(own_numbers)) if has_tensors else []
+    return sizes, numbers, all_tensors
+
+
 def oracle_of(param: Tensor, **hyperparameters: Any) -> Oracle:
     return Oracle(to_numpy(param), dtype=dtype_name(param.dtype), **hyperparameters)
 

@@ -26,7 +26,7 @@ DTYPES = (
 SHAPES = ((4,), (2, 3), (), (0,), (5, 1), (0, 3), (130,))
 NUMBERS = (1.0, 0.0, -1.0, 0.95, 1e-7, 1e-320, 1e308, -1e308, float("inf"), float("-inf"), float("nan"), 2**70, True)
 NO_NUMBERS = (None, "0.1", [], 10**400, 1j)
-NUMBERS_OF_STATE = (0, -1, 1, 2, 3, 10**6, 2**62, -(2**63), 2**63 - 1, 2**63, 10**30, None, 0.5, "1")
+CACHE_NUMBERS = (0, -1, 1, 2, 3, 10**6, 2**62, -(2**63), 2**63 - 1, 2**63, 10**30, None, 0.5, "1")
 
 _MARGIN = 64  # elements before and after each tensor that nobody may write to
 
@@ -163,18 +163,41 @@ class Caller:
     def options(self, count: int) -> list[Any]:
         """The arguments of an update after its lists, or the first of them."""
         draw = self.random
-        plain = [1.0, 0.95, 1e-7] if draw.random() < 0.5 else [self.number() for _ in range(3)]
         sums = self.tensor((count,), torch.float64)
         given = [
-            draw.random() < 0.5,
-            *(self.scalar_tensor() for _ in range(3)),
             draw.choice([None, 0.5, self.number()]),
             draw.choice([None, 0.5, self.number()]),
             draw.choice([None, sums, self.spoiled(sums, [sums])]),
             draw.choice([1.0, self.number()]),
             *(self.scalar_tensor() for _ in range(3)),
+            draw.random() < 0.2,
         ]
-        return plain + given[: draw.choice([0, 1, 4, len(given)])]
+        return [*self.segments(count), *given[: draw.choice([0, 1, 4, len(given)])]]
+
+    def segments(self, count: int) -> list[Any]:
+        """Sizes, hyperparameters and hyperparameter_tensors, mostly such as fit."""
+        draw = self.random
+        sizes: list[Any] = [count]
+        while draw.random() < 0.4:
+            part = draw.randint(0, sizes[-1])
+            sizes[-1:] = [part, sizes[-1] - part]
+        numbers = [x for _ in sizes for x in ([1.0, 0.95, 1e-7, 0.0] if draw.random() < 0.7 else self.row())]
+        tensors = [
+            self.scalar_tensor() if k % 4 < 3 else None for k in range(len(numbers) if draw.random() < 0.3 else 0)
+        ]
+        if draw.random() < 0.15:
+            spoiled = draw.choice([sizes, numbers, tensors])
+            way = draw.randrange(3)
+            if way == 0:
+                spoiled.append(draw.choice([-1, 0, 1, 2**62, 2**63, None, self.scalar_tensor()]))
+            elif way == 1 and spoiled:
+                spoiled.pop()
+            elif spoiled:
+                spoiled[draw.randrange(len(spoiled))] = draw.choice([-1, 2**63 - 1, -(2**63), 3, self.scalar_tensor()])
+        return [sizes, numbers, tensors]
+
+    def row(self) -> list[Any]:
+        return [*(self.number() for _ in range(3)), self.random.choice([0.0, 1.0, 1.0, self.number()])]
 
     def indices(self, params: list[Any]) -> tuple[list[Any], list[Any]]:
         draw = self.random
@@ -199,57 +222,44 @@ class Caller:
         adadelta = torch.ops.torch_adadelta
         dtype = torch.float32 if draw.random() < 0.5 else draw.choice(DTYPES)
         count = draw.randint(0, 3)
-        name = draw.choice(
-            ["adadelta_", "unclipped", "held", "hold", "check_lists", "square_sums", "sparse", "bad_indices", "numbers"]
-        )
+        name = draw.choice(["adadelta_", "cached", "cache", "square_sums", "sparse", "invalid_indices", "numbers"])
         if name == "adadelta_":
             lists = self.lists(count, 4, dtype)
             self.spoil(lists)
             return name, adadelta.adadelta_.default, [*lists, *self.options(count)]
-        if name == "unclipped":
-            lists = self.lists(count, 4, dtype)
-            self.spoil(lists)
-            return name, adadelta.adadelta_.unclipped, [*lists, *self.options(count)[: draw.choice([3, 4, 7])]]
-        if name == "held":
+        if name == "cached":
             lists = self.lists(max(count, 1), 4, dtype)
             if draw.random() < 0.5:
                 self.spoil(lists)
             params, grads, square_avgs, acc_deltas = lists
-            number = draw.choice(NUMBERS_OF_STATE)
+            number = draw.choice(CACHE_NUMBERS)
             if draw.random() < 0.7:
                 try:
-                    number = adadelta.hold_state(square_avgs, acc_deltas)
+                    number = adadelta.cache_accumulators(square_avgs, acc_deltas)
                     if draw.random() < 0.2:
-                        adadelta.drop_state(number)
+                        adadelta.drop_accumulators(number)
                 except Exception:
                     pass
-            options = self.options(count)
-            if draw.random() < 0.5:
-                return name, adadelta.adadelta_.held, [params, grads, number, *options[:4]]
-            return name, adadelta.adadelta_.held_with_options, [params, grads, number, *options]
-        if name == "hold":
+            return name, adadelta.adadelta_.cached, [params, grads, number, *self.options(max(count, 1))]
+        if name == "cache":
             lists = self.lists(count, 2, dtype)
             self.spoil(lists)
-            return name, adadelta.hold_state.default, lists
-        if name == "check_lists":
-            lists = self.lists(count, 4, dtype)
-            self.spoil(lists)
-            return name, adadelta.check_lists.default, lists
+            return name, adadelta.cache_accumulators.default, lists
         if name == "square_sums":
             lists = self.lists(count, 2, dtype)
             self.spoil(lists)
             rest = [draw.choice([None, self.number()]), draw.choice([False, True, None]), self.scalar_tensor()]
             return name, adadelta.grad_square_sums.default, [*lists, *rest[: draw.randint(0, 3)]]
-        if name in ("sparse", "bad_indices"):
+        if name in ("sparse", "invalid_indices"):
             params, square_avgs, acc_deltas = self.lists(count, 3, dtype)
             indices, values = self.indices(params)
             lists = [params, indices, values, square_avgs, acc_deltas]
             self.spoil(lists)
-            if name == "bad_indices":
-                return name, adadelta.first_bad_indices.default, lists
+            if name == "invalid_indices":
+                return name, adadelta.first_invalid_indices.default, lists
             return name, adadelta.sparse_adadelta_.default, [*lists, *self.options(count)]
-        op = draw.choice([adadelta.drop_state.default, adadelta.set_cpu_capability.default])
-        return name, op, [draw.choice(NUMBERS_OF_STATE)]
+        op = draw.choice([adadelta.drop_accumulators.default, adadelta.set_cpu_capability.default])
+        return name, op, [draw.choice(CACHE_NUMBERS)]
 
     def call(self) -> None:
         self.bases.clear()
@@ -270,7 +280,7 @@ class Caller:
                 assert torch.equal(base.view(-1).view(torch.uint8), was), f"written, and then: {raised}"
         else:
             self.done += 1
-            if name in ("hold", "check_lists", "square_sums", "bad_indices", "numbers"):
+            if name in ("cache", "square_sums", "invalid_indices", "numbers"):
                 for base, was in before:
                     assert torch.equal(base.view(-1).view(torch.uint8), was), "written by an op that only reads"
             for base, was in before:

@@ -19,6 +19,7 @@ from cases import (
     oracle_of,
     order_sensitive,
     randn,
+    segment,
     to_numpy,
 )
 from reference import oracle
@@ -203,12 +204,12 @@ def test_square_sums_of_a_lazily_conjugated_gradient(dtype: torch.dtype) -> None
 @pytest.mark.parametrize(
     ("params", "grads", "clipvalue", "error"),
     [
-        ([torch.ones(2)] * 2, [torch.ones(2)], inf, "the lists differ in length: 2 params, 1 grads"),
-        ([torch.ones(2)] * 2, [torch.ones(2), torch.ones(3)], inf, "the tensors of parameter 1 differ in shape"),
-        ([torch.ones(2)] * 2, [torch.ones(2), torch.ones(2).long()], inf, r"grads\[1\] has a dtype"),
-        ([torch.ones(2).long()], [torch.ones(2)], inf, r"params\[0\] has a dtype"),
-        ([torch.ones(2)], [torch.ones(2) * 1j], inf, "of the tensors of parameter 0, some are complex"),
-        ([torch.ones(2), torch.ones(2) * 1j], [torch.ones(2), torch.ones(2) * 1j], 0.5, "clipvalue is 0.5, but param.* 1"),
+        ([torch.ones(2)] * 2, [torch.ones(2)], inf, "the call: the lists differ in length: 2 params, 1 grads"),
+        ([torch.ones(2)] * 2, [torch.ones(2), torch.ones(3)], inf, "parameter 1: its tensors differ in shape"),
+        ([torch.ones(2)] * 2, [torch.ones(2), torch.ones(2).long()], inf, "parameter 1: its gradient has a dtype"),
+        ([torch.ones(2).long()], [torch.ones(2)], inf, "parameter 0: it has a dtype"),
+        ([torch.ones(2)], [torch.ones(2) * 1j], inf, "parameter 0: of its tensors, some are complex"),
+        ([torch.ones(2), torch.ones(2) * 1j], [torch.ones(2), torch.ones(2) * 1j], 0.5, "parameter 1: clipvalue is 0.5, but it is"),
         ([torch.ones(2)], [torch.ones(2)], -1.0, "clipvalue must be a number >= 0, got -1"),
         ([torch.ones(2)], [torch.ones(2)], nan, "clipvalue must be a number >= 0, got nan"),
         ([torch.ones(2)], [torch.ones(2, device="meta")], inf, "a tensor on the meta device has no elements"),
@@ -464,7 +465,7 @@ _ONE = torch.ones(1, dtype=torch.float64)
     [
         ({"clipvalue": -1.0}, "clipvalue must be a number >= 0, got -1"),
         ({"clipvalue": nan}, "clipvalue must be a number >= 0, got nan"),
-        ({"clipvalue": 0.5}, "clipvalue is 0.5, but parameter 1 is complex"),
+        ({"clipvalue": 0.5}, "parameter 1: clipvalue is 0.5, but it is complex"),
         ({"clipnorm": 1.0}, "clipnorm and square_sums must be given together"),
         ({"square_sums": _ONE}, "clipnorm and square_sums must be given together"),
         ({"clipnorm": -2.0, "square_sums": _ONE.expand(3)}, "clipnorm must be a number >= 0, got -2"),
@@ -497,13 +498,18 @@ def test_opcheck_of_the_clipped_update(dtype: torch.dtype, name: str) -> None:
     params, grads = ([randn((n,), dtype, torch.Generator().manual_seed(n + k)) for n in (5, 0, 40)] for k in (0, 1))
     states = [[torch.ones_like(param) for param in params] for _ in range(2)]
     options = clip_of(name, dtype).options(params, grads)
+    maximize = options.pop("maximize")
     torch.library.opcheck(
-        torch.ops.torch_adadelta.adadelta_.default, (params, grads, *states, *HYPERPARAMETERS), options
+        torch.ops.torch_adadelta.adadelta_.default,
+        (params, grads, *states, *segment(3, *HYPERPARAMETERS, maximize)),
+        options,
     )
     if "factor" in options:
         options |= {"factor_tensor": torch.tensor(options.pop("factor"), dtype=torch.float64)}
         torch.library.opcheck(
-            torch.ops.torch_adadelta.adadelta_.default, (params, grads, *states, *HYPERPARAMETERS), options
+            torch.ops.torch_adadelta.adadelta_.default,
+            (params, grads, *states, *segment(3, *HYPERPARAMETERS, maximize)),
+            options,
         )
 
 

@@ -20,11 +20,14 @@ from cases import (
     DTYPES,
     LAYOUTS,
     REAL_DTYPES,
+    Segments,
     assert_same_bits,
     dtype_name,
     gradients,
     order_sensitive,
     randn,
+    segment,
+    segments,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +51,8 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 cpu = torch.ops.torch_adadelta
 emulated = torch.ops.torch_adadelta_emulated
 
-SMALL_TABLE, LARGE_TABLE, CHUNK = 64, 640, 16384
+SMALL_TABLE, LARGE_TABLE, CHUNK = 64, 600, 16384
+SMALL_SEGMENTS, LARGE_SEGMENTS = 13, 42  # that find room beside the tensors
 HYPERPARAMETERS = (0.75, 0.9, 1e-6)
 
 
@@ -82,6 +86,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert result.returncode == 0, result.stderr
     torch.ops.load_library(str(path))
     assert (emulated.small_table(), emulated.large_table(), emulated.chunk()) == (SMALL_TABLE, LARGE_TABLE, CHUNK)
+    assert (emulated.small_segments(), emulated.large_segments()) == (SMALL_SEGMENTS, LARGE_SEGMENTS)
 
 
 @pytest.fixture(autouse=True)
@@ -105,10 +110,25 @@ def lay_out(layout: str, x: Tensor) -> Tensor:
     return result.copy_(values)
 
 
-def assert_same_update(make: Callable[[], Lists], seeds: tuple[int, ...] = (0, 1), **options: Any) -> int:
+def several(sizes: list[int], maximize: bool = False) -> Segments:
+    """Segments that differ, some by a Tensor."""
+    rates = [torch.tensor(0.01 * i) if i % 3 == 2 else 0.75 - 0.01 * i for i in range(len(sizes))]
+    return segments(
+        *(segment(size, rates[i], 0.9 - 0.001 * i, 1e-6, maximize != (i % 2 == 1)) for i, size in enumerate(sizes))
+    )
+
+
+def assert_same_update(
+    make: Callable[[], Lists],
+    seeds: tuple[int, ...] = (0, 1),
+    sizes: list[int] | None = None,
+    hyperparameters: tuple[Any, ...] = HYPERPARAMETERS,
+    maximize: bool = False,
+    **options: Any,
+) -> int:
     """Runs two steps on the CPU and emulated, on what `make` makes, and returns the number of launches of a step.
 
-    `square_sums=True` stands for the sums of the squares of the gradients.
+    `square_sums=True` stands for the sums of the squares of the gradients; `sizes` are those of segments.
     """
     results = []
     launches = 0
@@ -121,10 +141,8 @@ def assert_same_update(make: Callable[[], Lists], seeds: tuple[int, ...] = (0, 1
             given["square_sums"] = cpu.grad_square_sums(*lists[:2], options.get("clipvalue"))
         for _ in range(2):
             before = emulated.launches()
-            if options:
-                op.adadelta_(*lists, *HYPERPARAMETERS, **given)
-            else:
-                op.adadelta_.unclipped(*lists, *HYPERPARAMETERS)
+            own = several(sizes, maximize) if sizes else segment(len(lists[0]), *hyperparameters, maximize)
+            op.adadelta_(*lists, *own, **given)
             launches = emulated.launches() - before
         results.append(lists)
     for others in results[1:]:
@@ -322,10 +340,9 @@ def test_special_values(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("tensor_dtype", REAL_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
 def test_tensor_hyperparameters(dtype: torch.dtype, tensor_dtype: torch.dtype) -> None:
-    names = ("lr_tensor", "rho_tensor", "epsilon_tensor", "factor_tensor")
-    tensors = [torch.tensor(value, dtype=torch.float64).to(tensor_dtype) for value in (0.7, 0.93, 1e-4, -0.37)]
-    assert_same_update(lambda: lists_of([5, 700], dtype), **dict(zip(names, tensors, strict=True)))
-    assert_same_update(lambda: lists_of([5, 700], dtype), **dict(zip(names[:3], tensors, strict=False)))
+    *tensors, factor = [torch.tensor(value, dtype=torch.float64).to(tensor_dtype) for value in (0.7, 0.93, 1e-4, -0.37)]
+    assert_same_update(lambda: lists_of([5, 700], dtype), hyperparameters=tuple(tensors), factor_tensor=factor)
+    assert_same_update(lambda: lists_of([5, 700], dtype), hyperparameters=tuple(tensors))
 
 
 @pytest.mark.parametrize("found_inf", [0.0, -0.0, 1.0, 2.0, nan])
@@ -337,7 +354,7 @@ def test_found_inf(layout: str, found_inf: float) -> None:
 
     assert_same_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor([[2.0]]))
     lists = make()
-    emulated.adadelta_(*lists, *HYPERPARAMETERS, found_inf=torch.tensor(found_inf))
+    emulated.adadelta_(*lists, *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
     assert torch.equal(lists[0][0], torch.ones(2, 3, 4, 50)) == (found_inf != 0)
     assert torch.equal(lists[2][0], torch.zeros(2, 3, 4, 50)) == (found_inf != 0)
 
@@ -362,6 +379,57 @@ def test_number_of_tensors_around_the_size_of_tables(count: int, launches: int, 
         return lists_of([size for i in range(count) for size in (0, 1 + i % 9)], torch.float32, REAL_DTYPES)
 
     assert assert_same_update(make, seeds=(1,), **OPTIONS[name]) == launches
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_several_segments(dtype: torch.dtype, name: str) -> None:
+    """In one launch; empty segments, and a segment of empty tensors only, take no place."""
+    sizes = [0, 3, 1, 0, len(SIZES) - 5, 1, 0]
+    assert assert_same_update(lambda: lists_of(SIZES, dtype), sizes=sizes, **options_for(dtype, name)) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "tensors", "launches"),
+    [
+        (SMALL_SEGMENTS, 1, 1),
+        (SMALL_SEGMENTS + 1, 1, 1),
+        (LARGE_SEGMENTS, 1, 1),
+        (LARGE_SEGMENTS + 1, 1, 2),
+        (LARGE_SEGMENTS, 15, 2),
+        (LARGE_SEGMENTS + 1, 12, 2),
+        (3 * LARGE_SEGMENTS, 1, 3),
+    ],
+)
+@pytest.mark.parametrize("name", ["plain", "clipnorm"])
+def test_number_of_segments_around_the_size_of_tables(count: int, tensors: int, launches: int, name: str) -> None:
+    """A launch takes tensors until it has no room for more of them, or for another segment."""
+
+    def make() -> Lists:
+        return lists_of([1 + i % 9 for i in range(count * tensors)], torch.float32)
+
+    assert assert_same_update(make, seeds=(1,), sizes=[tensors] * count, **OPTIONS[name]) == launches
+
+
+def test_segments_of_every_dtype_and_layout() -> None:
+    shape = (3, 2, 5, 9)
+
+    def make() -> Lists:
+        kinds = [(dtype, layout) for dtype in REAL_DTYPES for layout in ("contiguous", "sliced")]
+        params = [lay_out(layout, randn(shape, dtype, torch.Generator().manual_seed(1))) for dtype, layout in kinds * 2]
+        return params, [gradients(shape, p.dtype, steps=1)[0] for p in params], *states_of(params)
+
+    assert assert_same_update(make, sizes=[3, 0, 6, 7], **OPTIONS["clipvalue-clipnorm"]) == 4 + 8
+
+
+def test_check_only_launches_nothing() -> None:
+    lists = lists_of([5, 700], torch.float32)
+    before = emulated.launches()
+    emulated.adadelta_(*lists, *segment(2, *HYPERPARAMETERS), check_only=True)
+    tables = sparse_lists([((9, 5), 1)], torch.float32)
+    emulated.sparse_adadelta_(*tables, *segment(1, *HYPERPARAMETERS), check_only=True)
+    assert emulated.launches() == before
+    assert not any(x.any() for states in (*lists[2:], *tables[3:]) for x in states)
 
 
 def test_nothing_to_do() -> None:
@@ -404,7 +472,7 @@ def test_tens_of_thousands_of_tensors() -> None:
     for op in (cpu, emulated):
         lists = [list(x.clone().split(sizes)) for x in memory]
         before = emulated.launches()
-        op.adadelta_.unclipped(*lists, *HYPERPARAMETERS)
+        op.adadelta_(*lists, *segment(len(sizes), *HYPERPARAMETERS))
         assert emulated.launches() - before == (-(-15_000 // LARGE_TABLE) if op is emulated else 0)
         results.append([torch.cat(tensors) for tensors in lists])
     for actual, expected in zip(results[1], results[0], strict=True):
@@ -437,8 +505,9 @@ def test_more_elements_than_32_bits_count(sliced: int | None, dtype: torch.dtype
     for x, begin, end in zip(views, first, last, strict=True):
         x[:edge], x[-edge:] = begin, end
     emulated.set_edge_blocks(3)
-    emulated.adadelta_(*([x, y, x.clone()] for x, y in zip(small, views, strict=True)), *HYPERPARAMETERS)
-    cpu.adadelta_(*map(list, zip(first, last, strict=True)), *HYPERPARAMETERS)
+    threes = ([x, y, x.clone()] for x, y in zip(small, views, strict=True))
+    emulated.adadelta_(*threes, *segment(3, *HYPERPARAMETERS))
+    cpu.adadelta_(*map(list, zip(first, last, strict=True)), *segment(2, *HYPERPARAMETERS))
     for one, begin, end in zip(views, first, last, strict=True):
         assert_same_bits(one[: 2 * CHUNK], begin[: 2 * CHUNK])
         assert_same_bits(one[-CHUNK - 5 :], end[-CHUNK - 5 :])
@@ -448,9 +517,9 @@ def test_more_elements_than_32_bits_count(sliced: int | None, dtype: torch.dtype
 def test_lists_that_do_not_fit_are_refused_unwritten(part: int) -> None:
     lists = lists_of([5, 4], torch.float32)
     lists[part][1] = torch.ones(3)
-    for call in (emulated.check_lists, lambda *lists: emulated.adadelta_(*lists, *HYPERPARAMETERS)):
-        with pytest.raises(RuntimeError, match="the tensors of parameter 1 differ in shape"):
-            call(*lists)
+    for check_only in (True, False):
+        with pytest.raises(RuntimeError, match=r"^torch_adadelta refuses parameter 1: its tensors differ in shape"):
+            emulated.adadelta_(*lists, *segment(2, *HYPERPARAMETERS), check_only=check_only)
     assert torch.equal(lists[3][0], torch.zeros(5))
 
 
@@ -463,19 +532,21 @@ def test_lists_that_do_not_fit_are_refused_unwritten(part: int) -> None:
         ({"found_inf": torch.ones(1).long()}, "found_inf must have the dtype float32"),
         ({"square_sums": torch.ones(1).double()}, "clipnorm and square_sums must be given together"),
         ({"clipvalue": -1.0}, "clipvalue must be a number >= 0, got -1"),
-        ({"lr_tensor": torch.ones(2)}, "lr_tensor must be a CPU tensor of one element"),
+        ({"lr": torch.ones(2)}, "the lr of segment 0 must be a CPU tensor of one element"),
     ],
 )
 @pytest.mark.parametrize("namespace", ["torch_adadelta", "torch_adadelta_emulated"])
 def test_options_that_do_not_fit_are_refused(namespace: str, options: dict[str, Any], error: str) -> None:
-    with pytest.raises(RuntimeError, match=error):
-        getattr(torch.ops, namespace).adadelta_(*lists_of([5], torch.float32), *HYPERPARAMETERS, **options)
+    options = dict(options)
+    own = segment(1, options.pop("lr", 0.75), 0.9, 1e-6)
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses the call: {error}"):
+        getattr(torch.ops, namespace).adadelta_(*lists_of([5], torch.float32), *own, **options)
 
 
 def test_no_tensor_outlives_a_call() -> None:
     lists = lists_of([5, 70_000], torch.float32)
     scalars = [torch.ones(1) for _ in range(5)]
-    names = ("lr_tensor", "rho_tensor", "epsilon_tensor", "grad_scale", "found_inf")
+    *tensors, grad_scale, found_inf = scalars
 
     def uses() -> list[int]:
         tensors = [x for part in lists for x in part] + scalars
@@ -483,10 +554,10 @@ def test_no_tensor_outlives_a_call() -> None:
 
     before = uses()
     for factor in (1.0, nan):
-        sums = emulated.grad_square_sums(*lists[:2], grad_scale=scalars[3])
+        sums = emulated.grad_square_sums(*lists[:2], grad_scale=grad_scale)
         try:
-            options = dict(zip(names, scalars, strict=True))
-            emulated.adadelta_(*lists, *HYPERPARAMETERS, clipnorm=1.0, square_sums=sums, factor=factor, **options)
+            options = {"grad_scale": grad_scale, "found_inf": found_inf, "factor": factor}
+            emulated.adadelta_(*lists, *segment(2, *tensors), clipnorm=1.0, square_sums=sums, **options)
         except RuntimeError:
             assert math.isnan(factor)
         assert torch._C._storage_Use_Count(sums.untyped_storage()._cdata) == 2
@@ -637,7 +708,14 @@ def test_square_sums_of_more_elements_than_32_bits_count(
 SparseLists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-def assert_same_sparse_update(make: Callable[[], SparseLists], seeds: tuple[int, ...] = (0, 1), **options: Any) -> int:
+def assert_same_sparse_update(
+    make: Callable[[], SparseLists],
+    seeds: tuple[int, ...] = (0, 1),
+    sizes: list[int] | None = None,
+    hyperparameters: tuple[Any, ...] = HYPERPARAMETERS,
+    maximize: bool = False,
+    **options: Any,
+) -> int:
     """As `assert_same_update`, for sparse gradients; the order of blocks and threads must not matter."""
     results = []
     launches = 0
@@ -654,7 +732,8 @@ def assert_same_sparse_update(make: Callable[[], SparseLists], seeds: tuple[int,
             given["square_sums"] = cpu.grad_square_sums(values, values, options.get("clipvalue"))
         for _ in range(2):
             before = emulated.launches()
-            op.sparse_adadelta_(*lists, *HYPERPARAMETERS, **given)
+            own = several(sizes, maximize) if sizes else segment(len(lists[0]), *hyperparameters, maximize)
+            op.sparse_adadelta_(*lists, *own, **given)
             launches = emulated.launches() - before
         results.append(lists)
     names = ("param", "indices", "values", "square_avg", "acc_delta")
@@ -722,6 +801,12 @@ def test_sparse_update_by_values_of_another_dtype(dtype: torch.dtype, name: str)
     if name == "clipvalue-clipnorm" and dtype not in _DOUBLE:
         value_dtypes = tuple(d for d in value_dtypes if d not in _DOUBLE)  # whose norms are taken after a cast
     assert_same_sparse_update(lambda: sparse_lists(tables, dtype, value_dtypes), **options_for(dtype, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=dtype_name)
+def test_several_segments_of_sparse_gradients(dtype: torch.dtype) -> None:
+    sizes = [0, 3, 2, 0, len(TABLES) - 5]
+    assert_same_sparse_update(lambda: sparse_lists(TABLES, dtype), sizes=sizes, **options_for(dtype, "clipnorm"))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 513])
@@ -797,7 +882,7 @@ def test_sparse_update_and_found_inf(layout: str, found_inf: float) -> None:
 
     assert_same_sparse_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor(2.0))
     lists = make()
-    emulated.sparse_adadelta_(*lists, *HYPERPARAMETERS, found_inf=torch.tensor(found_inf))
+    emulated.sparse_adadelta_(*lists, *segment(len(lists[0]), *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
     assert torch.equal(lists[3][0], torch.zeros(5, 3, 2, 4)) == (found_inf != 0)
 
 
@@ -819,14 +904,14 @@ def test_the_first_index_out_of_range_is_found(seed: int) -> None:
     lists = sparse_lists(
         [((9, 5), 1), ((4, 3, 2), 2), ((9, 5), 1), ((2, 3), 0), ((9, 0), 1)], torch.float32, count=1500
     )
-    assert emulated.first_bad_indices(*lists).tolist() == [-1] * 5
+    assert emulated.first_invalid_indices(*lists).tolist() == [-1] * 5
     lists[1][0][0, [1499, 700, 701]] = torch.tensor([9, -1, 2**62])
     lists[1][1][1, 1200] = 3
     lists[1][1][0, 1201] = -(2**63)
     lists[1][2][0, 0] = 9
     lists[1][4][0, 3] = 9
-    assert emulated.first_bad_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
-    assert cpu.first_bad_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
+    assert emulated.first_invalid_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
+    assert cpu.first_invalid_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
@@ -843,8 +928,8 @@ def test_an_index_out_of_range_is_left_out(layout: str) -> None:
         return params, [indices], [values], *states_of(params)
 
     lists, expected = make(True), make(False)
-    emulated.sparse_adadelta_(*lists, *HYPERPARAMETERS)
-    cpu.sparse_adadelta_(*expected, *HYPERPARAMETERS)
+    emulated.sparse_adadelta_(*lists, *segment(len(lists[0]), *HYPERPARAMETERS))
+    cpu.sparse_adadelta_(*expected, *segment(len(expected[0]), *HYPERPARAMETERS))
     for part in (0, 3, 4):
         assert_same_bits(whole_memory(lists[part][0]), whole_memory(expected[part][0]))
 
@@ -877,8 +962,8 @@ def test_no_tensor_outlives_a_sparse_call() -> None:
     before = uses()
     for options in ({}, {"clipvalue": -1.0}):
         try:
-            emulated.sparse_adadelta_(*lists, *HYPERPARAMETERS, **options)
-            emulated.first_bad_indices(*lists)
+            emulated.sparse_adadelta_(*lists, *segment(len(lists[0]), *HYPERPARAMETERS), **options)
+            emulated.first_invalid_indices(*lists)
         except RuntimeError:
             assert options
     assert uses() == before

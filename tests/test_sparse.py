@@ -20,6 +20,7 @@ from cases import (
     dtype_name,
     gradients,
     randn,
+    segment,
     snapshot,
     to_numpy,
 )
@@ -796,14 +797,18 @@ def lists(*shapes: tuple[tuple[int, ...], int], dtype: torch.dtype = torch.float
     [
         {},
         {"clipnorm": 0.5, "square_sums": torch.ones(2, dtype=torch.float64)},
-        {"lr_tensor": torch.tensor(0.5), "factor_tensor": torch.tensor(0.5), "found_inf": torch.zeros(1)},
+        {"lr": torch.tensor(0.5), "factor_tensor": torch.tensor(0.5), "found_inf": torch.zeros(1)},
     ],
     ids=["plain", "clipnorm", "tensors"],
 )
 def test_opcheck(dtype: torch.dtype, options: dict[str, Any]) -> None:
     made = lists(((9, 4), 1), ((3, 2, 5), 2), dtype=dtype)
-    torch.library.opcheck(torch.ops.torch_adadelta.sparse_adadelta_.default, (*made, *HYPERPARAMETERS), options)
-    torch.library.opcheck(torch.ops.torch_adadelta.first_bad_indices.default, made)
+    options = dict(options)
+    lr = options.pop("lr", HYPERPARAMETERS[0])
+    torch.library.opcheck(
+        torch.ops.torch_adadelta.sparse_adadelta_.default, (*made, *segment(2, lr, *HYPERPARAMETERS[1:])), options
+    )
+    torch.library.opcheck(torch.ops.torch_adadelta.first_invalid_indices.default, made)
 
 
 def _replace(part: int, make: Callable[[Tensor], Tensor]) -> Callable[[Lists], None]:
@@ -816,34 +821,35 @@ def _replace(part: int, make: Callable[[Tensor], Tensor]) -> Callable[[Lists], N
 BAD_LISTS: list[tuple[Callable[[Lists], Any], str]] = [
     (
         lambda made: made[1].pop(),
-        "the lists differ in length: 2 params, 1 indices, 2 values, 2 square_avgs, 2 acc_deltas",
+        "the call: the lists differ in length: 2 params, 1 indices, 2 values, 2 square_avgs, 2 acc_deltas",
     ),
-    (_replace(1, lambda x: x.int()), r"indices\[1\] is not a dense matrix of int64"),
-    (_replace(1, lambda x: x[0]), r"indices\[1\] is not a dense matrix of int64"),
-    (_replace(1, lambda x: x[:, 1:]), "the indices and values of parameter 1 do not make a gradient of its shape"),
+    (_replace(1, lambda x: x.int()), "parameter 1: its indices are not a dense matrix of int64"),
+    (_replace(1, lambda x: x[0]), "parameter 1: its indices are not a dense matrix of int64"),
+    (_replace(1, lambda x: x[:, 1:]), "parameter 1: its indices and values do not make a gradient of its shape"),
     (
         _replace(1, lambda x: x.repeat(5, 1)),
-        "the indices and values of parameter 1 do not make a gradient of its shape",
+        "parameter 1: its indices and values do not make a gradient of its shape",
     ),
-    (_replace(2, lambda x: x[:, :1]), "the indices and values of parameter 1 do not make a gradient of its shape"),
-    (_replace(2, lambda x: x + 0j), "of the tensors of parameter 1, some are complex and some are real"),
-    (_replace(2, lambda x: x.long()), r"values\[1\] has a dtype that the kernels do not know"),
-    (_replace(3, lambda x: x.double()), "the state of parameter 1 has another dtype than the parameter"),
-    (_replace(4, lambda x: x[:1]), "the tensors of parameter 1 differ in shape"),
-    (_replace(0, lambda x: x[:1].expand(3, 2, 5)), "a tensor of parameter 1 that would be written to overlaps itself"),
+    (_replace(2, lambda x: x[:, :1]), "parameter 1: its indices and values do not make a gradient of its shape"),
+    (_replace(2, lambda x: x + 0j), "parameter 1: of its tensors, some are complex and some are real"),
+    (_replace(2, lambda x: x.long()), "parameter 1: its gradient has a dtype that the kernels do not know"),
+    (_replace(3, lambda x: x.double()), "parameter 1: its state has another dtype than the parameter"),
+    (_replace(4, lambda x: x[:1]), "parameter 1: its tensors differ in shape"),
+    (_replace(0, lambda x: x[:1].expand(3, 2, 5)), "parameter 1: it would be written to, but overlaps itself"),
     (_replace(0, lambda x: x.to("meta")), "a tensor on the meta device has no elements to update"),
 ]
 
 
 @needs_library
 @pytest.mark.parametrize(("spoil", "error"), BAD_LISTS)
-@pytest.mark.parametrize("op", ["sparse_adadelta_", "first_bad_indices"])
+@pytest.mark.parametrize("op", ["sparse_adadelta_", "first_invalid_indices"])
 def test_lists_that_do_not_fit_are_refused_unwritten(op: str, spoil: Any, error: str) -> None:
     made = lists(((9, 4), 1), ((3, 2, 5), 2))
     spoil(made)
     before = [[x if x.is_meta else x.clone() for x in tensors] for tensors in made]
-    arguments = (*made, *HYPERPARAMETERS) if op == "sparse_adadelta_" else made
-    with pytest.raises(RuntimeError, match=error):
+    arguments = (*made, *segment(2, *HYPERPARAMETERS)) if op == "sparse_adadelta_" else made
+    prefix = "" if "meta device" in error else "^torch_adadelta refuses "
+    with pytest.raises(RuntimeError, match=prefix + error):
         getattr(torch.ops.torch_adadelta, op)(*arguments)
     for tensors, copies in zip(made, before, strict=True):
         for tensor, kept in zip(tensors, copies, strict=True):
@@ -855,12 +861,16 @@ def test_the_op_refuses_bad_indices_and_values_that_are_not_contiguous() -> None
     made = lists(((9, 4), 1), ((9, 4), 1))
     made[1][1][0, 5] = 9
     assert ops.first_bad_indices(*made).tolist() == [-1, 5]
-    with pytest.raises(RuntimeError, match="index 5 of the gradient of parameter 1 is out of range"):
+    with pytest.raises(
+        RuntimeError, match=r"^torch_adadelta refuses parameter 1: index 5 of its gradient is out of range"
+    ):
         ops.sparse_adadelta_(*made, *HYPERPARAMETERS)
     assert torch.equal(made[0][0], torch.ones(9, 4))
     made = lists(((9, 4), 1), ((9, 4), 1))
     made[2][1] = made[2][1].t().contiguous().t()
-    with pytest.raises(RuntimeError, match="the values of parameter 1 are not contiguous"):
+    with pytest.raises(
+        RuntimeError, match=r"^torch_adadelta refuses parameter 1: the values of its gradient are not contiguous"
+    ):
         ops.sparse_adadelta_(*made, *HYPERPARAMETERS)
     assert torch.equal(made[0][0], torch.ones(9, 4))
 
@@ -872,12 +882,14 @@ def test_the_op_refuses_bad_indices_and_values_that_are_not_contiguous() -> None
         ({"clipvalue": -1.0}, "clipvalue must be a number >= 0, got -1"),
         ({"square_sums": torch.ones(1).double()}, "clipnorm and square_sums must be given together"),
         ({"found_inf": torch.ones(2)}, "found_inf must be a CPU tensor of one element"),
-        ({"lr_tensor": torch.ones(1).long()}, "lr_tensor must have a floating-point dtype"),
+        ({"lr": torch.ones(1).long()}, "the lr of segment 0 must have a floating-point dtype"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], error: str) -> None:
-    with pytest.raises(RuntimeError, match=error):
-        torch.ops.torch_adadelta.sparse_adadelta_(*lists(((9, 4), 1)), *HYPERPARAMETERS, **options)
+    options = dict(options)
+    lr = options.pop("lr", 1.0)
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses the call: {error}"):
+        torch.ops.torch_adadelta.sparse_adadelta_(*lists(((9, 4), 1)), *segment(1, lr, 0.9, 1e-7), **options)
 
 
 @needs_library
@@ -891,8 +903,8 @@ def test_no_tensor_outlives_a_call() -> None:
         uses = [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
         for _ in range(3):
             for call in (
-                lambda made=made: torch.ops.torch_adadelta.sparse_adadelta_(*made, *HYPERPARAMETERS),
-                lambda made=made: torch.ops.torch_adadelta.first_bad_indices(*made),
+                lambda made=made: torch.ops.torch_adadelta.sparse_adadelta_(*made, *segment(2, *HYPERPARAMETERS)),
+                lambda made=made: torch.ops.torch_adadelta.first_invalid_indices(*made),
             ):
                 try:
                     call()

@@ -130,13 +130,7 @@ def _option_arguments(
     rho: Value,
     epsilon: Value,
     maximize: bool,
-    *,
-    clipvalue: float = inf,
-    clipnorm: float | None = None,
-    square_sums: Tensor | None = None,
-    factor: Value = 1.0,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **clip: Any,
 ) -> tuple[Any, ...]:
     """The arguments of an update op that follow its lists, for one segment of `count` parameters."""
     values = (lr, rho, epsilon, 1.0 if maximize else 0.0)
@@ -145,11 +139,21 @@ def _option_arguments(
     if not (type(lr) is float and type(rho) is float and type(epsilon) is float):
         numbers = [0.0 if isinstance(value, Tensor) else value for value in values]
         tensors = [value if isinstance(value, Tensor) else None for value in values]
+    if not clip:  # an argument that is left out costs half of what one costs that is given
+        return ((count,), numbers, tensors)
+    return ((count,), numbers, tensors, *_clip_arguments(**clip))
+
+
+def _clip_arguments(
+    clipvalue: float = inf,
+    clipnorm: float | None = None,
+    square_sums: Tensor | None = None,
+    factor: Value = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Any, ...]:
     factor_tensor = factor if isinstance(factor, Tensor) else None
     return (
-        (count,),
-        numbers,
-        tensors,
         None if clipvalue == inf else clipvalue,
         clipnorm,
         square_sums,

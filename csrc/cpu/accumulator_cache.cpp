@@ -102,7 +102,8 @@ bool CachedTensorInfo::are_as_known() const {
   return true;
 }
 
-AccumulatorCache::AccumulatorCache(ArgumentReader reader) : states_{CachedTensorInfo(reader), CachedTensorInfo(reader)} {
+AccumulatorCache::AccumulatorCache(ArgumentReader reader)
+    : states_{CachedTensorInfo(reader), CachedTensorInfo(reader)} {
   std::pair<size_t, const char*> lengths[kStates];
   for (int state = 0; state < kStates; ++state) {
     lengths[state] = {states_[state].tensors().size(), kListNames[kFirstState + state]};
@@ -126,8 +127,8 @@ const Workspace& AccumulatorCache::read(
   }
 
   // Another thread looks at the accumulators, while this one, which gets the first range, reads on as if they had not
-  // changed. What fails meanwhile need not be wrong: PyTorch lets nobody write to a lazy clone in a parallel region, for
-  // that copies it. So it is read again afterwards.
+  // changed. What fails meanwhile need not be wrong: PyTorch lets nobody write to a lazy clone in a parallel region,
+  // for that copies it. So it is read again afterwards.
   bool is_known = false, is_read = false;
   const int64_t count = static_cast<int64_t>(states_[0].size()), numel = states_[0].numel();
   if (count >= kMany && numel >= kLarge * count && numel > kGrain && torch::stable::get_num_threads() > 1) {

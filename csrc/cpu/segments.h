@@ -29,7 +29,8 @@ inline double value_of(const Scalar& scalar) {
 // Calls run(what becomes of a gradient, hyperparameters), in the arithmetic type, for a parameter.
 class SegmentValues {
  public:
-  explicit SegmentValues(const UpdateOptions& options) : options_(options.gradient), factor_(value_of(options.gradient.factor)) {
+  explicit SegmentValues(const UpdateOptions& options)
+      : options_(options.gradient), factor_(value_of(options.gradient.factor)) {
     segments_.reserve(options.segments.size());
     for (const Segment& segment : options.segments) {
       double values[kHyperparameters];

@@ -58,9 +58,7 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
   static_assert(kBlock / 2 % kSumLanes == 0, "a block begins at lane 0");
   for (int64_t at = begin; at < end; at += step) {
     const int64_t count = std::min(step, end - at);
-    load_block<kGrad>(
-        loops, block, gradient.data, gradient.dtype, gradient.layout, at * width, count * width
-    );
+    load_block<kGrad>(loops, block, gradient.data, gradient.dtype, gradient.layout, at * width, count * width);
     if (scale != T(1)) {
       std::for_each(block, block + count * width, [&](T& g) { g = g / scale; });
     }
@@ -85,9 +83,7 @@ double unit_sum(
 }
 
 // Writes the sum of each gradient to `sums`, at the gradient's index. `units` is room for the sums of all units.
-void sum_squares(
-    const Gradients& lists, double clipvalue, float scale, std::vector<double>& units, double* sums
-) {
+void sum_squares(const Gradients& lists, double clipvalue, float scale, std::vector<double>& units, double* sums) {
   const Loops& loops = current_loops();
   const auto& gradients = lists.gradients;
   const auto start_of = [](const Gradient& gradient) { return gradient.end - gradient.numel; };

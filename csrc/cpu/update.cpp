@@ -39,9 +39,7 @@ __attribute__((noinline)) void update_by_blocks(
     for_each_slot([&](auto slot) {
       load_block<slot>(loops, blocks[slot], entry.data[slot], entry.dtype[slot], entry.layout, at, count);
     });
-    update_loop<T>(loops)(
-        blocks[kParam], blocks[kGrad], blocks[kSquareAvg], blocks[kAccDelta], count, clip, h
-    );
+    update_loop<T>(loops)(blocks[kParam], blocks[kGrad], blocks[kSquareAvg], blocks[kAccDelta], count, clip, h);
     for_each_slot([&](auto slot) {
       if constexpr (is_written(slot)) {
         store_block<slot>(loops, entry.data[slot], entry.dtype[slot], blocks[slot], entry.layout, at, count);
@@ -100,10 +98,7 @@ class Update {
     }
     const Loops& loops = current_loops();
     for_all_elements(
-        workspace_.entries,
-        workspace_.disjoint,
-        pieces_,
-        [&](const Entry& entry, int64_t begin, int64_t end) {
+        workspace_.entries, workspace_.disjoint, pieces_, [&](const Entry& entry, int64_t begin, int64_t end) {
           values_.with_values(
               entry.dtype[kParam], entry.segment, entry.index, [&](const auto& clip, const auto& hyperparameters) {
                 update_range(loops, entry, begin, end, clip, hyperparameters);

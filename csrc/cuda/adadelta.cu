@@ -4,6 +4,4 @@
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
   m.impl("adadelta_", torch_adadelta::cuda::adadelta_<torch_adadelta::cuda::Device>);
-  m.impl("adadelta_.unclipped", torch_adadelta::cuda::adadelta_<torch_adadelta::cuda::Device>);
-  m.impl("check_lists", torch_adadelta::cuda::check_lists<torch_adadelta::cuda::Device>);
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../dtypes.h"
-#include "../update_options.h"
+#include "../options.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -87,8 +87,7 @@ __device__ __forceinline__ void store_item(char* data, Dtype dtype, T value) {
 }
 
 __device__ __forceinline__ double value_of(const Scalar& scalar) {
-  return scalar.data == nullptr ? scalar.number
-                                : load_item<double>(static_cast<const char*>(scalar.data), scalar.dtype);
+  return scalar.is_tensor ? load_item<double>(static_cast<const char*>(scalar.data), scalar.dtype) : scalar.number;
 }
 
 // ---- Vectors --------------------------------------------------------------------------------------------------------

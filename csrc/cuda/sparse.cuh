@@ -23,13 +23,14 @@ struct NumberRows {
   Indices indices;
   int64_t size[kMaxDimensions];  // of the sparse dimensions
   int64_t rows;
-  int64_t* numbers;               // of the rows, `rows` where an index is out of range; or nullptr
-  unsigned long long* first_bad;  // lowered to the first occurrence whose index is out of range; or nullptr
+  int64_t* numbers;                   // of the rows, `rows` where an index is out of range; or nullptr
+  unsigned long long* first_invalid;  // lowered to the first occurrence whose index is out of range; or nullptr
 };
 
 // One parameter and its gradient, whose occurrences are in the order of their rows.
 struct SparseUpdate {
-  UpdateOptions options;
+  GradientOptions options;
+  Segment segment;
   const int64_t* numbers;    // of the rows; those that are not of the parameter are last
   const int64_t* positions;  // of the occurrences in the gradient
   int64_t count;             // of occurrences
@@ -37,19 +38,14 @@ struct SparseUpdate {
   int64_t row_numel;
   int64_t pieces;  // that a row is cut into
   int lanes;       // threads for each piece, a power of two
-  char* param;
-  char* square_avg;
-  char* acc_delta;
-  const char* values;
+  char* data[kTensors];
   uint32_t index;
-  Dtype dtype;
-  Dtype value_dtype;
+  Dtype dtype[kTensors];
 };
 
-// Strides are those of param, square_avg and acc_delta.
 struct StridedSparseUpdate {
   SparseUpdate update;
-  Strides<3> strides;
+  Strides<kTensors> strides;  // those of the gradient are 0
 };
 
 static_assert(sizeof(NumberRows) <= 4096 && sizeof(StridedSparseUpdate) <= 4096);
@@ -71,8 +67,8 @@ __global__ void __launch_bounds__(kThreads) number_rows_kernel(const NumberRows 
   if (table.numbers != nullptr) {
     table.numbers[k] = is_bad ? table.rows : number;
   }
-  if (table.first_bad != nullptr && is_bad) {
-    atomicMin(table.first_bad, static_cast<unsigned long long>(k));
+  if (table.first_invalid != nullptr && is_bad) {
+    atomicMin(table.first_invalid, static_cast<unsigned long long>(k));
   }
 }
 
@@ -163,23 +159,23 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(Item) == 8 ? 4 : 8) update
   if (!share.has_work) {
     return;
   }
-  const GradientPipeline<T, false> pipeline(update.options, update.index);
+  const GradientPipeline<T, false> pipeline(update.options, update.index, update.segment.maximize());
   T sum[width];
-  if (update.value_dtype == update.dtype) {
-    const SameDtype<Item> values{reinterpret_cast<const Item*>(update.values)};
+  if (update.dtype[kGrad] == update.dtype[kParam]) {
+    const SameDtype<Item> values{reinterpret_cast<const Item*>(update.data[kGrad])};
     sum_occurrences(sum, update, share, values, pipeline);
   } else {
-    const AnyDtype values{update.values, update.value_dtype};
+    const AnyDtype values{update.data[kGrad], update.dtype[kGrad]};
     sum_occurrences(sum, update, share, values, pipeline);
   }
   update_vector<width>(
-      reinterpret_cast<Item*>(update.param),
+      reinterpret_cast<Item*>(update.data[kParam]),
       Summed<T, width>{sum},
-      reinterpret_cast<Item*>(update.square_avg),
-      reinterpret_cast<Item*>(update.acc_delta),
+      reinterpret_cast<Item*>(update.data[kSquareAvg]),
+      reinterpret_cast<Item*>(update.data[kAccDelta]),
       share.row * update.row_numel + share.column,
       Unchanged(),
-      hyperparameters<T>(update.options)
+      hyperparameters<T>(update.segment)
   );
 }
 
@@ -192,41 +188,30 @@ __global__ void __launch_bounds__(kRowThreads) update_strided_rows_kernel(
   if (!share.has_work) {
     return;
   }
-  const GradientPipeline<T, false> pipeline(update.options, update.index);
+  const GradientPipeline<T, false> pipeline(update.options, update.index, update.segment.maximize());
   T sum[1];
-  sum_occurrences(sum, update, share, AnyDtype{update.values, update.value_dtype}, pipeline);
-  int64_t offsets[3];
+  sum_occurrences(sum, update, share, AnyDtype{update.data[kGrad], update.dtype[kGrad]}, pipeline);
+  int64_t offsets[kTensors];
   find_offsets(strided.strides, share.row * update.row_numel + share.column, offsets);
-  char* param = update.param + offsets[0];
-  char* square_avg = update.square_avg + offsets[1];
-  char* acc_delta = update.acc_delta + offsets[2];
-  T a = load_item<T>(square_avg, update.dtype);
-  T u = load_item<T>(acc_delta, update.dtype);
-  T p = load_item<T>(param, update.dtype);
-  adadelta_element(sum[0], a, u, p, hyperparameters<T>(update.options));
-  store_item(square_avg, update.dtype, a);
-  store_item(acc_delta, update.dtype, u);
-  store_item(param, update.dtype, p);
+  update_item(sum[0], update.data, offsets, update.dtype[kParam], hyperparameters<T>(update.segment));
 }
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
 
+inline int64_t number_blocks(const SparseEntry& entry) { return (entry.indices.count + kThreads - 1) / kThreads; }
+
 template <typename Device>
-void number_rows(const Device& device, const SparseEntry& entry, int64_t* numbers, int64_t* first_bad) {
+void number_rows(const Device& device, const SparseEntry& entry, int64_t* numbers, int64_t* first_invalid) {
   NumberRows table;
   table.indices = entry.indices;
   table.rows = entry.rows;
   table.numbers = numbers;
-  table.first_bad = reinterpret_cast<unsigned long long*>(first_bad);
+  table.first_invalid = reinterpret_cast<unsigned long long*>(first_invalid);
   for (size_t d = 0; d < entry.sparse_dims.size(); ++d) {
     table.size[d] = entry.sparse_dims[d].size;
   }
-  const int64_t blocks = (entry.indices.count + kThreads - 1) / kThreads;
-  if (blocks > kMaxBlocks) {
-    fail("a gradient has more occurrences than one launch can take");
-  }
-  if (blocks > 0) {
-    device.launch(number_rows_kernel, blocks, kThreads, table);
+  if (entry.indices.count > 0) {
+    device.launch(number_rows_kernel, number_blocks(entry), kThreads, table);
   }
 }
 
@@ -242,111 +227,140 @@ inline std::array<torch::stable::Tensor, 2> sorted(const torch::stable::Tensor& 
 }
 
 template <typename Item, typename Device>
-void update_rows(const Device& device, SparseUpdate& update, int width, int64_t blocks) {
+void update_rows(const Device& device, const SparseUpdate& update, int width, int64_t blocks) {
   constexpr int kWidth = kVectorBytes / sizeof(ArithmeticType<Item>);
   device.launch(
       width == 1 ? update_rows_kernel<Item, 1> : update_rows_kernel<Item, kWidth>, blocks, kRowThreads, update
   );
 }
 
-template <typename Device>
-void update_sparse(
-    const Device& device, const SparseEntry& entry, const detail::Place& place, const UpdateOptions& options
-) {
-  const torch::stable::Tensor numbers = new_vector(entry.indices.count, aoti_torch_dtype_int64(), place);
-  number_rows(device, entry, static_cast<int64_t*>(numbers.mutable_data_ptr()), nullptr);
-  const auto [in_order, positions] = sorted(numbers);
+// How a parameter with a sparse gradient is to be updated: the launch without the order of its occurrences.
+class SparseLaunch {
+ public:
+  // Refuses what no launch can take.
+  SparseLaunch(const SparseEntry& entry, const UpdateOptions& options) : entry_(entry), layout_(entry.sparse_dims) {
+    update_.options = options.gradient;
+    update_.segment = options.segments[entry.segment];
+    update_.count = entry.indices.count;
+    update_.rows = entry.rows;
+    update_.row_numel = entry.row_numel;
+    std::copy_n(entry.data, kTensors, update_.data);
+    std::copy_n(entry.dtype, kTensors, update_.dtype);
+    update_.index = static_cast<uint32_t>(entry.index);
 
-  SparseUpdate update;
-  update.options = options;
-  update.numbers = static_cast<const int64_t*>(in_order.const_data_ptr());
-  update.positions = static_cast<const int64_t*>(positions.const_data_ptr());
-  update.count = entry.indices.count;
-  update.rows = entry.rows;
-  update.row_numel = entry.row_numel;
-  update.param = entry.param;
-  update.square_avg = entry.square_avg;
-  update.acc_delta = entry.acc_delta;
-  update.values = entry.values;
-  update.index = static_cast<uint32_t>(entry.index);
-  update.dtype = entry.dtype;
-  update.value_dtype = entry.value_dtype;
-
-  Layout layout = entry.sparse_dims;
-  layout.insert(layout.end(), entry.row.begin(), entry.row.end());
-  const bool dense = detail::is_contiguous(layout, entry.dtype);
-  const int vector = entry.dtype == Dtype::kFloat64 ? 2 : 4;
-  const auto fits = [&](const char* data, Dtype dtype) {
-    return reinterpret_cast<uintptr_t>(data) % std::min<int64_t>(vector * item_size(dtype), kVectorBytes) == 0;
-  };
-  const bool vectors = dense && entry.row_numel % vector == 0 && fits(entry.param, entry.dtype) &&
-                       fits(entry.square_avg, entry.dtype) && fits(entry.acc_delta, entry.dtype) &&
-                       fits(entry.values, entry.value_dtype);
-  const int width = vectors ? vector : 1;
-  const int64_t per_row = entry.row_numel / width;  // threads
-  update.lanes = 1;
-  while (update.lanes < kWarp && update.lanes < per_row) {
-    update.lanes *= 2;
-  }
-  update.pieces = (per_row + update.lanes - 1) / update.lanes;
-  const int64_t blocks = (update.count * update.pieces * update.lanes + kRowThreads - 1) / kRowThreads;
-  if (blocks > kMaxBlocks) {
-    fail("the gradient of parameter ", entry.index, " has more elements than one launch can take");
+    layout_.insert(layout_.end(), entry.row.begin(), entry.row.end());
+    dense_ = detail::is_contiguous(layout_, entry.dtype[kParam]);
+    const int vector = entry.dtype[kParam] == Dtype::kFloat64 ? 2 : 4;
+    bool vectors = dense_ && entry.row_numel % vector == 0;
+    for (int slot = 0; slot < kTensors; ++slot) {
+      const int64_t alignment = std::min<int64_t>(vector * item_size(entry.dtype[slot]), kVectorBytes);
+      vectors = vectors && reinterpret_cast<uintptr_t>(entry.data[slot]) % alignment == 0;
+    }
+    width_ = vectors ? vector : 1;
+    const int64_t per_row = entry.row_numel / width_;  // threads
+    update_.lanes = 1;
+    while (update_.lanes < kWarp && update_.lanes < per_row) {
+      update_.lanes *= 2;
+    }
+    update_.pieces = (per_row + update_.lanes - 1) / update_.lanes;
+    blocks_ = (update_.count * update_.pieces * update_.lanes + kRowThreads - 1) / kRowThreads;
+    check_launch<0, kTensors>(entry.index, std::max(blocks_, number_blocks(entry)), dense_ ? nullptr : &layout_);
   }
 
-  if (!dense) {
-    StridedSparseUpdate strided;
-    strided.update = update;
-    copy_layout<&Dimension::param, &Dimension::square_avg, &Dimension::acc_delta>(layout, strided.strides);
-    const bool in_double = entry.dtype == Dtype::kFloat64;
-    device.launch(
-        in_double ? update_strided_rows_kernel<double> : update_strided_rows_kernel<float>, blocks, kRowThreads, strided
-    );
-    return;
+  // Brings the occurrences into the order of their rows. Writes to memory of its own only.
+  template <typename Device>
+  void sort(const Device& device, const DeviceId& id) {
+    const torch::stable::Tensor numbers = new_vector(entry_.indices.count, aoti_torch_dtype_int64(), id);
+    number_rows(device, entry_, static_cast<int64_t*>(numbers.mutable_data_ptr()), nullptr);
+    order_ = sorted(numbers);
+    update_.numbers = static_cast<const int64_t*>((*order_)[0].const_data_ptr());
+    update_.positions = static_cast<const int64_t*>((*order_)[1].const_data_ptr());
   }
-  switch (entry.dtype) {
-    case Dtype::kFloat32:
-      return update_rows<float>(device, update, width, blocks);
-    case Dtype::kFloat64:
-      return update_rows<double>(device, update, width, blocks);
-    case Dtype::kFloat16:
-      return update_rows<__half>(device, update, width, blocks);
-    case Dtype::kBFloat16:
-      return update_rows<__nv_bfloat16>(device, update, width, blocks);
+
+  template <typename Device>
+  void run(const Device& device) const {
+    if (!dense_) {
+      StridedSparseUpdate strided;
+      strided.update = update_;
+      copy_layout<0>(layout_, strided.strides);
+      const bool in_double = entry_.dtype[kParam] == Dtype::kFloat64;
+      device.launch(
+          in_double ? update_strided_rows_kernel<double> : update_strided_rows_kernel<float>,
+          blocks_,
+          kRowThreads,
+          strided
+      );
+      return;
+    }
+    switch (entry_.dtype[kParam]) {
+      case Dtype::kFloat32:
+        return update_rows<float>(device, update_, width_, blocks_);
+      case Dtype::kFloat64:
+        return update_rows<double>(device, update_, width_, blocks_);
+      case Dtype::kFloat16:
+        return update_rows<__half>(device, update_, width_, blocks_);
+      case Dtype::kBFloat16:
+        return update_rows<__nv_bfloat16>(device, update_, width_, blocks_);
+    }
   }
-}
+
+ private:
+  const SparseEntry& entry_;
+  Layout layout_;
+  SparseUpdate update_;
+  bool dense_;
+  int width_;  // how many neighbours a thread takes
+  int64_t blocks_;
+  std::optional<std::array<torch::stable::Tensor, 2>> order_;
+};
 
 // sparse_adadelta_ in schemas.h. To raise for an index it would have to wait for the device: it leaves such an
-// occurrence out, and first_bad_indices tells.
+// occurrence out, and first_invalid_indices tells.
 template <typename Device>
-void sparse_adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  const SparseLists lists(stack, Device::type());
-  const OptionArguments given(stack, argument_count, 5);
-  const SparseEntries entries = lists.read();
-  const detail::Place place = lists.place(entries);
-  const UpdateOptions options = given.read(place, lists.size(), entries.complex_param);
-  check_values(entries);
-  const Device device(entries.device_index);
-  for (const SparseEntry& entry : entries.entries) {
-    if (entry.count() > 0) {
-      update_sparse(device, entry, place, options);
+void sparse_adadelta_(StableIValue* stack, uint64_t, uint64_t) {
+  std::optional<SparseArguments> arguments;
+  std::optional<Device> device;
+  std::vector<SparseLaunch> launches;
+  before_writing([&] {
+    arguments.emplace(ArgumentReader(stack), Device::type());
+    device.emplace(arguments->entries().device_index);
+    for (const SparseEntry& entry : arguments->entries().entries) {
+      if (entry.count() > 0) {
+        launches.emplace_back(entry, arguments->options());
+      }
+    }
+    if (!arguments->check_only()) {
+      for (SparseLaunch& launch : launches) {
+        launch.sort(*device, arguments->device());
+      }
+    }
+  });
+  if (!arguments->check_only()) {
+    for (const SparseLaunch& launch : launches) {
+      launch.run(*device);
     }
   }
 }
 
-// first_bad_indices in schemas.h.
+// first_invalid_indices in schemas.h.
 template <typename Device>
-void first_bad_indices(StableIValue* stack, uint64_t, uint64_t) {
-  const SparseLists lists(stack, Device::type());
-  const SparseEntries entries = lists.read();
-  const Device device(entries.device_index);
-  const torch::stable::Tensor result = lists.new_result(entries);
-  torch::stable::fill_(result, -1);  // as an unsigned number the largest
-  auto* positions = static_cast<int64_t*>(result.mutable_data_ptr());
-  for (const SparseEntry& entry : entries.entries) {
-    number_rows(device, entry, nullptr, positions + entry.index);
-  }
-  stack[0] = torch::stable::detail::from(result);
+void first_invalid_indices(StableIValue* stack, uint64_t, uint64_t) {
+  before_writing([&] {
+    ArgumentReader reader(stack);
+    const SparseLists lists(reader, Device::type());
+    const SparseEntries entries = lists.read();
+    for (const SparseEntry& entry : entries.entries) {
+      check_launch<0, kTensors>(entry.index, number_blocks(entry), nullptr);
+    }
+    const Device device(entries.device_index);
+    const torch::stable::Tensor result = lists.new_result(entries);
+    torch::stable::fill_(result, -1);  // as an unsigned number the largest
+    auto* positions = static_cast<int64_t*>(result.mutable_data_ptr());
+    for (const SparseEntry& entry : entries.entries) {
+      number_rows(device, entry, nullptr, positions + entry.index);
+    }
+    stack[0] = torch::stable::detail::from(result);
+  });
 }
 
 }  // namespace torch_adadelta::cuda

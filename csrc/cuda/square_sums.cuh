@@ -2,7 +2,7 @@
 // launches them. `Device` as in update.cuh.
 #pragma once
 
-#include "../arguments.h"
+#include "../options.h"
 #include "../square_sums.h"
 #include "tables.h"
 
@@ -291,7 +291,7 @@ template <typename Device>
 void sum_strided(const Device& device, const Gradient& gradient, const SquareOptions& options, double* sums) {
   StridedSquares squares;
   squares.options = options;
-  copy_layout<&Dimension::grad>(*gradient.layout, squares.strides);
+  copy_layout<kGrad>(*gradient.layout, squares.strides);
   squares.grad = gradient.data;
   squares.sums = sums;
   squares.numel = gradient.numel;
@@ -330,41 +330,46 @@ void add_units(const Device& device, const Gradients& lists, double* result, dou
 
 // grad_square_sums in schemas.h.
 template <typename Device>
-void grad_square_sums(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  const SquareSumArguments arguments(stack, argument_count, Device::type());
-  const Gradients& lists = arguments.gradients();
-  const Device device(lists.device_index);
-  torch::stable::Tensor result = arguments.new_result();
-  auto* sums = static_cast<double*>(result.mutable_data_ptr());
-  if (static_cast<int64_t>(lists.gradients.size()) < result.numel()) {  // the others are empty
-    torch::stable::zero_(result);
-  }
-
-  int64_t scratch_size = 0;
-  for_each_gradient(lists, sums, nullptr, [&](const Gradient& gradient, double*) {
-    scratch_size += units_of(gradient) == 1 ? 0 : units_of(gradient);
-  });
-  std::optional<torch::stable::Tensor> scratch;
-  double* units = nullptr;
-  if (scratch_size > 0) {
-    scratch = arguments.new_doubles(scratch_size);
-    units = static_cast<double*>(scratch->mutable_data_ptr());
-  }
-
-  const SquareOptions options{arguments.clipvalue(), arguments.grad_scale()};
-  const bool fits_small = lists.gradients.size() <= kSmallTable;
-  fits_small ? sum_packed<kSmallTable>(device, lists, options, sums, units)
-             : sum_packed<kLargeTable>(device, lists, options, sums, units);
-  for_each_gradient(lists, sums, units, [&](const Gradient& gradient, double* unit_sums) {
-    if (gradient.layout != nullptr) {
-      sum_strided(device, gradient, options, unit_sums);
+void grad_square_sums(StableIValue* stack, uint64_t, uint64_t) {
+  static thread_local Gradients lists;
+  before_writing([&] {
+    const SquareSumArguments arguments(ArgumentReader(stack), lists, Device::type());
+    for (const Gradient& gradient : lists.gradients) {
+      check_launch<kGrad, 1>(gradient.index, units_of(gradient), gradient.layout);
     }
+    const Device device(lists.device_index);
+    torch::stable::Tensor result = arguments.new_result();
+    auto* sums = static_cast<double*>(result.mutable_data_ptr());
+    if (static_cast<int64_t>(lists.gradients.size()) < result.numel()) {  // the others are empty
+      torch::stable::zero_(result);
+    }
+
+    int64_t scratch_size = 0;
+    for_each_gradient(lists, sums, nullptr, [&](const Gradient& gradient, double*) {
+      scratch_size += units_of(gradient) == 1 ? 0 : units_of(gradient);
+    });
+    std::optional<torch::stable::Tensor> scratch;
+    double* units = nullptr;
+    if (scratch_size > 0) {
+      scratch = arguments.new_doubles(scratch_size);
+      units = static_cast<double*>(scratch->mutable_data_ptr());
+    }
+
+    const SquareOptions options{arguments.clipvalue(), arguments.grad_scale()};
+    const bool fits_small = lists.gradients.size() <= kSmallTable;
+    fits_small ? sum_packed<kSmallTable>(device, lists, options, sums, units)
+               : sum_packed<kLargeTable>(device, lists, options, sums, units);
+    for_each_gradient(lists, sums, units, [&](const Gradient& gradient, double* unit_sums) {
+      if (gradient.layout != nullptr) {
+        sum_strided(device, gradient, options, unit_sums);
+      }
+    });
+    if (scratch_size > 0) {
+      fits_small ? add_units<kSmallTable>(device, lists, sums, units)
+                 : add_units<kLargeTable>(device, lists, sums, units);
+    }
+    stack[0] = torch::stable::detail::from(result);
   });
-  if (scratch_size > 0) {
-    fits_small ? add_units<kSmallTable>(device, lists, sums, units)
-               : add_units<kLargeTable>(device, lists, sums, units);
-  }
-  stack[0] = torch::stable::detail::from(result);
 }
 
 }  // namespace torch_adadelta::cuda

@@ -17,7 +17,8 @@ constexpr int64_t kParameterBytes = 32764;
 
 // Tables of two sizes: a launch takes longer the larger its parameters are.
 constexpr int kSmallTable = 64;
-constexpr int kLargeTable = 640;
+constexpr int kLargeTable = 600;
+constexpr int64_t kSmallBytes = 4096;
 
 constexpr int64_t kMaxBlocks = 2147483647;
 
@@ -27,11 +28,9 @@ struct Chunks {
   int count = 0;                   // of tensors
   uint32_t first_block[capacity];  // that works on the tensor
 
-  // Adds a tensor of `chunks` chunks to the `blocks` there are, and returns its place; or -1 if the table is full.
+  // Adds a tensor of `chunks` chunks, which must not be more than kMaxBlocks, to the `blocks` there are, and returns
+  // its place; or -1 if the table is full.
   int add(int64_t chunks, int64_t& blocks) {
-    if (chunks > kMaxBlocks) {
-      fail("a tensor has more elements than one launch can take");
-    }
     if (count == capacity || blocks + chunks > kMaxBlocks) {
       return -1;
     }
@@ -51,24 +50,38 @@ struct Chunks {
   }
 };
 
-// Drops dimensions that continue the next inner one in every tensor.
-template <int64_t Dimension::*... strides>
-void copy_layout(const Layout& layout, Strides<sizeof...(strides)>& to) {
-  constexpr int tensors = sizeof...(strides);
+// Copies the strides of `tensors` slots from `first` on, without dimensions that continue the next inner one in each of
+// them. Returns false if there are more than kMaxDimensions.
+template <int first, int tensors>
+bool copy_layout(const Layout& layout, Strides<tensors>& to) {
   to.dimensions = 0;
   for (const Dimension& dim : layout) {
-    const int64_t of_dim[tensors] = {dim.*strides...};
+    const int64_t* stride = dim.stride + first;
     const int outer = to.dimensions - 1;
     bool continues = outer >= 0;
     for (int k = 0; continues && k < tensors; ++k) {
-      continues = to.stride[outer][k] == of_dim[k] * dim.size;
+      continues = to.stride[outer][k] == stride[k] * dim.size;
     }
     const int place = continues ? outer : to.dimensions++;
     if (place == kMaxDimensions) {
-      fail("a tensor has more than ", kMaxDimensions, " dimensions");
+      return false;
     }
     to.size[place] = continues ? to.size[outer] * dim.size : dim.size;
-    std::copy_n(of_dim, tensors, to.stride[place]);
+    std::copy_n(stride, tensors, to.stride[place]);
+  }
+  return true;
+}
+
+// Refuses parameter `index` unless a launch of so many blocks is possible, and copy_layout is for a layout, if it has
+// one.
+template <int first, int tensors>
+void check_launch(size_t index, int64_t blocks, const Layout* layout) {
+  if (blocks > kMaxBlocks) {
+    refuse(index, "it or its gradient has more elements than one launch can take");
+  }
+  Strides<tensors> strides;
+  if (layout != nullptr && !copy_layout<first>(*layout, strides)) {
+    refuse(index, "it has more than ", kMaxDimensions, " dimensions");
   }
 }
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../adadelta.h"
-#include "../arguments.h"
+#include "../options.h"
 #include "tables.h"
 
 #include <algorithm>
@@ -16,32 +16,40 @@ namespace torch_adadelta::cuda {
 constexpr int64_t kChunk = 16384;
 
 template <int capacity>
-struct UpdateTable {
-  UpdateOptions options;
+struct TensorTable {
+  GradientOptions options;
   Chunks<capacity> chunks;
   uint32_t index[capacity];  // of the parameter in the lists
-  char* param[capacity];
-  char* grad[capacity];
-  char* square_avg[capacity];
-  char* acc_delta[capacity];
+  char* data[kTensors][capacity];
   int64_t numel[capacity];
   Dtype grad_dtype[capacity];
+  uint8_t segment[capacity];  // the place of its segment in the table
 };
 
-static_assert(sizeof(UpdateTable<kSmallTable>) <= 4096 && sizeof(UpdateTable<kLargeTable>) <= kParameterBytes);
+constexpr int64_t table_bytes(int capacity) { return capacity == kSmallTable ? kSmallBytes : kParameterBytes; }
 
-// One parameter that is not dense. Strides are those of param, grad, square_avg and acc_delta.
+// How many segments find room beside the tensors.
+template <int capacity>
+constexpr int kSegments =
+    std::min<int64_t>((table_bytes(capacity) - sizeof(TensorTable<capacity>)) / sizeof(Segment), 256);
+
+template <int capacity>
+struct UpdateTable : TensorTable<capacity> {
+  Segment segments[kSegments<capacity>];
+};
+
+static_assert(kSegments<kSmallTable> >= 8 && sizeof(UpdateTable<kSmallTable>) <= kSmallBytes);
+static_assert(kSegments<kLargeTable> >= 32 && sizeof(UpdateTable<kLargeTable>) <= kParameterBytes);
+
+// One parameter that is not dense.
 struct StridedUpdate {
-  UpdateOptions options;
-  Strides<4> strides;
-  char* param;
-  char* grad;
-  char* square_avg;
-  char* acc_delta;
+  GradientOptions options;
+  Segment segment;
+  Strides<kTensors> strides;
+  char* data[kTensors];
   int64_t numel;
   uint32_t index;
-  Dtype dtype;
-  Dtype grad_dtype;
+  Dtype dtype[kTensors];
 };
 
 // ---- Kernels --------------------------------------------------------------------------------------------------------
@@ -51,7 +59,7 @@ template <typename T, bool plain>
 struct GradientPipeline {
   bool negates;
 
-  __device__ __forceinline__ GradientPipeline(const UpdateOptions& options, uint32_t) : negates(options.maximize) {}
+  __device__ __forceinline__ GradientPipeline(const GradientOptions&, uint32_t, bool maximize) : negates(maximize) {}
 
   __device__ __forceinline__ T operator()(T g) const { return negates ? -g : g; }
 };
@@ -62,8 +70,8 @@ struct GradientPipeline<T, false> {
   bool scales;
   bool divides;
 
-  __device__ __forceinline__ GradientPipeline(const UpdateOptions& options, uint32_t index)
-      : clip(clip_of<T>(options, index, value_of(options.factor))),
+  __device__ __forceinline__ GradientPipeline(const GradientOptions& options, uint32_t index, bool maximize)
+      : clip(clip_of<T>(options, index, value_of(options.factor), maximize)),
         scales(options.grad_scale != nullptr),
         divides(options.square_sums != nullptr) {}
 
@@ -77,8 +85,13 @@ struct GradientPipeline<T, false> {
 };
 
 template <typename T>
-__device__ __forceinline__ Hyperparameters<T> hyperparameters(const UpdateOptions& options) {
-  return {value_of(options.lr), value_of(options.rho), value_of(options.epsilon)};
+__device__ __forceinline__ Hyperparameters<T> hyperparameters(const Segment& segment) {
+  double values[kHyperparameters];
+#pragma unroll
+  for (int k = 0; k < kHyperparameters; ++k) {
+    values[k] = value_of(segment.values[k]);
+  }
+  return Hyperparameters<T>(values);
 }
 
 // How gradients of the parameter's dtype are read, and those of any other.
@@ -143,27 +156,27 @@ __device__ __forceinline__ void update_vector(
   store_vector(param + at, params);
 }
 
-// The elements [begin, end) of a parameter: vectors first, if all four tensors are aligned, and then one by one.
+// The first `count` elements: vectors first, if all four tensors are aligned, and then one by one.
 template <typename Item, typename Gradient, typename Pipeline, typename T>
 __device__ __forceinline__ void update_chunk(
     Item* param,
     const Gradient& gradient,
     Item* square_avg,
     Item* acc_delta,
-    int64_t begin,
-    int64_t end,
+    int count,
     const Pipeline& pipeline,
     const Hyperparameters<T>& h
 ) {
   constexpr int kVector = kVectorBytes / sizeof(Item);
+  int begin = 0;
   if (is_aligned(param) && is_aligned(gradient.grad) && is_aligned(square_avg) && is_aligned(acc_delta)) {
-    const int64_t vectors_end = end - end % kVector;
-    for (int64_t at = begin + threadIdx.x * kVector; at < vectors_end; at += kThreads * kVector) {
+    const int vectors_end = count - count % kVector;
+    for (int at = threadIdx.x * kVector; at < vectors_end; at += kThreads * kVector) {
       update_vector<kVector>(param, gradient, square_avg, acc_delta, at, pipeline, h);
     }
     begin = vectors_end;
   }
-  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
+  for (int at = begin + threadIdx.x; at < count; at += kThreads) {
     update_vector<1>(param, gradient, square_avg, acc_delta, at, pipeline, h);
   }
 }
@@ -178,24 +191,44 @@ __global__ void __launch_bounds__(kThreads, sizeof(Item) == 8 ? 1 : 2) update_ke
   }
   const int i = table.chunks.find(blockIdx.x);
   const int64_t begin = (blockIdx.x - table.chunks.first_block[i]) * kChunk;
-  const int64_t end = begin + kChunk < table.numel[i] ? begin + kChunk : table.numel[i];
-  const auto h = hyperparameters<T>(table.options);
-  const GradientPipeline<T, plain> pipeline(table.options, table.index[i]);
+  const int64_t left = table.numel[i] - begin;
+  const int count = static_cast<int>(left < kChunk ? left : kChunk);
+  const Segment& segment = table.segments[table.segment[i]];
+  const GradientPipeline<T, plain> pipeline(table.options, table.index[i], segment.maximize());
+  const auto h = hyperparameters<T>(segment);
 
-  auto* param = reinterpret_cast<Item*>(table.param[i]);
-  auto* square_avg = reinterpret_cast<Item*>(table.square_avg[i]);
-  auto* acc_delta = reinterpret_cast<Item*>(table.acc_delta[i]);
+  auto* param = reinterpret_cast<Item*>(table.data[kParam][i]) + begin;
+  auto* square_avg = reinterpret_cast<Item*>(table.data[kSquareAvg][i]) + begin;
+  auto* acc_delta = reinterpret_cast<Item*>(table.data[kAccDelta][i]) + begin;
   constexpr Dtype dtype = std::is_same_v<Item, float>    ? Dtype::kFloat32
                           : std::is_same_v<Item, double> ? Dtype::kFloat64
                           : std::is_same_v<Item, __half> ? Dtype::kFloat16
                                                          : Dtype::kBFloat16;
-  if (table.grad_dtype[i] == dtype) {
-    const SameDtype<Item> gradient{reinterpret_cast<const Item*>(table.grad[i])};
-    update_chunk(param, gradient, square_avg, acc_delta, begin, end, pipeline, h);
+  const Dtype grad_dtype = table.grad_dtype[i];
+  const char* grad = table.data[kGrad][i] + begin * item_size(grad_dtype);
+  if (grad_dtype == dtype) {
+    const SameDtype<Item> gradient{reinterpret_cast<const Item*>(grad)};
+    update_chunk(param, gradient, square_avg, acc_delta, count, pipeline, h);
   } else {
-    const AnyDtype gradient{table.grad[i], table.grad_dtype[i]};
-    update_chunk(param, gradient, square_avg, acc_delta, begin, end, pipeline, h);
+    update_chunk(param, AnyDtype{grad, grad_dtype}, square_avg, acc_delta, count, pipeline, h);
   }
+}
+
+// One element, whose parameter and state, of one dtype, lie at these offsets.
+template <typename T>
+__device__ __forceinline__ void update_item(
+    T g, char* const (&data)[kTensors], const int64_t (&offsets)[kTensors], Dtype dtype, const Hyperparameters<T>& h
+) {
+  char* param = data[kParam] + offsets[kParam];
+  char* square_avg = data[kSquareAvg] + offsets[kSquareAvg];
+  char* acc_delta = data[kAccDelta] + offsets[kAccDelta];
+  T a = load_item<T>(square_avg, dtype);
+  T u = load_item<T>(acc_delta, dtype);
+  T p = load_item<T>(param, dtype);
+  adadelta_element(g, a, u, p, h);
+  store_item(square_avg, dtype, a);
+  store_item(acc_delta, dtype, u);
+  store_item(param, dtype, p);
 }
 
 template <typename T>
@@ -203,24 +236,15 @@ __global__ void __launch_bounds__(kThreads) strided_update_kernel(const StridedU
   if (is_skipped(update.options)) {
     return;
   }
-  const auto h = hyperparameters<T>(update.options);
-  const GradientPipeline<T, false> pipeline(update.options, update.index);
+  const auto h = hyperparameters<T>(update.segment);
+  const GradientPipeline<T, false> pipeline(update.options, update.index, update.segment.maximize());
   const int64_t begin = blockIdx.x * kChunk;
   const int64_t end = begin + kChunk < update.numel ? begin + kChunk : update.numel;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-    int64_t offsets[4];
+    int64_t offsets[kTensors];
     find_offsets(update.strides, at, offsets);
-    char* param = update.param + offsets[0];
-    char* square_avg = update.square_avg + offsets[2];
-    char* acc_delta = update.acc_delta + offsets[3];
-    const T g = load_item<T>(update.grad + offsets[1], update.grad_dtype);
-    T a = load_item<T>(square_avg, update.dtype);
-    T u = load_item<T>(acc_delta, update.dtype);
-    T p = load_item<T>(param, update.dtype);
-    adadelta_element(pipeline(g), a, u, p, h);
-    store_item(square_avg, update.dtype, a);
-    store_item(acc_delta, update.dtype, u);
-    store_item(param, update.dtype, p);
+    const T g = pipeline(load_item<T>(update.data[kGrad] + offsets[kGrad], update.dtype[kGrad]));
+    update_item(g, update.data, offsets, update.dtype[kParam], h);
   }
 }
 
@@ -236,23 +260,33 @@ EntryIterator update_table(
     const Device& device, EntryIterator first, EntryIterator last, Dtype dtype, const UpdateOptions& options
 ) {
   UpdateTable<capacity> table;
-  table.options = options;
+  table.options = options.gradient;
   int64_t blocks = 0;
+  int segments = 0;
+  uint32_t segment = 0;  // the last of them, if there is one
   for (; first != last; ++first) {
-    if (first->layout != nullptr || first->dtype != dtype) {
+    if (first->layout != nullptr || first->dtype[kParam] != dtype) {
       continue;
+    }
+    const bool is_new = segments == 0 || first->segment != segment;
+    if (is_new && segments == kSegments<capacity>) {
+      break;
     }
     const int i = table.chunks.add(chunks_of(*first), blocks);
     if (i < 0) {
       break;
     }
+    if (is_new) {
+      segment = first->segment;
+      table.segments[segments++] = options.segments[segment];
+    }
+    table.segment[i] = static_cast<uint8_t>(segments - 1);
     table.index[i] = static_cast<uint32_t>(first->index);
-    table.param[i] = first->param;
-    table.grad[i] = first->grad;
-    table.square_avg[i] = first->square_avg;
-    table.acc_delta[i] = first->acc_delta;
+    for (int slot = 0; slot < kTensors; ++slot) {
+      table.data[slot][i] = first->data[slot];
+    }
     table.numel[i] = first->numel;
-    table.grad_dtype[i] = first->grad_dtype;
+    table.grad_dtype[i] = first->dtype[kGrad];
   }
   device.launch(update_kernel<Item, plain, capacity>, blocks, kThreads, table);
   return first;
@@ -263,15 +297,26 @@ template <typename Item, typename Device>
 void update_dense(
     const Device& device, EntryIterator first, EntryIterator last, Dtype dtype, const UpdateOptions& options
 ) {
-  const auto is_wanted = [&](const Entry& entry) { return entry.layout == nullptr && entry.dtype == dtype; };
+  const auto is_wanted = [&](const Entry& entry) { return entry.layout == nullptr && entry.dtype[kParam] == dtype; };
+  const auto fits_small = [&] {
+    int tensors = 0, segments = 0;
+    uint32_t segment = 0;
+    for (auto entry = first; entry != last && tensors <= kSmallTable && segments <= kSegments<kSmallTable>; ++entry) {
+      if (is_wanted(*entry)) {
+        segments += tensors++ == 0 || entry->segment != segment;
+        segment = entry->segment;
+      }
+    }
+    return tensors <= kSmallTable && segments <= kSegments<kSmallTable>;
+  };
   while ((first = std::find_if(first, last, is_wanted)) != last) {
-    const bool fits_small = std::count_if(first, last, is_wanted) <= kSmallTable;
-    if (options.is_plain()) {
-      first = fits_small ? update_table<Item, true, kSmallTable>(device, first, last, dtype, options)
-                         : update_table<Item, true, kLargeTable>(device, first, last, dtype, options);
+    const bool small = fits_small();
+    if (options.gradient.is_plain()) {
+      first = small ? update_table<Item, true, kSmallTable>(device, first, last, dtype, options)
+                    : update_table<Item, true, kLargeTable>(device, first, last, dtype, options);
     } else {
-      first = fits_small ? update_table<Item, false, kSmallTable>(device, first, last, dtype, options)
-                         : update_table<Item, false, kLargeTable>(device, first, last, dtype, options);
+      first = small ? update_table<Item, false, kSmallTable>(device, first, last, dtype, options)
+                    : update_table<Item, false, kLargeTable>(device, first, last, dtype, options);
     }
   }
 }
@@ -279,19 +324,14 @@ void update_dense(
 template <typename Device>
 void update_strided(const Device& device, const Entry& entry, const UpdateOptions& options) {
   StridedUpdate update;
-  update.options = options;
-  copy_layout<&Dimension::param, &Dimension::grad, &Dimension::square_avg, &Dimension::acc_delta>(
-      *entry.layout, update.strides
-  );
-  update.param = entry.param;
-  update.grad = entry.grad;
-  update.square_avg = entry.square_avg;
-  update.acc_delta = entry.acc_delta;
+  update.options = options.gradient;
+  update.segment = options.segments[entry.segment];
+  copy_layout<0>(*entry.layout, update.strides);
+  std::copy_n(entry.data, kTensors, update.data);
+  std::copy_n(entry.dtype, kTensors, update.dtype);
   update.numel = entry.numel;
   update.index = static_cast<uint32_t>(entry.index);
-  update.dtype = entry.dtype;
-  update.grad_dtype = entry.grad_dtype;
-  const bool in_double = entry.dtype == Dtype::kFloat64;
+  const bool in_double = entry.dtype[kParam] == Dtype::kFloat64;
   device.launch(
       in_double ? strided_update_kernel<double> : strided_update_kernel<float>, chunks_of(entry), kThreads, update
   );
@@ -311,30 +351,30 @@ void update_together(const Device& device, EntryIterator first, EntryIterator la
   }
 }
 
-// adadelta_ and adadelta_.unclipped in schemas.h, whose arguments are the first of the former's.
+// adadelta_ in schemas.h.
 template <typename Device>
-void adadelta_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  const UpdateArguments arguments(stack, argument_count, Device::type());
-  const Entries& lists = arguments.entries();
-  const auto first = lists.entries.begin(), last = lists.entries.end();
-  if (first == last) {
+void adadelta_(StableIValue* stack, uint64_t, uint64_t) {
+  static thread_local Workspace workspace;
+  std::optional<UpdateArguments> arguments;
+  std::optional<Device> device;
+  before_writing([&] {
+    arguments.emplace(ArgumentReader(stack), workspace, Device::type());
+    for (const Entry& entry : workspace.entries) {
+      check_launch<0, kTensors>(entry.index, chunks_of(entry), entry.layout);
+    }
+    device.emplace(workspace.device_index);
+  });
+  const auto first = workspace.entries.begin(), last = workspace.entries.end();
+  if (arguments->check_only()) {
     return;
   }
-  const Device device(lists.device_index);
-  if (lists.disjoint) {
-    update_together(device, first, last, arguments.options());
+  if (workspace.disjoint) {
+    update_together(*device, first, last, arguments->options());
   } else {
     for (auto entry = first; entry != last; ++entry) {
-      update_together(device, entry, entry + 1, arguments.options());
+      update_together(*device, entry, entry + 1, arguments->options());
     }
   }
-}
-
-// check_lists in schemas.h: what adadelta_ checks, and nothing more.
-template <typename Device>
-void check_lists(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorList params(stack[0]), grads(stack[1]), square_avgs(stack[2]), acc_deltas(stack[3]);
-  read_entries(params, grads, square_avgs, acc_deltas, Device::type());
 }
 
 }  // namespace torch_adadelta::cuda

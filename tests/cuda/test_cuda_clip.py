@@ -57,7 +57,7 @@ def test_short_square_sums(dtype: torch.dtype, placed: Callable[..., Tensor]) ->
     assert_same_sums(grads, placed)
 
 
-@pytest.mark.parametrize("count", [1, 63, 64, 65, 639, 640, 641, 1281])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 599, 600, 601, 1201])
 @pytest.mark.parametrize("large", [False, True])
 def test_square_sums_around_tables(count: int, large: bool, placed: Callable[..., Tensor]) -> None:
     """Gradients of one unit only, or with some of several units among them."""
@@ -65,7 +65,7 @@ def test_square_sums_around_tables(count: int, large: bool, placed: Callable[...
     assert_same_sums([gradients((n,), torch.float32, 1, seed=i)[0] for i, n in enumerate(sizes)], placed)
 
 
-@pytest.mark.parametrize("count", [64, 65, 640, 641, 700])
+@pytest.mark.parametrize("count", [64, 65, 600, 601, 700])
 def test_many_gradients_of_several_units(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     flat = torch.randn(count * (UNIT + 3), generator=generator)

@@ -119,10 +119,10 @@ def test_offsets_that_are_not_aligned(which: int, dtype: torch.dtype, placed: Ca
     assert_same_update(lists, placed)
 
 
-@pytest.mark.parametrize("count", [1, 63, 64, 65, 127, 128, 129, 639, 640, 641, 1279, 1281, 2000])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 127, 128, 129, 599, 600, 601, 1199, 1201, 2000])
 @pytest.mark.parametrize("empty", ["none", "first and last", "every other", "all but one"])
 def test_tables(count: int, empty: str, placed: Callable[..., Tensor]) -> None:
-    """Around the 64 and 640 tensors that a launch takes, with tensors of none, one or two chunks among them."""
+    """Around the 64 and 600 tensors that a launch takes, with tensors of none, one or two chunks among them."""
     sizes = [1 + 37 * i % 50 if i % 97 else CHUNK + i for i in range(count)]
     for i in range(count):
         is_empty = {
@@ -135,7 +135,7 @@ def test_tables(count: int, empty: str, placed: Callable[..., Tensor]) -> None:
     assert_same_update(make_lists([(n,) for n in sizes], torch.float32, torch.float32), placed, steps=1)
 
 
-@pytest.mark.parametrize("count", [64, 65, 640, 641])
+@pytest.mark.parametrize("count", [64, 65, 600, 601])
 def test_tables_of_mixed_dtypes(count: int, placed: Callable[..., Tensor]) -> None:
     lists: Lists = [[], [], [], []]
     for i in range(count):

@@ -35,6 +35,10 @@ int64_t small_table() { return torch_adadelta::cuda::kSmallTable; }
 
 int64_t large_table() { return torch_adadelta::cuda::kLargeTable; }
 
+int64_t small_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kSmallTable>; }
+
+int64_t large_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kLargeTable>; }
+
 int64_t chunk() { return torch_adadelta::cuda::kChunk; }
 
 }  // namespace
@@ -46,16 +50,16 @@ STABLE_TORCH_LIBRARY(torch_adadelta_emulated, m) {
   m.def("set_edge_blocks(int count) -> int");
   m.def("small_table() -> int");
   m.def("large_table() -> int");
+  m.def("small_segments() -> int");
+  m.def("large_segments() -> int");
   m.def("chunk() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CPU, m) {
   m.impl("adadelta_", torch_adadelta::cuda::adadelta_<EmulatedDevice>);
-  m.impl("adadelta_.unclipped", torch_adadelta::cuda::adadelta_<EmulatedDevice>);
-  m.impl("check_lists", torch_adadelta::cuda::check_lists<EmulatedDevice>);
   m.impl("grad_square_sums", torch_adadelta::cuda::grad_square_sums<EmulatedDevice>);
   m.impl("sparse_adadelta_", torch_adadelta::cuda::sparse_adadelta_<EmulatedDevice>);
-  m.impl("first_bad_indices", torch_adadelta::cuda::first_bad_indices<EmulatedDevice>);
+  m.impl("first_invalid_indices", torch_adadelta::cuda::first_invalid_indices<EmulatedDevice>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CompositeExplicitAutograd, m) {
@@ -64,5 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CompositeExplicitAutograd, m)
   m.impl("set_edge_blocks", TORCH_BOX(&set_edge_blocks));
   m.impl("small_table", TORCH_BOX(&small_table));
   m.impl("large_table", TORCH_BOX(&large_table));
+  m.impl("small_segments", TORCH_BOX(&small_segments));
+  m.impl("large_segments", TORCH_BOX(&large_segments));
   m.impl("chunk", TORCH_BOX(&chunk));
 }

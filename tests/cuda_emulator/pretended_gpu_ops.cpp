@@ -32,11 +32,9 @@ int64_t fail_launches(int64_t error) {
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
   emulator::current_device = pretended_gpu_current_device;
   m.impl("adadelta_", torch_adadelta::cuda::adadelta_<Device>);
-  m.impl("adadelta_.unclipped", torch_adadelta::cuda::adadelta_<Device>);
-  m.impl("check_lists", torch_adadelta::cuda::check_lists<Device>);
   m.impl("grad_square_sums", torch_adadelta::cuda::grad_square_sums<Device>);
   m.impl("sparse_adadelta_", torch_adadelta::cuda::sparse_adadelta_<Device>);
-  m.impl("first_bad_indices", torch_adadelta::cuda::first_bad_indices<Device>);
+  m.impl("first_invalid_indices", torch_adadelta::cuda::first_invalid_indices<Device>);
 }
 
 STABLE_TORCH_LIBRARY(pretended_gpu_ops, m) {

@@ -97,7 +97,7 @@ void every_estimate() {
 void every_decay() {
   int64_t different = 0;
   const auto compare = [&](float rho, uint64_t first, uint64_t last, uint64_t step) {
-    const Hyperparameters<float> h(0, rho, 0);
+    const Hyperparameters<float> h({0, rho});
     for (uint64_t bits = first; bits < last; bits += step) {
       __m512 averages = _mm512_castsi512_ps(sixteen_from(static_cast<uint32_t>(bits))), expected = averages;
       decay_with_subnormals(averages, h);

@@ -38,7 +38,7 @@ template <typename Item, typename T>
 Case update(UpdateLoop<Item, T> loop, Item one, const GradientClip<T>& clip) {
   return [=](int64_t count) {
     std::vector<Item> param(count, one), grad(count, one), square_avg(count, one), acc_delta(count, one);
-    const Hyperparameters<T> h(1.0, 0.95, 1e-7);
+    const Hyperparameters<T> h({1.0, 0.95, 1e-7, 0});
     measure([&] { loop(param.data(), grad.data(), square_avg.data(), acc_delta.data(), count, clip, h); });
   };
 }

@@ -270,13 +270,32 @@ std::vector<Options> all_options() {
   };
 }
 
-void update(const Lists& lists, const Options& options) {
+// Segments of an op: the hyperparameters of the first parameters and of the others. Tensors replace numbers.
+struct Segments {
+  std::vector<int64_t> sizes;
+  std::vector<double> hyperparameters;
+  std::vector<OptionalTensor> tensors;
+
+  explicit Segments(size_t count, bool maximize = false, OptionalTensor lr = std::nullopt)
+      : sizes{static_cast<int64_t>(count / 3), 0, static_cast<int64_t>(count - count / 3)} {
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      hyperparameters.insert(hyperparameters.end(), {0.75 + 0.125 * i, 0.9, 1e-6, maximize ? 1.0 : 0.0});
+    }
+    if (lr.has_value()) {
+      tensors.resize(hyperparameters.size());
+      tensors[8] = lr;
+    }
+  }
+};
+
+void update(const Lists& lists, const Options& options, bool check_only = false) {
   OptionalTensor sums;
   if (options.clipnorm.has_value()) {
     sums = result<Tensor>(call(
         "grad_square_sums", "", lists.params, lists.grads, options.clipvalue, options.in_double, options.grad_scale
     ));
   }
+  const Segments segments(lists.params.size(), true, options.lr);
   call(
       "adadelta_",
       "",
@@ -284,55 +303,110 @@ void update(const Lists& lists, const Options& options) {
       lists.grads,
       lists.square_avgs,
       lists.acc_deltas,
-      0.75,
-      0.9,
-      1e-6,
-      true,
-      options.lr,
-      OptionalTensor(),
-      OptionalTensor(),
+      segments.sizes,
+      segments.hyperparameters,
+      segments.tensors,
       options.clipvalue,
       options.clipnorm,
       sums,
       options.factor,
       options.factor_tensor,
       options.grad_scale,
-      options.found_inf
+      options.found_inf,
+      check_only
   );
 }
 
-// ---- Cases: each makes its tensors anew, and returns what became of them
-// ----------------------------------------------
+void update_cached(const Tensors& params, const Tensors& grads, int64_t number) {
+  const Segments segments(params.size());
+  const OptionalTensor none;
+  const std::optional<double> no_number;
+  call(
+      "adadelta_",
+      "cached",
+      params,
+      grads,
+      number,
+      segments.sizes,
+      segments.hyperparameters,
+      segments.tensors,
+      no_number,
+      no_number,
+      none,
+      1.0,
+      none,
+      none,
+      none,
+      false
+  );
+}
+
+void update_sparse(
+    const Lists& lists, const Tensors& indices, const Tensors& values, std::optional<double> clipvalue = std::nullopt
+) {
+  const Segments segments(lists.params.size());
+  const OptionalTensor none;
+  call(
+      "sparse_adadelta_",
+      "",
+      lists.params,
+      indices,
+      values,
+      lists.square_avgs,
+      lists.acc_deltas,
+      segments.sizes,
+      segments.hyperparameters,
+      segments.tensors,
+      clipvalue,
+      std::optional<double>(),
+      none,
+      1.0,
+      none,
+      none,
+      none,
+      false
+  );
+}
+
+// ---- Cases: each makes its tensors anew, and returns what became of them --------------------------------------------
 
 std::string plain() {
   const Lists lists = dense_lists(true);
+  Segments segments(lists.params.size());
+  const OptionalTensor none;
+  const std::optional<double> no_number;
   for (int step = 0; step < 2; ++step) {
     call(
         "adadelta_",
-        "unclipped",
+        "",
         lists.params,
         lists.grads,
         lists.square_avgs,
         lists.acc_deltas,
-        0.75,
-        0.9,
-        1e-6,
-        false,
-        OptionalTensor(),
-        OptionalTensor(),
-        OptionalTensor()
+        segments.sizes,
+        segments.hyperparameters,
+        segments.tensors,
+        no_number,
+        no_number,
+        none,
+        1.0,
+        none,
+        none,
+        none,
+        false
     );
   }
   return lists.bits();
 }
 
-std::string held() {
+// With accumulators that are handed over once.
+std::string cached() {
   const Lists lists = dense_lists(true);
-  const auto number = result<int64_t>(call("hold_state", "", lists.square_avgs, lists.acc_deltas));
+  const auto number = result<int64_t>(call("cache_accumulators", "", lists.square_avgs, lists.acc_deltas));
   for (int step = 0; step < 2; ++step) {
-    call("adadelta_", "held", lists.params, lists.grads, number, 0.75, 0.9, 1e-6, false);
+    update_cached(lists.params, lists.grads, number);
   }
-  call("drop_state", "", number);
+  call("drop_accumulators", "", number);
   return lists.bits();
 }
 
@@ -363,31 +437,7 @@ std::string sparse() {
         const Tensors indices{matrix(Place(1, occurrences, kContiguous), kInt64, row)};
         const Dtype value_dtype = order == kContiguous ? dtype : kReal[(dtype + 1) % kReal.size()];
         const Tensors values{matrix(Place(occurrences, columns, kContiguous), value_dtype, noise(4))};
-        const OptionalTensor none;
-        const std::optional<double> no_number, clipvalue(0.25);
-        call(
-            "sparse_adadelta_",
-            "",
-            lists.params,
-            indices,
-            values,
-            lists.square_avgs,
-            lists.acc_deltas,
-            0.75,
-            0.9,
-            1e-6,
-            false,
-            none,
-            none,
-            none,
-            clipvalue,
-            no_number,
-            none,
-            1.0,
-            none,
-            none,
-            none
-        );
+        update_sparse(lists, indices, values, 0.25);
         bits += lists.bits();
       }
     }
@@ -420,57 +470,30 @@ void wrong_arguments() {
     check_raises("another shape", lists, [&] { update(other, {.name = ""}); });
     (other.*part)[1] = matrix(Place(3, 3, kContiguous), kInt64, zero);
     check_raises("another dtype", lists, [&] { update(other, {.name = ""}); });
-    check_raises("lists to check", lists, [&] {
-      call("check_lists", "", other.params, other.grads, other.square_avgs, other.acc_deltas);
-    });
+    check_raises("lists to check", lists, [&] { update(other, {.name = ""}, true); });
   }
   check_raises("a negative clipvalue", lists, [&] { update(lists, {.name = "", .clipvalue = -1.0}); });
   check_raises("a rate of two elements", lists, [&] {
     update(lists, {.name = "", .lr = matrix(Place(2, 1, kContiguous), kFloat32, zero)});
   });
   check_raises("state of another length", lists, [&] {
-    call("hold_state", "", lists.square_avgs, Tensors{lists.acc_deltas[0]});
+    call("cache_accumulators", "", lists.square_avgs, Tensors{lists.acc_deltas[0]});
   });
-  check_raises("no such state", lists, [&] {
-    call("adadelta_", "held", lists.params, lists.grads, int64_t(-1), 0.75, 0.9, 1e-6, false);
-  });
-  const OptionalTensor none;
-  const std::optional<double> no_number;
+  check_raises("no such accumulators", lists, [&] { update_cached(lists.params, lists.grads, -1); });
   for (const double index : {-1.0, 5.0, 1e18}) {
     const Tensors indices{matrix(Place(1, 2, kContiguous), kInt64, [=](int64_t k) { return k == 0 ? 0 : index; })};
     const Tensors values{matrix(Place(2, 7, kContiguous), kFloat32, zero)};
-    const Tensors param{lists.params[0]}, square_avg{lists.square_avgs[0]}, acc_delta{lists.acc_deltas[0]};
-    check_raises("a row that is not there", lists, [&] {
-      call(
-          "sparse_adadelta_",
-          "",
-          param,
-          indices,
-          values,
-          square_avg,
-          acc_delta,
-          0.75,
-          0.9,
-          1e-6,
-          false,
-          none,
-          none,
-          none,
-          no_number,
-          no_number,
-          none,
-          1.0,
-          none,
-          none,
-          none
-      );
-    });
+    Lists first;
+    first.params = {lists.params[0]};
+    first.square_avgs = {lists.square_avgs[0]};
+    first.acc_deltas = {lists.acc_deltas[0]};
+    check_raises("a row that is not there", lists, [&] { update_sparse(first, indices, values); });
   }
 }
 
 std::vector<std::string> all_cases() {
-  std::vector<std::string> results{plain(), held(), repeated(), sparse()};
-  check(results[0] == results[1], "held state: other bits");
+  std::vector<std::string> results{plain(), cached(), repeated(), sparse()};
+  check(results[0] == results[1], "cached accumulators: other bits");
   for (const Options& options : all_options()) {
     const Lists lists = dense_lists(!options.clipvalue.has_value());
     const std::string before = lists.bits();
