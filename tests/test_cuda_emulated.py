@@ -274,6 +274,16 @@ def test_parameters_that_share_memory_are_updated_in_turn() -> None:
     assert assert_same_update(make) == 4
 
 
+@pytest.mark.parametrize(("begin", "launches"), [(9, 2), (10, 1)])
+def test_parameters_that_share_their_last_element_only(begin: int, launches: int) -> None:
+    def make() -> Lists:
+        base = torch.ones(30)
+        params = [base[:10], base[begin : begin + 10]]
+        return params, [torch.full((10,), 0.5) for _ in params], *([torch.zeros(10) for _ in params] for _ in range(2))  # type: ignore[return-value]
+
+    assert assert_same_update(make) == launches
+
+
 @pytest.mark.parametrize("name", ["plain", "clipnorm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("layout", LAYOUTS)

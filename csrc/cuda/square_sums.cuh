@@ -332,44 +332,45 @@ void add_units(const Device& device, const Gradients& lists, double* result, dou
 template <typename Device>
 void grad_square_sums(StableIValue* stack, uint64_t, uint64_t) {
   static thread_local Gradients lists;
+  std::optional<SquareSumArguments> arguments;
+  std::optional<Device> device;
+  std::optional<torch::stable::Tensor> result, scratch;
+  double *sums = nullptr, *units = nullptr;
   before_writing([&] {
-    const SquareSumArguments arguments(ArgumentReader(stack), lists, Device::type());
+    arguments.emplace(ArgumentReader(stack), lists, Device::type());
     for (const Gradient& gradient : lists.gradients) {
       check_launch<kGrad, 1>(gradient.index, units_of(gradient), gradient.layout);
     }
-    const Device device(lists.device_index);
-    torch::stable::Tensor result = arguments.new_result();
-    auto* sums = static_cast<double*>(result.mutable_data_ptr());
-    if (static_cast<int64_t>(lists.gradients.size()) < result.numel()) {  // the others are empty
-      torch::stable::zero_(result);
-    }
-
+    device.emplace(lists.device_index);
+    result = arguments->new_result();
+    sums = static_cast<double*>(result->mutable_data_ptr());
     int64_t scratch_size = 0;
     for_each_gradient(lists, sums, nullptr, [&](const Gradient& gradient, double*) {
       scratch_size += units_of(gradient) == 1 ? 0 : units_of(gradient);
     });
-    std::optional<torch::stable::Tensor> scratch;
-    double* units = nullptr;
     if (scratch_size > 0) {
-      scratch = arguments.new_doubles(scratch_size);
+      scratch = arguments->new_doubles(scratch_size);
       units = static_cast<double*>(scratch->mutable_data_ptr());
     }
-
-    const SquareOptions options{arguments.clipvalue(), arguments.grad_scale()};
-    const bool fits_small = lists.gradients.size() <= kSmallTable;
-    fits_small ? sum_packed<kSmallTable>(device, lists, options, sums, units)
-               : sum_packed<kLargeTable>(device, lists, options, sums, units);
-    for_each_gradient(lists, sums, units, [&](const Gradient& gradient, double* unit_sums) {
-      if (gradient.layout != nullptr) {
-        sum_strided(device, gradient, options, unit_sums);
-      }
-    });
-    if (scratch_size > 0) {
-      fits_small ? add_units<kSmallTable>(device, lists, sums, units)
-                 : add_units<kLargeTable>(device, lists, sums, units);
-    }
-    stack[0] = torch::stable::detail::from(result);
   });
+
+  if (static_cast<int64_t>(lists.gradients.size()) < result->numel()) {  // the others are empty
+    torch::stable::zero_(*result);
+  }
+  const SquareOptions options{arguments->clipvalue(), arguments->grad_scale()};
+  const bool fits_small = lists.gradients.size() <= kSmallTable;
+  fits_small ? sum_packed<kSmallTable>(*device, lists, options, sums, units)
+             : sum_packed<kLargeTable>(*device, lists, options, sums, units);
+  for_each_gradient(lists, sums, units, [&](const Gradient& gradient, double* unit_sums) {
+    if (gradient.layout != nullptr) {
+      sum_strided(*device, gradient, options, unit_sums);
+    }
+  });
+  if (scratch.has_value()) {
+    fits_small ? add_units<kSmallTable>(*device, lists, sums, units)
+               : add_units<kLargeTable>(*device, lists, sums, units);
+  }
+  stack[0] = torch::stable::detail::from(*result);
 }
 
 }  // namespace torch_adadelta::cuda
