@@ -95,6 +95,7 @@ bool CachedTensorInfo::are_as_known() const {
     return false;
   }
   for (size_t i = 0; i < infos_.size(); ++i) {
+    tensors_.prefetch_after(i);
     if (!tensors_.is_still(i, infos_[i])) {
       return false;
     }

@@ -73,7 +73,7 @@ def test_a_launch_goes_to_the_device_of_the_tensors_and_its_stream() -> None:
 
 def test_what_a_step_launches() -> None:
     """One launch a bucket, as far as its tables fit."""
-    for count, launches in ((1, 1), (640, 1), (641, 2)):
+    for count, launches in ((1, 1), (600, 1), (601, 2)):
         params = [torch.ones(3, device="cuda") for _ in range(count)]
         before = launcher.launches()
         ops.adadelta_(params, *([torch.ones(3, device="cuda") for _ in params] for _ in range(3)), 1.0, 0.95, 1e-7)
