@@ -256,7 +256,9 @@ inline void check_sizes(const std::vector<int64_t>& sizes, size_t param_count) {
     for (size_t i = 0; i < sizes.size(); ++i) {
       listed << (i == 0 ? "" : ", ") << sizes[i];
     }
-    refuse_call("the sizes of its segments are ", listed.str(), ", which do not make ", param_count, " parameters");
+    refuse_call(
+        "the sizes of the segments are ", listed.str(), ", which do not add up to ", param_count, " parameters"
+    );
   }
 }
 

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 CXX=${CXX:-c++}
-TESTS=${TESTS:-tests/test_ops.py tests/test_clip_ops.py}
+TESTS=${TESTS:-tests/test_ops.py tests/test_clip_ops.py tests/test_segments.py tests/test_aliasing_ops.py}
 
 # The flags of the build; what they do to roundings is tested, so it is what must be watched.
 flags=$("$PYTHON" tests/compilers.py)

@@ -194,7 +194,12 @@ class Caller:
                 spoiled.pop()
             elif spoiled:
                 spoiled[draw.randrange(len(spoiled))] = draw.choice([-1, 2**63 - 1, -(2**63), 3, self.scalar_tensor()])
-        return [sizes, numbers, tensors]
+        lists = [sizes, numbers, tensors]
+        for values, kinds in zip(lists, ((int,), (int, float), (Tensor, type(None))), strict=True):
+            # PyTorch prints what it cannot convert, and dies of a tensor without its memory.
+            if not all(isinstance(x, kinds) for x in values):
+                values[:] = [x for x in values if not isinstance(x, Tensor) or has_its_memory(x)]
+        return lists
 
     def row(self) -> list[Any]:
         return [*(self.number() for _ in range(3)), self.random.choice([0.0, 1.0, 1.0, self.number()])]

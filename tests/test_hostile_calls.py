@@ -148,11 +148,11 @@ def test_numbers_under_which_no_accumulators_are_cached() -> None:
 @pytest.mark.parametrize(
     ("sizes", "hyperparameters", "tensors", "error"),
     [
-        ([1], [1.0] * 4, [], "the sizes of its segments are 1, which do not make 2 parameters"),
-        ([3], [1.0] * 4, [], "the sizes of its segments are 3, which do not make 2 parameters"),
-        ([], [], [], "the sizes of its segments are , which do not make 2 parameters"),
-        ([3, -1], [1.0] * 8, [], "the sizes of its segments are 3, -1, which"),
-        ([2**63 - 1, 2**63 - 1, 4], [1.0] * 12, [], "the sizes of its segments are 92"),
+        ([1], [1.0] * 4, [], "the sizes of the segments are 1, which do not add up to 2 parameters"),
+        ([3], [1.0] * 4, [], "the sizes of the segments are 3, which do not add up to 2 parameters"),
+        ([], [], [], "the sizes of the segments are , which do not add up to 2 parameters"),
+        ([3, -1], [1.0] * 8, [], "the sizes of the segments are 3, -1, which"),
+        ([2**63 - 1, 2**63 - 1, 4], [1.0] * 12, [], "the sizes of the segments are 92"),
         ([2], [1.0] * 3, [], "1 segments have 3 hyperparameters and 0 hyperparameter_tensors, but must have 4 and"),
         ([1, 1], [1.0] * 4, [], "2 segments have 4 hyperparameters and 0 hyperparameter_tensors, but must have 8 and"),
         ([2], [1.0] * 4, [None] * 3, "1 segments have 4 hyperparameters and 3 hyperparameter_tensors, but must"),
