@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from workloads import Tensors, Workload
 
-from torch_adadelta import AdadeltaKeras, ops
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
 LR: Final = 1e-3
 RHO: Final = 0.95
@@ -84,8 +85,8 @@ def with_state(optimizer: Optimizer, tensors: Tensors, **more: Callable[[], Tens
 
 def keras_like(tensors: Tensors, *, foreach: bool | None = None, **options: Any) -> Step:
     """Our optimizer: the fused kernel by default, as a user gets it, or one of the Python paths."""
-    if foreach is None and not ops.is_loaded:
-        raise RuntimeError(f"the compiled library is missing: {ops.load_error}")
+    if foreach is None and not kernels.is_loaded:
+        raise RuntimeError(f"the compiled library is missing: {kernels.load_error}")
     optimizer = with_state(AdadeltaKeras(tensors.params, LR, RHO, EPSILON, foreach=foreach, **options), tensors)
     return by_other_rows(optimizer, tensors) if tensors.grads[0].is_sparse else optimizer.step
 

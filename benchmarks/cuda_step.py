@@ -32,7 +32,8 @@ from shapes import Shape
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
 LR: Final = 1e-3
 
@@ -437,8 +438,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
-    if not ops.is_cuda_loaded:
-        print(f"the CUDA library is missing: {ops.cuda_load_error}", file=sys.stderr)
+    if not kernels.is_cuda_loaded:
+        print(f"the CUDA library is missing: {kernels.cuda_load_error}", file=sys.stderr)
         return 1
 
     facts = machine()

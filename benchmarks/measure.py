@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 Step = Callable[[], object]
 
@@ -316,7 +316,7 @@ def machine() -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "processor": _processor(),
-        "instruction set": ops.cpu_capability() if ops.is_loaded else "none (no compiled library)",
+        "instruction set": kernels.cpu_capability() if kernels.is_loaded else "none (no compiled library)",
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),

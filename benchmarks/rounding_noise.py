@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torch_adadelta import AdadeltaKeras, __version__, ops
+from torch_adadelta import AdadeltaKeras, __version__
+from torch_adadelta.backends import kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -124,7 +125,7 @@ def _adadelta_keras(flags: dict[str, Any], params: list[torch.Tensor]) -> Adadel
 def our_paths() -> dict[str, dict[str, Any]]:
     """The implementations that this installation has, by name, each as the flags that choose it."""
     paths: dict[str, dict[str, Any]] = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
-    return {**paths, "fused": {"fused": True}} if ops.is_loaded else paths
+    return {**paths, "fused": {"fused": True}} if kernels.is_loaded else paths
 
 
 def implementations() -> dict[str, Callable[[int], Stepper]]:
@@ -207,7 +208,7 @@ def versions() -> str:
     for package in ("tensorflow", "tf_keras"):
         if package in sys.modules:
             found.append(f"{package} {sys.modules[package].__version__}")
-    kernel = ops.cpu_capability() if ops.is_loaded else "no compiled library"
+    kernel = kernels.cpu_capability() if kernels.is_loaded else "no compiled library"
     return ", ".join([*found, f"Python {platform.python_version()}", f"{platform.machine()} ({kernel})"])
 
 

@@ -19,13 +19,13 @@ template <typename T>
 struct Hyperparameters {
   T lr;
   T rho;
-  T omr;  // 1 - rho, subtracted in T: float gives 0.050000012f for rho = 0.95, not 0.05f
+  T one_minus_rho;  // 1 - rho, subtracted in T: float gives 0.050000012f for rho = 0.95, not 0.05f
   T eps;
 
   explicit ADADELTA_INLINE Hyperparameters(const double (&values)[kHyperparameters])
       : lr(static_cast<T>(values[kLr])),
         rho(static_cast<T>(values[kRho])),
-        omr(T(1) - rho),
+        one_minus_rho(T(1) - rho),
         eps(static_cast<T>(values[kEpsilon])) {}
 };
 
@@ -74,7 +74,7 @@ struct GradientClip {
 // The update in its parts, for a number or a vector of numbers V, which cross by reference: what is compiled for one
 // instruction set does not agree with another on how vectors are passed.
 //
-// Every operation is rounded to T on its own, in the order of the for-loop in update.py. Compile with
+// Every operation is rounded to T on its own, in the order of torch_adadelta/backends/functional.py. Compile with
 // -ffp-contract=off (nvcc: --fmad=false) and IEEE division and square root: a fused multiply-add changes the bits.
 template <typename V, typename T>
 ADADELTA_INLINE void decay(V& average, const Hyperparameters<T>& h) {
@@ -83,7 +83,7 @@ ADADELTA_INLINE void decay(V& average, const Hyperparameters<T>& h) {
 
 template <typename V, typename T>
 ADADELTA_INLINE void add_square(V& average, const V& item, const Hyperparameters<T>& h) {
-  average = average + (item * item) * h.omr;
+  average = average + (item * item) * h.one_minus_rho;
 }
 
 template <typename V, typename T>

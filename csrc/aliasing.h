@@ -1,7 +1,7 @@
 // Whether the memory that a call writes to belongs to one parameter only. The rules are those of
-// torch_adadelta/memory.py: between two parameters only the parameters themselves may share memory, and are then
-// updated one after the other. If they have the very same memory, as one that is listed twice, they may share their
-// state, and be the gradient.
+// torch_adadelta/step/validation.py: between two parameters only the parameters themselves may share memory, and are
+// then updated one after the other. If they have the very same memory, as one that is listed twice, they may share
+// their state, and be the gradient.
 #pragma once
 
 #include "dtypes.h"

@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_adadelta import AdadeltaKeras, ops
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
 REQUIRED_ACCURACY: Final = 0.97
 
@@ -192,7 +193,7 @@ def report(result: Result) -> None:
     for run in (result.keras, result.torch):
         table.add_row(run.name, f"{run.rho:g}", f"{run.epsilon:.0e}", f"{run.accuracy:.2%}", f"{run.step_us:.0f} µs")
     Console().print(table)
-    path = f"fused kernel ({ops.cpu_capability()})" if ops.is_loaded else "for-loop (no compiled library)"
+    path = f"fused kernel ({kernels.cpu_capability()})" if kernels.is_loaded else "for-loop (no compiled library)"
     print(f"AdadeltaKeras: {path}. torch {torch.__version__}, threads: {result.threads}.")
 
 

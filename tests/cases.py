@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import direct
 import numpy as np
 import torch
 from reference.oracle import Oracle
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops, update
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
 REAL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128, torch.complex32)
@@ -18,20 +20,20 @@ DTYPES = REAL_DTYPES + COMPLEX_DTYPES
 
 
 class Path(NamedTuple):
-    """A way to compute a step, as `update.py` and as the optimizer's options have it."""
+    """A way to compute a step, by itself and as the optimizer's options have it."""
 
     name: str
-    update: update.Update
+    update: direct.Update
     options: dict[str, bool]
     capability: str | None = None
 
 
 PATHS = (
-    Path("for_loop", update.for_loop, {"foreach": False}),
-    Path("foreach", update.foreach, {"foreach": True}),
+    Path("single_tensor", direct.single_tensor, {"foreach": False}),
+    Path("multi_tensor", direct.multi_tensor, {"foreach": True}),
     *(
-        Path(f"fused-{name}", update.fused, {"fused": True}, capability=name)
-        for name in (ops.CPU_CAPABILITIES if ops.is_loaded else ("default",))
+        Path(f"fused-{name}", direct.fused, {"fused": True}, capability=name)
+        for name in (kernels.CPU_CAPABILITIES if kernels.is_loaded else ("default",))
     ),
 )
 

@@ -6,7 +6,7 @@ import pytest
 from cases import PATHS, Path
 from processes import Processes
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.name)
@@ -16,14 +16,14 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     if chosen.capability is None:
         yield chosen
         return
-    if not ops.is_loaded:
+    if not kernels.is_loaded:
         pytest.skip("the compiled library is not installed")
     try:
-        before = ops.set_cpu_capability(chosen.capability)
+        before = kernels.set_cpu_capability(chosen.capability)
     except RuntimeError:
         pytest.skip(f"this processor has no {chosen.capability}")
     yield chosen
-    ops.set_cpu_capability(before)
+    kernels.set_cpu_capability(before)
 
 
 @pytest.fixture(scope="session")

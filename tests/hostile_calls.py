@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.complex32),
@@ -268,7 +268,7 @@ class Caller:
 
     def call(self) -> None:
         self.bases.clear()
-        best = ops.cpu_capability()
+        best = kernels.cpu_capability()
         name, op, arguments = self.arguments()
         before = [(base, base.view(-1).view(torch.uint8).clone()) for base, *_ in self.bases]
         self.log.write(f"{name} {described(arguments)}\n")
@@ -294,7 +294,7 @@ class Caller:
                 # Of a tensor that was handed over transposed or shifted, the margin may be part.
                 assert torch.equal(now[: margin // 2], was[: margin // 2])
                 assert torch.equal(now[-margin // 2 :], was[-margin // 2 :])
-        ops.set_cpu_capability(best)
+        kernels.set_cpu_capability(best)
 
 
 def main() -> None:

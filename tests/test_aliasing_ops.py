@@ -8,9 +8,9 @@ import torch
 from cases import assert_same_bits, gradients, segment
 from torch import Tensor
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
-pytestmark = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+pytestmark = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 adadelta: Any = torch.ops.torch_adadelta
 Lists = list[list[Tensor]]

@@ -21,9 +21,10 @@ from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops, schedules
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import kernels
 
-needs_library = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **STEP_OPTIONS,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import direct
 import numpy as np
 import pytest
 import torch
@@ -25,9 +26,9 @@ from cases import (
 from reference import oracle
 from torch import Tensor
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
-pytestmark = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+pytestmark = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 inf, nan = torch.inf, torch.nan
 
@@ -60,15 +61,15 @@ SIZES = (
 
 def ways() -> Iterator[str]:
     """Goes through the instruction sets up to the one in use, with 1, 2 and 3 threads each."""
-    capability, threads = ops.cpu_capability(), torch.get_num_threads()
+    capability, threads = kernels.cpu_capability(), torch.get_num_threads()
     try:
-        for name in ops.CPU_CAPABILITIES[: ops.CPU_CAPABILITIES.index(capability) + 1]:
-            ops.set_cpu_capability(name)
+        for name in kernels.CPU_CAPABILITIES[: kernels.CPU_CAPABILITIES.index(capability) + 1]:
+            kernels.set_cpu_capability(name)
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 yield f"{name}, {count} threads"
     finally:
-        ops.set_cpu_capability(capability)
+        kernels.set_cpu_capability(capability)
         torch.set_num_threads(threads)
 
 
@@ -101,7 +102,7 @@ def square_sum(
 def assert_square_sums(params: list[Tensor], grads: list[Tensor], clipvalue: float = inf, **options: bool) -> None:
     expected = [square_sum(p, g, clipvalue, **options) for p, g in zip(params, grads, strict=True)]
     for way in ways():
-        assert_same_bits(ops.grad_square_sums(params, grads, clipvalue, **options), np.array(expected, np.float64), way)
+        assert_same_bits(direct.square_sums(params, grads, clipvalue, **options), np.array(expected, np.float64), way)
 
 
 # ---- Sums of squares ------------------------------------------------------------------------------------------------
@@ -162,13 +163,13 @@ def test_the_order_of_the_elements_shows() -> None:
     """Else the tests before this one could not fail."""
     grad = order_sensitive((5, 7, 1, 130), torch.float32, seed=0)
     params = [LAYOUTS[layout](grad) for layout in ("contiguous", "channels_last", "transposed")]
-    assert len(set(ops.grad_square_sums(params, [grad] * 3).tolist())) == 3
+    assert len(set(direct.square_sums(params, [grad] * 3).tolist())) == 3
 
 
 def test_square_sums_without_dimensions_or_elements() -> None:
     assert_square_sums([torch.ones(())], [torch.tensor(-3.0)])
     assert_square_sums([torch.ones(0), torch.ones(2, 0, 3)], [torch.ones(0), torch.ones(2, 0, 3)])
-    nothing = ops.grad_square_sums([], [])
+    nothing = direct.square_sums([], [])
     assert nothing.shape == (0,)
     assert nothing.dtype is torch.float64
 
@@ -188,17 +189,17 @@ def test_square_sums_spelled_out() -> None:
     grads = [torch.tensor(x) for x in ([3.0, -4.0], [inf, 1.0], [nan, 1.0], [1e20, 1.0], [0.1])]
     tenth = float(torch.tensor(0.1) * torch.tensor(0.1))
     expected = torch.tensor([25.0, inf, nan, inf, tenth], dtype=torch.float64)
-    assert_same_bits(ops.grad_square_sums(grads, grads), expected)
+    assert_same_bits(direct.square_sums(grads, grads), expected)
     clamped = torch.tensor([8.0, 5.0, nan, 5.0, tenth], dtype=torch.float64)
-    assert_same_bits(ops.grad_square_sums(grads, grads, 2.0), clamped)
+    assert_same_bits(direct.square_sums(grads, grads, 2.0), clamped)
     one = [torch.tensor([3 + 4j])]
-    assert ops.grad_square_sums(one, one).item() == 25
+    assert direct.square_sums(one, one).item() == 25
 
 
 @pytest.mark.parametrize("dtype", COMPLEX_DTYPES[:2], ids=dtype_name)
 def test_square_sums_of_a_lazily_conjugated_gradient(dtype: torch.dtype) -> None:
     grad = randn((700,), dtype, torch.Generator().manual_seed(2))
-    assert_same_bits(ops.grad_square_sums([grad], [grad.conj()]), ops.grad_square_sums([grad], [grad]))
+    assert_same_bits(direct.square_sums([grad], [grad.conj()]), direct.square_sums([grad], [grad]))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_square_sums_of_a_lazily_conjugated_gradient(dtype: torch.dtype) -> None
 )  # fmt: skip
 def test_square_sums_refuse(params: list[Tensor], grads: list[Tensor], clipvalue: float, error: str) -> None:
     with pytest.raises((RuntimeError, NotImplementedError), match=error):
-        ops.grad_square_sums(params, grads, clipvalue)
+        direct.square_sums(params, grads, clipvalue)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=dtype_name)
@@ -247,7 +248,7 @@ class Clip(NamedTuple):
         options |= scaled
         if self.clipnorm is None:
             return options | {"factor": self.factor}
-        sums = ops.grad_square_sums(params, grads, self.clipvalue, **scaled)
+        sums = direct.square_sums(params, grads, self.clipvalue, **scaled)
         return options | {"clipnorm": self.clipnorm, "square_sums": sums}
 
     def apply(self, param: Tensor, grad: Tensor) -> np.ndarray[Any, Any]:
@@ -298,7 +299,7 @@ def assert_clipped_update(params: list[Tensor], grads: list[Tensor], clip: Clip,
             param.copy_(values)
         states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
         for _ in range(2):
-            ops.adadelta_(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads))
+            direct.fused(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads))
         for i, (param, *state, by_oracle) in enumerate(zip(params, *states, oracles, strict=True)):
             named = dict(zip(("square_avg", "acc_delta"), state, strict=True))
             assert_like_oracle(param, named, by_oracle, f"{what} {i} {way}")
@@ -329,8 +330,8 @@ def test_nothing_is_written_if_found_inf_is_not_zero(dtype: torch.dtype, layout:
         lists, expected = ([[x.clone() for x in params], grads, *([x.abs().to(dtype) for x in params] for _ in range(2))]
                            for _ in range(2))  # fmt: skip
         if not skips:
-            ops.adadelta_(*expected, *HYPERPARAMETERS, grad_scale=torch.tensor(3.0))  # type: ignore[arg-type]
-        ops.adadelta_(*lists, *HYPERPARAMETERS, **given)  # type: ignore[arg-type]
+            direct.fused(*expected, *HYPERPARAMETERS, grad_scale=torch.tensor(3.0))  # type: ignore[arg-type]
+        direct.fused(*lists, *HYPERPARAMETERS, **given)  # type: ignore[arg-type]
         for column, expected_column in zip(lists, expected, strict=True):
             for x, y in zip(column, expected_column, strict=True):
                 assert_same_bits(x, y, way)
@@ -353,11 +354,11 @@ def test_nothing_is_written_if_found_inf_is_not_zero(dtype: torch.dtype, layout:
 def test_scales_that_do_not_fit_are_refused(name: str, tensor: Tensor, error: str) -> None:
     lists = [[torch.ones(5)] for _ in range(4)]
     with pytest.raises(RuntimeError, match=f"{name} {error}"):
-        ops.adadelta_(*lists, *HYPERPARAMETERS, **{name: tensor})  # type: ignore[arg-type]
+        direct.fused(*lists, *HYPERPARAMETERS, **{name: tensor})  # type: ignore[arg-type]
     assert all(torch.equal(x, torch.ones(5)) for (x,) in lists)
     if name == "grad_scale":
         with pytest.raises(RuntimeError, match=f"{name} {error}"):
-            ops.grad_square_sums(*lists[:2], grad_scale=tensor)
+            direct.square_sums(*lists[:2], grad_scale=tensor)
 
 
 @pytest.mark.parametrize("name", ["clipvalue-clipnorm", "clipvalue-factor"])
@@ -408,8 +409,8 @@ def test_any_factor_as_number_and_as_tensor(factor: float) -> None:
     grad = gradients((300,), torch.float32, steps=1)[0]
     assert_clipped_update([torch.ones(300)], [grad], Clip(factor=factor))
     by_number, by_tensor = ([[torch.ones(300)], [grad], [torch.ones(300)], [torch.ones(300)]] for _ in range(2))
-    ops.adadelta_(*by_number, *HYPERPARAMETERS, factor=factor)
-    ops.adadelta_(*by_tensor, *HYPERPARAMETERS, factor=torch.tensor(factor, dtype=torch.float64))
+    direct.fused(*by_number, *HYPERPARAMETERS, factor=factor)
+    direct.fused(*by_tensor, *HYPERPARAMETERS, factor=torch.tensor(factor, dtype=torch.float64))
     for one, other in zip(by_number, by_tensor, strict=True):
         assert_same_bits(one[0], other[0])
 
@@ -420,7 +421,7 @@ def test_clipped_spelled_out() -> None:
 
     def square_avg(grad: Tensor, **options: Any) -> list[float]:
         lists = [[torch.ones(3)], [grad], [torch.zeros(3)], [torch.zeros(3)]]
-        ops.adadelta_(*lists, 1.0, 0.0, 1e-6, **options)
+        direct.fused(*lists, 1.0, 0.0, 1e-6, **options)
         return lists[2][0].tolist()
 
     sums = torch.tensor([25.0], dtype=torch.float64)
@@ -439,7 +440,7 @@ def test_clipped_gradient_that_is_the_parameter_and_parameters_that_share_memory
     by_oracle = oracle_of(param, learning_rate=1.0, rho=0.9, epsilon=1e-6)
     by_oracle.step(CLIPS["clipnorm"].apply(param, param))
     lists = [[param], [param.detach()], [torch.zeros(1200)], [torch.zeros(1200)]]
-    ops.adadelta_(*lists, *HYPERPARAMETERS, **CLIPS["clipnorm"].options([param], [param]))
+    direct.fused(*lists, *HYPERPARAMETERS, **CLIPS["clipnorm"].options([param], [param]))
     assert_like_oracle(param, {"square_avg": lists[2][0], "acc_delta": lists[3][0]}, by_oracle)
 
     grads = [gradients((60_000,), torch.float32, steps=1, seed=i)[0] for i in range(2)]
@@ -452,7 +453,7 @@ def test_clipped_gradient_that_is_the_parameter_and_parameters_that_share_memory
         sums = options.pop("square_sums")
         for part in [slice(0, 2)] if together else [slice(0, 1), slice(1, 2)]:
             lists = [params[part], grads[part], states[0][part], states[1][part]]
-            ops.adadelta_(*lists, *HYPERPARAMETERS, **options, square_sums=sums[part])
+            direct.fused(*lists, *HYPERPARAMETERS, **options, square_sums=sums[part])
         results.append(base)
     assert_same_bits(*results)
 
@@ -486,7 +487,7 @@ def test_clip_options_that_do_not_fit_are_refused_unwritten(options: dict[str, A
     for state in made[2:]:
         state[:] = [x.clone() for x in state]
     with pytest.raises(RuntimeError, match=error):
-        ops.adadelta_(*made, *HYPERPARAMETERS, **options)
+        direct.fused(*made, *HYPERPARAMETERS, **options)
     for tensors in made:
         for tensor in tensors:
             assert torch.equal(tensor, torch.ones_like(tensor))
@@ -524,10 +525,10 @@ def test_no_tensor_outlives_a_clipped_call() -> None:
     for options in ({"clipnorm": 1.0, "square_sums": sums}, {"factor": factor}, {"clipnorm": 1.0, "factor": factor}):
         for _ in range(3):
             try:
-                ops.adadelta_(params, grads, *states, *HYPERPARAMETERS, **options)
+                direct.fused(params, grads, *states, *HYPERPARAMETERS, **options)
             except RuntimeError:
                 assert len(options) == 2
-        results = ops.grad_square_sums(params, grads), torch.ones(1)
+        results = direct.square_sums(params, grads), torch.ones(1)
         counts = [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in results]
         assert counts[0] == counts[1]
     assert uses() == before

@@ -12,9 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops, schedules
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import kernels
 
-needs_library = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 SHAPES = (((3, 5), torch.float32), ((700,), torch.float32), ((), torch.float32), ((0, 2), torch.float32))
 

@@ -34,13 +34,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++")
 
 pytestmark = [
-    pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed"),
+    pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed"),
     pytest.mark.skipif(COMPILER is None, reason="no g++"),
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree"),
 ]

@@ -36,8 +36,9 @@ from reference.oracle import Oracle, OracleOptimizer, SparseGradient, memory_ord
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops
-from torch_adadelta import optimizer as optimizer_module
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
+from torch_adadelta.step import planning
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Sparse CSR tensor support")
 
@@ -104,7 +105,11 @@ class Path(NamedTuple):
 PATHS = (
     Path("for-loop", {"foreach": False}),
     Path("foreach", {"foreach": True}),
-    *((Path("fused", {"fused": True}), Path("default", {})) if ops.is_loaded else (Path("default", {"fused": False}),)),
+    *(
+        (Path("fused", {"fused": True}), Path("default", {}))
+        if kernels.is_loaded
+        else (Path("default", {"fused": False}),)
+    ),
 )
 
 
@@ -195,14 +200,14 @@ class Lives(RuleBasedStateMachine):
         dtype=dtypes,
         layout=layouts,
         seed=seeds,
-        capability=st.sampled_from(ops.CPU_CAPABILITIES),
+        capability=st.sampled_from(kernels.CPU_CAPABILITIES),
     )
     def begin(self, shape_numbers: list[int], dtype: str, layout: str, seed: int, capability: str) -> None:
-        if ops.is_loaded:
+        if kernels.is_loaded:
             try:
-                before = ops.set_cpu_capability(capability)
+                before = kernels.set_cpu_capability(capability)
             except RuntimeError:  # this processor has it not
-                before = ops.cpu_capability()
+                before = kernels.cpu_capability()
             if Lives.capability is None:
                 Lives.capability = before
         self.make_group(shape_numbers, dtype, layout, seed, {})
@@ -431,7 +436,7 @@ class Lives(RuleBasedStateMachine):
                 try:
                     torch.utils.swap_tensors(old, new)
                 except RuntimeError:  # PyTorch does not exchange a tensor that somebody else, the library, refers to
-                    assert life.optimizer._held_state is not None
+                    assert life.optimizer._partitions.partition is not None
                     state[key] = new
             elif how == "dict":
                 life.optimizer.state[param] = {**state, key: new}
@@ -535,8 +540,8 @@ class Lives(RuleBasedStateMachine):
             assert_same_bits(tensor, was, "left behind")
 
     def teardown(self) -> None:
-        if ops.is_loaded and Lives.capability is not None:
-            ops.set_cpu_capability(Lives.capability)
+        if kernels.is_loaded and Lives.capability is not None:
+            kernels.set_cpu_capability(Lives.capability)
 
 
 WANTED = os.environ.get("TORCH_ADADELTA_LIVES")
@@ -560,10 +565,10 @@ def test_drawn_lives() -> None:
     run_lives(SETTINGS)
 
 
-@pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 def test_a_fault_is_found_and_printed_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an optimizer took the state that it holds for that of its parameters, without a look, a life would show it."""
-    monkeypatch.setattr(optimizer_module.ops.HeldState, "holds", lambda self, *_: True)
+    monkeypatch.setattr(planning.Partition, "state_in", lambda self, _: self.state)
     # To shrink it takes minutes.
     without_shrinking = settings(
         SETTINGS, derandomize=True, max_examples=250, phases=[Phase.generate], report_multiple_bugs=False

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from compilers import CXX, ROOT, compile_flags
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
@@ -20,14 +20,14 @@ FLAGS = {"AVX512": [], "AVX512_BF16": ["-mavx512bf16"]}
 
 @pytest.mark.parametrize("capability", FLAGS)
 def test_inverses_and_roundings_are_those_of_the_other_instruction_sets(capability: str, tmp_path: Path) -> None:
-    if not ops.is_loaded:
+    if not kernels.is_loaded:
         pytest.skip("which instruction sets there are is known to the compiled library")
-    before = ops.cpu_capability()
+    before = kernels.cpu_capability()
     try:
-        ops.set_cpu_capability(capability)
+        kernels.set_cpu_capability(capability)
     except RuntimeError:
         pytest.skip(f"this processor does not have {capability}")
-    ops.set_cpu_capability(before)
+    kernels.set_cpu_capability(before)
 
     driver = tmp_path / "driver"
     loops = ROOT / "csrc" / "cpu" / f"loops_{capability.lower()}.cpp"

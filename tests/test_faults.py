@@ -110,8 +110,8 @@ class Fault:
         if self.count - 1 == self.at and self.error is not None:
             sys.settrace(None)
             names = {f.f_code.co_name for f in self._stack(frame)}
-            self.was_planning = bool(names & {"_plan_plain", "_plan", "_check_capture"})
-            self.was_restoring = frame.f_code.co_name == "step" and torch.is_grad_enabled() is False
+            self.was_planning = bool(names & {"plan", "assemble"})
+            self.was_restoring = frame.f_code.co_name == "_take_step" and torch.is_grad_enabled() is False
             raise self.error
         return self._line
 
@@ -132,7 +132,7 @@ def test_an_exception_at_any_line_of_a_step(path: Path, name: str, kind: type[Ba
     """
     if path.capability not in (None, "default"):
         pytest.skip("the lines are those of the default instruction set")
-    if path.name == "foreach" or name not in OF_EACH_KIND.get(kind, SCENARIOS):
+    if path.name == "multi_tensor" or name not in OF_EACH_KIND.get(kind, SCENARIOS):
         pytest.skip("the optimizer's lines are the same")
     options = SCENARIOS[name]
     untouched, complete, after = (made(path, **options) for _ in range(3))
@@ -349,11 +349,11 @@ print(optimizer.iterations == steps_before, [x != y for x, y in zip(written(), b
     ("name", "numels", "megabytes", "changed"),
     [
         # The for-loop computes all of a parameter before it writes to it, and goes on to the next.
-        ("for_loop", [10, 2**24], 40, [True, False]),
-        ("for_loop", [2**24, 10], 40, [False, False]),
+        ("single_tensor", [10, 2**24], 40, [True, False]),
+        ("single_tensor", [2**24, 10], 40, [False, False]),
         # foreach updates all averages before anything else; one temporary fits, and a root takes more.
-        ("foreach", [10, 2**24], 40, [False, False]),
-        ("foreach", [10, 2**24], 100, [True, True]),
+        ("multi_tensor", [10, 2**24], 40, [False, False]),
+        ("multi_tensor", [10, 2**24], 100, [True, True]),
     ],
 )
 def test_no_memory_amid_the_updates(

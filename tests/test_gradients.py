@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import direct
 import expecttest
 import numpy as np
 import pytest
@@ -33,8 +34,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops, schedules
-from torch_adadelta.gradients import global_factor, square_sums
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import kernels
+from torch_adadelta.backends.functional import global_factor, square_sums
 
 # Every option, and every pair of options that may be combined.
 CLIPS: list[dict[str, float]] = [
@@ -242,8 +244,8 @@ def test_square_sums_over_the_fixed_tree(size: int, dtype: torch.dtype) -> None:
     param = torch.empty_like(grad)
     expected = oracle.square_sum(to_numpy(grad))
     assert square_sums([param], [grad]).tolist() == [expected]
-    if ops.is_loaded:
-        assert ops.grad_square_sums([param], [grad]).tolist() == [expected]
+    if kernels.is_loaded:
+        assert direct.square_sums([param], [grad]).tolist() == [expected]
 
 
 @pytest.mark.parametrize("T", [torch.float32, torch.float64], ids=dtype_name)

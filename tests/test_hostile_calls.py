@@ -11,9 +11,9 @@ import torch
 from cases import segment
 from torch import Tensor
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
-pytestmark = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+pytestmark = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 CALLS = 2500
 

@@ -10,7 +10,16 @@ import torch
 from cases import Path, assert_like_oracle, gradients, oracle_of, to_numpy
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, hyperparameters
+from torch_adadelta import AdadeltaKeras, options
+from torch_adadelta.backends import opmath
+from torch_adadelta.options import HYPERPARAMETERS
+from torch_adadelta.step.sources import decayed
+
+
+def for_step(*values: Any) -> tuple[Any, ...]:
+    """Learning rate, rho and epsilon as a step uses them."""
+    return tuple(options.in_step(option, value) for option, value in zip(HYPERPARAMETERS, values, strict=True))
+
 
 ROUNDED = float(np.float32(0.001))
 
@@ -30,7 +39,7 @@ ROUNDED = float(np.float32(0.001))
     ],
 )
 def test_only_python_numbers_are_rounded_to_float32(given: Any, expected: float) -> None:
-    learning_rate, rho, epsilon = hyperparameters.for_step(given, 0.95, 1e-7)
+    learning_rate, rho, epsilon = for_step(given, 0.95, 1e-7)
     assert (learning_rate, rho, epsilon) == (expected, float(np.float32(0.95)), 1e-7)
 
 
@@ -49,9 +58,9 @@ def test_what_carries_its_own_precision_keeps_it(path: Path, dtype: torch.dtype,
 
 def test_one_minus_rho_is_subtracted_in_the_arithmetic_type() -> None:
     rho = float(np.float32(0.95))
-    assert hyperparameters.one_minus(rho, torch.float32) == float(np.float32(1) - np.float32(0.95)) != 0.05
-    assert hyperparameters.one_minus(rho, torch.float64) == 1 - rho
-    assert hyperparameters.one_minus(torch.tensor(rho), torch.float32) == np.float32(1) - np.float32(0.95)
+    assert opmath.one_minus(rho, torch.float32) == float(np.float32(1) - np.float32(0.95)) != 0.05
+    assert opmath.one_minus(rho, torch.float64) == 1 - rho
+    assert opmath.one_minus(torch.tensor(rho), torch.float32) == np.float32(1) - np.float32(0.95)
 
 
 def test_getters_return_what_was_given() -> None:
@@ -69,7 +78,7 @@ def test_no_epsilon_means_that_of_keras(epsilon: float | None) -> None:
     assert optimizer.epsilon == 1e-7
     optimizer.epsilon = 1.0
     optimizer.param_groups[0]["epsilon"] = epsilon
-    assert hyperparameters.for_step(1.0, 0.5, epsilon)[2] == 1e-7
+    assert for_step(1.0, 0.5, epsilon)[2] == 1e-7
 
 
 def test_lr_is_an_alias_that_wins() -> None:
@@ -245,17 +254,24 @@ def test_decay_is_cast_to_T_before_it_is_multiplied(T: Any, iterations: Any) -> 
     dtype = torch.float32 if T is np.float32 else torch.float64
     for decay in np.random.default_rng(0).uniform(0, 1, 300):
         expected = T(0.5) / (T(1) + T(decay) * T(7))
-        assert float(hyperparameters.decayed(0.5, decay, iterations, dtype)) == expected
+        assert float(decayed(0.5, decay, iterations, dtype)) == expected
 
 
 def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
-    """for_step remembers floats by identity."""
-    first, second = float("0.1"), float("0.1")
-    expected = (float(np.float32(0.1)), float(np.float32(0.95)), 1e-7)
-    for lr in (first, first, second, np.float64(0.1), first):
-        values = hyperparameters.for_step(lr, 0.95, 1e-7)
-        assert values == ((0.1, *expected[1:]) if isinstance(lr, np.float64) else expected)
-    with pytest.raises((TypeError, ValueError)):
-        hyperparameters.for_step(math.nan, math.nan, math.nan)
-    with pytest.raises((TypeError, ValueError)):
-        hyperparameters.for_step(None, None, None)
+    """A step remembers numbers by identity."""
+    param = Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = AdadeltaKeras([param], 0.5)
+    group = optimizer.param_groups[0]
+    for lr in (0.1, 0.1, float("0.1"), np.float64(0.1), 0.1, torch.tensor(0.1, dtype=torch.float64), 0.1):
+        oracle = oracle_of(param, learning_rate=lr if not isinstance(lr, torch.Tensor) else np.float64(0.1))
+        optimizer.state.clear()
+        group["lr"] = lr
+        param.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+        oracle.step(np.ones(1))
+        assert_like_oracle(param, optimizer.state[param], oracle, repr(lr))
+    for key, value in (("lr", math.nan), ("rho", None), ("epsilon", math.inf)):
+        before, group[key] = group[key], value
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.step()
+        group[key] = before

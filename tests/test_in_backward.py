@@ -12,7 +12,8 @@ from cases import Path, assert_same_bits
 from processes import Processes
 from torch import Tensor, nn
 
-from torch_adadelta import AdadeltaKeras, in_backward, ops, schedules, step_in_backward
+from torch_adadelta import AdadeltaKeras, in_backward, schedules, step_in_backward
+from torch_adadelta.backends import kernels
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -189,7 +190,7 @@ def test_accumulation_is_refused_before_the_first_write() -> None:
 
 @pytest.mark.parametrize("fused", [True, None])
 def test_a_scaler_is_refused(fused: bool | None) -> None:
-    training = Training({"fused": fused if ops.is_loaded else None})
+    training = Training({"fused": fused if kernels.is_loaded else None})
     step_in_backward(training.optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(training.loss(0)).backward()

@@ -111,9 +111,9 @@ CPU kernels    <instruction set>
 CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
 One step of each path on cpu, float32, float64, float16 and bfloat16:
-  for-loop  ok, same bits as the for-loop on the CPU
-  foreach   ok, same bits as the for-loop on the CPU
-  fused     ok, same bits as the for-loop on the CPU
+  single_tensor ok, same bits as single_tensor on the CPU
+  multi_tensor  ok, same bits as single_tensor on the CPU
+  fused         ok, same bits as single_tensor on the CPU
 """,
             )
 
@@ -185,9 +185,9 @@ CPU library    not loaded: FileNotFoundError: <path>/torch_adadelta/_C.so does n
 CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
 One step of each path on cpu, float32, float64, float16 and bfloat16:
-  for-loop  ok, same bits as the for-loop on the CPU
-  foreach   ok, same bits as the for-loop on the CPU
-  fused     cannot run: its library is not loaded
+  single_tensor ok, same bits as single_tensor on the CPU
+  multi_tensor  ok, same bits as single_tensor on the CPU
+  fused         cannot run: its library is not loaded
 """,
             )
 
@@ -295,11 +295,11 @@ def test_loops_are_vectorised_and_never_fused() -> None:
     The inverses by multiplication, which are exact, take one estimate and four FMAs each, one of which rounds up. A decay
     of subnormal numbers, which are converted from whole ones, takes one.
     """
-    from torch_adadelta import ops
+    from torch_adadelta.backends import kernels
 
-    if not ops.is_loaded or os.uname().machine != "x86_64":
+    if not kernels.is_loaded or os.uname().machine != "x86_64":
         pytest.skip("needs the compiled library on x86-64")
-    assembly = run("objdump", "-d", "--no-show-raw-insn", str(ops.LIBRARY_PATH)).stdout
+    assembly = run("objdump", "-d", "--no-show-raw-insn", str(kernels.LIBRARY_PATH)).stdout
     for pattern in (
         r"\bsqrtps\s.*%xmm",
         r"vsqrtps\s.*%ymm",

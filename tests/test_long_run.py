@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "long_run.py"
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tr
 )
 def test_memory_does_not_grow(path: str, steps: int, renew: int) -> None:
     """By 2 MB at most: 105 bytes a step of 20,000, and 210 of 10,000, less than a tensor takes."""
-    if path == "fused" and not ops.is_loaded:
+    if path == "fused" and not kernels.is_loaded:
         pytest.skip("the compiled library is not installed")
     command = [sys.executable, str(SCRIPT), "--steps", str(steps), "--path", path, "--renew", str(renew)]
     done = subprocess.run(command, capture_output=True, text=True)

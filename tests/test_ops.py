@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import direct
 import pytest
 import torch
 from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, randn, segment
 from torch import Tensor
 
-from torch_adadelta import ops, update
+from torch_adadelta.backends import kernels
+from torch_adadelta.step import validation
 
-pytestmark = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+pytestmark = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -44,8 +46,8 @@ def test_opcheck_with_tensor_hyperparameters(tensor_dtype: torch.dtype) -> None:
 def test_a_tensor_replaces_the_number(tensor_dtype: torch.dtype) -> None:
     values = (0.5, 0.875, 0.0625)  # exact in every dtype
     by_number, by_tensor = lists((70,)), lists((70,))
-    update.fused(*by_number, *values, False)
-    update.fused(*by_tensor, *(torch.tensor([value], dtype=tensor_dtype) for value in values), False)
+    direct.fused(*by_number, *values, False)
+    direct.fused(*by_tensor, *(torch.tensor([value], dtype=tensor_dtype) for value in values), False)
     for one, other in zip(by_number, by_tensor, strict=True):
         assert_same_bits(one[0], other[0])
 
@@ -178,8 +180,8 @@ def test_a_hyperparameter_on_the_meta_device_is_refused() -> None:
 
 
 def test_empty_lists() -> None:
-    update.fused([], [], [], [], 1.0, 0.9, 1e-7, False)
-    update.check_fused(([], [], [], []))
+    direct.fused([], [], [], [], 1.0, 0.9, 1e-7, False)
+    direct.check([], [], [], [])
 
 
 def test_no_tensor_outlives_a_call() -> None:
@@ -200,17 +202,17 @@ def test_no_tensor_outlives_a_call() -> None:
 
 
 def test_capabilities_can_be_chosen_in_process_and_by_the_environment() -> None:
-    best = ops.cpu_capability()
-    assert ops.set_cpu_capability("default") == best
-    assert ops.cpu_capability() == "default"
-    assert ops.set_cpu_capability(best) == "default"
+    best = kernels.cpu_capability()
+    assert kernels.set_cpu_capability("default") == best
+    assert kernels.cpu_capability() == "default"
+    assert kernels.set_cpu_capability(best) == "default"
     with pytest.raises(RuntimeError, match="this processor has the CPU capabilities 0 to"):
-        torch.ops.torch_adadelta.set_cpu_capability(len(ops.CPU_CAPABILITIES))
+        torch.ops.torch_adadelta.set_cpu_capability(len(kernels.CPU_CAPABILITIES))
     with pytest.raises(ValueError):
-        ops.set_cpu_capability("SSE9")
+        kernels.set_cpu_capability("SSE9")
 
     def started_with(capability: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from torch_adadelta import ops; print(ops.cpu_capability())"]
+        command = [sys.executable, "-c", "from torch_adadelta.backends import kernels as k; print(k.cpu_capability())"]
         environment = {**os.environ, "TORCH_ADADELTA_CPU_CAPABILITY": capability}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
@@ -227,21 +229,21 @@ def test_capabilities_can_be_chosen_in_process_and_by_the_environment() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_square_avg_out_of_the_range_of_fast_inverses(dtype: torch.dtype, count: int, value: float) -> None:
     """Wherever one stands, every instruction set computes the bits that the plainest does."""
-    best = ops.cpu_capability()
-    for capability in range(1, ops.CPU_CAPABILITIES.index(best) + 1):
+    best = kernels.cpu_capability()
+    for capability in range(1, kernels.CPU_CAPABILITIES.index(best) + 1):
         for place in {0, 15, 16, 40, 95, 96, 97, 130, count // 2, count - 33, count - 1}:
             plain, fast = lists((count,), dtype=dtype), lists((count,), dtype=dtype)
             for made in (plain, fast):
                 made[1][0][place] = 0.0
                 made[2][0][place : place + 1 + place % 3] = torch.tensor(value).to(dtype)  # to infinity, of float16
             # An epsilon that leaves small numbers as they are.
-            ops.set_cpu_capability("default")
+            kernels.set_cpu_capability("default")
             try:
-                update.fused(*plain, 1.0, 0.95, 1e-30, False)
-                ops.set_cpu_capability(ops.CPU_CAPABILITIES[capability])
-                update.fused(*fast, 1.0, 0.95, 1e-30, False)
+                direct.fused(*plain, 1.0, 0.95, 1e-30, False)
+                kernels.set_cpu_capability(kernels.CPU_CAPABILITIES[capability])
+                direct.fused(*fast, 1.0, 0.95, 1e-30, False)
             finally:
-                ops.set_cpu_capability(best)
+                kernels.set_cpu_capability(best)
             for one, other in zip(plain, fast, strict=True):
                 assert_same_bits(one[0], other[0])
 
@@ -286,7 +288,7 @@ def test_numbers_of_every_kind_in_every_place(
         """The states after one step and after two, as the second would hide some of what the first makes of nan."""
         ends = (count, 200, 70, 33)
         param, grad, square_avg, acc_delta = [[tensor[:end].clone() for end in ends] for tensor in tensors]
-        ops.set_cpu_capability(capability)
+        kernels.set_cpu_capability(capability)
         torch.set_flush_denormal(flushes)
         after = []
         try:
@@ -298,7 +300,7 @@ def test_numbers_of_every_kind_in_every_place(
             torch.set_flush_denormal(False)
         return after
 
-    best = ops.cpu_capability()
+    best = kernels.cpu_capability()
     try:
         made = [with_others(normal() * 0.01**power) for power in (0, 1)]
         made += [with_others(normal() ** 2 * 0.01**power) for power in (2, 3)]
@@ -307,10 +309,10 @@ def test_numbers_of_every_kind_in_every_place(
         step, squares, _ = (after[:count] for after in updated("default", zero, made[1], zero, made[3])[:3])
         made[0] = torch.where(some(), -step, made[0])
         made[2] = torch.where(some(), (-squares / rho).to(dtype), made[2]) if rho else made[2]
-        names = ops.CPU_CAPABILITIES[: ops.CPU_CAPABILITIES.index(best) + 1]
+        names = kernels.CPU_CAPABILITIES[: kernels.CPU_CAPABILITIES.index(best) + 1]
         results = [updated(name, *made) for name in names]
     finally:
-        ops.set_cpu_capability(best)
+        kernels.set_cpu_capability(best)
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
             assert_same_bits(one, other)
@@ -341,20 +343,22 @@ def test_subnormal_averages(dtype: torch.dtype, rho: float, flushes: bool) -> No
 
     def updated(capability: str) -> list[Tensor]:
         param, *others = [[tensor.to(dtype, copy=True)] for tensor in (normal, grad, *states)]
-        ops.set_cpu_capability(capability)
+        kernels.set_cpu_capability(capability)
         torch.set_flush_denormal(flushes)
         try:
             for _ in range(3):
-                update.fused(param, *others, 1.0, rho, 1e-7, False)
+                direct.fused(param, *others, 1.0, rho, 1e-7, False)
         finally:
             torch.set_flush_denormal(False)
         return [param[0], others[1][0], others[2][0]]
 
-    best = ops.cpu_capability()
+    best = kernels.cpu_capability()
     try:
-        results = [updated(capability) for capability in ops.CPU_CAPABILITIES[: ops.CPU_CAPABILITIES.index(best) + 1]]
+        results = [
+            updated(capability) for capability in kernels.CPU_CAPABILITIES[: kernels.CPU_CAPABILITIES.index(best) + 1]
+        ]
     finally:
-        ops.set_cpu_capability(best)
+        kernels.set_cpu_capability(best)
     are_subnormal = (results[0][1] != 0) & (results[0][1].abs() < torch.finfo(torch.float32).tiny)
     assert bool(are_subnormal.any()) == (rho != 0 and not flushes)
     for result in results[1:]:
@@ -379,9 +383,9 @@ def test_flushing_of_subnormals_is_that_of_the_calling_thread(dtype: torch.dtype
         dense, sparse = [[tensor] for tensor in tensors[:3]], [[tensor] for tensor in tensors[3:]]
         torch.set_flush_denormal(flushes)
         try:
-            update.fused(dense[0], [tiny], dense[1], dense[2], 1.0, 0.95, 1e-7, False)
-            ops.sparse_adadelta_(sparse[0], [indices], [tiny], sparse[1], sparse[2], 1.0, 0.95, 1e-7)
-            sums = ops.grad_square_sums(roots, roots)
+            direct.fused(dense[0], [tiny], dense[1], dense[2], 1.0, 0.95, 1e-7, False)
+            direct.sparse_op(sparse[0], [indices], [tiny], sparse[1], sparse[2], 1.0, 0.95, 1e-7)
+            sums = direct.square_sums(roots, roots)
         finally:
             torch.set_flush_denormal(False)
         return [*tensors, sums]
@@ -409,8 +413,8 @@ def test_more_elements_than_an_int32_counts() -> None:
     count = 2**31 + 3
     long = [[torch.full((count,), value, dtype=torch.bfloat16)] for value in (1.0, 0.5, 0.25, 0.125)]
     short = [[tensors[0][-7:].clone()] for tensors in long]
-    update.fused(*long, 1.0, 0.9375, 1e-7, False)
-    update.fused(*short, 1.0, 0.9375, 1e-7, False)
+    direct.fused(*long, 1.0, 0.9375, 1e-7, False)
+    direct.fused(*short, 1.0, 0.9375, 1e-7, False)
     for one, other in zip(long, short, strict=True):
         assert_same_bits(one[0][-7:], other[0])
         assert_same_bits(one[0][:7], other[0])
@@ -419,7 +423,7 @@ def test_more_elements_than_an_int32_counts() -> None:
 def test_library_needs_no_python_symbol_and_only_the_stable_abi() -> None:
     """Nothing of libtorch_python, of Python, or of the C++ classes of LibTorch, which change from release to release."""
     symbols = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", "--demangle", str(ops.LIBRARY_PATH)],
+        ["nm", "--dynamic", "--undefined-only", "--demangle", str(kernels.LIBRARY_PATH)],
         capture_output=True,
         text=True,
         check=True,
@@ -432,4 +436,4 @@ def test_library_needs_no_python_symbol_and_only_the_stable_abi() -> None:
 
 
 def test_complex_dtypes_are_covered() -> None:
-    assert set(DTYPES) == set(REAL_DTYPES) | set(COMPLEX_DTYPES) == update.DTYPES
+    assert set(DTYPES) == set(REAL_DTYPES) | set(COMPLEX_DTYPES) == validation.DTYPES

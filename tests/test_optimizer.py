@@ -12,6 +12,7 @@ import warnings
 import weakref
 from typing import Any
 
+import direct
 import expecttest
 import pytest
 import torch
@@ -32,10 +33,12 @@ from cases import (
 )
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, buckets, ops, update
-from torch_adadelta import optimizer as optimizer_module
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import functional, kernels
+from torch_adadelta.backends.batch import Backend
+from torch_adadelta.step import planning, selection, sources, validation
 
-needs_library = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 
 def stepped(path: Path, steps: int = 3, **options: Any) -> AdadeltaKeras:
@@ -180,10 +183,10 @@ def test_nothing_but_the_optimizer_holds_its_tensors(path: Path) -> None:
 def test_state_is_taken_hold_of_once(options: dict[str, Any]) -> None:
     optimizer = AdadeltaKeras([Parameter(torch.ones(3)) for _ in range(2)], **options)
     advance(optimizer)
-    held = optimizer._held_state
+    held = [spec.accumulators for spec in optimizer._partitions.partition.specs]
     advance(optimizer, 2)
-    assert held is not None
-    assert optimizer._held_state is held
+    assert None not in held
+    assert [spec.accumulators for spec in optimizer._partitions.partition.specs] == held
 
 
 def test_large_state_is_freed_when_it_is_replaced(path: Path) -> None:
@@ -324,23 +327,24 @@ def test_lists_may_be_emptied_while_an_update_runs() -> None:
     code = """
         from concurrent.futures import ThreadPoolExecutor
         import torch
-        from torch_adadelta import ops
+        from torch_adadelta.backends import kernels
 
         numel = 2**25
-        state = ops.HeldState([torch.zeros(numel)], [torch.zeros(numel)])
+        square_avgs, acc_deltas = [torch.zeros(numel)], [torch.zeros(numel)]
+        state = kernels.AccumulatorCache(square_avgs, acc_deltas)
+        update_op = torch.ops.torch_adadelta.adadelta_.cached
         with ThreadPoolExecutor(1) as executor:
             for _ in range(5):
-                before = state.square_avgs[0][0].clone()
+                before = square_avgs[0][0].clone()
                 params, grads = [torch.ones(numel)], [torch.ones(numel)]
-                lists = params, grads, state.square_avgs, state.acc_deltas
-                update = executor.submit(state.adadelta_, *lists, 1.0, 0.95, 1e-7)
-                del lists
-                while not update.done() and state.square_avgs[0][0] == before:
+                segment = [1], [1.0, 0.95, 1e-7, 0.0], []
+                update = executor.submit(update_op, params, grads, state.number, *segment)
+                while not update.done() and square_avgs[0][0] == before:
                     pass  # until it has begun to write
                 params.clear()
                 grads.clear()
                 update.result()
-        assert state.square_avgs[0].min() == state.square_avgs[0].max() > 0
+        assert square_avgs[0].min() == square_avgs[0].max() > 0
         """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
@@ -487,9 +491,11 @@ class Subclass(torch.Tensor):
     """A tensor that may mean anything by its operators."""
 
 
-def chosen(params: list[torch.Tensor], **options: Any) -> update.Update:
+def chosen(params: list[torch.Tensor], **options: Any) -> Backend:
     optimizer = AdadeltaKeras(params, **options)
-    return buckets.choose(optimizer.param_groups[0], params)
+    backend, is_local = selection.select_backend(optimizer.param_groups[0], params)
+    assert not is_local
+    return backend
 
 
 @needs_library
@@ -497,15 +503,15 @@ def test_none_picks_the_best_that_applies() -> None:
     plain = [Parameter(torch.ones(1))]
     special = [Parameter(torch.ones(1)), torch.ones(1).as_subclass(Subclass)]
     meta = [torch.ones(1, device="meta")]
-    assert chosen(plain) is update.fused
-    assert chosen(plain, fused=True) is update.fused
-    assert chosen(plain, foreach=True) is update.foreach
-    assert chosen(plain, foreach=False) is update.for_loop  # as in torch.optim
-    assert chosen(plain, fused=False) is update.for_loop  # on the CPU foreach has nothing to offer
-    assert chosen(plain, foreach=False, fused=True) is update.fused
-    assert chosen(plain, differentiable=True) is update.for_loop
-    assert chosen(special) is update.for_loop
-    assert chosen(meta) is update.for_loop
+    assert chosen(plain) is Backend.FUSED
+    assert chosen(plain, fused=True) is Backend.FUSED
+    assert chosen(plain, foreach=True) is Backend.MULTI_TENSOR
+    assert chosen(plain, foreach=False) is Backend.SINGLE_TENSOR  # as in torch.optim
+    assert chosen(plain, fused=False) is Backend.SINGLE_TENSOR  # on the CPU foreach has nothing to offer
+    assert chosen(plain, foreach=False, fused=True) is Backend.FUSED
+    assert chosen(plain, differentiable=True) is Backend.SINGLE_TENSOR
+    assert chosen(special) is Backend.SINGLE_TENSOR
+    assert chosen(meta) is Backend.SINGLE_TENSOR
 
 
 def test_a_subclass_takes_the_for_loop() -> None:
@@ -735,7 +741,6 @@ def test_torch_adadelta_checkpoint(path: Path, capturable: bool) -> None:
             lambda saved: saved["state"][7].pop("acc_delta"),
             "parameter 3 of group 1: its state must hold square_avg and",
         ),
-        (lambda saved: saved["state"][7].update(extra=1), "parameter 3 of group 1: its state must hold square_avg and"),
         (lambda saved: saved["param_groups"].pop(), "different number of parameter groups"),
     ],
 )
@@ -996,15 +1001,15 @@ def test_fused_refuses_a_device_without_a_kernel_at_the_step() -> None:
 
 def test_an_interrupt_amid_the_writes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = AdadeltaKeras([{"params": [Parameter(torch.ones(1))]} for _ in range(2)], foreach=False)
-    real, calls = update.for_loop, []
+    real, calls = functional.clip, []
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(*args)
+        return real(*args)
 
-    monkeypatch.setattr(update, "for_loop", interrupted)
+    monkeypatch.setattr(functional, "clip", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"KeyboardInterrupt \(the step is partial"):
         advance(optimizer)
 
@@ -1024,8 +1029,9 @@ def test_what_a_graph_would_not_repeat_is_refused(
     optimizer = AdadeltaKeras([Parameter(torch.ones(3))], 1.0, capturable=capturable, **path.options)
     advance(optimizer, steps_before)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
-    monkeypatch.setattr(optimizer_module, "_HAS_CUDA", True)
-    monkeypatch.setattr(optimizer_module, "_is_capturing", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for room in (planning, sources, validation):
+        monkeypatch.setattr(room, "is_capturing", lambda: True)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
@@ -1085,7 +1091,7 @@ def test_what_was_made_in_inference_mode_is_refused_outside(path: Path) -> None:
         param.grad = torch.ones(3)
     optimizer = AdadeltaKeras([param], **path.options)
     before = snapshot(optimizer)
-    if path.update is update.fused:  # which writes below autograd, and can
+    if path.update is direct.fused:  # which writes below autograd, and can
         optimizer.step()
     else:
         with pytest.raises(RuntimeError, match="parameter 0 of group 0 or its state was made in inference mode"):

@@ -18,14 +18,14 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import torch_adadelta
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "cuda_emulator"
 COMPILER = shutil.which("g++")
 
 pytestmark = [
-    pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed"),
+    pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA, which needs no pretending"),
     pytest.mark.skipif(COMPILER is None, reason="no g++"),
     pytest.mark.skipif(not SOURCES.exists(), reason="needs the source tree"),
@@ -99,7 +99,8 @@ WITHOUT_LIBRARY = """
 import pretended_gpu
 import warnings
 import torch
-from torch_adadelta import AdadeltaKeras, ops
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
 def params():
     params = [torch.nn.Parameter(torch.zeros(2, device=device)) for device in ("cuda", "cpu")]
@@ -147,7 +148,7 @@ def test_diagnostics(run: Run, has_library: bool) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     before, _, on_cuda = result.stdout.partition("One step of each path on cuda")
     assert "GPU 1          pretended GPU (sm_00)" in before
-    assert on_cuda.count("ok, same bits as the for-loop on the CPU") == (3 if has_library else 2), result.stdout
+    assert on_cuda.count("ok, same bits as single_tensor on the CPU") == (3 if has_library else 2), result.stdout
     if not has_library:
         assert re.search(r"CUDA library   not loaded: FileNotFoundError: .*Install the CUDA toolkit", before)
-        assert "fused     cannot run: its library is not loaded" in on_cuda
+        assert "fused         cannot run: its library is not loaded" in on_cuda

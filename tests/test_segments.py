@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import direct
 import pytest
 import torch
 from cases import (
@@ -20,9 +21,9 @@ from cases import (
 )
 from torch import Tensor
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
-pytestmark = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+pytestmark = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 adadelta: Any = torch.ops.torch_adadelta
 Lists = list[list[Tensor]]
@@ -53,15 +54,15 @@ def parts() -> Iterator[tuple[slice, Segments]]:
 
 
 def ways() -> Iterator[str]:
-    capability, threads = ops.cpu_capability(), torch.get_num_threads()
+    capability, threads = kernels.cpu_capability(), torch.get_num_threads()
     try:
-        for name in ops.CPU_CAPABILITIES[: ops.CPU_CAPABILITIES.index(capability) + 1]:
-            ops.set_cpu_capability(name)
+        for name in kernels.CPU_CAPABILITIES[: kernels.CPU_CAPABILITIES.index(capability) + 1]:
+            kernels.set_cpu_capability(name)
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 yield f"{name}, {count} threads"
     finally:
-        ops.set_cpu_capability(capability)
+        kernels.set_cpu_capability(capability)
         torch.set_num_threads(threads)
 
 
@@ -115,7 +116,7 @@ def with_cache(params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest
         adadelta.drop_accumulators(number)
 
 
-CALLS = {"lists": adadelta.adadelta_, "cached": with_cache} if ops.is_loaded else {}
+CALLS = {"lists": adadelta.adadelta_, "cached": with_cache} if kernels.is_loaded else {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,7 +145,7 @@ def test_gradient_options(dtype: torch.dtype, clip: dict[str, float], scale: flo
     scaled = {} if scale is None else {"grad_scale": torch.tensor(scale)}
     options: dict[str, Any] = {**clip, **scaled}
     if "clipnorm" in clip:
-        options["square_sums"] = ops.grad_square_sums(*dense(dtype)[:2], **scaled)
+        options["square_sums"] = direct.square_sums(*dense(dtype)[:2], **scaled)
     assert_like_calls_for_each(adadelta.adadelta_, lambda: dense(dtype), options)
 
 
@@ -154,7 +155,7 @@ def test_sparse_gradients(dtype: torch.dtype, is_clipped: bool) -> None:
     options: dict[str, Any] = {}
     if is_clipped:
         values = sparse(dtype)[2]
-        options = {"clipnorm": 0.7, "square_sums": ops.grad_square_sums(values, values)}
+        options = {"clipnorm": 0.7, "square_sums": direct.square_sums(values, values)}
     for way in ways():
         assert_like_calls_for_each(adadelta.sparse_adadelta_, lambda: sparse(dtype), options, way)
 

@@ -27,8 +27,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_adadelta import AdadeltaKeras, ops, schedules, shards
-from torch_adadelta import update as updates
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import dtensor, kernels
+from torch_adadelta.backends.batch import Backend
+from torch_adadelta.step import selection
 
 BATCH = 12
 STEPS = 4
@@ -41,10 +43,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "global_clipnorm": {"global_clipnorm": 5.0},
     "both": {"clipvalue": 20.0, "global_clipnorm": 5.0},
     "schedule and decay": {"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5), "decay": 0.25},
-    "for_loop": {"foreach": False, "clipnorm": 2.0},
+    "single_tensor": {"foreach": False, "clipnorm": 2.0},
     "foreach": {"foreach": True, "global_clipnorm": 5.0},
 }
-if ops.is_loaded:
+if kernels.is_loaded:
     OPTIONS["fused"] = {"fused": True, "clipnorm": 2.0}
 
 
@@ -77,7 +79,7 @@ def shard_of(batch: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if shards.is_dtensor(tensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if dtensor.is_dtensor(tensor) else tensor).detach().clone()
 
 
 def train(
@@ -142,7 +144,7 @@ def train_fsdp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
         model = sharded_model()
         optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
         train(model, optimizer, range(STEPS), shard_of)
-        is_stepped = all(shards.is_dtensor(s) for state in optimizer.state.values() for s in state.values())
+        is_stepped = all(dtensor.is_dtensor(s) for state in optimizer.state.values() for s in state.values())
         results[name] = everything(model, optimizer), optimizer.iterations, is_stepped
     return results
 
@@ -163,9 +165,13 @@ def test_the_choice_for_dtensors_is_that_for_plain_tensors() -> None:
         mesh = init_device_mesh("cpu", (1,))
         params = [nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Shard(0)])), nn.Parameter(torch.ones(2))]
         plain = [nn.Parameter(torch.ones(1))]
-        for options in ((None, None, False), (True, None, False), (False, None, False), (None, False, False)):
-            assert updates.choose(params, *options) is updates.ON_SHARDS[updates.choose(plain, *options)]
-        assert updates.choose(params, None, None, True) is updates.for_loop
+        for foreach, fused in ((None, None), (True, None), (False, None), (None, False)):
+            group = {"foreach": foreach, "fused": fused, "differentiable": False}
+            backend, is_local = selection.select_backend(group, plain)
+            assert not is_local
+            assert selection.select_backend(group, params) == (backend, True)
+        group = {"foreach": None, "fused": None, "differentiable": True}
+        assert selection.select_backend(group, params) == (Backend.SINGLE_TENSOR, False)
         optimizer = AdadeltaKeras(params, 1.0)
         params[0].grad = distribute_tensor(torch.ones(3), mesh, [Shard(0)])
         version = params[0]._version

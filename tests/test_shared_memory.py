@@ -4,13 +4,16 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import direct
 import pytest
 import torch
 from cases import PATHS, Path, assert_same_bits, assert_unchanged, gradients, snapshot
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, memory, ops
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
+from torch_adadelta.step import validation
 
 COUNT = 4
 
@@ -241,7 +244,7 @@ def test_two_parameters_of_one_memory_may_have_one_state(path: Path) -> None:
 # ---- The same verdict in Python and in C++ ----------------------------------------------------------------------------
 
 
-def drawn_rows(draw: random.Random, base: Tensor) -> list[memory.Row]:
+def drawn_rows(draw: random.Random, base: Tensor) -> list[validation.Row]:
     """Three rows of slices of one buffer, most of which lie apart."""
     length = draw.randint(1, 4)
     slices = [base[begin : begin + length] for begin in range(0, length * 12, length)]
@@ -255,7 +258,7 @@ def drawn_rows(draw: random.Random, base: Tensor) -> list[memory.Row]:
     return [tuple(slices[i : i + 4]) for i in (0, 4, 8)]  # type: ignore[misc]
 
 
-@pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 def test_drawn_overlaps_have_the_same_verdict_in_python_and_in_the_library() -> None:
     draw = random.Random(0)
     base = torch.zeros(64)
@@ -264,8 +267,8 @@ def test_drawn_overlaps_have_the_same_verdict_in_python_and_in_the_library() -> 
         rows = drawn_rows(draw, base)
         refusals = []
         for check in (
-            lambda: memory.check_apart(rows, lambda param: "parameter"),  # noqa: B023
-            lambda: ops.check_lists(*map(list, zip(*rows, strict=True))),  # type: ignore[arg-type]  # noqa: B023
+            lambda: validation.check_apart(rows, lambda param: "parameter"),  # noqa: B023
+            lambda: direct.check(*map(list, zip(*rows, strict=True))),  # type: ignore[arg-type]  # noqa: B023
         ):
             try:
                 check()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import direct
 import numpy as np
 import pytest
 import torch
@@ -30,10 +31,11 @@ from reference.oracle import OracleOptimizer, SparseGradient
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops, sparse
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import functional, kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Sparse CSR tensor support")
-needs_library = pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
 Grads = Sequence[Tensor | None]
 
@@ -598,7 +600,7 @@ for memory, tensor in tables:
             assert libc.mprotect(ctypes.c_void_p(address + (before + 1) * page), ctypes.c_size_t(length), 0) == 0
 
 param = torch.nn.Parameter(tables[0][1])
-options = {"for_loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[sys.argv[1]]
+options = {"single_tensor": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[sys.argv[1]]
 for clip in ({}, {"clipvalue": 0.5, "clipnorm": 0.1}, {"global_clipnorm": 0.1}, {"gradient_transformers": [list]}):
     optimizer = AdadeltaKeras([param], 1.0, **clip, **options)
     optimizer.state[param] = {"square_avg": tables[1][1], "acc_delta": tables[2][1]}
@@ -611,10 +613,10 @@ import os; os._exit(0)
 """
 
 
-@pytest.mark.parametrize("name", ["for_loop", "foreach", "fused"])
+@pytest.mark.parametrize("name", ["single_tensor", "foreach", "fused"])
 def test_rows_that_do_not_occur_are_neither_read_nor_written(name: str) -> None:
     """Of a table of 1,000,000 x 64 and its state all other pages are protected: to touch them ends the process."""
-    if name == "fused" and not ops.is_loaded:
+    if name == "fused" and not kernels.is_loaded:
         pytest.skip("the compiled library is not installed")
     result = subprocess.run(
         [sys.executable, "-c", GUARDED, name], capture_output=True, text=True, check=False, timeout=120
@@ -623,9 +625,9 @@ def test_rows_that_do_not_occur_are_neither_read_nor_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [{}, {"clipnorm": 0.1}, {"global_clipnorm": 0.1, "clipvalue": 1.0}], ids=str)
-@pytest.mark.parametrize("name", ["for_loop", "fused"])
+@pytest.mark.parametrize("name", ["single_tensor", "fused"])
 def test_memory_is_bounded_by_what_is_touched(name: str, clip: dict[str, float]) -> None:
-    if name == "fused" and not ops.is_loaded:
+    if name == "fused" and not kernels.is_loaded:
         pytest.skip("the compiled library is not installed")
     param = Parameter(torch.empty(1_000_000, 64))
     param.grad = occurrences((1_000_000, 64), torch.float32, 1000)
@@ -636,7 +638,7 @@ def test_memory_is_bounded_by_what_is_touched(name: str, clip: dict[str, float])
         optimizer.step()
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     touched = param.grad._values().numel() * 4
-    assert allocated < (30 if name == "for_loop" else 0.1) * touched
+    assert allocated < (30 if name == "single_tensor" else 0.1) * touched
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
@@ -785,7 +787,7 @@ HYPERPARAMETERS = (0.75, 0.9375, 1e-7)
 def lists(*shapes: tuple[tuple[int, ...], int], dtype: torch.dtype = torch.float32, count: int = 7) -> Lists:
     grads = [occurrences(shape, dtype, count, dims, seed=i) for i, (shape, dims) in enumerate(shapes)]
     params = [torch.ones(shape, dtype=dtype) for shape, _ in shapes]
-    indices, values = zip(*map(sparse.parts, grads), strict=True)
+    indices, values = zip(*map(functional.coo_components, grads), strict=True)
     states = [[torch.zeros(shape, dtype=dtype) for shape, _ in shapes] for _ in range(2)]
     return params, list(indices), list(values), *states
 
@@ -860,18 +862,18 @@ def test_lists_that_do_not_fit_are_refused_unwritten(op: str, spoil: Any, error:
 def test_the_op_refuses_bad_indices_and_values_that_are_not_contiguous() -> None:
     made = lists(((9, 4), 1), ((9, 4), 1))
     made[1][1][0, 5] = 9
-    assert ops.first_bad_indices(*made).tolist() == [-1, 5]
+    assert torch.ops.torch_adadelta.first_invalid_indices(*made).tolist() == [-1, 5]
     with pytest.raises(
         RuntimeError, match=r"^torch_adadelta refuses parameter 1: index 5 of its gradient is out of range"
     ):
-        ops.sparse_adadelta_(*made, *HYPERPARAMETERS)
+        direct.sparse_op(*made, *HYPERPARAMETERS)
     assert torch.equal(made[0][0], torch.ones(9, 4))
     made = lists(((9, 4), 1), ((9, 4), 1))
     made[2][1] = made[2][1].t().contiguous().t()
     with pytest.raises(
         RuntimeError, match=r"^torch_adadelta refuses parameter 1: the values of its gradient are not contiguous"
     ):
-        ops.sparse_adadelta_(*made, *HYPERPARAMETERS)
+        direct.sparse_op(*made, *HYPERPARAMETERS)
     assert torch.equal(made[0][0], torch.ones(9, 4))
 
 
@@ -915,7 +917,7 @@ def test_no_tensor_outlives_a_call() -> None:
 
 
 def test_empty_lists() -> None:
-    ops.sparse_adadelta_([], [], [], [], [], *HYPERPARAMETERS)
+    direct.sparse_fused([], [], [], [], *HYPERPARAMETERS)
 
 
 def test_autograd_notices_that_the_table_has_changed(path: Path) -> None:

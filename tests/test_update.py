@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, arithmetic, ops
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels, opmath
 
 # 0-dim, empty, around the vector widths (4 to 32), the kernel's block (512) and its grain (32768), and some more.
 SHAPES = (
@@ -338,7 +339,7 @@ def test_drawn_problems(
     for oracle, grads in zip(oracles, steps, strict=True):
         for grad in grads:
             oracle.step(to_numpy(grad))
-    for path in (p for p in PATHS[:3] if p.capability is None or ops.is_loaded):
+    for path in (p for p in PATHS[:3] if p.capability is None or kernels.is_loaded):
         params = [Parameter(p.clone(memory_format=torch.preserve_format)) for p in start]
         optimizer = AdadeltaKeras(params, **hyperparameters, **path.options)
         for step in range(2):
@@ -372,11 +373,11 @@ def test_exact_sqrt_is_that_of_ieee_754(dtype: torch.dtype) -> None:
     x = _hard_numbers(dtype)
     with np.errstate(all="ignore"):
         expected = np.sqrt(x.numpy())
-    assert_same_bits(arithmetic.exact_sqrt(x), expected)
-    assert arithmetic.exact_sqrt(-torch.ones(3, dtype=dtype)).isnan().all()
+    assert_same_bits(opmath.exact_sqrt(x), expected)
+    assert opmath.exact_sqrt(-torch.ones(3, dtype=dtype)).isnan().all()
 
 
 def test_exact_sqrt_is_differentiable_twice() -> None:
     x = torch.tensor([0.3, 1.0, 7.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(arithmetic.exact_sqrt, x)
-    assert torch.autograd.gradgradcheck(arithmetic.exact_sqrt, x)
+    assert torch.autograd.gradcheck(opmath.exact_sqrt, x)
+    assert torch.autograd.gradgradcheck(opmath.exact_sqrt, x)

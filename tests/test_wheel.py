@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from torch_adadelta import ops
+from torch_adadelta.backends import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = ROOT / "scripts" / "check_wheel.py"
@@ -32,9 +32,9 @@ def check() -> Any:
     return module
 
 
-@pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 def test_the_library_takes_nothing_but_the_stable_abi(check: Any) -> None:
-    library = ops.LIBRARY_PATH.read_bytes()
+    library = kernels.LIBRARY_PATH.read_bytes()
     assert check.mistakes_of_library(library) == []
     symbols = {symbol.name for symbol in check.undefined_symbols(check.ELFFile(io.BytesIO(library)))}
     assert {"torch_parallel_for", "torch_list_get_item", "aoti_torch_library_init_def"} <= symbols
@@ -77,7 +77,7 @@ def test_another_library_is_noticed(check: Any, tmp_path: Path) -> None:
     assert found == ["asks for libtorch_python.so, which is neither the system's nor PyTorch's"]
 
 
-@pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 def test_tags(check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = tmp_path / "torch_adadelta-0.1.0-py3-none-manylinux_2_28_x86_64.whl"
     linux = tmp_path / "torch_adadelta-0.1.0-py3-none-linux_x86_64.whl"
@@ -87,7 +87,7 @@ def test_tags(check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr("torch_adadelta/__init__.py", "")
             if wheel != empty:
-                archive.write(ops.LIBRARY_PATH, "torch_adadelta/_C.so")
+                archive.write(kernels.LIBRARY_PATH, "torch_adadelta/_C.so")
     assert check.mistakes_of_wheel(good) == []
     assert check.mistakes_of_wheel(linux) == check.mistakes_of_wheel(pinned) == ["its tag is not py3-none-manylinux…"]
     assert check.mistakes_of_wheel(empty) == ["there is no library in it"]

@@ -4,9 +4,11 @@ import functools
 import hashlib
 import math
 import struct
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -14,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from torch_adadelta.sparse import is_sparse, parts
-from torch_adadelta.update import overlaps_itself
+from torch_adadelta.backends.functional import coo_components, is_sparse, overlaps_itself
 
 _P = TypeVar("_P")
 
@@ -202,7 +203,7 @@ def _concatenated(grads: list[Tensor], group: "dist.ProcessGroup | None") -> lis
     # All devices are begun before the first is waited for.
     begun = []
     for device, same in of_device.items():
-        mine = torch.cat([part for i in same for part in map(_to_bytes, parts(grads[i]))])
+        mine = torch.cat([part for i in same for part in map(_to_bytes, coo_components(grads[i]))])
         longest = max(sum(sum(_byte_sizes(grads[i], row[i])) for i in same) for row in counts)
         padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
         # Not rows of one tensor: without any bytes, those would begin at offsets that no other dtype can be read from.
@@ -433,3 +434,31 @@ def _check_agreement(
 
 def _processes(ranks: list[int]) -> str:
     return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+# ---- Who calls ------------------------------------------------------------------------------------------------------
+
+
+def _frames() -> Iterator[FrameType]:
+    """The calls that are running, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_made_by_zero() -> bool:
+    """Whether a ZeroRedundancyOptimizer is making an optimizer for the parameters of this process right now."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return False
+    return any(isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer) for frame in _frames())
+
+
+def is_called_to_make_state() -> bool:
+    """Whether distributed checkpointing calls `step`, with zeros for gradients, to have state to load into."""
+    return any(
+        frame.f_code.co_name == "_init_optim_state"
+        and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+        for frame in _frames()
+    )

@@ -1,15 +1,19 @@
 """`step_in_backward`: each parameter is updated as soon as its gradient is there, and the gradient is freed."""
 
 import threading
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from torch_adadelta import hyperparameters, shards
-from torch_adadelta.arithmetic import arithmetic_dtype, arithmetic_dtypes
-from torch_adadelta.buckets import by_device, choose, split
-from torch_adadelta.optimizer import AdadeltaKeras, _values_of
+from torch_adadelta.backends.dtensor import is_dtensor
+from torch_adadelta.backends.opmath import opmath_dtypes
+from torch_adadelta.optimizer import AdadeltaKeras
+from torch_adadelta.step import execution, planning, selection, validation
+from torch_adadelta.step.clipping import NO_CLIPPING, Clipping
+from torch_adadelta.step.planning import Inputs, PartitionCache, Rows, StepPlan
+from torch_adadelta.step.sources import StepValues
 
 _REFUSED_OPTIONS: Final = {
     "clipnorm": "a norm is taken before any parameter is written",
@@ -24,69 +28,66 @@ class StepInBackward:
         self._optimizer = optimizer
         self._lock = threading.Lock()  # the backward pass runs in a thread for each device
         self._pass: int | None = None
-        self._values: dict[Any, hyperparameters.StepValues] = {}
-        self._called: dict[Any, Any] = {}
-        self._new_values: list[Any] = []
+        self._values: StepValues | None = None
         self._has_written = False
         self._handles: list[Any] = []
-        for group_index, group in enumerate(optimizer.param_groups):
+        for index, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if not param.requires_grad:
                     continue
-                self._handles.append(param.register_hook(lambda grad, index=group_index: self._begin(index)))
-                self._handles.append(
-                    param.register_post_accumulate_grad_hook(lambda param, index=group_index: self._step(param, index))
-                )
+                step = partial(self._step, index=index, partitions=PartitionCache())
+                self._handles.append(param.register_hook(self._begin))
+                self._handles.append(param.register_post_accumulate_grad_hook(step))
 
     def remove(self) -> None:
         """Ends it: gradients stay in `.grad` again, and `step()` is to be called."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._optimizer._in_backward = None
+        self._optimizer.in_backward = None
 
-    def _begin(self, group_index: int) -> None:
+    def _begin(self, grad: Tensor) -> None:
         """At the first gradient of a backward pass: checks everything, before anything is written."""
         with self._lock:
             task = torch._C._current_graph_task_id()
             if task == self._pass:
                 return
-            optimizer = self._optimizer
-            check(optimizer)
-            optimizer._follow_groups()
-            if optimizer._check_sources():
-                raise RuntimeError("a learning rate of 0.0 was written under a schedule")
-            self._values, self._called, self._new_values = {}, {}, []
-            for group, sources in zip(optimizer.param_groups, optimizer._sources, strict=True):
-                for T in arithmetic_dtypes(group["params"]):
-                    values, new_values = _values_of(group, sources, T, self._called)
-                    self._values[id(group), T] = values
-                    self._new_values += new_values
-            self._pass, self._has_written = task, False
+            check(self._optimizer)
+            request = self._optimizer.step_request()
+            planning.check_groups(request)
+            request.sources.check_not_overwritten(request.groups, request.has_scheduler)
+            values = StepValues(request.groups, request.sources.of_groups)
+            for index, group in enumerate(request.groups):
+                for T in opmath_dtypes(group["params"]):
+                    values.of(index, T)
+            self._pass, self._values, self._has_written = task, values, False
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
-    def _step(self, param: Tensor, group_index: int) -> None:
-        optimizer = self._optimizer
-        group = optimizer.param_groups[group_index]
+    def _step(self, param: Tensor, index: int, partitions: PartitionCache) -> None:
+        """Updates a parameter whose gradient is complete."""
         assert param.grad is not None
+        assert self._values is not None
         with self._lock, torch.no_grad():
-            new_state: dict[Tensor, dict[str, Tensor]] = {}
-            lists = optimizer._with_state([param], [param.grad], new_state)
-            clip: dict[str, Any] = {} if group["clipvalue"] is None else {"clipvalue": float(group["clipvalue"])}
-            values = self._values[id(group), arithmetic_dtype(param.dtype)]
-            [bucket] = split(group, lists, values, may_be_mixed=True)
-            optimizer._check_buckets([bucket])
-            optimizer.state.update(new_state)
+            request = self._optimizer.step_request()._replace(partitions=partitions)
+            sizes = [int(index == other) for other in range(len(request.groups))]
+            rows = Rows([param], [param.grad], sizes)
+            clipvalue = request.groups[0]["clipvalue"]
+            inputs = Inputs(rows, self._values, NO_CLIPPING if clipvalue is None else Clipping(clipvalue))
+            partition, state = partitions.partition, None
+            if partition is not None and partition.matches(request.groups, rows):
+                state = partition.state_in(request.state)
+            plan = planning.assemble(request, inputs, partition, state)
+            plan.counts, plan.writes = False, []  # once, at the end
             self._has_written = True
-            _, update, lists, values = bucket
-            update(*lists, *values, group["maximize"], **clip)
+            execution.run_plan(plan, request)
             param.grad = None
 
     def _finish(self) -> None:
         """At the end of a backward pass: the step is counted. One of `torch.autograd.grad` has written nothing."""
-        if self._has_written:
-            self._optimizer._finish_step(self._new_values)
-        self._pass, self._values, self._called, self._new_values = None, {}, {}, []
+        if self._has_written and self._values is not None:
+            request = self._optimizer.step_request()._replace(found_inf=None)
+            execution.run_plan(StepPlan([], {}, self._values.writes), request)
+        self._pass, self._values = None, None
 
 
 def check(optimizer: AdadeltaKeras) -> None:
@@ -108,15 +109,16 @@ def check(optimizer: AdadeltaKeras) -> None:
             raise ValueError(
                 f"{who} group {group_index} is differentiable; autograd cannot record its own backward pass"
             )
-        for param in group["params"]:
-            if shards.is_dtensor(param):
+        for index, param in enumerate(group["params"]):
+            name = validation.name_in(optimizer.param_groups, group_index, index)
+            if is_dtensor(param):
                 raise ValueError(
-                    f"{who} {optimizer._name_of(param)} is a DTensor; FSDP2 and tensor parallelism give it a gradient "
+                    f"{who} {name} is a DTensor; FSDP2 and tensor parallelism give it a gradient "
                     "in ways of their own. Call step()"
                 )
             if param.grad is not None:
                 raise RuntimeError(
-                    f"{who} {optimizer._name_of(param)} has a gradient already. Gradients cannot be accumulated over "
+                    f"{who} {name} has a gradient already. Gradients cannot be accumulated over "
                     "backward passes, for each pass is a step of its own: remove it with zero_grad(), add up the "
                     "losses instead, or call step()"
                 )
@@ -165,11 +167,11 @@ def step_in_backward(optimizer: AdadeltaKeras) -> StepInBackward:
         (True, 1)
         >>> handle.remove()
     """
-    if optimizer._in_backward is not None:
+    if optimizer.in_backward is not None:
         raise RuntimeError("step_in_backward is on already for this optimizer; remove() ends it")
     check(optimizer)
     for group in optimizer.param_groups:
-        for indices in by_device(group["params"]).values():
-            choose(group, [group["params"][i] for i in indices])
-    optimizer._in_backward = StepInBackward(optimizer)
-    return optimizer._in_backward
+        for params in selection.by_device(group["params"]).values():
+            selection.select_backend(group, params)
+    optimizer.in_backward = StepInBackward(optimizer)
+    return optimizer.in_backward

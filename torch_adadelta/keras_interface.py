@@ -3,13 +3,15 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from torch_adadelta import schedules
+from torch_adadelta.options import OPTIONS
+from torch_adadelta.step.planning import ExplicitGradients, has_state, new_state_of
 
 # The names of the state in Keras.
 SLOTS: Final = {"accum_grad": "square_avg", "accum_var": "acc_delta"}
@@ -27,17 +29,10 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 
-class Given(NamedTuple):
-    """Gradients that were handed over instead of left in `.grad`."""
-
-    pairs: list[tuple[Tensor, Tensor]]
-    aggregates: bool
-
-
 class KerasInterface(Optimizer):
     """`apply_gradients`, `minimize`, configuration, weights and slots, as in ``tf.keras.optimizers.Optimizer``."""
 
-    _given: Given | None = None
+    _explicit: ExplicitGradients | None = None
 
     name: Any
     iterations: Any
@@ -50,9 +45,6 @@ class KerasInterface(Optimizer):
     global_clipnorm: Any
 
     def _name_of(self, param: Tensor) -> str:
-        raise NotImplementedError
-
-    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def _params(self) -> list[Tensor]:
@@ -106,14 +98,14 @@ class KerasInterface(Optimizer):
             if len(without) == len(pairs):
                 raise ValueError(f"No gradients provided for any variable: {names}.")
             warnings.warn(f"Gradients do not exist for variables: {names}.", stacklevel=2)
-        outer = self._given
-        self._given = Given(
+        outer = self._explicit
+        self._explicit = ExplicitGradients(
             [(grad, param) for grad, param in pairs if grad is not None], bool(experimental_aggregate_gradients)
         )
         try:
             self.step()
         finally:
-            self._given = outer
+            self._explicit = outer
 
     def minimize(
         self,
@@ -165,18 +157,17 @@ class KerasInterface(Optimizer):
         It describes the first param group. A schedule becomes ``{"class_name": ..., "config": ...}``, a Tensor its
         number, a callable what it returns now. Aggregator, transformers and state are not part of it.
         """
-        config: dict[str, Any] = {"name": self.name}
-        for key in ("clipnorm", "clipvalue", "global_clipnorm"):
-            if getattr(self, key) is not None:
-                config[key] = getattr(self, key)
-        for key in ("learning_rate", "decay", "rho", "epsilon"):
-            value = getattr(self, key)
-            if isinstance(value, schedules.LearningRateSchedule):
-                config[key] = schedules.serialize(value)
+        config: dict[str, Any] = {}
+        for option in OPTIONS:
+            if option.keras is None:
                 continue
-            if callable(value) and not isinstance(value, Tensor):
+            value = getattr(self, option.name)
+            if isinstance(value, schedules.LearningRateSchedule):
+                value = schedules.serialize(value)
+            elif callable(value) and not isinstance(value, Tensor):
                 value = value()
-            config[key] = value.item() if hasattr(value, "item") else value  # a Tensor or NumPy scalar
+            if value is not None:
+                config[option.keras] = value.item() if hasattr(value, "item") else value  # a Tensor or NumPy scalar
         return config
 
     @classmethod
@@ -220,7 +211,7 @@ class KerasInterface(Optimizer):
         """
         if slot_name not in SLOTS:
             raise KeyError(f"no slot {slot_name!r}; there are {', '.join(SLOTS)}")
-        if not self.state.get(var):
+        if not has_state(self.state.get(var)):
             raise KeyError(
                 f"a tensor of shape {tuple(var.shape)} has no state; the first step with a gradient makes it"
             )
@@ -233,10 +224,15 @@ class KerasInterface(Optimizer):
         State is the optimizer's own; for a parameter without any, there are zeros.
         """
         params = self._params()
-        states = [self.state.get(param) or self._new_state(param) for param in params]
+        states = [self._state_of(param) for param in params]
         count = self.param_groups[0]["iterations"]
         iterations = count if isinstance(count, Tensor) else torch.tensor(count, dtype=torch.int64)
         return [iterations, *(state[key] for key in SLOTS.values() for state in states)]
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter beside what others keep there; zeros if there is none yet."""
+        state = self.state.get(param)
+        return state if state is not None and has_state(state) else {**(state or {}), **new_state_of(param)}
 
     @property
     def weights(self) -> list[Tensor]:
@@ -270,7 +266,7 @@ class KerasInterface(Optimizer):
         count = values[0].item()
         if not math.isfinite(count) or count != int(count):
             raise ValueError(f"the first weight is the number of iterations, got {count!r}")
-        states = [dict(self.state.get(param) or self._new_state(param)) for param in params]
+        states = [dict(self._state_of(param)) for param in params]
         slots = [state[key] for key in SLOTS.values() for state in states]
         for index, (slot, value) in enumerate(zip(slots, values[1:], strict=True), 1):
             if slot.shape != value.shape:

@@ -45,40 +45,36 @@ class Device {
     );
     if (error != cudaSuccess) {
       cudaGetLastError();  // so that nobody else finds it
-      fail_launch(error);
+      // If it is the first one, nothing was written.
+      has_launched_ ? fail(describe(error)) : refuse_call(describe(error));
     }
+    has_launched_ = true;
   }
 
  private:
-  [[noreturn]] void fail_launch(cudaError_t error) const {
+  std::string describe(cudaError_t error) const {
+    std::ostringstream text;
     if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
-      fail("CUDA error: ", cudaGetErrorString(error));
+      text << "CUDA error: " << cudaGetErrorString(error);
+      return text.str();
     }
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_);
-    std::ostringstream compiled;
+    text << "torch_adadelta was compiled for ";
     std::istringstream list(kArchitectures);
     for (std::string number; std::getline(list, number, ',');) {
-      compiled << "sm_" << std::stoi(number) / 10 << ", ";
+      text << "sm_" << std::stoi(number) / 10 << ", ";
     }
-    fail(
-        "torch_adadelta was compiled for ",
-        compiled.str(),
-        "not for this GPU, an sm_",
-        major,
-        minor,
-        ". Install it again with TORCH_CUDA_ARCH_LIST=",
-        major,
-        ".",
-        minor,
-        " in the environment"
-    );
+    text << "not for this GPU, an sm_" << major << minor << ". Install it again with TORCH_CUDA_ARCH_LIST=" << major
+         << '.' << minor << " in the environment";
+    return text.str();
   }
 
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
+  mutable bool has_launched_ = false;
 };
 
 }  // namespace torch_adadelta::cuda

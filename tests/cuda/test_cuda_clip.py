@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import direct
 import pytest
 import torch
 from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn
 from torch import Tensor
 
-from torch_adadelta import ops
-from torch_adadelta.gradients import square_sums
+from torch_adadelta.backends.functional import square_sums
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -36,7 +36,7 @@ def assert_same_sums(grads: list[Tensor], placed: Callable[..., Tensor], **optio
     """`grads` stand for their parameters, too: only the layout and dtype of those count."""
     expected = square_sums(grads, grads, **options)
     there = [placed(grad) for grad in grads]
-    assert_same_bits(ops.grad_square_sums(there, there, **options).cpu(), expected)
+    assert_same_bits(direct.square_sums(there, there, **options).cpu(), expected)
     assert_same_bits(square_sums(there, there, **options).cpu(), expected)
 
 
@@ -70,7 +70,7 @@ def test_many_gradients_of_several_units(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     flat = torch.randn(count * (UNIT + 3), generator=generator)
     here, there = (list(x.split(UNIT + 3)) for x in (flat, flat.cuda()))
-    assert_same_bits(ops.grad_square_sums(there, there).cpu(), ops.grad_square_sums(here, here))
+    assert_same_bits(direct.square_sums(there, there).cpu(), direct.square_sums(here, here))
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=clip_id)
@@ -89,9 +89,9 @@ def test_layouts(clip: dict[str, float], layout: str, grad_layout: str, twins: C
     [(clip, dtype) for clip in CLIPS for dtype in (REAL_DTYPES if "clipvalue" in clip else DTYPES)],
     ids=clip_id,
 )
-@pytest.mark.parametrize("path", ["fused", "foreach", "for_loop"])
+@pytest.mark.parametrize("path", ["fused", "foreach", "single_tensor"])
 def test_steps(clip: dict[str, float], dtype: torch.dtype, path: str, twins: Callable[..., Any]) -> None:
-    options = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for_loop": {"foreach": False}}[path]
+    options = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single_tensor": {"foreach": False}}[path]
     generator = torch.Generator().manual_seed(1)
     shapes = [(0, 2), (5, 3), (), (4099,), (2, 3, 4), (UNIT + 5,), (0,)]
     pair = twins([randn(shape, dtype, generator) for shape in shapes], groups=2, cuda=options, **clip)
@@ -104,10 +104,10 @@ def test_steps(clip: dict[str, float], dtype: torch.dtype, path: str, twins: Cal
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=clip_id)
-@pytest.mark.parametrize("path", ["fused", "foreach", "for_loop"])
+@pytest.mark.parametrize("path", ["fused", "foreach", "single_tensor"])
 def test_mixed_dtypes(clip: dict[str, float], path: str, twins: Callable[..., Any]) -> None:
     """global_clipnorm works in the widest T, the others in the T of each parameter."""
-    options = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for_loop": {"foreach": False}}[path]
+    options = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single_tensor": {"foreach": False}}[path]
     generator = torch.Generator().manual_seed(2)
     dtypes = REAL_DTYPES if "clipvalue" in clip else (*REAL_DTYPES, *COMPLEX_DTYPES)
     params = [randn((7, 5), dtype, generator) for dtype in (*dtypes, *reversed(dtypes))]

@@ -50,14 +50,18 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, capturable: bool, 
         pair.assert_same(f"at step {step}")
 
 
-@pytest.mark.parametrize("path", ["fused", "foreach", "for_loop"])
+@pytest.mark.parametrize("path", ["fused", "foreach", "single_tensor"])
 @pytest.mark.parametrize("clip", [{}, {"clipnorm": 0.7}], ids=["unclipped", "clipnorm"])
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_hyperparameters_on_the_device(
     path: str, clip: dict[str, float], value_dtype: torch.dtype, shape: tuple[int, ...], twins: Callable[..., Any]
 ) -> None:
-    options: dict[str, Any] = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for_loop": {"foreach": False}}
+    options: dict[str, Any] = {
+        "fused": {"fused": True},
+        "foreach": {"foreach": True},
+        "single_tensor": {"foreach": False},
+    }
     values = {"lr": 0.7, "rho": 0.9, "epsilon": 1e-5}
     here, there = (
         {key: torch.full(shape, value, dtype=value_dtype, device=device) for key, value in values.items()}

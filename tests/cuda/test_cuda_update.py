@@ -5,12 +5,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import direct
 import pytest
 import torch
 from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn
 from torch import Tensor
 
-from torch_adadelta import ops, update
+from torch_adadelta.backends import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -46,10 +47,10 @@ def positive(x: Tensor) -> Tensor:
 def assert_same_update(lists: Lists, placed: Callable[..., Tensor], steps: int = 2, values: Any = VALUES) -> None:
     """Updates copies on the CPU and on the device, by the compiled kernels, and compares all that was written."""
     here, there = ([[placed(x, device) for x in tensors] for tensors in lists] for device in ("cpu", "cuda"))
-    on_cpu = update.fused if ops.is_loaded else update.for_loop
+    on_cpu = direct.fused if kernels.is_loaded else direct.single_tensor
     for _ in range(steps):
         on_cpu(*here, *values)  # type: ignore[arg-type]
-        update.fused(*there, *values)  # type: ignore[arg-type]
+        direct.fused(*there, *values)  # type: ignore[arg-type]
     for name, expected, actual in zip(("param", "grad", "square_avg", "acc_delta"), here, there, strict=True):
         for index, (x, y) in enumerate(zip(expected, actual, strict=True)):
             assert_same_bits(y.cpu(), x, f"{name} {index}, {tuple(x.shape)}, {x.stride()}")
@@ -77,14 +78,14 @@ def test_short_vectors_tails_and_gaps(dtype: torch.dtype, placed: Callable[..., 
     assert_same_update(lists, placed)
 
 
-@pytest.mark.parametrize("path", [update.for_loop, update.foreach], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("path", [direct.single_tensor, direct.multi_tensor], ids=["single_tensor", "multi_tensor"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_python_paths_on_cuda(path: update.Update, dtype: torch.dtype, placed: Callable[..., Tensor]) -> None:
+def test_python_paths_on_cuda(path: direct.Update, dtype: torch.dtype, placed: Callable[..., Tensor]) -> None:
     lists = make_lists([(n,) for n in SIZES] + [(5, 3), ()], dtype, dtype)
     python, fused = ([[placed(x) for x in tensors] for tensors in lists] for _ in range(2))
     for _ in range(3):
         path(*python, *VALUES)  # type: ignore[arg-type]
-        update.fused(*fused, *VALUES)  # type: ignore[arg-type]
+        direct.fused(*fused, *VALUES)  # type: ignore[arg-type]
     for x, y in zip(itertools.chain(*python), itertools.chain(*fused), strict=True):
         assert_same_bits(x.cpu(), y.cpu())
 
@@ -147,7 +148,7 @@ def test_tables_of_mixed_dtypes(count: int, placed: Callable[..., Tensor]) -> No
 
 def test_nothing_but_empty_tensors(placed: Callable[..., Tensor]) -> None:
     assert_same_update(make_lists([(0,), (3, 0), (0, 0)], torch.float32, torch.float32), placed)
-    update.fused([], [], [], [], *VALUES)
+    direct.fused([], [], [], [], *VALUES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -186,8 +187,8 @@ def test_a_gradient_that_is_the_parameter(placed: Callable[..., Tensor]) -> None
     p, q = placed(param, "cpu"), placed(param)
     a, b = placed(square_avg, "cpu"), placed(square_avg)
     u, v = placed(acc_delta, "cpu"), placed(acc_delta)
-    update.fused([p], [p], [a], [u], *VALUES)
-    update.fused([q], [q], [b], [v], *VALUES)
+    direct.fused([p], [p], [a], [u], *VALUES)
+    direct.fused([q], [q], [b], [v], *VALUES)
     for actual, expected in ((q, p), (b, a), (v, u)):
         assert_same_bits(actual.cpu(), expected)
 
@@ -200,7 +201,7 @@ def test_parameters_that_share_memory_are_updated_in_their_order(placed: Callabl
     for device in ("cpu", "cuda"):
         memory = placed(base, device)
         states = [[placed(x, device) for x in tensors] for tensors in (grads, square_avgs, acc_deltas)]
-        update.fused([memory[i:j] for i, j in views], *states, *VALUES)
+        direct.fused([memory[i:j] for i, j in views], *states, *VALUES)
         results.append([memory, *states[1], *states[2]])
     for expected, actual in zip(*results, strict=True):
         assert_same_bits(actual.cpu(), expected)
@@ -215,7 +216,7 @@ def test_tens_of_thousands_of_tensors(dtype: torch.dtype) -> None:
         columns = [list(x.to(device, copy=True).split(sizes)) for x in flat]
         # Of their own memory, so that none is aligned because its neighbours are.
         columns = [[x.clone() for x in column] for column in columns]
-        update.fused(*columns, *VALUES)  # type: ignore[call-arg]
+        direct.fused(*columns, *VALUES)  # type: ignore[call-arg]
         results.append([torch.cat(column) for column in columns])
     for expected, actual in zip(*results, strict=True):
         assert_same_bits(actual.cpu(), expected)
@@ -251,16 +252,16 @@ def test_more_than_2_to_the_31_elements() -> None:
     for index, (begin, end) in enumerate(pieces(HUGE)):
         for which, x in enumerate(whole):
             fill(x[begin:end], index, which)
-    update.fused(*[[x] for x in whole], *VALUES)  # type: ignore[arg-type]
+    direct.fused(*[[x] for x in whole], *VALUES)  # type: ignore[arg-type]
     for index, (begin, end) in enumerate(pieces(HUGE)):
         expected = [torch.empty(end - begin, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
         for which, x in enumerate(expected):
             fill(x, index, which)
         before = [[x[-5000:].cpu()] for x in expected]
-        update.fused(*[[x] for x in expected], *VALUES)  # type: ignore[arg-type]
+        direct.fused(*[[x] for x in expected], *VALUES)  # type: ignore[arg-type]
         for x, y in zip(whole, expected, strict=True):
             assert torch.equal(x[begin:end].view(torch.int16), y.view(torch.int16)), f"elements {begin} to {end}"
-        update.fused(*before, *VALUES)  # type: ignore[arg-type]
+        direct.fused(*before, *VALUES)  # type: ignore[arg-type]
         for x, (y,) in zip(expected, before, strict=True):
             assert_same_bits(x[-5000:].cpu(), y)
 
@@ -273,8 +274,8 @@ def test_a_gap_of_more_than_2_to_the_31_elements() -> None:
     lists = make_lists([(2, 33)], torch.bfloat16, torch.bfloat16)
     param.copy_(lists[0][0])
     others = [[x.cuda() for x in tensors] for tensors in lists[1:]]
-    update.fused([param], *others, *VALUES)  # type: ignore[arg-type]
-    update.fused(*lists, *VALUES)  # type: ignore[arg-type]
+    direct.fused([param], *others, *VALUES)  # type: ignore[arg-type]
+    direct.fused(*lists, *VALUES)  # type: ignore[arg-type]
     assert_same_bits(param.cpu(), lists[0][0])
     assert_same_bits(others[1][0].cpu(), lists[2][0])
     assert_same_bits(others[2][0].cpu(), lists[3][0])
@@ -287,7 +288,7 @@ def test_the_norm_of_more_than_2_to_the_31_elements() -> None:
     for index, (begin, end) in enumerate(pieces(HUGE)):
         fill(grad[begin:end], index, 1)
     parts = [grad[begin:end] for begin, end in pieces(HUGE)]
-    sums = ops.grad_square_sums(parts, parts).tolist()
+    sums = direct.square_sums(parts, parts).tolist()
     while len(sums) > 1:
         sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
-    assert ops.grad_square_sums([grad], [grad]).tolist() == sums
+    assert direct.square_sums([grad], [grad]).tolist() == sums

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
+import direct
 import pytest
 import torch
 from cases import assert_unchanged, snapshot
 from torch.nn import Parameter
 
-from torch_adadelta import AdadeltaKeras, ops
+from torch_adadelta import AdadeltaKeras
 
 launcher: Any = torch.ops.pretended_gpu_ops
 
@@ -76,5 +77,5 @@ def test_what_a_step_launches() -> None:
     for count, launches in ((1, 1), (600, 1), (601, 2)):
         params = [torch.ones(3, device="cuda") for _ in range(count)]
         before = launcher.launches()
-        ops.adadelta_(params, *([torch.ones(3, device="cuda") for _ in params] for _ in range(3)), 1.0, 0.95, 1e-7)
+        direct.fused(params, *([torch.ones(3, device="cuda") for _ in params] for _ in range(3)), 1.0, 0.95, 1e-7)
         assert launcher.launches() - before == launches

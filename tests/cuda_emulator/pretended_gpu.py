@@ -25,15 +25,15 @@ from torch.utils._pytree import tree_leaves
 torch.version.cuda = torch.version.cuda or "of a pretended GPU"
 torch.cuda._lazy_init = lambda: None
 
-from torch_adadelta import ops, optimizer
 
-assert ops.is_loaded, ops.load_error
+from torch_adadelta.backends import kernels
+
+assert kernels.is_loaded, kernels.load_error
 gpu: Any = torch.ops.pretended_gpu
 
 if "WITHOUT_CUDA_LIBRARY" not in os.environ:  # as if it had not been installed
-    ops.cuda_load_error, ops.is_cuda_loaded = None, True  # type: ignore[misc]
-    ops.has_kernel_for = ops._has_kernel  # type: ignore[misc]
-assert optimizer._HAS_CUDA
+    kernels.cuda_load_error, kernels.is_cuda_loaded = None, True  # type: ignore[misc]
+    kernels.has_kernel_for = kernels._has_kernel  # type: ignore[misc]
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,8 @@ from cases import assert_same_bits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_adadelta import AdadeltaKeras, ops, schedules
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import kernels
 
 STEPS = 4
 
@@ -147,7 +148,7 @@ def test_lightning_in_bfloat16(tmp_path: Path) -> None:
     assert_same(module.model, trainer.optimizers[0], by_hand({"learning_rate": 1.0}, autocast=torch.bfloat16))
 
 
-@pytest.mark.skipif(not ops.is_loaded, reason="the compiled library is not installed")
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 def test_lightning_with_a_scaler(tmp_path: Path) -> None:
     """With fused=True the update unscales by itself. Lightning then cannot clip, and says so; the optimizer can."""
     pytest.importorskip("lightning")

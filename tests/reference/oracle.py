@@ -79,7 +79,7 @@ class Coefficients(NamedTuple):
 
     lr: Any
     rho: Any
-    omr: Any
+    one_minus_rho: Any
     eps: Any
 
 
@@ -121,12 +121,12 @@ def update(
     `rsqrt` is the one operation that TensorFlow's float32 kernels do otherwise; with theirs, this gives their bits.
     """
     assert all(x.dtype == p.dtype for x in (g, square_avg, acc_delta, *by)), "NumPy would compute in the wider type"
-    lr, rho, omr, eps = by
+    lr, rho, one_minus_rho, eps = by
     a, u = square_avg, acc_delta
     with np.errstate(all="ignore"):
-        a = a * rho + (g * g) * omr
+        a = a * rho + (g * g) * one_minus_rho
         d = np.sqrt(u + eps) * rsqrt(a + eps) * g
-        u = u * rho + (d * d) * omr
+        u = u * rho + (d * d) * one_minus_rho
         p = p - d * lr
     return Updated(p, a, u, d)
 

@@ -36,7 +36,8 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase
 
-from torch_adadelta import AdadeltaKeras, ops, schedules
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import kernels
 
 # ---- The description ------------------------------------------------------------------------------------------------
 
@@ -95,11 +96,11 @@ INFO = OptimizerInfo(
     not_og_supported_flags=("foreach", "fused", "differentiable", "maximize", "capturable"),
     has_capturable_arg=True,
     supports_complex=True,
-    supports_fused_on=("cpu", "cuda") if ops.is_loaded else (),
+    supports_fused_on=("cpu", "cuda") if kernels.is_loaded else (),
 )
 
-IMPLEMENTATIONS: dict[str, dict[str, bool]] = {"for_loop": {"foreach": False}, "foreach": {"foreach": True}}
-if ops.is_loaded:
+IMPLEMENTATIONS: dict[str, dict[str, bool]] = {"single_tensor": {"foreach": False}, "foreach": {"foreach": True}}
+if kernels.is_loaded:
     IMPLEMENTATIONS["fused"] = {"fused": True}
 
 
@@ -601,14 +602,14 @@ class TestContract(TestCase):
         names = {event.name for event in profile.events()}
         assert "Optimizer.step#AdadeltaKeras.step" in names
         assert "Optimizer.zero_grad#AdadeltaKeras.zero_grad" in names
-        if ops.is_loaded:
+        if kernels.is_loaded:
             assert "torch_adadelta::adadelta_" in names
 
     # ---- The fused implementation -------------------------------------------------------------------------------
 
     @optims([INFO], dtypes=[torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_fused_does_not_step_if_found_inf(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        if not ops.is_loaded:
+        if not kernels.is_loaded:
             self.skipTest("the compiled library is not installed")
         for described in optim_info.optim_inputs_func(device):
             params = [Parameter(torch.ones(2, 3, device=device, dtype=dtype)) for _ in range(3)]
@@ -629,7 +630,7 @@ class TestContract(TestCase):
 
     @optims([INFO])
     def test_fused_refuses_devices_without_a_kernel(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        if not ops.is_loaded:
+        if not kernels.is_loaded:
             self.skipTest("the compiled library is not installed")
         param = Parameter(torch.ones(5, 5, device="meta", dtype=dtype))
         with pytest.raises(RuntimeError, match="`fused=True` cannot run on meta parameters"):

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -18,13 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch_adadelta import param_groups, schedules
-from torch_adadelta.hyperparameters import NUMBERS
+from torch_adadelta import schedules
 from torch_adadelta.keras import hdf5
 from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, SLOTS, Checkpoint, Layer, explained, opened
 from torch_adadelta.keras.errors import Array, KerasFileError, Stored
 from torch_adadelta.keras.matching import Match, Move, Unit, match
 from torch_adadelta.optimizer import AdadeltaKeras
+from torch_adadelta.options import NUMBERS
+from torch_adadelta.step.callbacks import Callbacks
+from torch_adadelta.step.planning import new_state_of
+from torch_adadelta.step.validation import name_in
 
 _WEIGHTS: Final = "model.weights.h5"
 
@@ -151,7 +154,7 @@ def load_keras(
         iterations = checkpoint.count()
         states = _states(found, checkpoint, optimizer, notes)
         values = _values(found, checkpoint, notes) if weights else []
-    with _all_or_nothing(optimizer):
+    with optimizer.restored_on_error():
         for name, value in settings.items():
             setattr(optimizer, name, value)
         optimizer.iterations = iterations
@@ -182,8 +185,8 @@ def _check_arguments(optimizer: Any, model: Any) -> None:
             if hasattr(param, "placements") or param.is_meta or param.is_complex():
                 kind = "a DTensor" if hasattr(param, "placements") else "complex" if param.is_complex() else "on meta"
                 raise ValueError(
-                    f"{param_groups.name_of(group_index, group, index)} is {kind}; load into a plain model first, and "
-                    "shard or move it after that"
+                    f"{name_in(optimizer.param_groups, group_index, index)} is {kind}; load into a plain model first, "
+                    "and shard or move it after that"
                 )
 
 
@@ -244,7 +247,7 @@ def _check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKer
         for index, param in enumerate(group["params"]):
             if param not in names:
                 raise KerasFileError(
-                    f"{checkpoint.path}: {param_groups.name_of(group_index, group, index)} of shape "
+                    f"{checkpoint.path}: {name_in(optimizer.param_groups, group_index, index)} of shape "
                     f"{tuple(param.shape)} is in the optimizer and corresponds to no weight of Keras. " + _sides(found)
                 )
 
@@ -273,10 +276,10 @@ def _settings(
     except (ValueError, TypeError) as error:
         raise KerasFileError(f"{checkpoint.path}: {error}") from error
     options: dict[str, Any] = {
-        **{name: optimizer.param_groups[0][name] for name in NUMBERS},
-        **{name: trial.param_groups[0][name] for name in NUMBERS if name in found},
+        **{option.key: optimizer.param_groups[0][option.key] for option in NUMBERS},
+        **{option.key: trial.param_groups[0][option.key] for option in NUMBERS if option.keras in found},
     }
-    param_groups.check_transformers(optimizer.gradient_transformers, options)
+    Callbacks(None, optimizer.gradient_transformers).check_clip_options(options)
     # One norm or the other: the old one goes before the new one comes.
     norms = [name for name in ("clipnorm", "global_clipnorm") if name in found]
     return {name: found[name] for name in sorted(found, key=lambda name: name in norms and found[name] is not None)}
@@ -294,7 +297,7 @@ def _states(
                     f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
                     "squares cannot have; it is damaged, or the state of another optimizer"
                 )
-            state = states.setdefault(param, optimizer._new_state(param))
+            state = states.setdefault(param, new_state_of(param))
             if _is_rounded(array, param):
                 rounded.add(_name_of(found, param))
             state[key].copy_(torch.from_numpy(array))
@@ -345,28 +348,6 @@ def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple
         parts.sort(key=lambda part: part[0])
         joined = parts[0][1] if len(parts) == 1 else np.concatenate([part for _, part in parts])
         yield tensor, np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
-
-
-@contextmanager
-def _all_or_nothing(optimizer: AdadeltaKeras) -> Iterator[None]:
-    """Restores the optimizer if setting it fails."""
-    groups = [dict(group) for group in optimizer.param_groups]
-    defaults, state = dict(optimizer.defaults), dict(optimizer.state)
-    sources = [dict(own) for own in optimizer._sources]
-    default_sources = dict(optimizer._default_sources)
-    try:
-        yield
-    except BaseException:
-        for group, was in zip(optimizer.param_groups, groups, strict=True):
-            group.clear()
-            group.update(was)
-        optimizer.defaults.clear()
-        optimizer.defaults.update(defaults)
-        optimizer.state.clear()
-        optimizer.state.update(state)
-        optimizer._sources = sources
-        optimizer._default_sources = default_sources
-        raise
 
 
 # ---- Differences ----------------------------------------------------------------------------------------------------

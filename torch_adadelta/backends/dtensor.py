@@ -5,15 +5,11 @@ over the processes that have the other parts; since that order of summation is n
 bits of the float64 sum may differ, which are rounded away where the arithmetic type is float32.
 """
 
-import sys
-from collections.abc import Iterable, Iterator
-from types import FrameType
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from torch_adadelta.signature import Update
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -23,53 +19,47 @@ def is_dtensor(tensor: Any) -> bool:
 
 def has_dtensor(tensors: Iterable[Any]) -> bool:
     """Whether there is one among them."""
-    return any(map(is_dtensor, set(map(type, tensors))))  # a class has the method, too
+    return any(hasattr(kind, "full_tensor") for kind in set(map(type, tensors)))
+
+
+def are_alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether in each pair both are DTensors, or none is."""
+    types, other_types = list(map(type, some)), list(map(type, others))
+    return types == other_types or list(map(is_dtensor, types)) == list(map(is_dtensor, other_types))
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, in the same memory; autograd does not record it."""
-    if not is_dtensor(tensor):
-        return tensor
-    part: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    # A slot of the class: to_local() takes many times longer.
+    part: Any = getattr(tensor, "_local_tensor", tensor)
     if type(part) is not Tensor and hasattr(part, "trigger_wait"):  # a collective that may be under way
         part = part.wait()
     return part
 
 
-def on_shards(update: Update) -> Update:
-    """The same update for lists that may hold DTensors: of the part that this process has."""
-
-    def update_parts(
-        params: list[Tensor],
-        grads: list[Tensor],
-        square_avgs: list[Tensor],
-        acc_deltas: list[Tensor],
-        *values: Any,
-        **clip: Any,
-    ) -> None:
-        parts: Any = (list(map(local, column)) for column in (params, grads, square_avgs, acc_deltas))
-        update(*parts, *values, **clip)
-        # The wrapper has a version of its own, by which autograd notices that what it saved has changed.
-        torch.autograd.graph.increment_version([param for param in params if is_dtensor(param)])
-
-    return update_parts
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process has of each tensor."""
+    parts: list[Tensor] = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    return parts if set(map(type, parts)) <= {Tensor, torch.nn.Parameter} else list(map(local, tensors))
 
 
-def aligned(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient, distributed as its parameter is: tensor parallelism leaves some of them as partial sums."""
-    if not is_dtensor(param) or not is_dtensor(grad) or is_distributed_alike(param, grad):
-        return grad
-    return grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+def aligned(params: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
+    """The gradients, distributed as their parameters are: tensor parallelism leaves some of them as partial sums."""
+    result = []
+    for param, grad in zip(params, grads, strict=True):
+        if is_dtensor(grad) and not is_distributed_alike(param, grad):
+            grad = grad.redistribute(param.device_mesh, param.placements)
+        result.append(grad)
+    return result
 
 
 def is_distributed_alike(one: Any, other: Any) -> bool:
     """Whether two tensors are both plain, or have their parts at the same places."""
-    if not is_dtensor(one) or not is_dtensor(other):
-        return is_dtensor(one) == is_dtensor(other)
-    ours, theirs = one._spec, other._spec
+    ours, theirs = getattr(one, "_spec", None), getattr(other, "_spec", None)
+    if ours is None or theirs is None:
+        return ours is theirs
     # To compare meshes takes long, and they are mostly one.
-    is_one_mesh = ours.mesh is theirs.mesh or ours.mesh == theirs.mesh
-    return is_one_mesh and tuple(ours.placements) == tuple(theirs.placements)
+    return (ours.mesh is theirs.mesh or ours.mesh == theirs.mesh) and ours.placements == theirs.placements
 
 
 def _groups(param: Any) -> tuple[Any, ...]:
@@ -162,31 +152,3 @@ def _check_agreement(counted: list[float], processes: int) -> None:
             f"the {processes} processes that share parameters disagree on iterations, which are {total / processes:g} "
             "on average: load the same checkpoint everywhere, and step together"
         )
-
-
-# ---- Who calls ------------------------------------------------------------------------------------------------------
-
-
-def _frames() -> Iterator[FrameType]:
-    """The calls that are running, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def is_made_by_zero() -> bool:
-    """Whether a ZeroRedundancyOptimizer is making an optimizer for the parameters of this process right now."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    if module is None:
-        return False
-    return any(isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer) for frame in _frames())
-
-
-def is_called_to_make_state() -> bool:
-    """Whether distributed checkpointing calls `step`, with zeros for gradients, to have state to load into."""
-    return any(
-        frame.f_code.co_name == "_init_optim_state"
-        and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
-        for frame in _frames()
-    )

@@ -1,0 +1,80 @@
+"""The backends by themselves: updates of lists of tensors with one set of hyperparameters, which raise what is refused."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_adadelta.backends import functional, kernels
+from torch_adadelta.backends.batch import Backend, Batch, GradientOptions, Refusal, Segment
+from torch_adadelta.step import execution
+
+Update = Callable[..., None]
+
+
+def batch_of(
+    backend: Backend,
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    acc_deltas: list[Tensor],
+    lr: Any = 1.0,
+    rho: Any = 0.95,
+    epsilon: Any = 1e-7,
+    maximize: bool = False,
+    is_sparse: bool = False,
+    **options: Any,
+) -> Batch:
+    """A batch of one segment. `options` are those of `GradientOptions`."""
+    segments = [Segment(len(params), lr, rho, epsilon, maximize)]
+    return Batch(
+        backend, is_sparse, False, params, grads, square_avgs, acc_deltas, segments, GradientOptions(**options)
+    )
+
+
+def raised(result: Any) -> Any:
+    """The result of an op, unless it is a refusal, which is raised."""
+    if isinstance(result, Refusal):
+        raise RuntimeError(result.message if result.param is None else f"parameter {result.param}: {result.message}")
+    return result
+
+
+def update(backend: Backend, *lists_and_values: Any, **options: Any) -> None:
+    """Updates lists of tensors in place."""
+    raised(execution.run(batch_of(backend, *lists_and_values, **options)))
+
+
+single_tensor = partial(update, Backend.SINGLE_TENSOR)
+multi_tensor = partial(update, Backend.MULTI_TENSOR)
+fused = partial(update, Backend.FUSED)
+sparse_single_tensor = partial(single_tensor, is_sparse=True)
+sparse_fused = partial(fused, is_sparse=True)
+
+
+def check(*lists: Any) -> None:
+    """Raises what the fused update of these lists would raise, and writes nothing."""
+    raised(kernels.update(batch_of(Backend.FUSED, *lists), check_only=True))
+
+
+def square_sums(*arguments: Any, **options: Any) -> Tensor:
+    """Those of the compiled op."""
+    result: Tensor = raised(kernels.square_sums(*arguments, **options))
+    return result
+
+
+def first_invalid_indices(backend: Backend, *lists: Any) -> Tensor:
+    """The first entry of each sparse gradient whose index is out of range, or -1."""
+    room = kernels if backend is Backend.FUSED else functional
+    result: Tensor = raised(room.first_invalid_indices(batch_of(backend, *lists, is_sparse=True)))
+    return result
+
+
+def sparse_op(
+    params: Any, indices: Any, values: Any, square_avgs: Any, acc_deltas: Any, *rest: Any, **options: Any
+) -> None:
+    """The compiled op of sparse gradients, which are given in their parts."""
+    batch = batch_of(Backend.FUSED, params, values, square_avgs, acc_deltas, *rest, **options)
+    arguments = kernels.hyperparameter_arguments(batch.segments) + kernels.option_arguments(batch.gradient_options)
+    torch.ops.torch_adadelta.sparse_adadelta_(params, indices, values, square_avgs, acc_deltas, *arguments)

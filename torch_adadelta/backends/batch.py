@@ -1,0 +1,97 @@
+"""What the rooms of a step say to each other: a batch is what one call of a backend updates."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from torch import Tensor
+
+from torch_adadelta.backends.opmath import Value
+
+if TYPE_CHECKING:
+    from torch_adadelta.backends.kernels import AccumulatorCache
+
+# The state of a parameter, in the order in which backends take it.
+STATE_KEYS: Final = ("square_avg", "acc_delta")
+
+
+class Backend(Enum):
+    """How an update is computed. All give the same bits."""
+
+    SINGLE_TENSOR = "single_tensor"  # one parameter after the other: the reference, which autograd can record
+    MULTI_TENSOR = "multi_tensor"  # PyTorch's multi-tensor operations
+    FUSED = "fused"  # one compiled pass
+
+
+class Segment(NamedTuple):
+    """Consecutive parameters of a batch with the same hyperparameters, which are rounded where Keras rounds them."""
+
+    size: int
+    lr: Value
+    rho: Value
+    epsilon: Value
+    maximize: bool
+
+
+class GradientOptions(NamedTuple):
+    """What becomes of the gradients of a batch before the update.
+
+    Args:
+        clipvalue: the largest absolute value of an element, or None.
+        clipnorm: the largest norm of a gradient by itself, or None.
+        square_sums: with `clipnorm`, the sum of squares of each gradient: float64, one a parameter.
+        factor: for `global_clipnorm`, what the gradients are multiplied by.
+        grad_scale: what a fused update divides the gradients by first: a float32 Tensor, or None.
+        found_inf: a fused update writes nothing if this float32 Tensor is not zero.
+    """
+
+    clipvalue: float | None = None
+    clipnorm: float | None = None
+    square_sums: Tensor | None = None
+    factor: Value = 1.0
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+NO_OPTIONS: Final = GradientOptions()
+
+
+class Refusal(NamedTuple):
+    """Why a compiled op refused a batch, before it wrote anything."""
+
+    message: str
+    param: int | None  # which parameter of the batch is to blame, if one is
+
+
+# Parameters, gradients, square_avgs and acc_deltas.
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Parameters of one device that one call updates, with gradients and state; entry i belongs to parameter i."""
+
+    backend: Backend
+    is_sparse: bool  # the layout of the gradients
+    is_differentiable: bool
+    params: list[Tensor]
+    grads: list[Tensor]
+    square_avgs: list[Tensor]
+    acc_deltas: list[Tensor]
+    segments: list[Segment]
+    gradient_options: GradientOptions = NO_OPTIONS
+    gradient_order: list[int] | None = None  # the number of each gradient in the step; None for 0, 1, 2, …
+    accumulators: "AccumulatorCache | None" = None
+    dtensors: Lists | None = None  # where the lists hold local tensors: those whose they are
+    # Set by a backend just before its first write: what raises later leaves the step partial.
+    has_begun: bool = field(default=False, compare=False)
+
+    @property
+    def lists(self) -> Lists:
+        """What the update is computed on."""
+        return self.params, self.grads, self.square_avgs, self.acc_deltas
+
+    @property
+    def owners(self) -> Lists:
+        """What the user knows."""
+        return self.lists if self.dtensors is None else self.dtensors

@@ -1,0 +1,375 @@
+"""The update by PyTorch's operations: dense and sparse, one tensor after the other and multi-tensor. The reference.
+
+The names of the formula, here and in csrc/adadelta.h:
+
+    g    the gradient, in the opmath dtype T (float64 for float64 parameters, else float32)
+    a, u square_avg and acc_delta       p    the parameter       one_minus_rho  T(1) - rho
+
+    a = a * rho + (g * g) * one_minus_rho
+    d = sqrt(u + epsilon) * (1 / sqrt(a + epsilon)) * g        the new a, the old u; left to right
+    u = u * rho + (d * d) * one_minus_rho
+    p = p - d * lr
+
+Before it, gradients are clipped and then negated if `maximize`. Sums of squares, whose terms are rounded to T, run in
+float64 and are rounded to T before the root is taken:
+
+    clipvalue c          g = max(min(g, c), -c)
+    clipnorm c           g = (g * c) / max(norm, c)                          norm = sqrt(sum of g * g)
+    global_clipnorm c    g = g * (c * min(1/n, 1/c) + (n - n))               n: the norm of all gradients together
+
+Every operation is rounded to T on its own. That is why no `addcmul`, `lerp` or `add(alpha=)` appears below: they round
+in another order, or fuse.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from operator import add
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_adadelta.backends.batch import Batch, GradientOptions, Segment
+from torch_adadelta.backends.opmath import (
+    Value,
+    as_real,
+    cast,
+    exact_sqrt,
+    exact_sqrt_,
+    one_minus,
+    opmath_dtype,
+    rounded,
+)
+
+# ---- The formula ----------------------------------------------------------------------------------------------------
+
+
+class _Hyperparameters(NamedTuple):
+    """Those of a segment, in T."""
+
+    lr: Value
+    rho: Value
+    one_minus_rho: Value
+    epsilon: Value
+
+
+def _in_T(segment: Segment, T: torch.dtype, device: torch.device) -> _Hyperparameters:
+    lr, rho, epsilon = (cast(value, T, device) for value in (segment.lr, segment.rho, segment.epsilon))
+    return _Hyperparameters(lr, rho, one_minus(rho, T), epsilon)
+
+
+def _updated(p: Tensor, g: Tensor, a: Tensor, u: Tensor, h: _Hyperparameters) -> tuple[Tensor, Tensor, Tensor]:
+    """The parameter, square_avg and acc_delta after the update, all in T."""
+    a = a * h.rho + (g * g) * h.one_minus_rho
+    d = exact_sqrt(u + h.epsilon) * (1 / exact_sqrt(a + h.epsilon)) * g
+    u = u * h.rho + (d * d) * h.one_minus_rho
+    p = p - d * h.lr
+    return p, a, u
+
+
+def _rows(batch: Batch) -> Iterator[tuple[int, Segment, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Each parameter with its gradient and state, its number in the batch and its segment."""
+    segments = (segment for segment in batch.segments for _ in range(segment.size))
+    for index, (segment, row) in enumerate(zip(segments, zip(*batch.lists, strict=True), strict=True)):
+        yield index, segment, row
+
+
+# ---- Dense gradients ------------------------------------------------------------------------------------------------
+
+
+def single_tensor(batch: Batch) -> None:
+    """Updates one parameter after the other with elementwise tensor operations; autograd can record them."""
+    for index, segment, row in _rows(batch):
+        p_out, g, a_out, u_out = map(as_real, row)
+        T = opmath_dtype(p_out.dtype)
+        p, g, a, u = p_out.to(T), g.to(T), a_out.to(T), u_out.to(T)
+        if torch.is_grad_enabled():
+            a, u = a.clone(), u.clone()  # autograd may need the old values, and a_out and u_out are written in place
+        g = clip(g, index, batch.gradient_options)
+        if segment.maximize:
+            g = -g
+        updated = _updated(p, g, a, u, _in_T(segment, T, p.device))
+        batch.has_begun = True
+        for out, value in zip((p_out, a_out, u_out), updated, strict=True):
+            out.copy_(value)
+
+
+def multi_tensor(batch: Batch) -> None:
+    """Updates the parameters, which are of one dtype and share no memory, with PyTorch's multi-tensor operations."""
+    begin = 0
+    for segment in batch.segments:
+        _multi_tensor(batch, segment, begin)
+        begin += segment.size
+
+
+def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
+    p_out, grads, a_out, u_out = ([as_real(x) for x in xs[begin : begin + segment.size]] for xs in batch.lists)
+    if not p_out:
+        return
+    T = opmath_dtype(p_out[0].dtype)
+    h = _in_T(segment, T, p_out[0].device)
+    g = [clip(x.to(T), index, batch.gradient_options) for index, x in enumerate(grads, begin)]
+    if segment.maximize:
+        g = list(torch._foreach_neg(g))
+    # In T already, the state is updated where it is; else in a copy that is rounded back at the end.
+    p, a, u = ([x.to(T) for x in xs] for xs in (p_out, a_out, u_out))
+
+    buffer = list(torch._foreach_mul(g, g))
+    torch._foreach_mul_(buffer, h.one_minus_rho)
+    batch.has_begun = batch.has_begun or p_out[0].dtype is T
+    torch._foreach_mul_(a, h.rho)
+    torch._foreach_add_(a, buffer)
+
+    torch._foreach_copy_(buffer, a)
+    torch._foreach_add_(buffer, h.epsilon)
+    _foreach_exact_sqrt_(buffer)
+    torch._foreach_reciprocal_(buffer)
+    d = list(torch._foreach_add(u, h.epsilon))
+    _foreach_exact_sqrt_(d)
+    torch._foreach_mul_(d, buffer)
+    torch._foreach_mul_(d, g)
+
+    torch._foreach_copy_(buffer, d)
+    torch._foreach_mul_(buffer, d)
+    torch._foreach_mul_(buffer, h.one_minus_rho)
+    torch._foreach_mul_(u, h.rho)
+    torch._foreach_add_(u, buffer)
+    del buffer
+
+    torch._foreach_mul_(d, h.lr)
+    torch._foreach_sub_(p, d)
+
+    if p_out[0].dtype is not T:
+        batch.has_begun = True
+        torch._foreach_copy_(a_out, a)
+        torch._foreach_copy_(u_out, u)
+        torch._foreach_copy_(p_out, p)
+
+
+def _foreach_exact_sqrt_(tensors: list[Tensor]) -> None:
+    if tensors[0].device.type != "cpu":
+        torch._foreach_sqrt_(tensors)
+        return
+    for x in tensors:
+        exact_sqrt_(x)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices of a strided tensor may share memory, as in an expanded one."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
+
+
+# ---- Sparse gradients -----------------------------------------------------------------------------------------------
+
+
+def is_sparse(grad: Tensor) -> bool:
+    """Whether this is a gradient for the sparse updates."""
+    return grad.layout is torch.sparse_coo
+
+
+def coo_components(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices of a gradient, [sparse dimensions, entries], and its values, [entries, ...], contiguous."""
+    return grad._indices(), grad._values().resolve_conj().resolve_neg().contiguous()
+
+
+def values_in_T(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The values of each gradient in a dtype whose opmath dtype is that of the parameter."""
+    result = []
+    for param, grad in zip(params, grads, strict=True):
+        _, values = coo_components(grad)
+        T = opmath_dtype(param.dtype)
+        if opmath_dtype(values.dtype) is not T:
+            values = values.to(T.to_complex() if values.is_complex() else T)
+        result.append(values)
+    return result
+
+
+def sparse_single_tensor(batch: Batch) -> None:
+    """Updates the rows that occur: gathers them, updates them as one dense tensor, and puts them back.
+
+    A row may occur several times. Each COO entry is cast to T, clipped and negated by itself; those of one row are then
+    added to 0, in the order in which they occur. Other rows stay as they are: their averages do not decay.
+    """
+    for index, segment, (param, grad, square_avg, acc_delta) in _rows(batch):
+        indices, values = coo_components(grad)
+        if values.numel() == 0:
+            continue
+        T = opmath_dtype(param.dtype)
+        g = clip(as_real(values).to(T), index, batch.gradient_options)
+        if segment.maximize:
+            g = -g
+        tables = [as_real(x) for x in (param, square_avg, acc_delta)]
+        if len(indices) == 0:  # the whole parameter is one row
+            tables = [table[None] for table in tables]
+            indices = indices.new_zeros(1, len(values))
+        rows, g = _sum_duplicates(indices, g, tables[0].shape)
+        p, a, u = (table[rows].to(T) for table in tables)
+        updated = _updated(p, g, a, u, _in_T(segment, T, param.device))
+        batch.has_begun = True
+        for table, value in zip(tables, updated, strict=True):
+            table[rows] = value.to(table.dtype)
+
+
+def _sum_duplicates(indices: Tensor, g: Tensor, shape: torch.Size) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Each row that occurs, as one index a sparse dimension, and the sum of its entries in their order.
+
+    Round k adds the k-th entry of every row that has as many. PyTorch's own sums by index have no fixed order.
+    """
+    numbers = indices[0]
+    for size, index in zip(shape[1:], indices[1:], strict=False):
+        numbers = numbers * size + index
+    numbers, order = torch.sort(numbers, stable=True)
+    _, counts = torch.unique_consecutive(numbers, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    # Rows that occur most come first, so that those of each round are the first ones.
+    counts, by_count = counts.sort(descending=True)
+    starts = starts[by_count]
+    sizes = (len(counts) - torch.bincount(counts).cumsum(0)).tolist()
+    sums = torch.zeros((len(counts), *g.shape[1:]), dtype=g.dtype, device=g.device)
+    for k, size in enumerate(sizes[:-1]):  # no row has more entries than the last size counts
+        sums[:size] += g[order[starts[:size] + k]]
+    return tuple(indices[:, order[starts]]), sums
+
+
+def first_invalid_indices(batch: Batch) -> Tensor:
+    """The first entry of each sparse gradient whose index is out of range, or -1: int64, on the parameters' device."""
+    found = []
+    for param, grad in zip(batch.params, batch.grads, strict=True):
+        index = grad._indices()
+        sizes = torch.tensor(param.shape[: len(index)], device=index.device)[:, None]
+        is_invalid = ((index < 0) | (index >= sizes)).any(0)
+        # The last element stands for no entry; the first of equal ones is found.
+        found.append(torch.nn.functional.pad(is_invalid, (0, 1), value=True).to(torch.int8).argmax())
+        found[-1] = torch.where(found[-1] == len(is_invalid), -1, found[-1])
+    return torch.stack(found)
+
+
+# ---- Clipping -------------------------------------------------------------------------------------------------------
+
+
+def clip_by_value(g: Tensor, clipvalue: float | None) -> Tensor:
+    """max(min(g, c), -c) of a tensor in T; nan stays nan. `torch.clamp` leaves the sign of a zero to the processor."""
+    if clipvalue is None or clipvalue == math.inf:
+        return g
+    c = cast(clipvalue, g.dtype, g.device)
+    return torch.where(g > c, c, torch.where(g < -c, -c, g))
+
+
+def clip(g: Tensor, index: int, options: GradientOptions) -> Tensor:
+    """Gradient number `index` of a batch, which is in T, complex numbers as pairs of reals, clipped."""
+    T = g.dtype
+    g = clip_by_value(g, options.clipvalue)
+    if options.clipnorm is not None:
+        assert options.square_sums is not None
+        c = cast(options.clipnorm, T, g.device)
+        return (g * c) / _norm(options.square_sums[index], T).clamp(min=c)
+    if isinstance(options.factor, float) and options.factor == 1.0:
+        return g
+    return g * cast(options.factor, T, g.device)
+
+
+def _norm(square_sum: Tensor, T: torch.dtype) -> Tensor:
+    """The root of a sum of squares, in T. Zero is kept from autograd, for the root's derivative is infinite there."""
+    rounded_sum = square_sum.to(T)
+    is_positive = rounded_sum > 0
+    root = exact_sqrt(torch.where(is_positive, rounded_sum, 1))
+    return torch.where(is_positive, root, rounded_sum)
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.inf
+
+
+def global_factor(clipnorm: float, square_sums: Tensor, T: torch.dtype) -> Value:
+    """The factor of `global_clipnorm`, computed in T from the sums of squares of all gradients, in their order.
+
+    A float, if the sums are on the CPU and autograd does not record them; else a float64 Tensor without dimensions.
+    """
+    c = rounded(clipnorm, T)
+    if square_sums.requires_grad or square_sums.device.type != "cpu":
+        n = _norm(pairwise_sum(square_sums), T)
+        is_positive = n > 0
+        inverse = torch.where(is_positive, 1 / torch.where(is_positive, n, 1), torch.inf)
+        return (c * inverse.clamp(max=rounded(_divide(1.0, c), T)) + (n - n)).double()
+    # pairwise_sum of numbers: as tensors, the sums of a thousand gradients would cost a step a tenth more.
+    numbers: list[float] = square_sums.tolist()
+    while len(numbers) > 1:
+        rest = numbers[-1:] if len(numbers) % 2 else []
+        numbers = list(map(add, numbers[0::2], numbers[1::2])) + rest
+    square = rounded(sum(numbers), T)
+    if not math.isfinite(square):
+        return math.nan
+    norm = rounded(math.sqrt(square), T)
+    return rounded(c * min(rounded(_divide(1.0, norm), T), rounded(_divide(1.0, c), T)), T)
+
+
+# ---- Sums of squares ------------------------------------------------------------------------------------------------
+
+# A sum is taken over a fixed tree, so that its bits depend on nothing but the elements and their order in the
+# parameter's memory. Chunks of 32 rows of 128 lanes: a lane adds its elements one after the other, the second half of
+# the lanes is added to the first until one is left, and chunks are added pairwise, neighbours first.
+_LANES: Final = 128
+_ROWS: Final = 32
+
+
+def pairwise_sum(x: Tensor) -> Tensor:
+    """The sum of a vector: neighbours are added, then neighbours of those, until one is left; 0 if it is empty."""
+    if x.numel() == 0:
+        return x.new_zeros(())
+    while x.numel() > 1:
+        if x.numel() % 2:
+            x = torch.nn.functional.pad(x, (0, 1))
+        x = x[0::2] + x[1::2]
+    return x[0]
+
+
+def _memory_order(param: Tensor) -> list[int]:
+    """The dimensions of a tensor, outermost in memory first."""
+    strides, sizes = param.stride(), param.shape
+    return sorted(range(param.dim()), key=lambda d: (sizes[d] != 1, -strides[d]))
+
+
+def _square_sum(param: Tensor, grad: Tensor, T: torch.dtype, clipvalue: float | None) -> Tensor:
+    if grad.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=grad.device)
+    g = clip_by_value(as_real(grad).to(T), clipvalue)
+    squares = g * g
+    if grad.is_complex():
+        squares = squares[..., 0] + squares[..., 1]
+    flat = squares.permute(_memory_order(param)).reshape(-1)
+    count = flat.numel()
+    rows = min(_ROWS, -(-count // _LANES))
+    padding = -count % (rows * _LANES)
+    table = torch.nn.functional.pad(flat, (0, padding)).reshape(-1, rows, _LANES)
+    lanes = table[:, 0].double()
+    for row in range(1, rows):
+        lanes = lanes + table[:, row].double()
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return pairwise_sum(lanes[:, 0])
+
+
+def square_sums(
+    params: Sequence[Tensor], grads: Sequence[Tensor], clipvalue: float | None = None, in_double: bool = False
+) -> Tensor:
+    """The sum of squares of each gradient, clipped by `clipvalue`, over the fixed tree: float64, one a parameter.
+
+    The terms are rounded to the parameter's T, or to float64 with `in_double`. All tensors are on one device; autograd
+    can record this. `kernels.square_sums` gives the same bits.
+    """
+    if not params:
+        return torch.empty(0, dtype=torch.float64)
+    sums = [
+        _square_sum(param, grad, torch.float64 if in_double else opmath_dtype(param.dtype), clipvalue)
+        for param, grad in zip(params, grads, strict=True)
+    ]
+    return torch.stack(sums)

@@ -1,0 +1,62 @@
+"""What checkpoints bring: state to be checked, and param groups of `torch.optim.Adadelta` to be turned into ours."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from torch_adadelta import options
+from torch_adadelta.backends.batch import STATE_KEYS
+from torch_adadelta.options import OPTIONS, Kind
+from torch_adadelta.step.planning import has_state
+from torch_adadelta.step.sources import Group
+
+
+def save_groups(groups: Iterable[Group]) -> None:
+    """Brings the options in the groups of a state_dict to the form in which they are saved."""
+    for group in groups:
+        for option in OPTIONS:
+            if option.kind in (Kind.HYPERPARAMETER, Kind.NUMBER):
+                group[option.key] = options.as_saved(option, group[option.key])
+
+
+def check_state(name: str, param: Tensor, state: Any) -> None:
+    """Raises ValueError, naming the parameter, unless its state can be loaded. The keys of others are not looked at."""
+    if not state:
+        return
+    if not isinstance(state, dict) or (has_state(state) and not state.keys() >= set(STATE_KEYS)):
+        raise ValueError(f"{name}: its state must hold square_avg and acc_delta, got {sorted(state)}")
+    for key in STATE_KEYS if has_state(state) else ():
+        tensor = state[key]
+        if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
+            raise ValueError(f"{name} has shape {tuple(param.shape)}, but the state {key} to load is {got}")
+
+
+def convert_torch_adadelta(groups: list[Group], state: dict[Any, dict[str, Any]], previous: list[Group]) -> None:
+    """Turns the groups and state of a `torch.optim.Adadelta` checkpoint into ours, in place.
+
+    `foreach` and `fused` say how to compute, not what: they stay as they are in `previous`, the groups that load.
+    """
+    for index, group in enumerate(groups):
+        if group.get("weight_decay"):
+            raise ValueError(
+                f"group {index} of the torch.optim.Adadelta checkpoint has weight_decay={group['weight_decay']!r}; "
+                "Keras' Adadelta has none, so training would go on differently. Set it to 0 in the checkpoint to "
+                "accept that"
+            )
+        if group["eps"] == 0:
+            raise ValueError(
+                f"group {index} of the torch.optim.Adadelta checkpoint has eps=0, which would mean 1e-7 here. Set "
+                "it to the value you want in the checkpoint"
+            )
+    iterations = max((int(s["step"]) for s in state.values() if "step" in s), default=0)
+    for s in state.values():
+        s.pop("step", None)
+    live = chain(previous, [{}] * len(groups))
+    for group, was in zip(groups, live, strict=False):
+        group.pop("weight_decay", None)
+        group["epsilon"] = group.pop("eps")
+        group["iterations"] = iterations
+        group["foreach"], group["fused"] = was.get("foreach"), was.get("fused")

@@ -1,0 +1,274 @@
+"""The options of the optimizer: one table, and what follows from a row of it.
+
+The constructor, the properties, param groups, checkpoints, `get_config` and the files of Keras all read `OPTIONS`.
+
+Keras keeps `learning_rate`, `rho` and `decay` in float32, so a Python number for them is rounded to float32 before it
+is cast to the opmath dtype; the others go there directly. Tensors and NumPy scalars carry a precision of their own and
+are never rounded here.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_adadelta.backends.opmath import Value, round_to_float32
+
+DEFAULT_EPSILON: Final = 1e-7
+
+_FLOAT32_MAX: Final = torch.finfo(torch.float32).max
+
+
+class Kind(Enum):
+    """What an option may be, and whose it is."""
+
+    HYPERPARAMETER = auto()  # of each group: a number, a one-element Tensor, or a callable that returns one
+    NUMBER = auto()  # of the whole optimizer: a number
+    FLAG = auto()  # of each group: True or False
+    CHOICE = auto()  # of each group: True, False, or None for what applies
+    NAME = auto()  # of the whole optimizer: a str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Args:
+        name: the argument of the constructor, the property, and what errors call it.
+        key: its key in a param group.
+        kind: what it may be.
+        default: None only where None is a value, too.
+        maximum: the largest number; the least is 0.
+        range: what a number must be, for errors.
+        rounds_to_float32: whether a Python number is rounded to float32.
+        keras: its key in the configuration of Keras, or None.
+        takes_schedule: whether a `LearningRateSchedule` may be given.
+        zero_means: the number that 0 and None stand for.
+    """
+
+    name: str
+    key: str
+    kind: Kind
+    default: Any
+    maximum: float = math.inf
+    range: str = ""
+    rounds_to_float32: bool = False
+    keras: str | None = None
+    takes_schedule: bool = False
+    zero_means: float = 0.0
+
+
+_SINGLE: Final[dict[str, Any]] = {"maximum": _FLOAT32_MAX, "range": "a finite number >= 0 that fits float32"}
+
+OPTIONS: Final = (
+    Option(
+        "learning_rate",
+        "lr",
+        Kind.HYPERPARAMETER,
+        0.001,
+        **_SINGLE,
+        rounds_to_float32=True,
+        keras="learning_rate",
+        takes_schedule=True,
+    ),
+    Option("rho", "rho", Kind.HYPERPARAMETER, 0.95, 1.0, "a number in [0, 1]", rounds_to_float32=True, keras="rho"),
+    Option(
+        "epsilon",
+        "epsilon",
+        Kind.HYPERPARAMETER,
+        DEFAULT_EPSILON,
+        sys.float_info.max,
+        "a finite number >= 0",
+        keras="epsilon",
+        zero_means=DEFAULT_EPSILON,
+    ),
+    Option("maximize", "maximize", Kind.FLAG, False),
+    Option("foreach", "foreach", Kind.CHOICE, None),
+    Option("fused", "fused", Kind.CHOICE, None),
+    Option("capturable", "capturable", Kind.FLAG, False),
+    Option("differentiable", "differentiable", Kind.FLAG, False),
+    # The key is not "name": people name their param groups with that.
+    Option("name", "optimizer_name", Kind.NAME, "Adadelta", keras="name"),
+    Option("decay", "decay", Kind.NUMBER, 0.0, **_SINGLE, rounds_to_float32=True, keras="decay"),
+    Option("clipvalue", "clipvalue", Kind.NUMBER, None, range="a number >= 0", keras="clipvalue"),
+    Option("clipnorm", "clipnorm", Kind.NUMBER, None, **_SINGLE, keras="clipnorm"),
+    Option("global_clipnorm", "global_clipnorm", Kind.NUMBER, None, **_SINGLE, keras="global_clipnorm"),
+)
+
+BY_NAME: Final = {option.name: option for option in OPTIONS}
+BY_KEY: Final = {option.key: option for option in OPTIONS}
+
+HYPERPARAMETERS: Final = tuple(option for option in OPTIONS if option.kind is Kind.HYPERPARAMETER)
+
+# Optimizer-wide options are keys of every group, because that is what a state_dict keeps.
+NUMBERS: Final = tuple(option for option in OPTIONS if option.kind is Kind.NUMBER)
+
+CLIP_OPTIONS: Final = ("clipvalue", "clipnorm", "global_clipnorm")
+
+
+def new_metadata() -> dict[str, Any]:
+    """What a group holds besides its options: the names of what a state_dict cannot hold. Here, of nothing."""
+    return {"schedule": None, "callables": []}
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------------------
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+
+
+def _check_range(option: Option, number: float, given: Any) -> None:
+    if 0.0 <= number <= option.maximum:
+        return
+    if number < 0.0 and option.kind is Kind.NUMBER:
+        raise ValueError(f"Expected {option.name} >= 0, received: {given!r}")  # as Keras words it
+    raise ValueError(f"Invalid {option.name}: {given!r}; it must be {option.range}")
+
+
+def _rounded_number(option: Option, value: Any) -> float:
+    """The number behind a Python or NumPy scalar, rounded as Keras rounds it, once it is known to be in range."""
+    is_numpy_scalar = type(value) not in (float, int) and _is_numpy_scalar(value)  # np.float64 is a float
+    number = value.item() if is_numpy_scalar else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        kinds = "a number" if option.kind is Kind.NUMBER else "a number or a one-element Tensor"
+        raise TypeError(f"{option.name} must be {kinds}, got {value!r} of type {type(value).__name__}")
+    _check_range(option, number, value)
+    if is_numpy_scalar or not option.rounds_to_float32:
+        return float(number)
+    nearest = round_to_float32(number)
+    _check_range(option, nearest, value)
+    return nearest
+
+
+def _check_tensor(option: Option, value: Tensor) -> None:
+    name = option.name
+    if option.kind is Kind.NUMBER and (option.key != "decay" or value.numel() != 1 or value.device.type != "cpu"):
+        raise TypeError(f"{name} must be a number, got a Tensor; use .item()")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a one-element Tensor, got a Tensor of shape {tuple(value.shape)}")
+    if value.is_complex() or value.dtype is torch.bool:
+        raise TypeError(f"{name} must be a real number, got a Tensor of {value.dtype}")
+    if value.is_meta:
+        raise ValueError(f"{name} is a Tensor on the meta device, which has no value")
+    if value.device.type == "cpu":
+        _check_range(option, float(value.detach()), value)
+
+
+def canonicalize(option: Option, value: Any) -> Any:
+    """What the optimizer keeps for `value`: mostly the value itself, whose precision is of its type.
+
+    An epsilon of None or 0 becomes 1e-7, and a clip option a float. Tensors on a device are not read.
+
+    Raises:
+        TypeError: `value` is of the wrong type for the option.
+        ValueError: it is nan, infinite or out of range, or a Tensor without exactly one element.
+    """
+    name = option.name
+    if option.kind is Kind.NAME:
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a str, got {value!r} of type {type(value).__name__}")
+    elif option.kind is Kind.FLAG:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    elif option.kind is Kind.CHOICE:
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True, False or None, got {value!r}")
+    elif value is None and (option.default is None or option.zero_means):
+        return option.default
+    elif isinstance(value, Tensor):
+        _check_tensor(option, value)
+    else:
+        number = _rounded_number(option, value)
+        if option.zero_means and number == 0.0:
+            return option.zero_means
+        return number if option.key in CLIP_OPTIONS else value
+    return value
+
+
+def number_of(option: Option, value: Any) -> float:
+    """An option as the number that a step uses, rounded where Keras rounds it. Reads a Tensor on the CPU."""
+    return float(value.detach()) if isinstance(value, Tensor) else _rounded_number(option, value)
+
+
+def in_step(option: Option, value: Any, keep_tensor: bool = False) -> Value:
+    """A hyperparameter as a step uses it: a float to be cast to the opmath dtype, or a Tensor to be read where it is.
+
+    A CPU Tensor becomes a float unless `keep_tensor` is set, which lets gradients flow to it. Checks everything again,
+    for a scheduler or the user may have written anything into a param group.
+
+    Raises what `canonicalize` raises.
+    """
+    if isinstance(value, Tensor):
+        _check_tensor(option, value)
+        if keep_tensor or value.device.type != "cpu":
+            return value
+        return float(value.detach()) or option.zero_means
+    if value is None and option.zero_means:
+        return option.zero_means
+    return _rounded_number(option, value) or option.zero_means
+
+
+def as_saved(option: Option, value: Any) -> Any:
+    """An option for a checkpoint: a NumPy scalar becomes a number, or a Tensor if that would be rounded."""
+    if not _is_numpy_scalar(value):
+        return value
+    number = float(value)
+    is_kept = not option.rounds_to_float32 or round_to_float32(number) == number
+    return number if is_kept else torch.tensor(number, dtype=torch.float64)
+
+
+# ---- Options that go together ---------------------------------------------------------------------------------------
+
+
+def check_norms(options: dict[str, Any]) -> None:
+    """Raises ValueError if both norms are to be clipped to."""
+    if options["clipnorm"] is not None and options["global_clipnorm"] is not None:
+        raise ValueError(
+            "Cannot accept both `clipnorm` and `global_clipnorm`. "
+            f"Received: `clipnorm`={options['clipnorm']!r}, `global_clipnorm`={options['global_clipnorm']!r}."
+        )
+
+
+def canonicalize_numbers(options: dict[str, Any]) -> None:
+    """Checks the optimizer-wide options of a group and brings them to the form in which they are kept."""
+    for option in NUMBERS:
+        options[option.key] = canonicalize(option, options[option.key])
+    check_norms(options)
+
+
+def check_agreement(groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError if param groups differ in what belongs to the whole optimizer."""
+    for index, group in enumerate(groups):
+        for option in NUMBERS:
+            if group[option.key] != groups[0][option.key]:
+                raise ValueError(
+                    f"{option.name} belongs to the whole optimizer, but group 0 has {groups[0][option.key]!r} and "
+                    f"group {index} has {group[option.key]!r}. Set optimizer.{option.name}"
+                )
+
+
+# ---- Iterations -----------------------------------------------------------------------------------------------------
+
+
+def _checked_iterations(value: Any) -> int:
+    if not isinstance(value, bool | int) and hasattr(value, "__index__"):
+        value = value.__index__()  # of NumPy
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"iterations must be an int, got {value!r} of type {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"iterations must be >= 0 and fit 64 bits, got {value}")
+    return value
+
+
+def iterations_for(group: dict[str, Any], iterations: Any) -> int | Tensor:
+    """`iterations` as the group keeps it: an int, or an int64 Tensor of its own on the device if it is capturable."""
+    count = _checked_iterations(int(iterations) if isinstance(iterations, Tensor) else iterations)
+    if not group["capturable"]:
+        return count
+    device = group["params"][0].device if group["params"] else None
+    return torch.tensor(count, dtype=torch.int64, device=device)

@@ -1,0 +1,526 @@
+"""From param groups and gradients to the plan of a step. Whatever may fail, fails here, before anything is written.
+
+What was found of the last step is kept, as a partition: which parameters one call updates, with which state. While it
+matches, only gradients and numbers are new.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, groupby
+from operator import is_, itemgetter
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_adadelta import distributed, options
+from torch_adadelta.backends import dtensor, functional, kernels
+from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment
+from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
+from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
+from torch_adadelta.step import validation
+from torch_adadelta.step.callbacks import Callbacks
+from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
+from torch_adadelta.step.selection import by_device, select_backend
+from torch_adadelta.step.sources import Group, GroupWrite, Sources, StepValues, is_capturing
+
+State = dict[Tensor, dict[str, Any]]
+
+# For each of STATE_KEYS, that of all rows of a step.
+Columns = tuple[list[Tensor], ...]
+
+_NUMBERS: Final = tuple(option.key for option in options.NUMBERS)
+
+# What a partition depends on, and what is checked when it changes.
+_get_options: Final = itemgetter(
+    *(option.key for option in OPTIONS if option.kind is not Kind.HYPERPARAMETER), "schedule", "callables"
+)
+_get_clip_options: Final = itemgetter(*options.CLIP_OPTIONS)
+_UNCLIPPED: Final = (None, None, None)
+_get_numbers: Final = itemgetter(*(option.key for option in HYPERPARAMETERS), "maximize")
+_get_state: Final = itemgetter(*STATE_KEYS)
+
+
+class ExplicitGradients(NamedTuple):
+    """Gradients that were handed over instead of left in `.grad`."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    aggregates: bool
+
+
+class StepRequest(NamedTuple):
+    """All that a step depends on.
+
+    Args:
+        groups, state: those of the optimizer.
+        sources, callbacks: schedules and callables of hyperparameters, and of gradients.
+        partitions: where the partition of the last step is kept.
+        explicit: gradients that replace those in `.grad`.
+        grad_scale, found_inf: what GradScaler has set.
+        norm_group: the processes over which the norm of all gradients is taken.
+        is_part: whether other optimizers have other parameters, and this one keeps count with them, as it does where it
+            has no parameters.
+        has_scheduler: whether a scheduler of torch.optim writes the learning rate.
+    """
+
+    groups: list[Group]
+    state: State
+    sources: Sources
+    callbacks: Callbacks
+    partitions: "PartitionCache"
+    explicit: ExplicitGradients | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    norm_group: "distributed.NormGroup | None" = None
+    is_part: bool = False
+    has_scheduler: Callable[[], bool] = lambda: False
+
+    def name_of(self, param: Tensor) -> str:
+        """What errors call a parameter."""
+        return validation.name_of(self.groups, param)
+
+
+class Rows(NamedTuple):
+    """What is to be updated, group after group."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    sizes: list[int]  # how many are of each group
+    order: list[int] | None = None  # the number of each gradient in the step; None for 0, 1, 2, …
+
+
+class Inputs(NamedTuple):
+    """What a step knows before its parameters are parted."""
+
+    rows: Rows
+    values: StepValues
+    clipping: Clipping
+
+
+@dataclass
+class StepPlan:
+    """A step that is checked and ready to be written."""
+
+    batches: list[Batch]
+    new_state: State
+    writes: list[GroupWrite]
+    counts: bool = True
+    inputs: Inputs | None = None
+    is_cached: bool = False  # whether the partition is that of the last step
+
+
+# ---- The partition --------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class SegmentSpec:
+    """The part of a group, of one opmath dtype T, that is in a batch."""
+
+    group: int
+    T: torch.dtype
+    size: int
+    numbers: tuple[Any, ...] | None = None  # what the group held when `segment` was made; None if it may not be reused
+    segment: Segment | None = None
+
+    def segment_of(self, groups: list[Group], values: StepValues) -> Segment:
+        """The hyperparameters of this step."""
+        group = groups[self.group]
+        numbers = _get_numbers(group)
+        if self.segment is not None and self.numbers is not None and all(map(is_, numbers, self.numbers)):
+            return self.segment
+        self.segment = Segment._make((self.size, *values.of(self.group, self.T), group["maximize"]))
+        may_change = bool(values.sources[self.group]) or group["decay"] or any(isinstance(x, Tensor) for x in numbers)
+        self.numbers = None if may_change else numbers
+        return self.segment
+
+
+@dataclass(slots=True)
+class BatchSpec:
+    """What of a batch stays the same from step to step."""
+
+    backend: Backend
+    is_sparse: bool
+    is_differentiable: bool
+    is_local: bool  # whether there are DTensors, of which the local tensors are updated
+    rows: list[int] | None  # which of the step's rows these are; None for all of them
+    checks_itself: bool  # whether its op looks whether the gradients fit, before it writes anything
+    segments: list[SegmentSpec] = field(default_factory=list)
+    accumulators: kernels.AccumulatorCache | None = None
+    cached: list[Tensor] = field(default_factory=list)  # the tensors that `accumulators` holds
+
+    def select(self, values: list[Any]) -> list[Any]:
+        """Those of the batch among one for each row of the step."""
+        return values if self.rows is None else [values[row] for row in self.rows]
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether the gradients are of the kind that the batch is for."""
+        grads = self.select(rows.grads)
+        if self.is_local and not dtensor.are_alike(self.select(rows.params), grads):
+            return False
+        # A fused dense update looks for itself.
+        is_left_to_op = self.backend is Backend.FUSED and not self.is_sparse
+        return is_left_to_op or all(functional.is_sparse(grad) == self.is_sparse for grad in grads)
+
+    def batch(self, rows: Rows, state: Columns, groups: list[Group], values: StepValues) -> Batch:
+        """The batch of this step."""
+        lists: Any = (rows.params, rows.grads, *state)
+        if self.rows is not None:
+            lists = tuple(map(self.select, lists))
+        dtensors, accumulators = None, self.accumulators
+        if self.is_local:
+            dtensors = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:])
+            lists = tuple(map(dtensor.local_tensors, dtensors))
+            accumulators = accumulators if all(map(is_, chain(*lists[2:]), self.cached)) else None
+        return Batch(  # type: ignore[call-arg]
+            self.backend,
+            self.is_sparse,
+            self.is_differentiable,
+            *lists,
+            [segment.segment_of(groups, values) for segment in self.segments],
+            NO_OPTIONS,
+            self.rows if rows.order is None else self.select(rows.order),
+            accumulators,
+            dtensors,
+        )
+
+    def cache_accumulators(self, batch: Batch) -> None:
+        """Hands the state to the compiled library, where it keeps that, for the steps to come."""
+        if self.backend is Backend.FUSED and not self.is_sparse:
+            self.cached = [*batch.square_avgs, *batch.acc_deltas]
+            batch.accumulators = self.accumulators = kernels.cached_accumulators(batch.square_avgs, batch.acc_deltas)
+
+
+# A partition keeps the state itself, to compare it with that of the next step, if it has no more elements than this:
+# what replaced larger state would wait in memory for the next step, for instance on a GPU that it was moved from. Of
+# larger state it knows the ids. For large tensors the library's cache of accumulators makes no difference to speed.
+_MOST_KEPT: Final = 2**22
+
+
+class Partition:
+    """Which parameters of a step one call updates, and what that depends on."""
+
+    def __init__(self, groups: list[Group], rows: Rows, state: Columns) -> None:
+        self.options = list(map(_get_options, groups))
+        self.params = rows.params
+        self.sizes = rows.sizes
+        is_small = sum(map(Tensor.numel, state[0])) <= _MOST_KEPT
+        self.state = state if is_small else None
+        self.ids = [] if is_small else [list(map(id, column)) for column in state]
+        self.specs = _specs(groups, rows)
+        # The opmath dtype decides in which precision schedules and `decay` are computed; the dtype, which parameters
+        # multi-tensor operations take together.
+        depends_on_dtype = any(group["decay"] or group["schedule"] or group["callables"] for group in groups) or any(
+            spec.backend is not Backend.FUSED for spec in self.specs
+        )
+        self.dtypes = [param.dtype for param in rows.params] if depends_on_dtype else None
+
+    def keep(self, batches: list[Batch]) -> None:
+        """Has the compiled library keep the accumulators of these batches, of this step, for the next ones."""
+        for spec, batch in zip(self.specs, batches, strict=True) if self.state is not None else ():
+            spec.cache_accumulators(batch)
+
+    def matches(self, groups: list[Group], rows: Rows) -> bool:
+        """Whether a step has the same parameters, by identity, and options."""
+        return (
+            rows.order is None
+            and rows.sizes == self.sizes
+            and all(map(is_, rows.params, self.params))
+            and list(map(_get_options, groups)) == self.options
+            and (self.dtypes is None or [param.dtype for param in rows.params] == self.dtypes)
+        )
+
+    def state_in(self, state: State) -> Columns | None:
+        """The state of the parameters, if that is what it was, by identity."""
+        entries: Any = state.values()
+        if len(state) != len(self.params) or not all(map(is_, state, self.params)):
+            entries = list(map(state.get, self.params))  # to hash a thousand parameters takes much longer
+        try:
+            if self.state is None:
+                current = tuple([entry[key] for entry in entries] for key in STATE_KEYS)
+                return current if [list(map(id, column)) for column in current] == self.ids else None
+            for entry, square_avg, acc_delta in zip(entries, *self.state, strict=True):
+                if entry["square_avg"] is not square_avg or entry["acc_delta"] is not acc_delta:
+                    return None
+        except (KeyError, TypeError):  # a parameter without state, or with that of something else
+            return None
+        return self.state
+
+
+class PartitionCache:
+    """The partition of the last step, if there is one. A copy of an optimizer begins without."""
+
+    def __init__(self) -> None:
+        self.partition: Partition | None = None
+
+    def __deepcopy__(self, memo: Any) -> "PartitionCache":
+        return PartitionCache()
+
+    def __reduce__(self) -> Any:
+        return PartitionCache, ()
+
+
+# ---- How rows are parted into batches -------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """What parameters have in common that one call updates."""
+
+    device: torch.device
+    backend: Backend
+    is_sparse: bool
+    is_differentiable: bool
+    is_local: bool
+    dtype: torch.dtype | None = None  # where it must be one
+    is_dtensor: bool = False  # under autograd DTensors do not mix with others
+
+
+def _kinds_in_group(group: Group, params: list[Tensor], grads: list[Tensor]) -> list[_Kind]:
+    """The kind of each row of a group."""
+    selected = {device: select_backend(group, some) for device, some in by_device(params).items()}
+    kinds = []
+    for param, grad in zip(params, grads, strict=True):
+        backend, is_local = selected[param.device]
+        is_sparse, is_dtensor = functional.is_sparse(grad), not is_local and dtensor.is_dtensor(param)
+        if is_sparse and backend is Backend.MULTI_TENSOR:  # which has no update of its own for them
+            backend = Backend.SINGLE_TENSOR
+        dtype = param.dtype if backend is Backend.MULTI_TENSOR else None
+        kinds.append(_Kind(param.device, backend, is_sparse, group["differentiable"], is_local, dtype, is_dtensor))
+    return kinds
+
+
+def _members(params: list[Tensor], kinds: list[_Kind]) -> list[list[int]]:
+    """The rows of each batch."""
+    if len(set(map(id, params))) < len(params):
+        # A parameter that is listed twice is updated in the order of its gradients, whatever their kinds.
+        return [list(run) for _, run in groupby(range(len(kinds)), kinds.__getitem__)]
+    members: dict[_Kind, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(row)
+    # Dense ones first: their op checks all of them before it writes, which then need not be done beforehand.
+    return sorted(members.values(), key=lambda rows: kinds[rows[0]].is_sparse)
+
+
+def _specs(groups: list[Group], rows: Rows) -> list[BatchSpec]:
+    kinds: list[_Kind] = []
+    group_of: list[int] = []
+    for index, size in enumerate(rows.sizes):
+        part = slice(len(kinds), len(kinds) + size)
+        if size:
+            kinds += _kinds_in_group(groups[index], rows.params[part], rows.grads[part])
+            group_of += [index] * size
+    # Schedules and `decay` are computed in T, so that a segment has one.
+    T_of = [opmath_dtype(param.dtype) for param in rows.params]
+    specs = []
+    for members in _members(rows.params, kinds):
+        members.sort(key=lambda row: (group_of[row], T_of[row] is torch.float64))
+        _, backend, is_sparse, is_differentiable, is_local, _, _ = kinds[members[0]]
+        is_all = members == list(range(len(kinds)))
+        checks_itself = backend is Backend.FUSED and not is_sparse and not is_local
+        spec = BatchSpec(backend, is_sparse, is_differentiable, is_local, None if is_all else members, checks_itself)
+        for (group, T), run in groupby(members, lambda row: (group_of[row], T_of[row])):
+            spec.segments.append(SegmentSpec(group, T, len(list(run))))
+        specs.append(spec)
+    return specs
+
+
+# ---- The plan -------------------------------------------------------------------------------------------------------
+
+
+def gather(request: StepRequest) -> Rows:
+    """The parameters that have a gradient, and their gradients."""
+    if request.explicit is not None:
+        return _explicit_rows(request.groups, request.explicit.pairs)
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    sizes: list[int] = []
+    for group in request.groups:
+        with_grad = group["params"]
+        group_grads = [grad for param in with_grad if (grad := param.grad) is not None]
+        if len(group_grads) != len(with_grad):
+            with_grad = [param for param in with_grad if param.grad is not None]
+        params += with_grad
+        grads += group_grads
+        sizes.append(len(group_grads))
+    return Rows(params, grads, sizes)
+
+
+def _explicit_rows(groups: list[Group], pairs: list[tuple[Tensor, Tensor]]) -> Rows:
+    group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
+    order = sorted(range(len(pairs)), key=lambda number: group_of[id(pairs[number][1])])
+    sizes = [0] * len(groups)
+    for _, param in pairs:
+        sizes[group_of[id(param)]] += 1
+    params, grads = ([pairs[number][place] for number in order] for place in (1, 0))
+    return Rows(params, grads, sizes, None if order == list(range(len(order))) else order)
+
+
+def plan(request: StepRequest) -> StepPlan | None:
+    """The plan of a step; None if there is nothing to do.
+
+    Raises whatever is wrong with options, gradients and state, and what schedules and callbacks raise.
+    """
+    rows = gather(request)
+    partition, state = request.partitions.partition, None
+    if partition is not None and partition.matches(request.groups, rows):
+        state = partition.state_in(request.state)
+    if state is None:
+        check_groups(request)
+        if _makes_state_only(request, rows):
+            _, new_state = _completed(request, rows)
+            return StepPlan([], new_state, [], counts=False)
+    if any(request.sources.of_groups):
+        request.sources.check_not_overwritten(request.groups, request.has_scheduler)
+    if request.callbacks.aggregator is not None or request.callbacks.transformers:
+        rows = _run_callbacks(request, rows)
+    clipping, others_have_gradients = NO_CLIPPING, False
+    if request.norm_group is not None or request.found_inf is not None or request.grad_scale is not None:
+        clipping, others_have_gradients = _clipping(request, rows)
+    elif _get_clip_options(request.groups[0]) != _UNCLIPPED:
+        clipping, _ = _clipping(request, rows)
+    if rows.params:
+        values = StepValues(request.groups, request.sources.of_groups)
+        return assemble(request, Inputs(rows, values, clipping), partition, state)
+    if clipping.over_parts is not None or clipping.over_processes is not None:  # others wait for this process
+        set_gradient_options([], clipping)
+    is_part = request.is_part or not any(group["params"] for group in request.groups)
+    return StepPlan([], {}, []) if others_have_gradients or is_part else None
+
+
+def assemble(
+    request: StepRequest, inputs: Inputs, partition: Partition | None = None, state: Columns | None = None
+) -> StepPlan:
+    """The plan of a step with gradients.
+
+    Args:
+        request: the step.
+        inputs: what is known of it.
+        partition: the last step's; a new one is made without, or should it no longer fit.
+        state: that of the parameters, if it is as it was in the last step.
+    """
+    rows, values, clipping = inputs
+    new_state: State = {}
+    is_cached = (
+        partition is not None
+        and state is not None
+        and all(spec.checks_itself or spec.fits(rows) for spec in partition.specs)
+    )
+    if partition is None or state is None or not is_cached:
+        state, new_state = _completed(request, rows)
+        partition = Partition(request.groups, rows, state)
+    batches = [spec.batch(rows, state, request.groups, values) for spec in partition.specs]
+    if not is_cached and rows.order is None:
+        partition.keep(batches)
+        request.partitions.partition = partition
+    refused = None
+    if len(batches) > 1 or not partition.specs[0].checks_itself:
+        refused = validation.check_batches(batches, request.name_of)
+    if refused is None and clipping is not NO_CLIPPING:
+        refused = set_gradient_options(batches, clipping)
+    if refused is not None:
+        if is_cached:
+            return assemble(request, inputs)
+        validation.raise_named(*refused, request.name_of)
+    if torch.version.cuda is not None and is_capturing():
+        validation.check_capture(request.groups, batches, new_state, request.name_of)
+    return StepPlan(batches, new_state, values.writes, inputs=inputs, is_cached=is_cached)
+
+
+def check_groups(request: StepRequest) -> None:
+    """Raises what is wrong with the options, which somebody may have written to the groups."""
+    groups = request.groups
+    request.sources.follow(groups, request.callbacks)
+    options.check_agreement(groups)
+    options.canonicalize_numbers(dict(groups[0]))
+    validation.check_not_complex(groups)
+    request.callbacks.check_clip_options(groups[0])
+
+
+def _makes_state_only(request: StepRequest, rows: Rows) -> bool:
+    """Whether distributed checkpointing makes state to load into: it sets lr to 0 and steps with zero gradients."""
+    if any(map(has_state, request.state.values())) or not all(_is_zero(group["lr"]) for group in request.groups):
+        return False
+    # A zero under a schedule was written by somebody else. Without one it may be meant, and then the step counts.
+    if not request.sources.has_any("lr") and not distributed.is_called_to_make_state():
+        return False
+    return not dtensor.any_nonzero(rows.params, rows.grads)
+
+
+def _is_zero(value: Any) -> bool:
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return False  # to look would be to wait for the device
+    return bool(value == 0)
+
+
+def _run_callbacks(request: StepRequest, rows: Rows) -> Rows:
+    """The same rows with the gradients that aggregator and transformers return for those in their order."""
+    numbers = range(len(rows.params)) if rows.order is None else rows.order
+    in_order = sorted(range(len(rows.params)), key=numbers.__getitem__)
+    params, grads = ([tensors[row] for row in in_order] for tensors in (rows.params, rows.grads))
+    for param, grad in zip(params, grads, strict=True):
+        validation.check_gradient(partial(request.name_of, param), param, grad)
+    aggregates = request.explicit is None or request.explicit.aggregates
+    with recording(any(group["differentiable"] for group in request.groups)):
+        grads = request.callbacks.run(params, grads, aggregates, request.grad_scale, request.name_of)
+    return rows._replace(grads=[grads[number] for number in numbers])
+
+
+def _clipping(request: StepRequest, rows: Rows) -> tuple[Clipping, bool]:
+    """What is to be done to the gradients, and whether other processes of `norm_group` have some."""
+    clipvalue, clipnorm, global_clipnorm = (request.groups[0][key] for key in options.CLIP_OPTIONS)
+    has_callbacks = request.callbacks.aggregator is not None or bool(request.callbacks.transformers)
+    grad_scale = None if has_callbacks else request.grad_scale
+    clipping, others_have_gradients = (
+        Clipping(clipvalue, clipnorm, global_clipnorm, grad_scale, request.found_inf),
+        False,
+    )
+    if request.norm_group is not None:
+        T_here = opmath_dtypes(rows.params)
+        iterations = int(request.groups[0]["iterations"])
+        others_have_gradients, in_double = request.norm_group.agree(
+            iterations, bool(T_here), torch.float64 in T_here, global_clipnorm
+        )
+        clipping = clipping._replace(in_double=in_double)
+        if global_clipnorm is not None and others_have_gradients:
+            clipping = clipping._replace(over_processes=request.norm_group.sum)
+    if clipnorm is not None or global_clipnorm is not None:
+        params = [param for group in request.groups for param in group["params"]]
+        if dtensor.has_dtensor(params):
+            iterations = request.groups[0]["iterations"]
+            over_parts = partial(dtensor.sum_over_parts, all_params=params, iterations=iterations)
+            clipping = clipping._replace(over_parts=over_parts)
+    return clipping, others_have_gradients
+
+
+# ---- State ----------------------------------------------------------------------------------------------------------
+
+
+def new_state_of(param: Tensor) -> dict[str, Tensor]:
+    """The state that the first step with a gradient makes."""
+    return {
+        key: torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False) for key in STATE_KEYS
+    }
+
+
+def has_state(state: Any) -> bool:
+    """Whether a parameter has state of this optimizer; others may keep theirs beside it."""
+    return isinstance(state, dict) and any(key in state for key in STATE_KEYS)
+
+
+def _completed(request: StepRequest, rows: Rows) -> tuple[Columns, State]:
+    """The state of the rows, checked as far as no backend does it, and which of it is new."""
+    new_state: State = {}
+    state: list[tuple[Tensor, ...]] = []
+    for param, grad in zip(rows.params, rows.grads, strict=True):
+        entry = request.state.get(param)
+        name = partial(request.name_of, param)
+        if entry and (has_state(entry) or not isinstance(entry, dict)):
+            validation.check_keys(name, entry)
+            validation.check_state(name, param, grad, *_get_state(entry))
+        elif param in new_state:
+            entry = new_state[param]
+        else:
+            validation.check_param(name, param)
+            entry = new_state[param] = new_state_of(param)
+        state.append(_get_state(entry))
+    return tuple(map(list, zip(*state, strict=True))), new_state
