@@ -115,6 +115,20 @@ def test_inductor_gives_the_same_bits() -> None:
 
 
 @needs_library
+def test_a_float64_lr_is_cast_before_decay_divides_it() -> None:
+    options = {"decay": 0.3, "foreach": None}
+    compiled, eager = (
+        Training(b, {**options, "lr": torch.tensor(0.1, dtype=torch.float64)}) for b in ("aot_eager", None)
+    )
+    for step, lr in enumerate(torch.rand(20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()):
+        for training in (compiled, eager):
+            for group in training.optimizer.param_groups:
+                group["lr"].fill_(lr)
+            training.take(step)
+        assert_same_training(compiled, eager, step)
+
+
+@needs_library
 def test_a_tensor_lr_changes_without_recompilation() -> None:
     compiled, eager = (Training(b, {"lr": torch.tensor(1.0)}) for b in ("aot_eager", None))
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(t.optimizer, 0.5) for t in (compiled, eager)]

@@ -174,6 +174,31 @@ def test_the_keys_of_others_survive_in_weights(path: Path) -> None:
     assert optimizer.state[param]["slow"] is slow
 
 
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_is_copied(path: Path) -> None:
+    optimizer = trained(path)
+    saved = optimizer.state_dict()
+    other = AdadeltaKeras([Parameter(torch.zeros(3))], 1.0, **path.options)
+    other.load_state_dict(saved)
+    before = copy.deepcopy(saved)
+    (param,) = other.param_groups[0]["params"]
+    param.grad = torch.ones(3)
+    other.step()
+    for key in ("square_avg", "acc_delta"):
+        assert_same_bits(saved["state"][0][key], before["state"][0][key], key)
+        assert (other.state[param][key] != before["state"][0][key]).all()
+
+
+def test_a_numpy_scalar_keeps_its_precision_in_a_checkpoint(path: Path) -> None:
+    optimizer = trained(path, rho=np.float64(0.95), decay=np.float32(0.25))
+    copied = by_checkpoint(optimizer)
+    assert copied.rho.dtype is torch.float64
+    assert copied.rho.item() == 0.95
+    assert copied.decay == 0.25
+
+
 # ---- Parameters that are converted ----------------------------------------------------------------------------------
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch_adadelta import options
 from torch_adadelta.backends.batch import STATE_KEYS
 from torch_adadelta.options import OPTIONS, Kind
+from torch_adadelta.step import validation
 from torch_adadelta.step.planning import has_state
-from torch_adadelta.step.sources import Group
+from torch_adadelta.step.sources import Group, Source, Sources, bind_group
 
 
 def save_groups(groups: Iterable[Group]) -> None:
@@ -19,6 +20,22 @@ def save_groups(groups: Iterable[Group]) -> None:
         for option in OPTIONS:
             if option.kind in (Kind.HYPERPARAMETER, Kind.NUMBER):
                 group[option.key] = options.as_saved(option, group[option.key])
+
+
+def restore_groups(groups: list[Group], defaults: Group, sources: Sources) -> list[dict[str, Source]]:
+    """Gives saved groups the options that are newer than they are, checked; returns their schedules and callables."""
+    restored = []
+    for index, group in enumerate(groups):
+        for key, value in {**defaults, **options.new_metadata(), "iterations": 0}.items():
+            group.setdefault(key, value)
+        restored.append(bind_group(group, sources.previous(index), group["iterations"]))
+        group["iterations"] = options.iterations_for(group, group["iterations"])
+    counts = {int(group["iterations"]) for group in groups}
+    if len(counts) > 1:
+        raise ValueError(f"the param groups disagree on iterations: {sorted(counts)}; they count the same steps")
+    options.check_agreement(groups)
+    validation.check_not_complex(groups)
+    return restored
 
 
 def check_state(name: str, param: Tensor, state: Any) -> None:

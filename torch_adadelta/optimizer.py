@@ -276,11 +276,9 @@ class AdadeltaKeras(KerasInterface):
             if any("eps" in group for group in groups):
                 checkpoint.convert_torch_adadelta(groups, params, self.__dict__.get("param_groups", []))
             known["_callbacks"].check_known(groups)
-            sources.of_groups = [
-                self._restore_group(group, known["defaults"], sources.previous(index))
-                for index, group in enumerate(groups)
-            ]
-            self._check_groups(groups, known["_callbacks"])
+            sources.of_groups = checkpoint.restore_groups(groups, known["defaults"], sources)
+            for group in groups[:1]:
+                known["_callbacks"].check_clip_options(group)
         for group_index, group in enumerate(groups):
             for index, param in enumerate(group["params"]):
                 checkpoint.check_state(validation.name_in(groups, group_index, index), param, params.get(param))
@@ -290,27 +288,6 @@ class AdadeltaKeras(KerasInterface):
         self._partitions, self._traced = PartitionCache(), compiled.TracedStep()
         self._sources.snapshots = []
         self._sources.update_metadata(self.param_groups, self._callbacks)
-
-    @staticmethod
-    def _restore_group(
-        group: dict[str, Any], defaults: dict[str, Any], previous: dict[str, Source]
-    ) -> dict[str, Source]:
-        """Gives a saved group the options that are newer than it, checked; returns its schedules and callables."""
-        for key, value in {**defaults, **options.new_metadata(), "iterations": 0}.items():
-            group.setdefault(key, value)
-        sources = bind_group(group, previous, group["iterations"])
-        group["iterations"] = options.iterations_for(group, group["iterations"])
-        return sources
-
-    @staticmethod
-    def _check_groups(groups: list[dict[str, Any]], callbacks: Callbacks) -> None:
-        counts = {int(group["iterations"]) for group in groups}
-        if len(counts) > 1:
-            raise ValueError(f"the param groups disagree on iterations: {sorted(counts)}; they count the same steps")
-        options.check_agreement(groups)
-        validation.check_not_complex(groups)
-        for group in groups[:1]:
-            callbacks.check_clip_options(group)
 
     def _take_over(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
         """Makes the loaded state the optimizer's own.

@@ -38,7 +38,7 @@ _get_options: Final = itemgetter(
 )
 _get_clip_options: Final = itemgetter(*options.CLIP_OPTIONS)
 _UNCLIPPED: Final = (None, None, None)
-_get_numbers: Final = itemgetter(*(option.key for option in HYPERPARAMETERS), "maximize")
+_get_numbers: Final = itemgetter(*(option.key for option in HYPERPARAMETERS))
 _get_state: Final = itemgetter(*STATE_KEYS)
 
 
@@ -144,7 +144,6 @@ class BatchSpec:
     is_differentiable: bool
     is_local: bool  # whether there are DTensors, of which the local tensors are updated
     rows: list[int] | None  # which of the step's rows these are; None for all of them
-    checks_itself: bool  # whether its op looks whether the gradients fit, before it writes anything
     segments: list[SegmentSpec] = field(default_factory=list)
     accumulators: kernels.AccumulatorCache | None = None
     cached: list[Tensor] = field(default_factory=list)  # the tensors that `accumulators` holds
@@ -153,14 +152,17 @@ class BatchSpec:
         """Those of the batch among one for each row of the step."""
         return values if self.rows is None else [values[row] for row in self.rows]
 
+    @property
+    def has_checking_op(self) -> bool:
+        """Whether an op looks whether the gradients are dense, before it writes anything."""
+        return self.backend is Backend.FUSED and not self.is_sparse
+
     def fits(self, rows: Rows) -> bool:
-        """Whether the gradients are of the kind that the batch is for."""
+        """Whether the gradients are of the kind that the batch is for, as far as no op looks."""
         grads = self.select(rows.grads)
         if self.is_local and not dtensor.are_alike(self.select(rows.params), grads):
             return False
-        # A fused dense update looks for itself.
-        is_left_to_op = self.backend is Backend.FUSED and not self.is_sparse
-        return is_left_to_op or all(functional.is_sparse(grad) == self.is_sparse for grad in grads)
+        return self.has_checking_op or all(functional.is_sparse(grad) == self.is_sparse for grad in grads)
 
     def batch(self, rows: Rows, state: Columns, groups: list[Group], values: StepValues) -> Batch:
         """The batch of this step."""
@@ -208,6 +210,8 @@ class Partition:
         self.state = state if is_small else None
         self.ids = [] if is_small else [list(map(id, column)) for column in state]
         self.specs = _specs(groups, rows)
+        # A single op that checks all of its lists before it writes needs no look beforehand.
+        self.checks_itself = len(self.specs) == 1 and self.specs[0].has_checking_op and not self.specs[0].is_local
         # The opmath dtype decides in which precision schedules and `decay` are computed; the dtype, which parameters
         # multi-tensor operations take together.
         depends_on_dtype = any(group["decay"] or group["schedule"] or group["callables"] for group in groups) or any(
@@ -219,6 +223,10 @@ class Partition:
         """Has the compiled library keep the accumulators of these batches, of this step, for the next ones."""
         for spec, batch in zip(self.specs, batches, strict=True) if self.state is not None else ():
             spec.cache_accumulators(batch)
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether the gradients of a step are of the kinds that the batches are for, as far as no op looks."""
+        return all(spec.fits(rows) for spec in self.specs)
 
     def matches(self, groups: list[Group], rows: Rows) -> bool:
         """Whether a step has the same parameters, by identity, and options."""
@@ -316,8 +324,7 @@ def _specs(groups: list[Group], rows: Rows) -> list[BatchSpec]:
         members.sort(key=lambda row: (group_of[row], T_of[row] is torch.float64))
         _, backend, is_sparse, is_differentiable, is_local, _, _ = kinds[members[0]]
         is_all = members == list(range(len(kinds)))
-        checks_itself = backend is Backend.FUSED and not is_sparse and not is_local
-        spec = BatchSpec(backend, is_sparse, is_differentiable, is_local, None if is_all else members, checks_itself)
+        spec = BatchSpec(backend, is_sparse, is_differentiable, is_local, None if is_all else members)
         for (group, T), run in groupby(members, lambda row: (group_of[row], T_of[row])):
             spec.segments.append(SegmentSpec(group, T, len(list(run))))
         specs.append(spec)
@@ -400,11 +407,7 @@ def assemble(
     """
     rows, values, clipping = inputs
     new_state: State = {}
-    is_cached = (
-        partition is not None
-        and state is not None
-        and all(spec.checks_itself or spec.fits(rows) for spec in partition.specs)
-    )
+    is_cached = partition is not None and state is not None and (partition.checks_itself or partition.fits(rows))
     if partition is None or state is None or not is_cached:
         state, new_state = _completed(request, rows)
         partition = Partition(request.groups, rows, state)
@@ -413,7 +416,7 @@ def assemble(
         partition.keep(batches)
         request.partitions.partition = partition
     refused = None
-    if len(batches) > 1 or not partition.specs[0].checks_itself:
+    if not partition.checks_itself:
         refused = validation.check_batches(batches, request.name_of)
     if refused is None and clipping is not NO_CLIPPING:
         refused = set_gradient_options(batches, clipping)
