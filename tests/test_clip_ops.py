@@ -205,7 +205,7 @@ def test_square_sums_of_a_lazily_conjugated_gradient(dtype: torch.dtype) -> None
 @pytest.mark.parametrize(
     ("params", "grads", "clipvalue", "error"),
     [
-        ([torch.ones(2)] * 2, [torch.ones(2)], inf, "the call: the lists differ in length: 2 params, 1 grads"),
+        ([torch.ones(2)] * 2, [torch.ones(2)], inf, "the lists differ in length: 2 params, 1 grads"),
         ([torch.ones(2)] * 2, [torch.ones(2), torch.ones(3)], inf, "parameter 1: its tensors differ in shape"),
         ([torch.ones(2)] * 2, [torch.ones(2), torch.ones(2).long()], inf, "parameter 1: its gradient has a dtype"),
         ([torch.ones(2).long()], [torch.ones(2)], inf, "parameter 0: it has a dtype"),

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import itertools
+import math
 import pickle
 import subprocess
 import sys
@@ -895,10 +896,34 @@ def _spoil_choice(optimizer: AdadeltaKeras, p: Parameter) -> None:
     optimizer.param_groups[-1].update(fused=True, foreach=True)
 
 
+def _spoil_agreement(optimizer: AdadeltaKeras, p: Parameter) -> None:
+    optimizer.param_groups[-1]["decay"] = 0.5
+
+
+def _spoil_number(optimizer: AdadeltaKeras, p: Parameter) -> None:
+    for group in optimizer.param_groups:
+        group["clipnorm"] = -1.0
+
+
+def _spoil_source(optimizer: AdadeltaKeras, p: Parameter) -> None:
+    group = optimizer.param_groups.pop()
+    optimizer.add_param_group({**group, "rho": lambda: math.nan})
+
+
+def _spoil_overwritten_source(optimizer: AdadeltaKeras, p: Parameter) -> None:
+    optimizer.epsilon = lambda: 1e-7
+    optimizer.param_groups[-1]["epsilon"] = 1e-3
+
+
+@pytest.mark.parametrize("sparse", [None, 0, -1], ids=["dense", "first sparse", "last sparse"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize(
     ("spoil", "error"),
     [
+        (_spoil_agreement, r"decay belongs to the whole optimizer, but group 0 has 0\.0 and group 1 has 0\.5"),
+        (_spoil_number, r"Expected clipnorm >= 0, received: -1\.0"),
+        (_spoil_source, "Invalid rho: nan"),
+        (_spoil_overwritten_source, r"group 1 has epsilon=0\.001, but its epsilon is given by the callable"),
         (
             _spoil_index,
             "parameter 3 of group 1 has 5 rows, but its sparse gradient has the index 5 at position 1",
@@ -924,13 +949,18 @@ def _spoil_choice(optimizer: AdadeltaKeras, p: Parameter) -> None:
     ],
 )
 def test_a_failed_check_in_the_last_parameter_changes_nothing(
-    path: Path, spoil: Any, error: str, steps_before: int
+    path: Path, spoil: Any, error: str, steps_before: int, sparse: int | None
 ) -> None:
-    """In the last parameter of the last group, so that whatever is written too early would be seen."""
+    """In the last parameter of the last group, so that whatever is written too early would be seen.
+
+    Where a gradient is sparse, one call cannot update all.
+    """
     optimizer = stepped(path, steps=steps_before)
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = torch.ones_like(param)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    if sparse is not None:
+        params[sparse].grad = torch.ones_like(params[sparse]).to_sparse(1)
     spoil(optimizer, optimizer.param_groups[-1]["params"][-1])
     if path.options == {"foreach": True}:
         optimizer.param_groups[0]["fused"] = None
@@ -940,7 +970,7 @@ def test_a_failed_check_in_the_last_parameter_changes_nothing(
     assert_unchanged(optimizer, before)
 
 
-def test_a_single_bucket_that_is_refused_changes_nothing(path: Path) -> None:
+def test_a_single_batch_that_is_refused_changes_nothing(path: Path) -> None:
     """The common case: the fused op checks for itself."""
     params = [Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = AdadeltaKeras(params, **path.options)

@@ -176,6 +176,7 @@ class AdadeltaKeras(KerasInterface):
 
         Raises what the constructor raises, and then leaves the optimizer as it was.
         """
+        self._follow_groups()  # some may have been removed
         sources: dict[str, Source] = {}
         if isinstance(param_group, dict):
             param_group = dict(param_group)  # a callable in the user's own must stay there
