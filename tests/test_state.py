@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,27 @@ def test_a_numpy_scalar_keeps_its_precision_in_a_checkpoint(path: Path) -> None:
     assert copied.rho.dtype is torch.float64
     assert copied.rho.item() == 0.95
     assert copied.decay == 0.25
+
+
+@pytest.mark.parametrize("name", ["plain", "schedule", "clipped", "capturable"])
+def test_a_checkpoint_of_version_0_1_goes_on_with_the_same_bits(path: Path, name: str) -> None:
+    """checkpoints_0_1.pt holds parameters and state_dict after three steps of that version, and after two more."""
+    saved = torch.load(FilePath(__file__).with_name("data") / "checkpoints_0_1.pt", weights_only=True)[name]
+    params = [Parameter(param) for param in saved["params"]]
+    optimizer = AdadeltaKeras([{"params": params[:2]}, {"params": params[2:]}], **path.options)
+    optimizer.load_state_dict(saved["optimizer"])
+    for group in optimizer.param_groups:
+        group.update(path.options)
+    assert optimizer.iterations == 3
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(3, 2, generator=generator).to(param.dtype)
+        optimizer.step()
+    for param, after, state in zip(params, saved["after"], saved["after_state"], strict=True):
+        assert_same_bits(param, after)
+        for key in ("square_avg", "acc_delta"):
+            assert_same_bits(optimizer.state[param][key], state[key], key)
 
 
 # ---- Parameters that are converted ----------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Every path against the NumPy oracle, bit by bit: parameter and both accumulators."""
 
 import itertools
+import math
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from cases import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras
@@ -368,13 +372,47 @@ def _hard_numbers(dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.concatenate([spread, *near, one]))
 
 
+def _roots(x: Tensor) -> np.ndarray[Any, Any]:
+    """By the C library, whose float64 root is exact, and rounds to the exact float32 root."""
+    roots = [math.sqrt(value) if value >= 0 else math.nan for value in x.tolist()]
+    return np.array(roots, np.float32 if x.dtype is torch.float32 else np.float64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
-def test_exact_sqrt_is_that_of_ieee_754(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("has_numpy", [True, False], ids=["NumPy", "without NumPy"])
+def test_exact_sqrt_is_that_of_ieee_754(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, has_numpy: bool) -> None:
     x = _hard_numbers(dtype)
-    with np.errstate(all="ignore"):
-        expected = np.sqrt(x.numpy())
+    expected = _roots(x)
+    if not has_numpy:
+        monkeypatch.setattr(opmath, "np", None)
     assert_same_bits(opmath.exact_sqrt(x), expected)
+    assert_same_bits(opmath.exact_sqrt_(x.clone()), expected)
+    assert_same_bits(opmath.exact_sqrt(x[::2]), expected[::2])
+    assert_same_bits(opmath.exact_sqrt(x[0]), expected[0])
     assert opmath.exact_sqrt(-torch.ones(3, dtype=dtype)).isnan().all()
+
+
+def test_the_root_by_numpy_is_a_root_within_half_an_ulp() -> None:
+    """By exact fractions, for the C library might use what NumPy uses."""
+    x = _hard_numbers(torch.float64)
+    x = x[x.isfinite() & (x > 0)][::400]
+    for value, root in zip(x.tolist(), opmath.exact_sqrt(x).tolist(), strict=True):
+        below, above = ((Fraction(root) + Fraction(math.nextafter(root, to))) / 2 for to in (0.0, math.inf))
+        assert below**2 <= Fraction(value) <= above**2
+
+
+@pytest.mark.parametrize("kind", ["vmap", "jvp", "FakeTensor"])
+def test_exact_sqrt_of_what_numpy_cannot_see(kind: str) -> None:
+    x = torch.tensor([2.0, 3.0, 5.0])
+    if kind == "vmap":
+        root = torch.func.vmap(opmath.exact_sqrt)(x)
+    elif kind == "jvp":
+        root, _ = torch.func.jvp(opmath.exact_sqrt, (x,), (x,))
+    else:
+        with FakeTensorMode() as mode:
+            assert opmath.exact_sqrt(mode.from_tensor(x)).shape == (3,)
+        return
+    assert_same_bits(root, _roots(x))
 
 
 def test_exact_sqrt_is_differentiable_twice() -> None:

@@ -63,9 +63,7 @@ def is_distributed_alike(one: Any, other: Any) -> bool:
 
 
 def _groups(param: Any) -> tuple[Any, ...]:
-    """The process groups over which the parts of a parameter are spread; each element is in one process of them."""
-    if not is_dtensor(param):
-        return ()
+    """The process groups over which the parts of a DTensor are spread; each element is in one process of them."""
     mesh = param.device_mesh
     return tuple(
         mesh.get_group(dim)
@@ -74,13 +72,18 @@ def _groups(param: Any) -> tuple[Any, ...]:
     )
 
 
-def _members(params: Iterable[Tensor]) -> dict[tuple[Any, ...], list[Tensor]]:
+def _members(params: Iterable[Any]) -> dict[tuple[Any, ...], list[Tensor]]:
     """The parameters by the groups that their parts are spread over."""
-    members: dict[tuple[Any, ...], list[Tensor]] = {}
+    alike: dict[Any, list[Tensor]] = {}
     for param in params:
-        groups = _groups(param)
+        spec = getattr(param, "_spec", None)
+        if spec is not None:
+            alike.setdefault((id(spec.mesh), spec.placements), []).append(param)
+    members: dict[tuple[Any, ...], list[Tensor]] = {}
+    for same in alike.values():  # to ask each parameter takes long, and mostly all are alike
+        groups = _groups(same[0])
         if groups:
-            members.setdefault(groups, []).append(param)
+            members.setdefault(groups, []).extend(same)
     return members
 
 
