@@ -130,7 +130,7 @@ def opened(
     path = Path(path)
     closers: list[Any] = []
     try:
-        with _explained(path):
+        with damage_named(path):
             checkpoint = _read(path, _given_config(config), drop, closers)
         yield checkpoint
     finally:
@@ -139,7 +139,7 @@ def opened(
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turns whatever a damaged file leads to into a KerasFileError that names it."""
     try:
         yield
@@ -167,7 +167,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def explained(checkpoint: Checkpoint, stored: Stored) -> np.ndarray[Any, Any]:
     """Reads an array; what goes wrong is a KerasFileError that names the file."""
-    with _explained(checkpoint.path):
+    with damage_named(checkpoint.path):
         array = stored.read()
         if array.shape != stored.shape:
             raise KerasFileError(f"{stored.name} has shape {array.shape}, not {stored.shape}")
@@ -181,7 +181,7 @@ def _given_config(config: Any) -> dict[str, Any] | None:
         return dict(config)
     if isinstance(config, str) and config.lstrip().startswith("{"):
         return configs.parsed(config, "config")
-    with _explained(Path(config)):
+    with damage_named(Path(config)):
         return configs.parsed(Path(config).read_bytes(), "config")
 
 

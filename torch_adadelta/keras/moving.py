@@ -90,7 +90,7 @@ def load_keras(
     hyperparameters: bool = True,
     mapping: Mapping[str, Any] | None = None,
     match: str = "auto",
-    flatten: str | Mapping[str, int] | None = None,
+    flatten: str | Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     drop: Collection[str] = (),
     custom_objects: Mapping[str, Any] | None = None,
@@ -428,7 +428,7 @@ def save_keras(
     hyperparameters: bool = True,
     mapping: Mapping[str, Any] | None = None,
     match: str = "auto",
-    flatten: str | Mapping[str, int] | None = None,
+    flatten: str | Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
 ) -> Report:
     """Writes a copy of a file of Keras with the state, the weights and the hyperparameters of now, for Keras to go on.
