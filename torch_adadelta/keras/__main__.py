@@ -136,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("file", type=Path, help=".h5, .keras, .weights.h5, TensorFlow checkpoint or SavedModel")
         command.add_argument("--config", type=Path, help="a file with model.to_json(), for files without it")
         command.add_argument("--drop", action="append", default=[], choices=DROPPABLE, help="what may be left out")
+        command.add_argument("--state-order", nargs="+", metavar="WEIGHT", help="the weights as the optimizer has them")
     converter.add_argument("out", type=Path, help=".pt or .safetensors")
     converter.add_argument(
         "--flatten",
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        with opened(options.file, options.config, options.drop) as checkpoint:
+        with opened(options.file, options.config, options.drop, options.state_order) as checkpoint:
             if options.command == "inspect":
                 print(table(checkpoint))
             else:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -93,6 +93,7 @@ def load_keras(
     flatten: str | Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     drop: Collection[str] = (),
+    state_order: Sequence[str] | None = None,
     custom_objects: Mapping[str, Any] | None = None,
 ) -> Report:
     """Takes over the state of Keras' Adadelta from a file, so that training goes on where Keras left it.
@@ -122,6 +123,9 @@ def load_keras(
         config: the configuration of the model, for files without it: what ``model.to_json()`` returned, a file that
             holds that, or the dictionary.
         drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
+        state_order: for a ``.keras`` or ``.weights.h5`` file, whose state has numbers instead of names, the names of
+            the weights in the order of the optimizer. Needed only where the error asks for it: where the configuration,
+            the counts and the shapes admit several orders, as with layers in a custom layer.
         custom_objects: classes of schedules by their names, for those that `torch_adadelta.schedules` does not have.
 
     Returns:
@@ -143,7 +147,7 @@ def load_keras(
         (4, 0.5)
     """
     _check_arguments(optimizer, model)
-    with opened(path, config, drop) as checkpoint:
+    with opened(path, config, drop, state_order) as checkpoint:
         found = _matched(checkpoint, model, mapping, match, flatten)
         notes = _differences(found, checkpoint)
         _check_coverage(found, checkpoint, optimizer, weights)
@@ -199,29 +203,36 @@ def _rows(found: Match) -> list[tuple[str, str, str, bool]]:
     return rows
 
 
+def _params(optimizer: AdadeltaKeras) -> set[Tensor]:
+    return {param for group in optimizer.param_groups for param in group["params"]}
+
+
 def _is_param(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
 
 def _check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, weights: bool) -> None:
     """Raises unless every parameter of the optimizer gets state, or needs none, and every state has a parameter."""
-    trained = {param for group in optimizer.param_groups for param in group["params"]}
+    trained = _params(optimizer)
     names: dict[Tensor, str] = {}
-    has_state: dict[Tensor, bool] = {}
+    has_state: dict[Tensor, tuple[bool, bool]] = {}
     for move in found.moves:
         if not _is_param(move.tensor):
             continue
         names[move.tensor] = move.name
-        if has_state.setdefault(move.tensor, move.variable.has_state) != move.variable.has_state:
+        variable = move.variable
+        own = (variable.has_state, variable.is_frozen)
+        if has_state.setdefault(move.tensor, own) != own:
             raise KerasFileError(f"{checkpoint.path}: Keras trained a part of {move.name}, and froze the rest")
-        if move.variable.has_state and move.tensor not in trained:
+        if variable.has_state and not variable.is_frozen and move.tensor not in trained:
             raise KerasFileError(
                 f"{checkpoint.path}: Keras trained {move.label}, but {move.name} is no parameter of the optimizer; add "
-                "it"
+                "it, with requires_grad_(False) if it is frozen by now"
             )
-        if not move.variable.has_state and move.tensor in trained and move.tensor.requires_grad:
+        if (variable.is_frozen or not variable.has_state) and move.tensor in trained and move.tensor.requires_grad:
+            why = "does not train" if variable.has_state else "did not train"
             raise KerasFileError(
-                f"{checkpoint.path}: Keras did not train {move.label}, but {move.name} is a parameter of the "
+                f"{checkpoint.path}: Keras {why} {move.label}, but {move.name} is a parameter of the "
                 "optimizer; call requires_grad_(False) on it to keep it so"
             )
     for name, tensor in found.neutral:
@@ -287,8 +298,11 @@ def _states(
 ) -> dict[Tensor, dict[str, Tensor]]:
     states: dict[Tensor, dict[str, Tensor]] = {}
     rounded = set()
+    trained = _params(optimizer)
     for key in SLOTS:
         for param, array in _assembled(found, checkpoint, key):
+            if param not in trained:  # frozen, with state of the time before
+                continue
             if (array < 0).any():
                 raise KerasFileError(
                     f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
@@ -430,6 +444,7 @@ def save_keras(
     match: str = "auto",
     flatten: str | Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
+    state_order: Sequence[str] | None = None,
 ) -> Report:
     """Writes a copy of a file of Keras with the state, the weights and the hyperparameters of now, for Keras to go on.
 
@@ -446,6 +461,7 @@ def save_keras(
         match: as for `load_keras`.
         flatten: as for `load_keras`.
         config: as for `load_keras`.
+        state_order: as for `load_keras`.
 
     Raises:
         What `load_keras` raises, and
@@ -455,7 +471,7 @@ def save_keras(
     """
     _check_arguments(optimizer, model)
     path, template = Path(path), Path(template)
-    with opened(template, config) as checkpoint:
+    with opened(template, config, state_order=state_order) as checkpoint:
         if checkpoint.format == "TensorFlow checkpoint":
             raise ValueError(f"{template} is a TensorFlow checkpoint, which is not written; use a .h5 or .keras file")
         found = _matched(checkpoint, model, mapping, match, flatten)
@@ -490,8 +506,10 @@ def save_keras(
 def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, Array]:
     """What to write, by the names of the datasets."""
     arrays: dict[str, Array] = {}
+    trained = _params(optimizer)
     for move in found.moves:
-        keys = [*(SLOTS if move.variable.has_state else ()), *(["value"] if weights else [])]
+        # A parameter that is frozen, and not in the optimizer, keeps the state in the template.
+        keys = [*(SLOTS if move.variable.has_state and move.tensor in trained else ()), *(["value"] if weights else [])]
         for key in keys:
             stored: Stored = getattr(move.variable, key)
             state = optimizer.state.get(move.tensor)
