@@ -53,6 +53,8 @@ class Checkpoint:
     model: ModelConfig | None
     learning_rate: Stored | None = None  # the variable, where there is one
     dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the hyperparameters mean elsewhere
+    backend: str | None = None  # of Keras, where the file says
 
     @property
     def source(self) -> str:
@@ -496,7 +498,20 @@ def _from_h5(path: Path, hdf5: Hdf5, drop: Collection[str]) -> Checkpoint:
         )
     if learning_rate is not None and not isinstance(found.get("learning_rate"), dict):
         found["learning_rate"] = _scalar(learning_rate)
-    return Checkpoint(path, ".h5", generation, _split(layers), iterations, found, model, learning_rate, _dropped(drop))
+    found, notes = configs.without_idle_clipping(found) if generation != LEGACY else (found, [])
+    return Checkpoint(
+        path,
+        ".h5",
+        generation,
+        _split(layers),
+        iterations,
+        found,
+        model,
+        learning_rate,
+        _dropped(drop),
+        notes,
+        hdf5.root_text("backend"),
+    )
 
 
 def _dropped(drop: Collection[str]) -> list[str]:
@@ -662,12 +677,14 @@ def _from_numbered(
     place = {id(variable): number for number, variable in enumerate(state.order)}
     if model is None or not model.is_complete:
         layers.sort(key=lambda layer: min((place.get(id(v), len(place)) for v in layer.variables), default=0))
-    found = dict(found)
+    found, notes = configs.without_idle_clipping(found)
     iterations, learning_rate = state.iterations, state.learning_rate
     if learning_rate is not None:
         found["learning_rate"] = _scalar(learning_rate)
     generation = KERAS3 if is_keras3 or learning_rate is not None else NEW
-    return Checkpoint(path, format, generation, _split(layers), iterations, found, model, learning_rate, _dropped(drop))
+    return Checkpoint(
+        path, format, generation, _split(layers), iterations, found, model, learning_rate, _dropped(drop), notes
+    )
 
 
 def _numbered_layers(groups: dict[str, dict[int, Stored]], hdf5: Hdf5, model: ModelConfig | None) -> list[Layer]:

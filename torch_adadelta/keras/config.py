@@ -116,6 +116,21 @@ def hyperparameters(config: Any, drop: Collection[str]) -> dict[str, Any]:
     return found
 
 
+# Of these, tf_keras' new class and Keras 3 do the first that is not 0, and no other.
+CLIPPING: Final = ("clipnorm", "global_clipnorm", "clipvalue")
+
+
+def without_idle_clipping(found: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The hyperparameters of tf_keras' new class or Keras 3 without clip options that do nothing there; and notes."""
+    given = [name for name in CLIPPING if found.get(name) is not None]
+    active = [name for name in given if found[name] != 0]
+    notes = [f"{name}=0 means no clipping in this Keras, and is left out" for name in given if name not in active]
+    notes += [
+        f"{name}={found[name]!r} does nothing in this Keras beside {active[0]}, and is left out" for name in active[1:]
+    ]
+    return {name: value for name, value in found.items() if name not in given or name in active[:1]}, notes
+
+
 # ---- The model ------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from torch_adadelta import param_groups, schedules
 from torch_adadelta.hyperparameters import NUMBERS
 from torch_adadelta.keras import hdf5
 from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, SLOTS, Checkpoint, Layer, explained, opened
+from torch_adadelta.keras.config import CLIPPING
 from torch_adadelta.keras.errors import Array, KerasFileError, Stored
 from torch_adadelta.keras.matching import Match, Move, Unit, match
 from torch_adadelta.optimizer import AdadeltaKeras
@@ -155,7 +156,16 @@ def load_keras(
         iterations = checkpoint.count()
         states = _states(found, checkpoint, optimizer, notes)
         values = _values(found, checkpoint, notes) if weights else []
-    with _all_or_nothing(optimizer):
+    infos = []
+    if hyperparameters:
+        notes += _unconfirmed(checkpoint, optimizer, settings)
+        infos += checkpoint.notes
+    notes += _joint_norms(found, optimizer, settings.get("clipnorm", optimizer.clipnorm))
+    infos += [f"left out: {what}" for what in checkpoint.dropped]
+    if notes:  # before anything is changed, for the user may have made errors of warnings
+        warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
+    written: list[tuple[Tensor, Tensor]] = []
+    with _all_or_nothing(optimizer, written):
         for name, value in settings.items():
             setattr(optimizer, name, value)
         optimizer.iterations = iterations
@@ -165,14 +175,9 @@ def load_keras(
                 optimizer.state[param] = states[param]
         with torch.no_grad():
             for tensor, value in values:
+                before = tensor.detach().clone()
                 tensor.copy_(value)
-    infos = []
-    if hyperparameters:
-        missing = [name for name in ("learning_rate", "rho", "epsilon") if name not in settings]
-        infos = [f"not in the file, and as before: {', '.join(missing)}"] if missing else []
-    infos += [f"left out: {what}" for what in checkpoint.dropped]
-    if notes:
-        warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
+                written.append((tensor, before))
     return Report(f"{path}: {checkpoint.source}", iterations, settings, _rows(found), [*notes, *infos])
 
 
@@ -269,6 +274,12 @@ def _settings(
 ) -> dict[str, Any]:
     """The hyperparameters to set, checked as the constructor checks them."""
     found = dict(checkpoint.hyperparameters)
+    if found.get("epsilon") == 0 and checkpoint.generation != LEGACY:
+        raise KerasFileError(
+            f"{checkpoint.path}: its optimizer has epsilon={found['epsilon']!r}, which stays 0 in this Keras, and "
+            "means 1e-7 for AdadeltaKeras, as in TensorFlow 2.4. Give AdadeltaKeras all options, with an epsilon as "
+            "small as you like, and pass hyperparameters=False"
+        )
     if isinstance(found.get("learning_rate"), dict):
         try:
             found["learning_rate"] = schedules.deserialize(found["learning_rate"], custom_objects)
@@ -362,8 +373,8 @@ def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple
 
 
 @contextmanager
-def _all_or_nothing(optimizer: AdadeltaKeras) -> Iterator[None]:
-    """Restores the optimizer if setting it fails."""
+def _all_or_nothing(optimizer: AdadeltaKeras, written: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Restores the optimizer, and the tensors that were written by what they were before, if something fails."""
     groups = [dict(group) for group in optimizer.param_groups]
     defaults, state = dict(optimizer.defaults), dict(optimizer.state)
     sources = [dict(own) for own in optimizer._sources]
@@ -380,10 +391,13 @@ def _all_or_nothing(optimizer: AdadeltaKeras) -> Iterator[None]:
         optimizer.state.update(state)
         optimizer._sources = sources
         optimizer._default_sources = default_sources
+        with torch.no_grad():
+            for tensor, before in written:
+                tensor.copy_(before)
         raise
 
 
-# ---- Differences ----------------------------------------------------------------------------------------------------
+# ---- What the file does not hold, and differences --------------------------------------------------------------------
 
 
 def _differences(found: Match, checkpoint: Checkpoint) -> list[str]:
@@ -406,7 +420,58 @@ def _differences(found: Match, checkpoint: Checkpoint) -> list[str]:
             if is_legacy != bool(module.sparse):
                 rows = "only the rows that a batch uses" if is_legacy else "all rows"
                 notes.append(f"{unit.path}: this Keras updates {rows} of an embedding, as sparse={is_legacy} does")
+            is_trained = any(variable.has_state and not variable.is_frozen for variable in layer.variables)
+            if checkpoint.generation == KERAS3 and checkpoint.backend in (None, "tensorflow") and is_trained:
+                notes.append(
+                    f"{unit.path}: Keras 3 on TensorFlow adds the squares of the gradients of rows that a batch uses "
+                    "more than once, where AdadeltaKeras squares their sum; with such batches training goes on "
+                    "differently"
+                )
     return notes
+
+
+def _unconfirmed(checkpoint: Checkpoint, optimizer: AdadeltaKeras, settings: Mapping[str, Any]) -> list[str]:
+    """A note on the options that the optimizer has from its own arguments, and the file cannot confirm."""
+    names = [name for name in _OPTIONS if name not in settings]
+    if not names:
+        return []
+    own = ", ".join(f"{name}={_text(getattr(optimizer, name))}" for name in names)
+    others = "" if checkpoint.generation == LEGACY else ", and no weight decay"
+    is_scheduled = checkpoint.generation == KERAS3 and "learning_rate" in names
+    rate = " (Keras had a schedule)" if is_scheduled else ""
+    return [
+        f"not in the file, so that training goes on with what the optimizer has: {own}{others}; see that Keras had the "
+        f"same{rate}"
+    ]
+
+
+# In the order in which they are told: what does most harm first.
+_OPTIONS: Final = ("clipnorm", "clipvalue", "global_clipnorm", "learning_rate", "decay", "rho", "epsilon")
+
+
+def _joint_norms(found: Match, optimizer: AdadeltaKeras, clipnorm: float | None) -> list[str]:
+    """Notes on parameters and weights of Keras that are not one to one, so that their norms are others."""
+    if clipnorm is None:
+        return []
+    trained = _params(optimizer)
+    weights: dict[Tensor, list[str]] = {}
+    names: dict[str, list[str]] = {}
+    for move in found.moves:
+        if move.tensor in trained and move.tensor.requires_grad:
+            weight = f"{move.layer.path}/{move.variable.role}"
+            weights.setdefault(move.tensor, []).append(weight)
+            names.setdefault(weight, []).append(move.name)
+    pairs = [f"{' and '.join(own)} (in Keras {weight})" for weight, own in names.items() if len(own) > 1]
+    pairs += [
+        f"{_name_of(found, tensor)} (in Keras {', '.join(own)})" for tensor, own in weights.items() if len(own) > 1
+    ]
+    if not pairs:
+        return []
+    return [
+        f"clipnorm={clipnorm:g} takes the norm of each parameter, and Keras of each of its weights, which are not the "
+        f"same for {'; '.join(pairs)}: there gradients are clipped differently. clipvalue and global_clipnorm carry "
+        "over; or leave clipnorm away, and clip by the norms of Keras in a gradient_aggregator"
+    ]
 
 
 def _recurrent_differences(layer: Layer, unit: Unit) -> Iterator[str]:
@@ -420,6 +485,9 @@ def _recurrent_differences(layer: Layer, unit: Unit) -> Iterator[str]:
             value = value.get("config", value.get("class_name"))
         if isinstance(value, str) and value != expected and not (key == "activation" and value == _nonlinearity(unit)):
             yield f"{layer.path} has {key}={value!r}, and {unit.path} has {expected}"
+    for key, does in (("go_backwards", "goes forwards"), ("stateful", "begins each batch anew")):
+        if config.get(key) is True:
+            yield f"{layer.path} has {key}=True, and {unit.path} {does}"
     if layer.config.get("merge_mode", "concat") != "concat":
         mode = layer.config["merge_mode"]
         yield f"{layer.path} has merge_mode={mode!r}, and {unit.path} concatenates both directions"
@@ -552,6 +620,15 @@ def _written_values(checkpoint: Checkpoint, optimizer: AdadeltaKeras) -> dict[st
                 f"the optimizer has decay={values['decay']!r}, which this Keras does not have; use a schedule"
             )
         values.pop("decay")
+        clipping = [name for name in CLIPPING if values.get(name) is not None]
+        if any(values[name] == 0 for name in clipping):
+            name = next(name for name in clipping if values[name] == 0)
+            raise ValueError(f"the optimizer has {name}=0, which means no clipping in this Keras; set it to None")
+        if len(clipping) > 1:
+            raise ValueError(
+                f"the optimizer has {' and '.join(clipping)}, of which this Keras takes one only; pass "
+                "hyperparameters=False"
+            )
     return {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, **values}
 
 
