@@ -5,18 +5,19 @@ No axis has the size of another, so that nothing that is out of order looks righ
 
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import keras_numpy
 import numpy as np
 import pytest
 import torch
+from keras_memory import checkpoint_of, layer_of, moved
 from torch import Tensor, nn
 
-from torch_adadelta.keras.checkpoints import KERAS3, Checkpoint, Layer, Variable
+from torch_adadelta.keras.checkpoints import Checkpoint
 from torch_adadelta.keras.config import ModelConfig
-from torch_adadelta.keras.errors import KerasFileError, Stored
+from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.layers import Layer
 from torch_adadelta.keras.matching import match
 
 SHAPE: Final = (7, 5, 3)
@@ -41,29 +42,6 @@ class Given(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
-
-
-def layer_of(name: str, class_name: str | None, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Layer:
-    variables = [
-        Variable(role, Stored(role, value.shape, value.dtype, lambda value=value: value))
-        for role, value in weights.items()
-    ]
-    return Layer(name, class_name, config, variables)
-
-
-def checkpoint_of(config: dict[str, Any] | None, layers: list[Layer]) -> Checkpoint:
-    iterations = Stored("iterations", (), np.dtype("i8"), lambda: np.int64(0))
-    model = None if config is None else ModelConfig(config)
-    return Checkpoint(Path("m"), ".h5", KERAS3, layers, iterations, {}, model)
-
-
-def moved(checkpoint: Checkpoint, model: nn.Module, **options: Any) -> None:
-    """Moves the weights to the model; and back, which must change nothing."""
-    with torch.no_grad():
-        for move in match(checkpoint, model, **options).moves:
-            array = move.variable.value.read()
-            move.tensor.copy_(torch.from_numpy(move.layout.to_torch(array).copy()))
-            np.testing.assert_array_equal(move.layout.to_keras(move.tensor.numpy(), array.shape), array)
 
 
 class Chain:
