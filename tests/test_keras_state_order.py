@@ -21,6 +21,8 @@ from torch_adadelta.keras import KerasFileError, load_keras, save_keras
 from torch_adadelta.keras.__main__ import main
 from torch_adadelta.keras.checkpoints import opened
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
+
 Groups = dict[str, list[tuple[int, ...]]]
 OPTIMIZER = {"class_name": "Adadelta", "config": {"learning_rate": 0.5, "rho": 0.95, "epsilon": 1e-7, "use_ema": False}}
 
@@ -365,3 +367,54 @@ def test_many_layers_are_no_search(tmp_path: Path) -> None:
             if not is_frozen:
                 assert variable.square_avg is not None
                 assert (variable.square_avg.read() == 100 * file.values[f"{own}/0"]).all()
+
+
+# ---- Models that are subclasses -------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_two_others_use_does_not_keep_their_weights_together(tmp_path: Path) -> None:
+    """The embedding comes first, then the encoder, then the rest of the decoder, where the file has the embedding."""
+    groups: Groups = {"decoder/dense": [(3, 3)], "decoder/embed": [(5, 3)], "encoder/dense": [(3, 3)]}
+    file = File(tmp_path / "m.weights.h5", groups, ["decoder/embed", "encoder/dense", "decoder/dense"])
+    model = nn.ModuleDict(
+        {
+            "decoder": nn.ModuleDict({"dense": nn.Linear(3, 3, bias=False), "embed": nn.Embedding(5, 3)}),
+            "encoder": nn.ModuleDict({"dense": nn.Linear(3, 3, bias=False)}),
+        }
+    )
+    optimizer = AdadeltaKeras(model.parameters())
+    with pytest.raises(KerasFileError, match="several orders of them fit"):
+        load_keras(file.path, optimizer, model, weights=True)
+    with pytest.warns(UserWarning, match="squares"):
+        load_keras(
+            file.path,
+            optimizer,
+            model,
+            weights=True,
+            state_order=["decoder/embed/0", "encoder/dense/0", "decoder/dense/0"],
+        )
+    params = {f"{name.rpartition('.')[0].replace('.', '/')}/0": param for name, param in model.named_parameters()}
+    file.assert_moved(params, optimizer)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_layers_that_lie_in_two_places(is_known: bool, tmp_path: Path) -> None:
+    """Keras 3 walks through a model by the alphabet: "down" comes before "layers", which holds all others."""
+    groups: Groups = {"down": [(3, 3) if is_known else (4, 4)], "layers/dense": [(4, 4)], "layers/dense_2": [(4, 1)]}
+    order = ["layers/dense", "down", "layers/dense_2"]
+    if is_known:
+        groups["down"] = [(4, 3)]
+        groups["layers/dense_2"] = [(3, 1)]
+    file = File(tmp_path / "m.weights.h5", groups, order)
+    widths = [shapes[0] for shapes in groups.values()]
+    model = nn.ModuleDict(
+        {n: nn.Linear(*w, bias=False) for n, w in zip(("down", "dense", "dense_2"), widths, strict=True)}
+    )
+    optimizer = AdadeltaKeras(model.parameters())
+    if not is_known:
+        with pytest.raises(KerasFileError, match="several orders of them fit"):
+            load_keras(file.path, optimizer, model, weights=True)
+    names = ["dense/kernel", "down/0", "dense_2/kernel"]
+    load_keras(file.path, optimizer, model, weights=True, state_order=None if is_known else names)
+    params = {f"{group}/0": model[group.rpartition("/")[2]].weight for group in groups}
+    file.assert_moved(params, optimizer)

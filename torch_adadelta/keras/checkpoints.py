@@ -55,6 +55,16 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the hyperparameters mean elsewhere
     backend: str | None = None  # of Keras, where the file says
+    is_ordered: bool = True  # whether the layers are known to be in the order of the model
+
+    def __post_init__(self) -> None:
+        if self.model is None or not self.model.is_complete:
+            return
+        order = {layer.path: number for number, layer in enumerate(self.model.layers)}
+        places = [order.get(layer.path, order.get(layer.path.rpartition("/")[0])) for layer in self.layers]
+        if None not in places:  # as it is of a layer that was renamed, in a file that has the old name
+            ranked = sorted(enumerate(self.layers), key=lambda item: (places[item[0]] or 0, item[0]))
+            self.layers, self.is_ordered = [layer for _, layer in ranked], True
 
     @property
     def source(self) -> str:
@@ -310,6 +320,8 @@ def _named_layers(
         if known_layer is not None:
             class_name, config = wrapped_class(known_layer)
             path = known_layer.path
+            if depth < 0 and class_name in _BY_SNAKE_CASE.values():  # above all is its name before it was renamed
+                depth = next((at for at, part in enumerate(above) if _is_part(part)), len(above)) - 1
             prefix = _role_prefix(above[depth + 1 :])
         else:
             class_name, config = None, {}
@@ -321,7 +333,10 @@ def _named_layers(
         layer = layers.setdefault(path, Layer(path, class_name, config))
         variable = Variable("/".join([*prefix, role]), stored)
         if name in by_name or any(other.role == variable.role for other in layer.variables):
-            raise KerasFileError(f"it holds two weights named {name}; name the layers, and save it again")
+            raise KerasFileError(
+                f"it holds two weights named {name}; name the layers, and save it again, or save a .weights.h5 file, "
+                "which has no need of names"
+            )
         by_name[name] = variable
         layer.variables.append(variable)
     return _ungrouped(layers.values()), by_name
@@ -677,13 +692,24 @@ def _from_numbered(
     place = {id(variable): number for number, variable in enumerate(state.order)}
     if model is None or not model.is_complete:
         layers.sort(key=lambda layer: min((place.get(id(v), len(place)) for v in layer.variables), default=0))
+    is_ordered = all(any(variable.has_state for variable in layer.variables) for layer in layers)
     found, notes = configs.without_idle_clipping(found)
     iterations, learning_rate = state.iterations, state.learning_rate
     if learning_rate is not None:
         found["learning_rate"] = _scalar(learning_rate)
     generation = KERAS3 if is_keras3 or learning_rate is not None else NEW
     return Checkpoint(
-        path, format, generation, _split(layers), iterations, found, model, learning_rate, _dropped(drop), notes
+        path,
+        format,
+        generation,
+        _split(layers),
+        iterations,
+        found,
+        model,
+        learning_rate,
+        _dropped(drop),
+        notes,
+        is_ordered=is_ordered,
     )
 
 
@@ -845,6 +871,8 @@ def _from_bundle(path: Path, bundle: Bundle, config: dict[str, Any] | None, drop
         raise KerasFileError(
             _NO_STATE.format(why="no step was taken", how="tf.train.Checkpoint(model=model, optimizer=optimizer)")
         )
+    # Keras 3 lists the weights that are trained, and those of the layers that are frozen come behind them.
+    is_ordered = generation != KERAS3 or all(any(v.has_state for v in layer.variables) for layer in layers)
     found: dict[str, Any] = {n: _scalar(scalars[n]) for n in ("learning_rate", "rho", "decay") if n in scalars}
     return Checkpoint(
         path,
@@ -856,6 +884,7 @@ def _from_bundle(path: Path, bundle: Bundle, config: dict[str, Any] | None, drop
         model,
         scalars.get("learning_rate"),
         _dropped(drop),
+        is_ordered=is_ordered,
     )
 
 

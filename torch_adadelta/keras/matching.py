@@ -550,13 +550,16 @@ class _Matching:
                 f"{', '.join(self._loose)}. Give what they correspond to in mapping. " + self._both()
             )
         if how == "order":
+            if not self._checkpoint.is_ordered:
+                self._fail("the file does not hold the order of the layers; pass config=model.to_json()")
             self._by_order("match='order'")
         if how in ("auto", "names"):
             self._by_names(is_all=how == "names")
         if how == "auto":
             self._by_shapes()
             model = self._checkpoint.model
-            if self._layers and self._units and is_chain and model is not None and model.is_chain:
+            is_ordered = self._checkpoint.is_ordered and model is not None and model.is_chain
+            if self._layers and self._units and is_chain and is_ordered:
                 self._by_order("in order")
         if self._layers or self._units:
             self._fail()

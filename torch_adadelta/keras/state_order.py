@@ -55,14 +55,45 @@ class _Block:
         if self.is_optional and self.variables:
             yield []
 
-    def lanes(self) -> "list[list[_Block]]":
-        """The layers in it: of each list those in a known order."""
-        found: dict[str, list[_Block]] = {}
+    def tasks(self) -> "_Tasks":
+        """Its weights and those of the layers in it, as far as their order is known."""
+        lanes: dict[str, list[_Tasks]] = {}
         for name in sorted(self.children, key=natural):
             # The layers of a model are numbered by class (dense, dense_1, conv2d).
             lane = re.sub(r"_\d+$", "", name) if self.name == "layers" else name
-            found.setdefault(lane, []).append(self.children[name])
-        return list(found.values())
+            lanes.setdefault(lane, []).append(self.children[name].tasks())
+        own = [_Tasks(block=self)] if self.variables else []
+        return _Tasks(steps=[*own, _Tasks(lanes=[_Tasks(steps=steps) for steps in lanes.values()])])
+
+
+class _Tasks(NamedTuple):
+    """Layers whose weights come one after the other: one layer; or steps in their order; or lanes that interleave.
+
+    The layers in a layer need not come in one piece: a layer that several others use lies in the file where it was
+    found first by the alphabet, and its weights come where it was first by creation.
+    """
+
+    block: _Block | None = None
+    steps: "list[_Tasks]" = []  # noqa: RUF012
+    lanes: "list[_Tasks]" = []  # noqa: RUF012
+
+    @property
+    def is_done(self) -> bool:
+        return self.block is None and all(tasks.is_done for tasks in (*self.steps, *self.lanes))
+
+    def next(self) -> "Iterator[tuple[_Block, _Tasks]]":
+        """The layers that may come next, each with what is left then."""
+        if self.block is not None:
+            yield self.block, _Tasks()
+            return
+        steps = [step for step in self.steps if not step.is_done]
+        if steps:
+            for block, left in steps[0].next():
+                yield block, _Tasks(steps=[left, *steps[1:]])
+        lanes = [lane for lane in self.lanes if not lane.is_done]
+        for number, lane in enumerate(lanes):
+            for block, left in lane.next():
+                yield block, _Tasks(lanes=[*lanes[:number], left, *lanes[number + 1 :]])
 
 
 def natural(name: str) -> list[Any]:
@@ -153,13 +184,13 @@ def _weights(layers: Iterable[Layer]) -> dict[str, Variable]:
 
 def _given(names: Sequence[str], weights: dict[str, Variable]) -> list[Variable]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"state_order must be a list of names of weights, got {names!r}")
+        raise KerasFileError(f"state_order must be a list of names of weights, got {names!r}")
     unknown = [name for name in names if name not in weights]
     if unknown:
-        raise ValueError(f"state_order has {unknown[0]!r}, which is no weight; there are {', '.join(weights)}")
+        raise KerasFileError(f"state_order has {unknown[0]!r}, which is no weight; there are {', '.join(weights)}")
     twice = [name for name in names if list(names).count(name) > 1]
     if twice:
-        raise ValueError(f"state_order has {twice[0]!r} twice")
+        raise KerasFileError(f"state_order has {twice[0]!r} twice")
     return [weights[name] for name in names]
 
 
@@ -269,6 +300,7 @@ def _order(units: list[_Block], shapes: list[Shape], problems: list[str]) -> _Or
 def _fitting(units: list[_Block], shapes: list[Shape]) -> list[list[tuple[int, list[Variable]]]] | None:
     """Where each unit may begin, and its weights with state, in all orders that fit as a whole; None if none does."""
     budget = [_MAX_TRIES]
+    most_orders = 2 if len(units) == 1 else _MAX_TRIES  # two are enough to know that it is open
     local: list[list[tuple[int, list[Variable]]]] = []
     starts = {0}
     # How many weights with state the units from one on have at least, and at most.
@@ -279,7 +311,14 @@ def _fitting(units: list[_Block], shapes: list[Shape]) -> list[list[tuple[int, l
     for number, unit in enumerate(units):
         left = len(units) - number
         starts = {at for at in starts if least[left] <= len(shapes) - at <= most[left]}
-        local.append([(at, order) for at in sorted(starts) for order in _distinct(_orders(unit, shapes, at, budget))])
+        tasks, slack = unit.tasks(), most[-1] - len(shapes)
+        local.append(
+            [
+                (at, order)
+                for at in sorted(starts)
+                for order in _distinct(_orders(tasks, shapes, at, slack, budget), most_orders)
+            ]
+        )
         starts = {at + len(order) for at, order in local[-1]}
     ends = {len(shapes)}
     if not starts & ends:
@@ -291,34 +330,29 @@ def _fitting(units: list[_Block], shapes: list[Shape]) -> list[list[tuple[int, l
     return found[::-1]
 
 
-def _distinct(orders: Iterable[list[Variable]]) -> list[list[Variable]]:
-    found = {tuple(map(id, order)): order for order in orders}
+def _distinct(orders: Iterable[list[Variable]], most: int) -> list[list[Variable]]:
+    found: dict[tuple[int, ...], list[Variable]] = {}
+    for order in orders:
+        found[tuple(map(id, order))] = order
+        if len(found) == most:
+            break
     return list(found.values())
 
 
-def _orders(block: _Block, shapes: list[Shape], at: int, budget: list[int]) -> Iterator[list[Variable]]:
-    """The weights of a block that may have the state from a place on, in each order that fits."""
-    budget[0] -= 1
-    if budget[0] < 0:
-        raise OverflowError
-    lanes = block.lanes()
-    for own in block.choices():
-        if shapes[at : at + len(own)] == [variable.value.shape for variable in own]:
-            for tail in _interleaved(lanes, shapes, at + len(own), budget):
-                yield own + tail
-
-
-def _interleaved(
-    lanes: list[list[_Block]], shapes: list[Shape], at: int, budget: list[int]
-) -> Iterator[list[Variable]]:
-    if not lanes:
+def _orders(tasks: _Tasks, shapes: list[Shape], at: int, slack: int, budget: list[int]) -> Iterator[list[Variable]]:
+    """The weights that may have the state from a place on, all but so many, in each order that fits."""
+    if tasks.is_done:
         yield []
         return
-    for index, (first, *others) in enumerate(lanes):
-        remaining = [*lanes[:index], *([others] if others else []), *lanes[index + 1 :]]
-        for head in _orders(first, shapes, at, budget):
-            for tail in _interleaved(remaining, shapes, at + len(head), budget):
-                yield head + tail
+    for block, left in tasks.next():
+        for own in block.choices():
+            budget[0] -= 1
+            if budget[0] < 0:
+                raise OverflowError
+            skipped = len(block.variables) - len(own)
+            if skipped <= slack and shapes[at : at + len(own)] == [variable.value.shape for variable in own]:
+                for tail in _orders(left, shapes, at + len(own), slack - skipped, budget):
+                    yield own + tail
 
 
 def _all_variables(block: _Block) -> list[Variable]:
