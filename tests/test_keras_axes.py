@@ -14,6 +14,7 @@ from keras_chains import FORMATS, Chain, Given, chains
 from keras_memory import checkpoint_of, layer_of, moved
 from torch import Tensor, nn
 
+from torch_adadelta.keras.__main__ import tensors
 from torch_adadelta.keras.checkpoints import Checkpoint
 from torch_adadelta.keras.config import ModelConfig
 from torch_adadelta.keras.errors import KerasFileError
@@ -446,3 +447,49 @@ def test_a_damaged_configuration_is_an_error_that_names_the_file() -> None:
             message = str(error)
             if "damaged" not in message:
                 pytest.fail(message)
+
+
+def test_inputs_that_are_not_known_are_asked_for() -> None:
+    """A Flatten of an input without a shape, and layers whose inputs come from nowhere."""
+    rng = np.random.default_rng(0)
+    layers = [layer_of("dense", "Dense", {}, weights_of(rng, 105, 2))]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(105, 2)).double()
+    entries = [{"class_name": "Flatten", "config": {}}, {"class_name": "Dense", "config": {"name": "dense"}}]
+    config = {"class_name": "Sequential", "config": {"layers": entries}}
+    with pytest.raises(KerasFileError, match="a Flatten of an input of unknown shape, so their order cannot be told"):
+        moved(checkpoint_of(config, layers), model)
+    moved(checkpoint_of(config, layers), model, flatten="channels_last")
+    entries[0]["config"] = {"batch_input_shape": [None, 105]}
+    moved(checkpoint_of(config, layers), model)
+    conv: Entry = ("Conv2D", "conv", {"filters": 3}, ["in"])
+    broken = functional(
+        conv, ("Flatten", "flat", {}, ["convolution"]), ("Dense", "dense", {}, ["flat"]), outputs="dense"
+    )
+    layers.append(layer_of("conv", "Conv2D", {}, weights_of(rng, 1, 1, 2, 3)))
+    model = Hidden(lambda self, x: x, conv=nn.Conv2d(2, 3, 1), dense=nn.Linear(105, 2))
+    with pytest.raises(KerasFileError, match="the file does not say whether flattened feature maps come in here"):
+        moved(checkpoint_of(broken, layers), model)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_convert_follows_the_axes(data_format: str) -> None:
+    chain = Chain((f"conv {data_format}", f"flatten {data_format}"), "shown")
+    checkpoint = checkpoint_of({"class_name": "Sequential", "config": {"layers": chain.entries}}, chain.layers)
+    name = chain.layers[1].path
+    found, notes = tensors(checkpoint)
+    assert f"weights.{name}.kernel" in found  # in the layout of Keras
+    assert notes[0].startswith(f"{name} stays in the layout of Keras: its features are a Flatten of the maps of conv_0")
+    found, notes = tensors(checkpoint, "channels_first")
+    assert notes == []
+    model = chain.model()
+    linear = list(model)[-1]
+    moved(
+        checkpoint,
+        model,
+        mapping={chain.layers[0].path: "0" if isinstance(model[0], nn.Conv2d) else "1", name: str(len(model) - 1)},
+    )
+    assert torch.equal(found[f"weights.{name}.weight"], linear.weight.detach())
+    found, notes = tensors(checkpoint, "channels_last")
+    assert notes == []
+    kernel = chain.layers[1].variables[0].value.read()
+    assert np.array_equal(found[f"weights.{name}.weight"].numpy(), kernel.T)

@@ -84,7 +84,7 @@ class Value:
     @property
     def is_maps(self) -> bool:
         """Whether PyTorch may have another order."""
-        return self.channels is not None or self.is_image or bool(self.doubt)
+        return self.channels is not None or (self.is_image and self.axes is not None) or bool(self.doubt)
 
     def torch_order(self) -> Features:
         """All features in the order of PyTorch."""
@@ -420,7 +420,7 @@ def _given(config: dict[str, Any]) -> Value:
     """The input of a model, by the configuration of its first layer."""
     shape = config.get("batch_shape") or config.get("batch_input_shape")
     if not isinstance(shape, list):
-        return Value()
+        return Value(is_image=True)  # for all that is known
     sizes = [size if isinstance(size, int) else None for size in shape[1:]]
     name = str(config.get("name", "input"))
     return Value([[Feature(size)] for size in sizes], is_image=len(sizes) > 2, why=f"maps of {name}")
@@ -473,9 +473,11 @@ def _with_channels(value: Value, at: int, layer: LayerConfig) -> Value:
 
 def _flattened(layer: LayerConfig, config: dict[str, Any], value: Value) -> Value:
     if value.axes is None:
-        return value
+        return replace(value, doubt="Flatten of an input of unknown shape") if value.is_image else value
     axes = value.axes
-    is_first = config.get("data_format") == "channels_first" and len(axes) > 1
+    if len(axes) < 2:
+        return value
+    is_first = config.get("data_format") == "channels_first"
     if value.is_image and not value.doubt:
         # The format says where the channels are, but it is the default's, and may be that of nobody.
         sizes = [_size(axes[0]) or 0, _size(axes[-1]) or 0]

@@ -55,16 +55,17 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the hyperparameters mean elsewhere
     backend: str | None = None  # of Keras, where the file says
-    is_ordered: bool = True  # whether the layers are known to be in the order of the model
+    is_ordered: bool = True  # whether the layers are known to be in the order of the model without its configuration
 
-    def __post_init__(self) -> None:
-        if self.model is None or not self.model.is_complete:
-            return
-        order = {layer.path: number for number, layer in enumerate(self.model.layers)}
-        places = [order.get(layer.path, order.get(layer.path.rpartition("/")[0])) for layer in self.layers]
-        if None not in places:  # as it is of a layer that was renamed, in a file that has the old name
-            ranked = sorted(enumerate(self.layers), key=lambda item: (places[item[0]] or 0, item[0]))
-            self.layers, self.is_ordered = [layer for _, layer in ranked], True
+    def in_order(self, layers: Sequence[Layer]) -> list[Layer] | None:
+        """Some of the layers in the order of the model; None if that is not known."""
+        if self.model is not None and self.model.is_complete:
+            order = {layer.path: number for number, layer in enumerate(self.model.layers)}
+            places = [order.get(layer.path, order.get(layer.path.rpartition("/")[0])) for layer in layers]
+            if None not in places:  # as it is of a layer that was renamed, in a file that has the old name
+                ranked = sorted(zip(places, range(len(layers)), strict=True))
+                return [layers[number] for _, number in ranked]
+        return list(layers) if self.is_ordered else None
 
     @property
     def source(self) -> str:

@@ -217,6 +217,8 @@ class ModelConfig:
                 nodes = _calls(entry) or [[]]
                 self._count(len(nodes) * len(sources))
                 before = [[_flat(_taken(outputs, s, n) for s in node) for n in range(len(sources))] for node in nodes]
+                if any(bool(node) != all(calls) for node, calls in zip(nodes, before, strict=True)):
+                    self.is_complete = False  # where some input comes from is not known
             trains = is_trainable and layer.get("trainable", True) is not False
             if class_name in CONTAINERS or isinstance(layer.get("layers"), list):
                 found = self._add(entry, f"{path}{name}/", f"{here}/", trains, _flat(before))

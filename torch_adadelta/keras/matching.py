@@ -550,7 +550,7 @@ class _Matching:
                 f"{', '.join(self._loose)}. Give what they correspond to in mapping. " + self._both()
             )
         if how == "order":
-            if not self._checkpoint.is_ordered:
+            if self._checkpoint.in_order(self._layers) is None:
                 self._fail("the file does not hold the order of the layers; pass config=model.to_json()")
             self._by_order("match='order'")
         if how in ("auto", "names"):
@@ -558,7 +558,7 @@ class _Matching:
         if how == "auto":
             self._by_shapes()
             model = self._checkpoint.model
-            is_ordered = self._checkpoint.is_ordered and model is not None and model.is_chain
+            is_ordered = model is not None and model.is_chain and self._checkpoint.in_order(self._layers) is not None
             if self._layers and self._units and is_chain and is_ordered:
                 self._by_order("in order")
         if self._layers or self._units:
@@ -569,7 +569,7 @@ class _Matching:
         return bool(forms(layer)) or any(variable.has_state for variable in layer.variables)
 
     def _by_order(self, why: str) -> None:
-        layers, units = list(self._layers), list(self._units)
+        layers, units = self._checkpoint.in_order(self._layers) or [], list(self._units)
         if len(layers) != len(units):
             self._fail()
         for layer, unit in zip(layers, units, strict=True):

@@ -117,10 +117,11 @@ def load_keras(
         match: how layers and modules find each other. "auto" takes what is the only possibility by kind and shape;
             names if they agree on both sides; and the order if it is known to be that of computation in both, as in two
             Sequentials. "names" demands equal names. "order" takes the modules in the order of their definition.
-        flatten: if feature maps are flattened in front of a Linear, "channels_first" says that the model flattens them
-            as PyTorch does, "channels_last" that it permutes them to the order of Keras before, and a dictionary names
-            the layers behind a flatten with the numbers of their channels. Need not be given where the model shows it
-            by an ``nn.Flatten`` in an ``nn.Sequential``.
+        flatten: how the model flattens feature maps in front of a Linear, and makes features maps: "channels_first" as
+            PyTorch does, "channels_last" if it permutes them to the order of Keras before. Or a dictionary with one of
+            these for each layer, or the number of channels of the maps that the layer takes in one row, or a pair of
+            either for what it takes and what it gives (``{"dense": (None, 32)}`` before a reshape to maps). Need not be
+            given where an ``nn.Sequential`` shows it by an ``nn.Flatten`` or ``nn.Unflatten``.
         config: the configuration of the model, for files without it: what ``model.to_json()`` returned, a file that
             holds that, or the dictionary.
         drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
@@ -131,7 +132,8 @@ def load_keras(
 
     Returns:
         A `Report`, which says what went where. A difference between the two models that changes how training goes on
-        (such as another epsilon of a normalisation) is a note in it, and a UserWarning.
+        (such as another epsilon of a normalisation) is a note in it, and a UserWarning; and so are the options that the
+        file does not hold.
 
     Raises:
         FileNotFoundError, ImportError: there is no such file; h5py is missing.
