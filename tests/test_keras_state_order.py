@@ -418,3 +418,38 @@ def test_layers_that_lie_in_two_places(is_known: bool, tmp_path: Path) -> None:
     load_keras(file.path, optimizer, model, weights=True, state_order=None if is_known else names)
     params = {f"{group}/0": model[group.rpartition("/")[2]].weight for group in groups}
     file.assert_moved(params, optimizer)
+
+
+def test_layers_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    groups: Groups = {"layers/dense": [(3, 3)], "out": [(3, 3)]}
+    file = File(tmp_path / "m.weights.h5", groups, ["out", "layers/dense"])
+    with h5py.File(file.path, "r+") as opened_file:
+        for group in groups:
+            opened_file[f"{group}/vars"].attrs["name"] = "out"
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "out": nn.Linear(3, 3, bias=False)})
+    optimizer = AdadeltaKeras(model.parameters())
+    with pytest.raises(KerasFileError, match=r"layers/dense/kernel \(3, 3\)\n  out/0 \(3, 3\)"):
+        load_keras(file.path, optimizer, model, weights=True)
+
+
+def test_a_configuration_may_have_tuples(tmp_path: Path) -> None:
+    """As Keras' get_config() has, before it is JSON."""
+    entries = [
+        ("InputLayer", {"batch_shape": (None, 7, 5, 3)}),
+        ("Conv2D", {"name": "conv", "filters": 4, "kernel_size": (1, 1)}),
+        ("Permute", {"dims": (3, 1, 2)}),
+        ("Flatten", {}),
+        ("Dense", {"name": "dense"}),
+    ]
+    layers = tuple({"class_name": name, "config": options} for name, options in entries)
+    config = {"class_name": "Sequential", "config": {"layers": layers}}
+    groups: Groups = {"layers/conv2d": [(1, 1, 3, 4), (4,)], "layers/dense": [(140, 2), (2,)]}
+    file = File(tmp_path / "m.weights.h5", groups, list(groups))
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "dense": nn.Linear(140, 2)})
+    report = load_keras(file.path, AdadeltaKeras(model.parameters()), model, weights=True, config=config)
+    assert (
+        "dense/kernel",
+        "dense.weight",
+        "permute (1, 0)",
+        True,
+    ) in report.moves  # the Permute puts the channels first

@@ -8,9 +8,11 @@ Four generations (TensorFlow 2.4, the legacy and the new class of tf_keras, Kera
   the layers, which is in the configuration of the model, or else from the shapes, if those leave one possibility.
 """
 
+import json
 import math
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -169,10 +171,10 @@ def explained(checkpoint: Checkpoint, stored: Stored) -> np.ndarray[Any, Any]:
 
 
 def _given_config(config: Any) -> dict[str, Any] | None:
-    if config is None or isinstance(config, dict):
-        return config
-    if isinstance(config, Mapping):
-        return dict(config)
+    if config is None:
+        return None
+    if isinstance(config, Mapping):  # with lists for tuples, as in a file
+        return configs.parsed(json.dumps(dict(config), default=str), "config")
     if isinstance(config, str) and config.lstrip().startswith("{"):
         return configs.parsed(config, "config")
     with damage_named(Path(config)):
@@ -730,6 +732,10 @@ def _numbered_layers(groups: dict[str, dict[int, Stored]], hdf5: Hdf5, model: Mo
             class_name, config, path = _unknown(top, hdf5)
         own = by_path.setdefault(top, (Layer(path, class_name, config, group=top), {}))
         own[1]["/".join(_role_prefix(inner))] = stored
+    paths = Counter(layer.path for layer, _ in by_path.values())
+    for top, (layer, _) in by_path.items():
+        if paths[layer.path] > 1:
+            layer.path = top
     order = {group: number for number, group in enumerate(known)}
     for top in sorted(by_path, key=lambda group: (order.get(group, 0), natural(group))):
         layer, parts = by_path[top]
@@ -750,7 +756,7 @@ def _is_known(layer: Layer) -> bool:
     if not any(role.isdecimal() for _, _, role in roles):
         return True
     parts = {part for part, _, _ in roles}
-    if layer.class_name is not None:
+    if layer.class_name not in (None, "GroupedQueryAttention"):
         return False
     if parts == set(_PARTS.values()):  # of Dense layers, if somebody wrote it himself
         return all(len(v.value.shape) == 3 for v in layer.variables if v.role.endswith("/0"))

@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 Pair = tuple[Stored, Stored]
 
 _MAX_TRIES: Final = 500_000
+_MAX_FREE: Final = 1000  # weights in layers whose order is not known
 _MAX_SHAPES: Final = 60  # in a message
 
 _STATISTICS: Final = {"moving_mean", "moving_variance"}
@@ -309,6 +310,8 @@ def _fitting(units: list[_Block], shapes: list[Shape]) -> list[list[tuple[int, l
         most.append(most[-1] + len(_all_variables(unit)))
         least.append(least[-1] + (len(unit.variables) if unit.is_known and not unit.is_optional else 0))
     for number, unit in enumerate(units):
+        if not unit.is_known and len(_all_variables(unit)) > _MAX_FREE:
+            raise OverflowError
         left = len(units) - number
         starts = {at for at in starts if least[left] <= len(shapes) - at <= most[left]}
         tasks, slack = unit.tasks(), most[-1] - len(shapes)
