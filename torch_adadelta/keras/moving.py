@@ -166,8 +166,7 @@ def load_keras(
     infos += [f"left out: {what}" for what in checkpoint.dropped]
     if notes:  # before anything is changed, for the user may have made errors of warnings
         warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
-    written: list[tuple[Tensor, Tensor]] = []
-    with _all_or_nothing(optimizer, written):
+    with _all_or_nothing(optimizer):
         for name, value in settings.items():
             setattr(optimizer, name, value)
         optimizer.iterations = iterations
@@ -175,11 +174,7 @@ def load_keras(
             optimizer.state.pop(param, None)
             if param in states:
                 optimizer.state[param] = states[param]
-        with torch.no_grad():
-            for tensor, value in values:
-                before = tensor.detach().clone()
-                tensor.copy_(value)
-                written.append((tensor, before))
+        _set_values(values)
     return Report(f"{path}: {checkpoint.source}", iterations, settings, _rows(found), [*notes, *infos])
 
 
@@ -343,6 +338,21 @@ def _values(found: Match, checkpoint: Checkpoint, notes: list[str]) -> list[tupl
     return values
 
 
+def _set_values(values: list[tuple[Tensor, Tensor]]) -> None:
+    """Writes the tensors of the model: all, or none if one cannot be written to."""
+    written: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        try:
+            for tensor, value in values:
+                before = tensor.detach().clone()
+                tensor.copy_(value)
+                written.append((tensor, before))
+        except BaseException:
+            for tensor, before in written:
+                tensor.copy_(before)
+            raise
+
+
 def _is_rounded(array: Array, tensor: Tensor) -> bool:
     return array.dtype.kind == "f" and torch.finfo(tensor.dtype).bits < array.dtype.itemsize * 8
 
@@ -375,8 +385,8 @@ def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple
 
 
 @contextmanager
-def _all_or_nothing(optimizer: AdadeltaKeras, written: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Restores the optimizer, and the tensors that were written by what they were before, if something fails."""
+def _all_or_nothing(optimizer: AdadeltaKeras) -> Iterator[None]:
+    """Restores the optimizer if setting it fails."""
     groups = [dict(group) for group in optimizer.param_groups]
     defaults, state = dict(optimizer.defaults), dict(optimizer.state)
     sources = [dict(own) for own in optimizer._sources]
@@ -393,9 +403,6 @@ def _all_or_nothing(optimizer: AdadeltaKeras, written: Sequence[tuple[Tensor, Te
         optimizer.state.update(state)
         optimizer._sources = sources
         optimizer._default_sources = default_sources
-        with torch.no_grad():
-            for tensor, before in written:
-                tensor.copy_(before)
         raise
 
 
