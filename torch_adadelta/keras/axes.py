@@ -20,7 +20,7 @@ from torch_adadelta.keras.layouts import KEEP_ORDER, FeatureOrder
 # Layers that leave every axis where it is.
 _ELEMENTWISE: Final = re.compile(
     r"Activation|ReLU|LeakyReLU|ELU|PReLU|Softmax|ThresholdedReLU|Dropout|SpatialDropout\dD|GaussianNoise|GaussianDropout|"
-    r"AlphaDropout|Rescaling|ActivityRegularization|Masking|UnitNormalization|Normalization"
+    r"AlphaDropout|Rescaling|ActivityRegularization|Masking|UnitNormalization|Normalization|Identity"
 )
 _MERGE: Final = re.compile(r"Add|Subtract|Multiply|Average|Maximum|Minimum")
 _CONV: Final = re.compile(r"(Depthwise|Separable)?Conv(\d)D(Transpose)?")
