@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch_adadelta.keras import KerasFileError, Layout, freeze_second_biases, l
 from torch_adadelta.keras.__main__ import main
 from torch_adadelta.keras.bundle import crc32c
 from torch_adadelta.keras.checkpoints import opened
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
 
 DATA: Final = Path(__file__).resolve().parent / "data" / "keras"
 
@@ -870,3 +873,303 @@ def test_an_order_that_shapes_leave_open_is_refused(tmp_path: Path) -> None:
         opened(path),
     ):
         pass
+
+
+# ---- Options that mean something else elsewhere ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["new.h5", "k3.h5"])
+@pytest.mark.parametrize(
+    ("given", "expected", "notes"),
+    [
+        ({"clipnorm": 0}, {}, ["clipnorm=0 means no clipping in this Keras, and is left out"]),
+        ({"clipvalue": 0.0, "global_clipnorm": 0}, {}, None),
+        ({"clipnorm": 0.0, "global_clipnorm": 2.0}, {"global_clipnorm": 2.0}, None),
+        (
+            {"clipnorm": 1.0, "clipvalue": 0.5},
+            {"clipnorm": 1.0},
+            ["clipvalue=0.5 does nothing in this Keras beside clipnorm, and is left out"],
+        ),
+        ({"clipnorm": 1.0, "clipvalue": 0}, {"clipnorm": 1.0}, None),
+    ],
+)
+def test_clip_options_that_do_nothing_in_newer_keras(
+    name: str, given: dict[str, Any], expected: dict[str, float], notes: list[str] | None, tmp_path: Path
+) -> None:
+    path = edited(tmp_path, optimizer_config(**given), name)
+    model, optimizer = build(clipvalue=3.0)
+    report = load_keras(path, optimizer, model)
+    for key in ("clipvalue", "clipnorm", "global_clipnorm"):
+        assert getattr(optimizer, key) == expected.get(key), key
+    assert notes is None or report.notes == notes
+    assert len(report.notes) == len(given) - len(expected)
+
+
+def test_a_clip_option_of_zero_is_itself_in_tensorflow_2_4(tmp_path: Path) -> None:
+    model, optimizer = build()
+    load_keras(edited(tmp_path, optimizer_config(clipvalue=0.0, clipnorm=1.0)), optimizer, model)
+    assert (optimizer.clipvalue, optimizer.clipnorm) == (0.0, 1.0)
+
+
+def test_an_epsilon_of_zero_is_refused_where_it_stays_zero(tmp_path: Path) -> None:
+    for name in ("new.h5", "k3.h5"):
+        path = edited(tmp_path, optimizer_config(epsilon=0.0), name)
+        assert_refused(path, r"epsilon=0\.0, which stays 0 in this Keras, and means 1e-7 for AdadeltaKeras")
+        model, optimizer = build(epsilon=1e-30, learning_rate=0.5)
+        load_keras(path, optimizer, model, hyperparameters=False)
+        assert (optimizer.iterations, optimizer.epsilon) == (4, 1e-30)
+    model, optimizer = build()
+    load_keras(edited(tmp_path, optimizer_config(epsilon=0)), optimizer, model)
+    assert optimizer.epsilon == 1e-7
+
+
+def test_what_newer_keras_would_take_otherwise_is_not_written(tmp_path: Path) -> None:
+    for name in ("new.h5", "k3.h5"):
+        model, optimizer = build()
+        load_keras(DATA / name, optimizer, model)
+        for options, message in (
+            ({"clipnorm": 0.0}, "clipnorm=0, which means no clipping in this Keras"),
+            ({"clipnorm": 1.0, "clipvalue": 1.0}, "clipnorm and clipvalue, of which this Keras takes one only"),
+        ):
+            other = AdadeltaKeras(model.named_parameters(), **options)
+            other.load_state_dict({**other.state_dict(), "state": optimizer.state_dict()["state"]})
+            with pytest.raises(ValueError, match=message):
+                save_keras(tmp_path / "m.h5", other, model, DATA / name)
+            save_keras(tmp_path / "m.h5", other, model, DATA / name, hyperparameters=False)
+    model, optimizer = build(clipnorm=0.0, clipvalue=1.0)
+    save_keras(tmp_path / "m.h5", optimizer, model, DATA / "tf24.h5")
+
+
+@pytest.mark.parametrize("name", ["tf24.h5", "new.h5", "k3.h5", "new.keras"])
+def test_no_clip_option_is_written_over_that_of_the_template(name: str, tmp_path: Path) -> None:
+    """Keras, too, must go on without."""
+    model, optimizer = build(clipnorm=1.0)
+    template, back = tmp_path / f"template.{name.rpartition('.')[2]}", tmp_path / f"back.{name.rpartition('.')[2]}"
+    save_keras(template, optimizer, model, DATA / name)
+    assert written_config(template)["clipnorm"] == 1.0
+    model, optimizer = build()
+    save_keras(back, optimizer, model, template)
+    config = written_config(back)
+    assert [config.get(key) for key in ("clipvalue", "clipnorm", "global_clipnorm")] == [None] * 3
+    model, optimizer = build(global_clipnorm=2.0)
+    save_keras(back, optimizer, model, template)
+    assert [written_config(back).get(key) for key in ("clipnorm", "global_clipnorm")] == [None, 2.0]
+    load_keras(back, optimizer, model)
+    assert (optimizer.clipnorm, optimizer.global_clipnorm) == (None, 2.0)
+
+
+def written_config(path: Path) -> dict[str, Any]:
+    if zipfile.is_zipfile(path):
+        return json.loads(zipfile.ZipFile(path).read("config.json"))["compile_config"]["optimizer"]["config"]
+    with h5py.File(path, "r") as file:
+        return json.loads(file.attrs["training_config"])["optimizer_config"]["config"]
+
+
+# ---- What a file does not hold --------------------------------------------------------------------------------------
+
+OWN: Final = {"clipnorm": 2.0, "learning_rate": 0.125, "rho": 0.5, "epsilon": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("new.weights.h5", "clipnorm=2.0, clipvalue=None, global_clipnorm=None, learning_rate=0.125, decay=0.0, rho=0.5, "
+                           "epsilon=0.001, and no weight decay"),
+        ("k3.weights.h5", "clipnorm=2.0, clipvalue=None, global_clipnorm=None, decay=0.0, rho=0.5, epsilon=0.001, and no "
+                          "weight decay"),
+        ("k3.keras", "clipnorm=2.0, clipvalue=None, global_clipnorm=None, decay=0.0, rho=0.5, epsilon=0.001, and no "
+                     "weight decay"),
+        ("new_tfck2/c-1", "clipnorm=2.0, clipvalue=None, global_clipnorm=None, decay=0.0, rho=0.5, epsilon=0.001, and no "
+                          "weight decay"),
+        ("tf24_tfck2/c-1", "clipnorm=2.0, clipvalue=None, global_clipnorm=None, epsilon=0.001"),
+        ("tf24.h5", None),
+        ("new.h5", None),
+        ("new.keras", None),
+        ("k3.h5", None),
+    ],
+)  # fmt: skip
+def test_what_the_file_cannot_confirm_is_told(name: str, options: str | None) -> None:
+    model, optimizer = build(**OWN)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = load_keras(DATA / name, optimizer, model)
+    expected = [] if options is None else [
+        f"not in the file, so that training goes on with what the optimizer has: {options}; see that Keras had the same"
+    ]  # fmt: skip
+    assert report.notes == expected
+    assert [str(warning.message) for warning in caught] == [f"{DATA / name}: {note}" for note in expected]
+    assert caught == [] or caught[0].filename == __file__
+    # Who keeps his own knows.
+    model, optimizer = build(**OWN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_keras(DATA / name, optimizer, model, hyperparameters=False).notes == []
+
+
+def test_a_schedule_that_is_not_in_the_file_is_told(tmp_path: Path) -> None:
+    """Keras 3 leaves the learning rate away where it is a schedule."""
+    path = tmp_path / "k3.weights.h5"
+    path.write_bytes((DATA / "k3.weights.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        states = file["optimizer/vars"]
+        del states["1"]
+        for number in range(2, 10):
+            states.move(str(number), str(number - 1))
+    model, optimizer = build(**OWN)
+    with pytest.warns(
+        UserWarning, match=r"learning_rate=0\.125.* see that Keras had the same \(Keras had a schedule\)"
+    ):
+        load_keras(path, optimizer, model)
+    np.testing.assert_array_equal(optimizer.state[model[0].weight]["square_avg"].numpy(), truth("k3")[1][0].T)
+
+
+# ---- What cannot go on as it was ------------------------------------------------------------------------------------
+
+
+def test_norms_of_parameters_that_are_not_one_to_one(tmp_path: Path) -> None:
+    gru = recurrent(3, 2, 3, (2, 6))
+    rng = np.random.default_rng(0)
+    parts = {
+        f"{part}/{role}": rng.standard_normal(shape)
+        for part in ("query", "key", "value", "attention_output")
+        for role, shape in (
+            ("kernel", (2, 2, 4) if "_" in part else (4, 2, 2)),
+            ("bias", (4,) if "_" in part else (2, 2)),
+        )
+    }
+    path = write_h5(tmp_path / "m.h5", {"attend": parts, "gru": gru, "one": dense(4, 3)}, clipnorm=1.0)
+
+    def model() -> nn.Module:
+        return Net(attend=nn.MultiheadAttention(4, 2), gru=nn.GRU(3, 2), one=nn.Linear(4, 3))
+
+    with pytest.warns(UserWarning, match="clipnorm=1") as caught:
+        load(path, model())
+    names = "attend/{0}/{1}"
+    assert str(caught[0].message).replace(str(tmp_path), "TMP") == (
+        "TMP/m.h5: clipnorm=1 takes the norm of each parameter, and Keras of each of its weights, which are not the same for "
+        "gru.bias_ih_l0 and gru.bias_hh_l0 (in Keras gru/bias); attend.in_proj_weight (in Keras "
+        + ", ".join(names.format(part, "kernel") for part in ("query", "key", "value"))
+        + "); attend.in_proj_bias (in Keras "
+        + ", ".join(names.format(part, "bias") for part in ("query", "key", "value"))
+        + "): there gradients are clipped differently. clipvalue and global_clipnorm carry over; or leave clipnorm away, and "
+        "clip by the norms of Keras in a gradient_aggregator"
+    )
+    # The optimizer's own, of which the file knows nothing.
+    other = model()
+    with pytest.warns(UserWarning, match="clipnorm=3 takes the norm"):
+        load_keras(path, AdadeltaKeras(other.parameters(), clipnorm=3.0), other, hyperparameters=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"clipvalue": 1.0}, {"global_clipnorm": 1.0}, {}):
+            load(write_h5(tmp_path / "n.h5", {"attend": parts, "gru": gru, "one": dense(4, 3)}, **options), model())
+        lstm = freeze_second_biases(Net(rnn=nn.LSTM(3, 2)))
+        load(write_h5(tmp_path / "l.h5", {"lstm": recurrent(3, 2, 4, (8,))}, clipnorm=1.0), lstm)
+
+
+@pytest.mark.parametrize(
+    ("version", "backend"), [("3.15.1", "tensorflow"), ("3.15.1", "torch"), ("2.21.0", "tensorflow")]
+)
+def test_repeated_indices_of_an_embedding(version: str, backend: str, tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "m.h5", {"embed": {"embeddings": np.ones((5, 4))}, "one": dense(4, 3)})
+    with h5py.File(path, "r+") as file:
+        file.attrs["keras_version"], file.attrs["backend"] = version, backend
+    model = Net(embed=nn.Embedding(5, 4, sparse=version < "3"), one=nn.Linear(4, 3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(path, model)
+    expected = [
+        f"{path}: embed: Keras 3 on TensorFlow adds the squares of the gradients of rows that a batch uses more than once, "
+        "where AdadeltaKeras squares their sum; with such batches training goes on differently"
+    ]
+    assert [str(warning.message) for warning in caught] == (
+        expected if (version, backend) == ("3.15.1", "tensorflow") else []
+    )
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_recurrent_layers_that_go_another_way(is_wrapped: bool, tmp_path: Path) -> None:
+    options = {"go_backwards": True, "stateful": True}
+    weights = recurrent(3, 2, 4, (8,))
+    if is_wrapped:
+        options = {"layer": {"class_name": "LSTM", "config": options}}
+        weights = {f"{side}_lstm/{k}": v for side in ("forward", "backward") for k, v in weights.items()}
+    config = chain(("lstm", "Bidirectional" if is_wrapped else "LSTM", options))
+    path = write_h5(tmp_path / "m.h5", {"lstm": weights}, config)
+    model = freeze_second_biases(Net(rnn=nn.LSTM(3, 2, bidirectional=is_wrapped)))
+    with pytest.warns(UserWarning, match="go_backwards") as caught:
+        load(path, model)
+    assert str(caught[0].message) == (
+        f"{path}: lstm has go_backwards=True, and rnn goes forwards; lstm has stateful=True, and rnn begins each batch anew"
+    )
+
+
+# ---- All or nothing -------------------------------------------------------------------------------------------------
+
+
+def test_a_load_that_fails_amid_the_writes_leaves_nothing(tmp_path: Path) -> None:
+    """The statistics of the norm share one element, so that writing them fails when all else is set."""
+    schedule = {
+        "class_name": "ExponentialDecay",
+        "config": {"initial_learning_rate": 3.0, "decay_steps": 5, "decay_rate": 0.5},
+    }
+    norm = {"gamma": np.ones(3), "beta": np.zeros(3), "moving_mean": np.ones(3), "moving_variance": np.ones(3)}
+    path = write_h5(
+        tmp_path / "m.h5", {"one": dense(4, 3), "norm": norm}, learning_rate=schedule, clipnorm=5.0, rho=0.75
+    )
+    model = Net(one=nn.Linear(4, 3), norm=nn.BatchNorm1d(3))
+    model.norm.running_mean = torch.zeros(1, dtype=torch.float64).expand(3)
+    optimizer = AdadeltaKeras(model.one.named_parameters(), learning_rate=0.125, clipvalue=2.0)
+    optimizer.add_param_group({"params": list(model.norm.named_parameters()), "lr": 0.25})
+    optimizer.iterations = 2
+    before = [param.clone() for param in (*model.parameters(), *model.buffers())]
+    state, defaults = optimizer.state_dict(), dict(optimizer.defaults)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        load_keras(path, optimizer, model, weights=True)
+    assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
+    assert optimizer.state_dict() == state
+    assert dict(optimizer.defaults) == defaults
+    assert (optimizer.iterations, optimizer.learning_rate, optimizer.clipnorm, optimizer.clipvalue) == (
+        2,
+        0.125,
+        None,
+        2.0,
+    )
+    # A group that comes later has the learning rate of before, not the schedule.
+    extra = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer.add_param_group({"params": [("extra", extra)]})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.25, 0.125]
+    for param in (*model.parameters(), extra):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.25, 0.125]
+    other = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    other.grad = torch.ones_like(other)
+    AdadeltaKeras([other], learning_rate=0.125, clipvalue=2.0).step()
+    assert torch.equal(extra, other)
+
+
+def test_a_warning_that_is_an_error_leaves_nothing() -> None:
+    model, optimizer = build(learning_rate=0.125)
+    before = [param.clone() for param in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="not in the file"):
+            load_keras(DATA / "k3.weights.h5", optimizer, model, weights=True)
+    assert (optimizer.iterations, optimizer.learning_rate, dict(optimizer.state)) == (0, 0.125, {})
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_blocks_of_a_layout_go_out_as_they_came_in(tmp_path: Path) -> None:
+    """An order of three that is not its own inverse."""
+    kernel = np.arange(24.0).reshape(4, 6)
+    path = write_h5(tmp_path / "m.h5", {"odd": {"kernel": kernel}})
+    model = Net()
+    model.weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+    layout = Layout(view=(4, 3, 2), blocks=(1, 2, 0), permutation=(1, 2, 0), shape=(6, 4))
+    mapping = {"odd/kernel": ("weight", layout)}
+    optimizer = load(path, model, mapping=mapping)
+    assert_is(model.weight, kernel.reshape(4, 3, 2)[:, [1, 2, 0]].transpose(1, 2, 0).reshape(6, 4))
+    assert_is(optimizer.state[model.weight]["square_avg"], model.weight.detach().numpy() ** 2)
+    save_keras(tmp_path / "back.h5", optimizer, model, path, mapping=mapping)
+    for key, value in datasets(path).items():
+        np.testing.assert_array_equal(datasets(tmp_path / "back.h5")[key], value)

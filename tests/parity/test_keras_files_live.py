@@ -65,6 +65,8 @@ def loaded(path: Path, name: str, generation: str, format: str, keras_model: Any
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*rows that a batch uses")
+        if format not in WITH_CONFIG or ".keras" in path.name:
+            warnings.filterwarnings("ignore", message=".*not in the file")
         load_keras(path, optimizer, model, weights=True, **options)
     return model, optimizer
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch_adadelta.keras.checkpoints import SLOTS, Checkpoint, Layer, Variable, explained, opened
 from torch_adadelta.keras.config import DROPPABLE
 from torch_adadelta.keras.errors import KerasFileError
-from torch_adadelta.keras.layouts import Piece, same
-from torch_adadelta.keras.matching import Flattening, canonical
+from torch_adadelta.keras.layouts import Piece, Unfit, same
+from torch_adadelta.keras.matching import FLATTEN, Flattening, canonical
 
 
 def table(checkpoint: Checkpoint) -> str:
@@ -64,11 +64,11 @@ def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[st
     notes = []
     flattening = Flattening(checkpoint, flatten)
     for layer in checkpoint.layers:
-        layout = canonical(layer)
         layer_name = layer.path.replace("/", ".")
-        if layout is None or (flatten != "channels_last" and flattening.concerns(layer)):
-            why = "its inputs are flattened maps" if layout else "no module of PyTorch is known for it"
-            notes.append(f"{layer.path} stays in the layout of Keras: {why}")
+        try:
+            layout = canonical(layer, flattening)
+        except Unfit as error:
+            notes.append(f"{layer.path} stays in the layout of Keras: {error}")
             layout = [Piece(v.role, v.role.replace("/", "."), same(v.value.shape)) for v in layer.variables]
         for key in ("value", *SLOTS):
             for name, array in _parameters(checkpoint, layer, layout, key).items():
@@ -136,15 +136,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("file", type=Path, help=".h5, .keras, .weights.h5, TensorFlow checkpoint or SavedModel")
         command.add_argument("--config", type=Path, help="a file with model.to_json(), for files without it")
         command.add_argument("--drop", action="append", default=[], choices=DROPPABLE, help="what may be left out")
+        command.add_argument("--state-order", nargs="+", metavar="WEIGHT", help="the weights as the optimizer has them")
     converter.add_argument("out", type=Path, help=".pt or .safetensors")
     converter.add_argument(
         "--flatten",
-        choices=["channels_last"],
-        help="take it that no features are reordered between a convolution and a Linear",
+        choices=FLATTEN,
+        help="how the model flattens feature maps; channels_last where it keeps the order of Keras",
     )
     options = parser.parse_args(arguments)
     try:
-        with opened(options.file, options.config, options.drop) as checkpoint:
+        with opened(options.file, options.config, options.drop, options.state_order) as checkpoint:
             if options.command == "inspect":
                 print(table(checkpoint))
             else:

@@ -8,10 +8,12 @@ Four generations (TensorFlow 2.4, the legacy and the new class of tf_keras, Kera
   the layers, which is in the configuration of the model, or else from the shapes, if those leave one possibility.
 """
 
+import json
 import math
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -25,6 +27,8 @@ from torch_adadelta.keras.bundle import Bundle, Node, find_prefix
 from torch_adadelta.keras.config import LayerConfig, ModelConfig
 from torch_adadelta.keras.errors import MAX_EXPANSION, KerasFileError, Stored
 from torch_adadelta.keras.hdf5 import Hdf5, probe, required
+from torch_adadelta.keras.layers import Layer, Variable
+from torch_adadelta.keras.state_order import assigned, natural
 
 SLOTS: Final = ("square_avg", "acc_delta")
 
@@ -36,35 +40,6 @@ _GENERATIONS: Final = {
 }
 
 _WEIGHTS: Final = "model.weights.h5"
-
-
-@dataclass
-class Variable:
-    """A weight, and its state if the optimizer has some for it."""
-
-    role: str  # what it is in its layer: "kernel", "forward/bias", "query/kernel"; "0", "1", … if that is not known
-    value: Stored
-    square_avg: Stored | None = None
-    acc_delta: Stored | None = None
-
-    @property
-    def has_state(self) -> bool:
-        """Whether the optimizer trained it."""
-        return self.square_avg is not None
-
-
-@dataclass
-class Layer:
-    """A layer with weights."""
-
-    path: str  # "dense_1", or "encoder/dense_1" in a nested model
-    class_name: str | None
-    config: dict[str, Any] = field(default_factory=dict)
-    variables: list[Variable] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        shapes = ", ".join(f"{variable.role} {variable.value.shape}" for variable in self.variables)
-        return f"{self.path} ({self.class_name or 'class unknown'}): {shapes}"
 
 
 @dataclass
@@ -80,6 +55,19 @@ class Checkpoint:
     model: ModelConfig | None
     learning_rate: Stored | None = None  # the variable, where there is one
     dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the hyperparameters mean elsewhere
+    backend: str | None = None  # of Keras, where the file says
+    is_ordered: bool = True  # whether the layers are known to be in the order of the model without its configuration
+
+    def in_order(self, layers: Sequence[Layer]) -> list[Layer] | None:
+        """Some of the layers in the order of the model; None if that is not known."""
+        if self.model is not None and self.model.is_complete:
+            order = {layer.path: number for number, layer in enumerate(self.model.layers)}
+            places = [order.get(layer.path, order.get(layer.path.rpartition("/")[0])) for layer in layers]
+            if None not in places:  # as it is of a layer that was renamed, in a file that has the old name
+                ranked = sorted(zip(places, range(len(layers)), strict=True))
+                return [layers[number] for _, number in ranked]
+        return list(layers) if self.is_ordered else None
 
     @property
     def source(self) -> str:
@@ -88,9 +76,7 @@ class Checkpoint:
 
     def variables(self) -> Iterator[tuple[Layer, Variable]]:
         """All weights with their layers."""
-        for layer in self.layers:
-            for variable in layer.variables:
-                yield layer, variable
+        yield from _variables(self.layers)
 
     def count(self) -> int:
         """The iterations.
@@ -106,9 +92,18 @@ class Checkpoint:
         return count
 
 
+def _variables(layers: Iterable[Layer]) -> Iterator[tuple[Layer, Variable]]:
+    for layer in layers:
+        for variable in layer.variables:
+            yield layer, variable
+
+
 @contextmanager
 def opened(
-    path: str | Path, config: str | Path | Mapping[str, Any] | None = None, drop: Collection[str] = ()
+    path: str | Path,
+    config: str | Path | Mapping[str, Any] | None = None,
+    drop: Collection[str] = (),
+    state_order: Sequence[str] | None = None,
 ) -> Iterator[Checkpoint]:
     """Opens a file of any kind that holds a model of Keras and the state of its Adadelta.
 
@@ -118,6 +113,7 @@ def opened(
         config: for files without it, the configuration of the model: what ``model.to_json()`` returned, a file that
             holds it, or the dictionary.
         drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
+        state_order: the names of the weights in the order of the optimizer, for files that number its state.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -130,8 +126,8 @@ def opened(
     path = Path(path)
     closers: list[Any] = []
     try:
-        with _explained(path):
-            checkpoint = _read(path, _given_config(config), drop, closers)
+        with damage_named(path):
+            checkpoint = _read(path, _given_config(config), drop, state_order, closers)
         yield checkpoint
     finally:
         for closer in closers:
@@ -139,7 +135,7 @@ def opened(
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turns whatever a damaged file leads to into a KerasFileError that names it."""
     try:
         yield
@@ -167,7 +163,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def explained(checkpoint: Checkpoint, stored: Stored) -> np.ndarray[Any, Any]:
     """Reads an array; what goes wrong is a KerasFileError that names the file."""
-    with _explained(checkpoint.path):
+    with damage_named(checkpoint.path):
         array = stored.read()
         if array.shape != stored.shape:
             raise KerasFileError(f"{stored.name} has shape {array.shape}, not {stored.shape}")
@@ -175,21 +171,28 @@ def explained(checkpoint: Checkpoint, stored: Stored) -> np.ndarray[Any, Any]:
 
 
 def _given_config(config: Any) -> dict[str, Any] | None:
-    if config is None or isinstance(config, dict):
-        return config
-    if isinstance(config, Mapping):
-        return dict(config)
+    if config is None:
+        return None
+    if isinstance(config, Mapping):  # with lists for tuples, as in a file
+        return configs.parsed(json.dumps(dict(config), default=str), "config")
     if isinstance(config, str) and config.lstrip().startswith("{"):
         return configs.parsed(config, "config")
-    with _explained(Path(config)):
+    with damage_named(Path(config)):
         return configs.parsed(Path(config).read_bytes(), "config")
 
 
-def _read(path: Path, config: dict[str, Any] | None, drop: Collection[str], closers: list[Any]) -> Checkpoint:
+def _read(
+    path: Path,
+    config: dict[str, Any] | None,
+    drop: Collection[str],
+    state_order: Sequence[str] | None,
+    closers: list[Any],
+) -> Checkpoint:
     if config is not None:
         configs.refuse_lambdas(config, "config", drop)
     prefix = find_prefix(path)
     if prefix is not None:
+        _refuse_order(state_order)
         bundle = Bundle(prefix)
         closers.append(bundle)
         return _from_bundle(path, bundle, config, drop)
@@ -199,7 +202,7 @@ def _read(path: Path, config: dict[str, Any] | None, drop: Collection[str], clos
         magic = file.read(8)
         size = path.stat().st_size
     if magic[:4] == b"PK\x03\x04":
-        return _from_zip(path, size, config, drop, closers)
+        return _from_zip(path, size, config, drop, state_order, closers)
     if magic == b"\x89HDF\r\n\x1a\n":
         probe(path)
         file = path.open("rb")
@@ -207,14 +210,20 @@ def _read(path: Path, config: dict[str, Any] | None, drop: Collection[str], clos
         hdf5 = Hdf5(file, size)
         closers.insert(0, hdf5)
         if hdf5.has("model_weights"):
+            _refuse_order(state_order)
             return _from_h5(path, hdf5, drop)
         if hdf5.attribute_list("", "layer_names") is not None:
             raise KerasFileError(
                 "it holds weights only, as save_weights writes them in .h5. Save with model.save('model.h5'), which "
                 "keeps the state of the optimizer too"
             )
-        return _from_numbered(path, hdf5, ".weights.h5", None, {}, config, drop)
+        return _from_numbered(path, hdf5, ".weights.h5", None, {}, config, drop, state_order)
     raise KerasFileError("it is no .h5, .keras or .weights.h5 file, and there is no TensorFlow checkpoint of that name")
+
+
+def _refuse_order(state_order: Sequence[str] | None) -> None:
+    if state_order is not None:
+        raise KerasFileError("state_order is for files that number the state; in this one it has the names of weights")
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
@@ -255,6 +264,13 @@ def _role_prefix(parts: list[str]) -> list[str]:
         else:
             found.append(_PARTS.get(name, name))
     return found
+
+
+def _mark_frozen(layers: Iterable[Layer], model: ModelConfig | None) -> None:
+    """Marks the weights that are not trained, by the configuration."""
+    known = model.by_path() if model else {}
+    for layer, variable in _variables(layers):
+        variable.is_frozen = layer.path in known and not known[layer.path].is_trainable
 
 
 def _split(layers: list[Layer]) -> list[Layer]:
@@ -307,6 +323,8 @@ def _named_layers(
         if known_layer is not None:
             class_name, config = wrapped_class(known_layer)
             path = known_layer.path
+            if depth < 0 and class_name in _BY_SNAKE_CASE.values():  # above all is its name before it was renamed
+                depth = next((at for at, part in enumerate(above) if _is_part(part)), len(above)) - 1
             prefix = _role_prefix(above[depth + 1 :])
         else:
             class_name, config = None, {}
@@ -318,7 +336,10 @@ def _named_layers(
         layer = layers.setdefault(path, Layer(path, class_name, config))
         variable = Variable("/".join([*prefix, role]), stored)
         if name in by_name or any(other.role == variable.role for other in layer.variables):
-            raise KerasFileError(f"it holds two weights named {name}; name the layers, and save it again")
+            raise KerasFileError(
+                f"it holds two weights named {name}; name the layers, and save it again, or save a .weights.h5 file, "
+                "which has no need of names"
+            )
         by_name[name] = variable
         layer.variables.append(variable)
     return _ungrouped(layers.values()), by_name
@@ -459,6 +480,7 @@ def _from_h5(path: Path, hdf5: Hdf5, drop: Collection[str]) -> Checkpoint:
         for name in hdf5.attribute_list(f"model_weights/{top}", "weight_names") or []:
             names.append((top, _without_number(name), hdf5.stored(f"model_weights/{top}/{name}")))
     layers, by_name = _named_layers(names, model)
+    _mark_frozen(layers, model)
 
     text = hdf5.root_text("training_config")
     stored_names = hdf5.attribute_list("optimizer_weights", "weight_names")
@@ -494,7 +516,20 @@ def _from_h5(path: Path, hdf5: Hdf5, drop: Collection[str]) -> Checkpoint:
         )
     if learning_rate is not None and not isinstance(found.get("learning_rate"), dict):
         found["learning_rate"] = _scalar(learning_rate)
-    return Checkpoint(path, ".h5", generation, _split(layers), iterations, found, model, learning_rate, _dropped(drop))
+    found, notes = configs.without_idle_clipping(found) if generation != LEGACY else (found, [])
+    return Checkpoint(
+        path,
+        ".h5",
+        generation,
+        _split(layers),
+        iterations,
+        found,
+        model,
+        learning_rate,
+        _dropped(drop),
+        notes,
+        hdf5.root_text("backend"),
+    )
 
 
 def _dropped(drop: Collection[str]) -> list[str]:
@@ -512,7 +547,12 @@ def _scalar(stored: Stored) -> float:
 
 
 def _from_zip(
-    path: Path, size: int, config: dict[str, Any] | None, drop: Collection[str], closers: list[Any]
+    path: Path,
+    size: int,
+    config: dict[str, Any] | None,
+    drop: Collection[str],
+    state_order: Sequence[str] | None,
+    closers: list[Any],
 ) -> Checkpoint:
     required()
     with zipfile.ZipFile(path) as archive:
@@ -535,7 +575,6 @@ def _from_zip(
     optimizer = compiled.get("optimizer") if isinstance(compiled, dict) else None
     if isinstance(optimizer, str):
         optimizer = {"class_name": optimizer[:1].upper() + optimizer[1:], "config": {}}
-    found = configs.hyperparameters(optimizer, drop) if optimizer is not None else {}
     if isinstance(optimizer, dict) and "legacy" in str(optimizer.get("module", "")):
         raise KerasFileError(
             _NO_STATE.format(
@@ -543,7 +582,7 @@ def _from_zip(
                 how="model.save('model.h5'), or tf.train.Checkpoint(model=model, optimizer=model.optimizer)",
             )
         )
-    return _from_numbered(path, hdf5, ".keras", version, found, config or own, drop)
+    return _from_numbered(path, hdf5, ".keras", version, optimizer, config or own, drop, state_order)
 
 
 def _member(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
@@ -609,10 +648,12 @@ def _from_numbered(
     hdf5: Hdf5,
     format: str,
     version: str | None,
-    found: dict[str, Any],
+    optimizer: Any,
     config: dict[str, Any] | None,
     drop: Collection[str],
+    state_order: Sequence[str] | None,
 ) -> Checkpoint:
+    found = configs.hyperparameters(optimizer, drop) if optimizer else {}
     model = ModelConfig(config) if config is not None else None
     groups: dict[str, dict[int, Stored]] = {}
     for name, dataset in hdf5.datasets():
@@ -628,6 +669,7 @@ def _from_numbered(
     if not groups:
         raise KerasFileError("it holds no weights")
     layers = _numbered_layers(groups, hdf5, model)
+    _mark_frozen(layers, model)
     states = _numbered_states(hdf5)
     attribute = hdf5.get("optimizer/vars")
     optimizer_name = hdf5.attribute_text(attribute, "name") if attribute is not None else None
@@ -644,19 +686,34 @@ def _from_numbered(
         kind = re.fullmatch(rf"({_OTHER_OPTIMIZERS})(_\d+)?", optimizer_name)
         if kind:
             raise KerasFileError(f"its optimizer is {kind[1]}, not Adadelta")
-    trained = [(layer, variable) for layer, variable in _trainable(layers, model)]
-    iterations, learning_rate, pairs = _parted(states, [v for _, v in trained], drop, model)
-    order = _assignment(layers, trained, [pair[0].shape for pair in pairs], model)
-    for variable, (square_avg, acc_delta) in zip(order, pairs, strict=True):
-        _attach("a weight", variable, square_avg, acc_delta)
-    place = {id(variable): number for number, variable in enumerate(order)}
+    if len(states) < 2 + (states[-1].shape == () and states[-1].dtype.kind == "f"):
+        raise KerasFileError(_NO_STATE.format(why="no step was taken", how="what you saved it with"))
+    state = assigned(states, layers, model, optimizer["config"] if optimizer else {}, drop, state_order)
+    for _, variable in _variables(layers):
+        if id(variable) in state.pairs:
+            _attach("a weight", variable, *state.pairs[id(variable)])
+    place = {id(variable): number for number, variable in enumerate(state.order)}
     if model is None or not model.is_complete:
         layers.sort(key=lambda layer: min((place.get(id(v), len(place)) for v in layer.variables), default=0))
-    found = dict(found)
+    is_ordered = all(any(variable.has_state for variable in layer.variables) for layer in layers)
+    found, notes = configs.without_idle_clipping(found)
+    iterations, learning_rate = state.iterations, state.learning_rate
     if learning_rate is not None:
         found["learning_rate"] = _scalar(learning_rate)
     generation = KERAS3 if is_keras3 or learning_rate is not None else NEW
-    return Checkpoint(path, format, generation, _split(layers), iterations, found, model, learning_rate, _dropped(drop))
+    return Checkpoint(
+        path,
+        format,
+        generation,
+        _split(layers),
+        iterations,
+        found,
+        model,
+        learning_rate,
+        _dropped(drop),
+        notes,
+        is_ordered=is_ordered,
+    )
 
 
 def _numbered_layers(groups: dict[str, dict[int, Stored]], hdf5: Hdf5, model: ModelConfig | None) -> list[Layer]:
@@ -673,9 +730,14 @@ def _numbered_layers(groups: dict[str, dict[int, Stored]], hdf5: Hdf5, model: Mo
             if model is not None and model.is_complete and model.layers:
                 raise KerasFileError(f"it holds {group}, which is no layer of the model in its configuration")
             class_name, config, path = _unknown(top, hdf5)
-        by_path.setdefault(top, (Layer(path, class_name, config), {}))[1]["/".join(_role_prefix(inner))] = stored
+        own = by_path.setdefault(top, (Layer(path, class_name, config, group=top), {}))
+        own[1]["/".join(_role_prefix(inner))] = stored
+    paths = Counter(layer.path for layer, _ in by_path.values())
+    for top, (layer, _) in by_path.items():
+        if paths[layer.path] > 1:
+            layer.path = top
     order = {group: number for number, group in enumerate(known)}
-    for top in sorted(by_path, key=lambda group: (order.get(group, 0), _natural(group))):
+    for top in sorted(by_path, key=lambda group: (order.get(group, 0), natural(group))):
         layer, parts = by_path[top]
         for part in sorted(parts, key=_part_rank):
             numbers = sorted(parts[part])
@@ -684,7 +746,21 @@ def _numbered_layers(groups: dict[str, dict[int, Stored]], hdf5: Hdf5, model: Mo
             roles = _numbered_roles(layer.class_name, layer.config, len(numbers)) or [str(n) for n in numbers]
             for number, role in zip(numbers, roles, strict=True):
                 layer.variables.append(Variable(f"{part}/{role}" if part else role, parts[part][number]))
-    return [by_path[top][0] for top in sorted(by_path, key=lambda group: (order.get(group, 0), _natural(group)))]
+        layer.is_known = _is_known(layer)
+    return [by_path[top][0] for top in sorted(by_path, key=lambda group: (order.get(group, 0), natural(group)))]
+
+
+def _is_known(layer: Layer) -> bool:
+    """Whether the weights of a layer are named, so that it is one of Keras, or have the shapes of one with parts."""
+    roles = [variable.role.rpartition("/") for variable in layer.variables]
+    if not any(role.isdecimal() for _, _, role in roles):
+        return True
+    parts = {part for part, _, _ in roles}
+    if layer.class_name not in (None, "GroupedQueryAttention"):
+        return False
+    if parts == set(_PARTS.values()):  # of Dense layers, if somebody wrote it himself
+        return all(len(v.value.shape) == 3 for v in layer.variables if v.role.endswith("/0"))
+    return parts == {"forward", "backward"} and all("/cell/vars/" in v.value.name for v in layer.variables)
 
 
 def _part_rank(part: str) -> tuple[int, str]:
@@ -719,11 +795,6 @@ def _unknown(group: str, hdf5: Hdf5) -> tuple[str | None, dict[str, Any], str]:
     return class_name, {}, "/".join(path)
 
 
-def _natural(name: str) -> list[Any]:
-    """A key to sort by in which dense_10 comes after dense_9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _numbered_states(hdf5: Hdf5) -> list[Stored]:
     if hdf5.has("optimizer/inner_optimizer"):
         raise KerasFileError("its optimizer is a LossScaleOptimizer, whose scale does not carry over")
@@ -735,181 +806,6 @@ def _numbered_states(hdf5: Hdf5) -> list[Stored]:
     if sorted(numbered) != list(range(len(numbered))):
         raise KerasFileError("some variables of its optimizer are missing")
     return [numbered[number] for number in range(len(numbered))]
-
-
-def _trainable(layers: list[Layer], model: ModelConfig | None) -> Iterator[tuple[Layer, Variable]]:
-    known = model.by_path() if model else {}
-    for layer in layers:
-        if layer.path in known and not known[layer.path].is_trainable:
-            continue
-        for variable in layer.variables:
-            is_statistic = variable.role in _MOVING or layer.class_name in ("Normalization",)
-            if not is_statistic and variable.value.dtype.kind == "f":
-                yield layer, variable
-
-
-def _parted(
-    states: list[Stored], trained: list[Variable], drop: Collection[str], model: ModelConfig | None
-) -> tuple[Stored, Stored | None, list[tuple[Stored, Stored]]]:
-    """Iterations, learning rate and the pairs of accumulators."""
-    iterations, rest = states[0], states[1:]
-    if iterations.shape != () or iterations.dtype.kind not in "iu":
-        raise KerasFileError("the first variable of its optimizer is not the iterations")
-    n = len(trained)
-    learning_rate = None
-    # A learning rate makes the number of what follows even or odd; with averages of each weight, so does that.
-    if rest and rest[0].shape == () and rest[0].dtype.kind == "f" and (len(rest) - 1) % max(n, 1) == 0:
-        learning_rate = rest.pop(0)
-    if not rest:
-        raise KerasFileError(_NO_STATE.format(why="no step was taken", how="what you saved it with"))
-    extra = len(rest) - 2 * n
-    if n and extra in (n, 2 * n):
-        wanted = {"ema", "gradient_accumulation"}
-        if not wanted & set(drop):
-            raise KerasFileError(
-                f"its optimizer has {len(rest)} variables for {n} trainable weights, where Adadelta has {2 * n}: it "
-                "was used with use_ema or gradient_accumulation_steps, which AdadeltaKeras does not do. Pass "
-                "drop={'ema'} or drop={'gradient_accumulation'} to leave them out"
-            )
-        shapes = [variable.value.shape for variable in trained]
-        if model is not None and [s.shape for s in rest[:extra]] != shapes * (extra // n):
-            raise KerasFileError("the variables of its optimizer do not have the shapes of its weights")
-        rest = rest[extra:]
-    if len(rest) % 2:
-        raise KerasFileError(f"its optimizer has {len(rest)} accumulators, an odd number; some are missing")
-    pairs = list(zip(rest[::2], rest[1::2], strict=True))
-    for square_avg, acc_delta in pairs:
-        if square_avg.shape != acc_delta.shape:
-            raise KerasFileError(
-                f"{square_avg.name} and {acc_delta.name} have the shapes {square_avg.shape} and {acc_delta.shape}, but "
-                "should belong to one weight"
-            )
-    return iterations, learning_rate, pairs
-
-
-# ---- Which weight the n-th state belongs to -------------------------------------------------------------------------
-
-
-def _assignment(
-    layers: list[Layer],
-    trained: list[tuple[Layer, Variable]],
-    shapes: list[tuple[int, ...]],
-    model: ModelConfig | None,
-) -> list[Variable]:
-    if len(trained) != len(shapes):
-        raise KerasFileError(
-            f"its optimizer has state for {len(shapes)} weights, and its model {len(trained)} that are trained"
-            + _listing(trained, shapes)
-        )
-    if model is not None and model.is_complete:
-        for (_, variable), shape in zip(trained, shapes, strict=True):
-            if variable.value.shape != shape:
-                raise KerasFileError("the state of its optimizer does not fit its weights" + _listing(trained, shapes))
-        return [variable for _, variable in trained]
-    try:
-        found = _interleavings(layers, trained, shapes)
-        if len(found) == 1:
-            return found[0]
-        problem = "no order of them fits" if not found else "several orders of them fit"
-    except RecursionError:
-        problem = "there are too many to try"
-    raise KerasFileError(
-        "it does not hold the order of its layers, in which the state is numbered, and by the shapes "
-        f"{problem}. Pass config=model.to_json(), or use the .keras file" + _listing(trained, shapes)
-    )
-
-
-def _listing(trained: list[tuple[Layer, Variable]], shapes: list[tuple[int, ...]]) -> str:
-    weights = "\n".join(f"  {layer.path}/{variable.role} {variable.value.shape}" for layer, variable in trained)
-    return f"\nweights:\n{weights}\nshapes of the state:\n  {', '.join(map(str, shapes))}"
-
-
-_MAX_TRIES: Final = 100_000
-
-
-class _Block:
-    """Layers that are trained one after the other: one layer, or the layers of a nested model in some order."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.variables: list[Variable] = []
-        self.children: dict[str, _Block] = {}
-
-
-def _interleavings(
-    layers: list[Layer], trained: list[tuple[Layer, Variable]], shapes: list[tuple[int, ...]]
-) -> list[list[Variable]]:
-    """Orders of the weights that fit the shapes: at most two, for more than one is too many.
-
-    The layers of a model are numbered by class (dense, dense_1, conv2d), so their order within a class is known, and
-    nested models are contiguous; how the classes are interleaved is not.
-    """
-    root = _Block("")
-    for _, variable in trained:
-        block = root
-        stored = variable.value.name.split("/")
-        for part in stored[: stored.index("vars")] if "vars" in stored else stored[:-1]:
-            block = block.children.setdefault(part, _Block(part))
-        block.variables.append(variable)
-    tries = 0
-
-    def orders(block: _Block, at: int) -> Iterator[list[Variable]]:
-        nonlocal tries
-        tries += 1
-        if tries > _MAX_TRIES:
-            raise KerasFileError("it does not hold the order of its layers; pass config=model.to_json()")
-        own = [variable.value.shape for variable in block.variables]
-        if shapes[at : at + len(own)] != own:
-            return
-        lanes: dict[str, list[_Block]] = {}
-        numbered = block.name == "layers"
-        for name in sorted(block.children, key=_natural):
-            lane = re.sub(r"_\d+$", "", name) if numbered else name
-            lanes.setdefault(lane, []).append(block.children[name])
-        for tail in interleaved(list(lanes.values()), at + len(own)):
-            yield block.variables + tail
-
-    def interleaved(lanes: list[list[_Block]], at: int) -> Iterator[list[Variable]]:
-        if not lanes:
-            yield []
-            return
-        for index, (first, *others) in enumerate(lanes):
-            remaining = [*lanes[:index], *([others] if others else []), *lanes[index + 1 :]]
-            for head in orders(first, at):
-                for tail in interleaved(remaining, at + len(head)):
-                    yield head + tail
-
-    parts_are_known = {
-        "forward_layer": 0,
-        "backward_layer": 1,
-        "query_dense": 0,
-        "key_dense": 1,
-        "value_dense": 2,
-        "output_dense": 3,
-    }
-
-    def fixed(block: _Block) -> None:
-        """The parts of a Bidirectional or attention layer have a known order: as one block."""
-        for child in block.children.values():
-            fixed(child)
-        names = [name.lstrip("_") for name in block.children]
-        if names and all(name in parts_are_known for name in names):
-            for name in sorted(block.children, key=lambda name: parts_are_known[name.lstrip("_")]):
-                block.variables += _all_variables(block.children[name])
-            block.children = {}
-
-    fixed(root)
-    found: list[list[Variable]] = []
-    for order in orders(root, 0):
-        if [id(v) for v in order] not in [[id(v) for v in other] for other in found]:
-            found.append(order)
-        if len(found) == 2:
-            break
-    return found
-
-
-def _all_variables(block: _Block) -> list[Variable]:
-    return block.variables + [v for child in block.children.values() for v in _all_variables(child)]
 
 
 # ---- TensorFlow checkpoints -----------------------------------------------------------------------------------------
@@ -982,6 +878,8 @@ def _from_bundle(path: Path, bundle: Bundle, config: dict[str, Any] | None, drop
         raise KerasFileError(
             _NO_STATE.format(why="no step was taken", how="tf.train.Checkpoint(model=model, optimizer=optimizer)")
         )
+    # Keras 3 lists the weights that are trained, and those of the layers that are frozen come behind them.
+    is_ordered = generation != KERAS3 or all(any(v.has_state for v in layer.variables) for layer in layers)
     found: dict[str, Any] = {n: _scalar(scalars[n]) for n in ("learning_rate", "rho", "decay") if n in scalars}
     return Checkpoint(
         path,
@@ -993,6 +891,7 @@ def _from_bundle(path: Path, bundle: Bundle, config: dict[str, Any] | None, drop
         model,
         scalars.get("learning_rate"),
         _dropped(drop),
+        is_ordered=is_ordered,
     )
 
 
@@ -1019,9 +918,9 @@ def _weight_nodes(nodes: list[Node], optimizer: int) -> tuple[list[int], list[in
     trainable: list[int] = []
     for name, child in nodes[optimizer].children:
         if name == "_variables":
-            owned += [number for _, number in sorted(nodes[child].children, key=lambda item: _natural(item[0]))]
+            owned += [number for _, number in sorted(nodes[child].children, key=lambda item: natural(item[0]))]
         elif name == "_trainable_variables":
-            trainable += [number for _, number in sorted(nodes[child].children, key=lambda item: _natural(item[0]))]
+            trainable += [number for _, number in sorted(nodes[child].children, key=lambda item: natural(item[0]))]
         elif nodes[child].key is not None:
             owned.append(child)
     owned += [slot for _, _, slot in nodes[optimizer].slots]

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from torch_adadelta.keras.errors import KerasFileError
 
 _MAX_DEPTH: Final = 150
+_MAX_CALLS: Final = 100_000  # of all layers together; calls of nested models multiply
 
 # What `drop` may name, for people; and which options of an optimizer that is, with the values that ask for nothing.
 DROPPABLE: Final = {
@@ -115,6 +116,21 @@ def hyperparameters(config: Any, drop: Collection[str]) -> dict[str, Any]:
     return found
 
 
+# Of these, tf_keras' new class and Keras 3 do the first that is not 0, and no other.
+CLIPPING: Final = ("clipnorm", "global_clipnorm", "clipvalue")
+
+
+def without_idle_clipping(found: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The hyperparameters of tf_keras' new class or Keras 3 without clip options that do nothing there; and notes."""
+    given = [name for name in CLIPPING if found.get(name) is not None]
+    active = [name for name in given if found[name] != 0]
+    notes = [f"{name}=0 means no clipping in this Keras, and is left out" for name in given if name not in active]
+    notes += [
+        f"{name}={found[name]!r} does nothing in this Keras beside {active[0]}, and is left out" for name in active[1:]
+    ]
+    return {name: value for name, value in found.items() if name not in given or name in active[:1]}, notes
+
+
 # ---- The model ------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +142,13 @@ class LayerConfig(NamedTuple):
     class_name: str
     config: dict[str, Any]
     is_trainable: bool  # it, and all models around it
+
+
+class Call(NamedTuple):
+    """One of the calls of a layer, which may be shared, by its path."""
+
+    path: str
+    number: int
 
 
 class ModelConfig:
@@ -140,25 +163,43 @@ class ModelConfig:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.layers: list[LayerConfig] = []
-        self.inputs: dict[str, list[str]] = {}  # of a layer by its path: the paths of the layers before it
+        self.calls: dict[str, list[list[Call]]] = {}  # of a layer by its path: for each call, the calls before it
         self.is_complete = True  # whether all of the model is known: it is not if the model is a subclass
         self.name = ""
         if isinstance(config.get("config"), dict):
             self.name = str(config["config"].get("name", ""))
-        self._add(config, "", "", True, [])
+        self._left = _MAX_CALLS
+        self.outputs = self._add(config, "", "", True, [[]])[0]
 
-    def _add(self, model: dict[str, Any], path: str, group: str, is_trainable: bool, sources: list[str]) -> list[str]:
-        """Adds the layers of a model; returns the paths of those that give its output."""
+    def _count(self, calls: int) -> None:
+        self._left -= calls
+        if self._left < 0:
+            raise KerasFileError(f"the layers of its model are called more than {_MAX_CALLS} times; it is no model")
+
+    def _add(
+        self, model: dict[str, Any], path: str, group: str, is_trainable: bool, sources: list[list[Call]]
+    ) -> list[list[Call]]:
+        """Adds the layers of a model; returns for each call of it the calls of layers that give its output.
+
+        Args:
+            model: its configuration.
+            path: of the model.
+            group: where a ``.weights.h5`` has it.
+            is_trainable: whether it, and all models around it, are.
+            sources: for each call of it, where its inputs come from.
+        """
         options = model.get("config")
         entries = options.get("layers") if isinstance(options, dict) else None
         if isinstance(options, list):  # of Keras before 2.3
             entries, options = options, {}
         if not isinstance(entries, list) or not isinstance(options, dict):
             self.is_complete = False
-            return []
+            return [[] for _ in sources]
         is_sequential = model.get("class_name") == "Sequential"
         used: dict[str, int] = {}
-        outputs: dict[str, list[str]] = {}  # by the name of a layer of this model
+        # By the name of a layer of this model: for each call in it, for each call of the model.
+        outputs: dict[str, list[list[list[Call]]]] = {}
+        inputs = [source.name for source in _named(options.get("input_layers"))]
         last = sources
         for entry in entries:
             if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
@@ -170,67 +211,101 @@ class ModelConfig:
             count = used.get(snake)
             used[snake] = 0 if count is None else count + 1
             here = f"{group}layers/{snake}" + ("" if count is None else f"_{count + 1}")
-            before = last if is_sequential else _flat(outputs.get(source, []) for source in _sources(entry))
+            if is_sequential:
+                before = [last]
+            else:
+                nodes = _calls(entry) or [[]]
+                self._count(len(nodes) * len(sources))
+                before = [[_flat(_taken(outputs, s, n) for s in node) for n in range(len(sources))] for node in nodes]
+                if any(bool(node) != all(calls) for node, calls in zip(nodes, before, strict=True)):
+                    self.is_complete = False  # where some input comes from is not known
             trains = is_trainable and layer.get("trainable", True) is not False
             if class_name in CONTAINERS or isinstance(layer.get("layers"), list):
-                last = self._add(entry, f"{path}{name}/", f"{here}/", trains, before)
+                found = self._add(entry, f"{path}{name}/", f"{here}/", trains, _flat(before))
             else:
                 if class_name == "InputLayer" and path:
-                    before = sources  # a model gets its inputs in an order; which is which makes no difference here
+                    at = inputs.index(name) if name in inputs else 0
+                    before = [[[call[at]] if len(call) == len(inputs) else call for call in sources]]
                 self.layers.append(LayerConfig(path + name, here, class_name, layer, trains))
-                self.inputs[path + name] = before
-                last = [path + name]
-            outputs[name] = last
+                self.calls[path + name] = _flat(before)
+                found = [[Call(path + name, number)] for number in range(len(self.calls[path + name]))]
+            width = len(sources)
+            outputs[name] = [found[start : start + width] for start in range(0, len(found), width)]
+            last = outputs[name][0] if outputs[name] else [[] for _ in sources]
         if is_sequential:
             return last
-        found = _flat(outputs.get(name, []) for name in _output_names(options.get("output_layers")))
-        return found or last
+        names = _named(options.get("output_layers"))
+        found = [_flat(_taken(outputs, source, number) for source in names) for number in range(len(sources))]
+        return found if any(found) else last
+
+    @property
+    def inputs(self) -> dict[str, list[str]]:
+        """Of a layer by its path: the paths of the layers before it, in its first call."""
+        return {path: [call.path for call in calls[0]] if calls else [] for path, calls in self.calls.items()}
 
     @property
     def is_chain(self) -> bool:
         """Whether each layer follows on the one before it, so that the order of the layers is that of computation."""
-        paths = [layer.path for layer in self.layers]
+        paths, inputs = [layer.path for layer in self.layers], self.inputs
         pairs = zip(paths[1:], paths, strict=False)
-        return self.is_complete and all(self.inputs[path] == [before] for path, before in pairs)
+        return self.is_complete and all(inputs[path] == [before] for path, before in pairs)
 
     def by_path(self) -> dict[str, LayerConfig]:
         """The layers by their paths."""
         return {layer.path: layer for layer in self.layers}
 
 
-def _flat(lists: Iterator[list[str]] | Any) -> list[str]:
+class _Source(NamedTuple):
+    """A tensor of a functional model: an output of a call of a layer."""
+
+    name: str
+    call: int
+    output: int
+
+
+def _taken(outputs: dict[str, list[list[list[Call]]]], source: _Source, number: int) -> list[Call]:
+    """The calls that give a tensor, in one call of the model; more than one if which output it is cannot be told."""
+    calls = outputs.get(source.name, [])
+    if not calls or number >= len(calls[min(source.call, len(calls) - 1)]):
+        return []
+    found = calls[min(source.call, len(calls) - 1)][number]
+    return [found[source.output]] if len(found) > 1 and 0 <= source.output < len(found) else found
+
+
+def _flat(lists: Iterator[list[Any]] | Any) -> list[Any]:
     return [item for items in lists for item in items]
 
 
-def _output_names(value: Any) -> list[str]:
-    """The names of layers in ``output_layers``: one ``[name, 0, 0]``, or a list of them."""
+def _named(value: Any) -> list[_Source]:
+    """The tensors in ``input_layers`` or ``output_layers``: one ``[name, 0, 0]``, or a list of them."""
     if isinstance(value, list) and value and isinstance(value[0], str):
-        return [value[0]]
-    if isinstance(value, list):
-        return [name for item in value for name in _output_names(item)]
-    if isinstance(value, dict):
-        return [name for item in value.values() for name in _output_names(item)]
+        numbers = [number if isinstance(number, int) else 0 for number in [*value[1:3], 0, 0][:2]]
+        return [_Source(value[0], *numbers)]
+    if isinstance(value, list | dict):
+        return _flat(_named(item) for item in (value.values() if isinstance(value, dict) else value))
     return []
 
 
-def _sources(entry: dict[str, Any]) -> list[str]:
-    """The names of the layers that a layer of a functional model is called on, first in its first call."""
+def _calls(entry: dict[str, Any]) -> list[list[_Source]]:
+    """The tensors that a layer of a functional model is called on, in each of its calls."""
     calls = entry.get("inbound_nodes")
-    if not isinstance(calls, list) or not calls:
-        return []
-    found: list[str] = []
-    todo: list[Any] = [calls[0]]
+    return [_sources(call) for call in calls] if isinstance(calls, list) else []
+
+
+def _sources(call: Any) -> list[_Source]:
+    found: list[_Source] = []
+    todo: list[Any] = [call]
     while todo:
         item = todo.pop(0)
         if isinstance(item, dict):
             history = item.get("config", {}).get("keras_history") if isinstance(item.get("config"), dict) else None
             if item.get("class_name") == "__keras_tensor__" and isinstance(history, list) and history:
-                found.append(str(history[0]))
+                found += _named([str(history[0]), *history[1:]])
             else:
                 todo = [*item.values(), *todo]
         elif isinstance(item, list):
             if len(item) >= 3 and isinstance(item[0], str) and isinstance(item[1], int):
-                found.append(item[0])
+                found += _named(item)
                 todo = [*(x for x in item[3:] if isinstance(x, dict)), *todo]
             else:
                 todo = [*item, *todo]

@@ -6,7 +6,7 @@ elements about, so it can be undone, and the state of a weight is moved as the w
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -72,6 +72,21 @@ class Layout(NamedTuple):
         if self.shape is not None:
             parts.append(f"view {self.shape}")
         return ", ".join(parts) or "as it is"
+
+
+class FeatureOrder(NamedTuple):
+    """How features that are several axes in a row are ordered anew: viewed as these axes, which are permuted."""
+
+    view: Shape  # the sizes of the axes; -1 for one that follows from the others
+    permutation: Shape
+
+
+KEEP_ORDER: Final = FeatureOrder((-1,), (0,))
+
+
+def of_maps(channels: int) -> FeatureOrder:
+    """The order of maps that Keras has with so many channels last, and PyTorch with the channels first."""
+    return FeatureOrder((-1, channels), (1, 0))
 
 
 class Piece(NamedTuple):
@@ -247,26 +262,27 @@ class Unfit(ValueError):
     """A layer cannot become a module of PyTorch; the message says why."""
 
 
-def pieces(form: Form, is_split: bool = False, flat: int | None = None, flat_output: int | None = None) -> list[Piece]:
+def pieces(
+    form: Form,
+    is_split: bool = False,
+    inputs: FeatureOrder = KEEP_ORDER,
+    outputs: FeatureOrder = KEEP_ORDER,
+) -> list[Piece]:
     """Where each weight goes in the module of PyTorch that computes the same.
 
     Args:
         form: the layer.
         is_split: whether an attention module keeps query, key and value apart, as it does where their widths differ.
-        flat: the number of channels if the features that come in are flattened maps, which PyTorch flattens with the
-            channels first.
-        flat_output: the same of the features that go out.
+        inputs: how the features that come in are ordered anew.
+        outputs: the same of the features that go out.
 
     Raises:
         Unfit: no module of PyTorch computes the same.
     """
     kind, shapes = form.kind, form.shapes
     if kind == "dense":
-        kernel = _dense_kernel(shapes["kernel"], flat, flat_output)
-        return [
-            Piece("kernel", "weight", kernel),
-            *_vector(shapes, "bias", "bias", flat_output),
-        ]
+        kernel = _dense_kernel(shapes["kernel"], inputs, outputs)
+        return [Piece("kernel", "weight", kernel), *_vector(shapes, "bias", "bias", outputs)]
     if kind in ("conv", "conv_transpose"):
         rank = len(shapes["kernel"])
         permutation = (rank - 1, rank - 2, *range(rank - 2))
@@ -281,34 +297,36 @@ def pieces(form: Form, is_split: bool = False, flat: int | None = None, flat_out
     if kind.endswith("_norm"):
         names = {"gamma": "weight", "scale": "weight", "beta": "bias"}
         names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
-        return [piece for role in shapes for piece in _vector(shapes, role, names[role], flat)]
+        return [piece for role in shapes for piece in _vector(shapes, role, names[role], inputs)]
     if kind in GATES:
         return _rnn_pieces(kind, shapes)
     return _attention_pieces(shapes, is_split)
 
 
-def _vector(shapes: Mapping[str, Shape], role: str, param: str, flat: int | None = None) -> list[Piece]:
+def _vector(shapes: Mapping[str, Shape], role: str, param: str, order: FeatureOrder = KEEP_ORDER) -> list[Piece]:
     if role not in shapes:
         return []
     shape = shapes[role]
-    if flat is None or len(shape) != 1:
+    if order == KEEP_ORDER or len(shape) != 1:
         return [Piece(role, param, same(shape))]
-    return [Piece(role, param, Layout((1, 0), shape=shape, view=_parted(shape[0], flat)))]
+    return [Piece(role, param, Layout(order.permutation, shape=shape, view=_viewed(shape[0], order)))]
 
 
-def _parted(size: int, channels: int) -> Shape:
-    if channels < 1 or size % channels:
-        raise Unfit(f"{size} features are no maps of {channels} channels")
-    return (size // channels, channels)
+def _viewed(size: int, order: FeatureOrder) -> Shape:
+    """The sizes of the axes that so many features are viewed as."""
+    known = math.prod(axis for axis in order.view if axis != -1)
+    if known < 1 or size % known or (-1 not in order.view and size != known):
+        what = f"{order.view[1]} channels" if order == of_maps(order.view[-1]) else f"shape {order.view}"
+        raise Unfit(f"{size} features are no maps of {what}")
+    return tuple(size // known if axis == -1 else axis for axis in order.view)
 
 
-def _dense_kernel(shape: Shape, flat: int | None, flat_output: int | None) -> Layout:
-    inputs, outputs = shape
-    if flat is None and flat_output is None:
+def _dense_kernel(shape: Shape, inputs: FeatureOrder, outputs: FeatureOrder) -> Layout:
+    if inputs == outputs == KEEP_ORDER:
         return Layout((1, 0))
-    view_in = (inputs, 1) if flat is None else _parted(inputs, flat)
-    view_out = (outputs, 1) if flat_output is None else _parted(outputs, flat_output)
-    return Layout((3, 2, 1, 0), shape=(outputs, inputs), view=(*view_in, *view_out))
+    rows, columns = _viewed(shape[0], inputs), _viewed(shape[1], outputs)
+    permutation = (*(len(rows) + axis for axis in outputs.permutation), *inputs.permutation)
+    return Layout(permutation, shape=(shape[1], shape[0]), view=(*rows, *columns))
 
 
 def _rnn_pieces(kind: str, shapes: Mapping[str, Shape]) -> list[Piece]:
@@ -391,7 +409,31 @@ def kinds_of(module: nn.Module) -> list[str]:
     return [kind for kind, classes in _MODULES.items() if isinstance(module, classes)]
 
 
-def placed(form: Form, module: nn.Module, tensors: Mapping[str, Tensor], flat: Any, flat_output: Any) -> list[Piece]:
+# The kinds of layers whose weights can be ordered anew with their features.
+_ORDERED: Final = ("dense", "batch_norm", "layer_norm", "rms_norm")
+
+
+def ordered_pieces(form: Form, is_split: bool, inputs: FeatureOrder, outputs: FeatureOrder) -> list[Piece]:
+    """`pieces`, if the features of such a layer can be ordered anew.
+
+    Raises:
+        Unfit: they cannot, or `pieces` raises it.
+    """
+    if (inputs, outputs) != (KEEP_ORDER, KEEP_ORDER) and form.kind not in _ORDERED:
+        raise Unfit(
+            "its features are flattened maps, and what that means for its weights is not known; give them in mapping, "
+            "each with a Layout, or let the model keep the order of Keras and pass flatten='channels_last' for it"
+        )
+    return pieces(form, is_split, inputs, outputs)
+
+
+def placed(
+    form: Form,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: FeatureOrder = KEEP_ORDER,
+    outputs: FeatureOrder = KEEP_ORDER,
+) -> list[Piece]:
     """Where the weights of a layer go in a module.
 
     Args:
@@ -399,8 +441,8 @@ def placed(form: Form, module: nn.Module, tensors: Mapping[str, Tensor], flat: A
         module: the module, whose parameters and buffers are in `tensors`, without layer numbers ("weight_ih" for
             "weight_ih_l0").
         tensors: see there.
-        flat: as for `pieces`.
-        flat_output: as for `pieces`.
+        inputs: as for `pieces`.
+        outputs: as for `pieces`.
 
     Raises:
         Unfit: they do not fit, with the reason.
@@ -408,9 +450,7 @@ def placed(form: Form, module: nn.Module, tensors: Mapping[str, Tensor], flat: A
     if form.kind not in kinds_of(module):
         raise Unfit(f"it is a {form.kind}, and the module a {type(module).__name__}")
     is_split = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
-    if (flat or flat_output) and form.kind not in ("dense", "batch_norm", "layer_norm"):
-        raise Unfit("its features are flattened maps, and what that means for its weights is not known; use mapping")
-    found = pieces(form, is_split, flat, flat_output)
+    found = ordered_pieces(form, is_split, inputs, outputs)
     rows: dict[str, int] = {}
     for piece in found:
         shape = piece.layout.result(form.shapes[piece.role] if piece.row is None else form.shapes[piece.role][1:])

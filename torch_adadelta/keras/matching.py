@@ -15,10 +15,25 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torch_adadelta.keras.checkpoints import Checkpoint, Layer, Variable, wrapped_class
-from torch_adadelta.keras.config import LayerConfig, ModelConfig
+from torch_adadelta.keras.axes import Axes, Flat
+from torch_adadelta.keras.checkpoints import Checkpoint, Layer, Variable, damage_named
 from torch_adadelta.keras.errors import KerasFileError
-from torch_adadelta.keras.layouts import ALL_MODULES, GATES, Form, Layout, Piece, Unfit, forms, kinds_of, pieces, placed
+from torch_adadelta.keras.layouts import (
+    ALL_MODULES,
+    GATES,
+    KEEP_ORDER,
+    FeatureOrder,
+    Form,
+    Layout,
+    Piece,
+    Unfit,
+    forms,
+    kinds_of,
+    of_maps,
+    ordered_pieces,
+    pieces,
+    placed,
+)
 
 MATCHES: Final = ("auto", "names", "order")
 
@@ -126,7 +141,7 @@ def _split_layers(path: str, module: nn.Module, tensors: dict[str, Tensor]) -> I
 
 def _steps(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules of nested nn.Sequentials, in the order in which they run."""
-    if isinstance(module, nn.Sequential):
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for name, child in module.named_children():
             yield from _steps(child, _joined(path, name))
     else:
@@ -139,230 +154,231 @@ def is_chain(model: nn.Module) -> bool:
     return all(isinstance(module, ALL_MODULES) or not any(True for _ in module.parameters()) for _, module in steps)
 
 
-_MAPS: Final = (nn.modules.conv._ConvNd,)
+# The modules that take maps, and give them with the channels first.
+_MAPS: Final = (
+    nn.modules.conv._ConvNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._LPPoolNd,
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+    nn.Upsample,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.GroupNorm,
+)
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether a module leaves every element in its place."""
+    if isinstance(module, nn.MultiheadAttention):
+        return False
+    places = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+    return type(module).__module__ in places or type(module) is nn.Identity
+
+
+def has_maps(model: nn.Module) -> bool:
+    """Whether a model has modules that take feature maps, or make some."""
+    return any(isinstance(module, (*_MAPS, nn.Unflatten)) for module in model.modules())
 
 
 def _mark_flattened(model: nn.Module, found: list[Unit]) -> None:
+    """Marks the units of which an ``nn.Sequential`` shows that their features are flattened maps, or become some."""
     by_path = {unit.path: unit for unit in found}
     for path, module in model.named_modules():
         if not isinstance(module, nn.Sequential):
             continue
-        has_maps, is_flat = False, False
-        before: list[Unit] = []
+        state = ""  # what comes next: "maps", "flat" for maps in a row, "features", "split" by Unflatten; "" if unknown
+        before: list[Unit] = []  # that gave, or scaled, the features that come next
         for step, inner in _steps(module, path):
-            if isinstance(inner, _MAPS):
-                has_maps, is_flat = True, False
+            unit = by_path.get(step)
+            if isinstance(inner, _MAPS) or (isinstance(inner, nn.BatchNorm1d) and state in ("maps", "split")):
+                for earlier in before if state == "split" else ():
+                    earlier.is_unflattened = True
+                state, before = "maps", []
             elif isinstance(inner, nn.Flatten):
-                is_flat = has_maps
+                is_whole = (inner.start_dim, inner.end_dim) == (1, -1)
+                state, before = ("flat" if is_whole and state == "maps" else ""), []
             elif isinstance(inner, nn.Unflatten):
-                for unit in before:
-                    unit.is_unflattened = True
-                has_maps, is_flat, before = True, False, []
-            if step in by_path:
-                before = [by_path[step]] if isinstance(inner, nn.Linear) else [*before, by_path[step]]
-                by_path[step].is_flattened = by_path[step].is_flattened or is_flat
-                if isinstance(inner, nn.Linear):
-                    is_flat = False
+                state = "split" if inner.dim in (1, -1) and state == "features" else ""
+            elif isinstance(inner, nn.Linear):
+                if unit is not None:
+                    unit.is_flattened = unit.is_flattened or state == "flat"
+                state, before = "features", [unit] if unit is not None else []
+            elif (
+                isinstance(inner, nn.BatchNorm1d | nn.LayerNorm) and state in ("flat", "features") and unit is not None
+            ):
+                unit.is_flattened = unit.is_flattened or state == "flat"
+                before.append(unit)
+            elif not _is_elementwise(inner):
+                state, before = "", []
 
 
 # ---- Feature maps that are flattened --------------------------------------------------------------------------------
 
-# Layers that leave the features of the last axis where they are.
-_KEEP: Final = re.compile(
-    r"Activation|ReLU|LeakyReLU|ELU|PReLU|Softmax|Dropout|SpatialDropout\dD|GaussianNoise|GaussianDropout|AlphaDropout|"
-    r"BatchNormalization|LayerNormalization|GroupNormalization|(Max|Average)Pooling\dD|"
-    r"ZeroPadding\dD|Cropping\dD|UpSampling\dD|Add|Subtract|Multiply|Average|Maximum|Minimum|Rescaling|ActivityRegularization"
-)
-# Layers whose features have an order of their own, whatever comes in.
-_RESET: Final = re.compile(
-    r"Dense|EinsumDense|Embedding|LSTM|GRU|SimpleRNN|RNN|Bidirectional|MultiHeadAttention|Global(Max|Average)Pooling\dD"
-)
-_CONV: Final = re.compile(r"(Depthwise|Separable)?Conv\dD(Transpose)?")
-_NORMS: Final = ("BatchNormalization", "LayerNormalization")
+FLATTEN: Final = ("channels_first", "channels_last")
 
+# The kinds of layers that take or give features that may be flattened maps, and those that make maps.
+_TAKING: Final = ("dense", "layer_norm", "rms_norm", "lstm", "gru", "rnn", "attention")
+_CONVOLUTIONS: Final = ("conv", "conv_transpose", "depthwise")
 
-class Flat(NamedTuple):
-    """What is known of the features of a layer: the channels of the maps that were flattened into them, or -1."""
-
-    channels: int
-    why: str
-
-
-def flattened(checkpoint: Checkpoint) -> tuple[dict[str, Flat], dict[str, Flat]]:
-    """The layers whose inputs, and those whose outputs, are feature maps in one row, by their paths."""
-    model = checkpoint.model
-    if model is None:
-        return {}, {}
-    known = model.by_path()
-    shapes = {layer.path: layer for layer in checkpoint.layers}
-    inputs: dict[str, Flat] = {}
-    outputs: dict[str, Flat] = {}
-    for layer in model.layers:
-        class_name = wrapped_class(layer)[0]
-        if class_name in ("Dense", *_NORMS, "LSTM", "GRU", "SimpleRNN", "Bidirectional"):
-            flat = _flat_source(model, known, shapes, layer)
-            if flat is not None:
-                inputs[layer.path] = flat
-        elif layer.class_name == "Reshape":
-            target = layer.config.get("target_shape")
-            if isinstance(target, list) and len(target) > 1 and _feeds_maps(model, known, layer.path):
-                _mark_outputs(model, known, layer, target[-1], outputs, inputs)
-    return inputs, outputs
-
-
-def _before(model: ModelConfig, known: Mapping[str, LayerConfig], path: str) -> list[LayerConfig]:
-    return [known[source] for source in model.inputs.get(path, []) if source in known]
-
-
-def _flat_source(
-    model: ModelConfig, known: Mapping[str, LayerConfig], shapes: Mapping[str, Layer], layer: LayerConfig
-) -> Flat | None:
-    """The maps that were flattened into the inputs of a layer, if there are any."""
-    # The layers before it, with the layer that flattened what they give, and one that may have done anything to it.
-    todo = [(source, "", "") for source in _before(model, known, layer.path)]
-    seen: set[tuple[str, str, str]] = set()
-    found: list[Flat] = []
-    while todo:
-        source, flattening, unknown = todo.pop()
-        if (source.path, flattening, unknown) in seen:
-            continue
-        seen.add((source.path, flattening, unknown))
-        name, config = wrapped_class(source)
-        if _CONV.fullmatch(name) or name == "InputLayer":
-            channels = _maps(source, name, config, shapes)
-            is_first = config.get("data_format") == "channels_first"
-            if channels is None or channels == 1 or is_first or not (flattening or (unknown and name != "InputLayer")):
-                continue
-            how = unknown or flattening
-            found.append(Flat(-1 if unknown else channels, f"{how} of the maps of {source.path}"))
-            continue
-        if name == "Flatten" and not flattening:
-            if config.get("data_format") == "channels_first":
-                continue
-            flattening = name
-        elif _RESET.fullmatch(name):
-            continue
-        elif not _KEEP.fullmatch(name):
-            unknown = unknown or name
-        todo += [(before, flattening, unknown) for before in _before(model, known, source.path)]
-    return min(found, key=lambda flat: flat.channels, default=None)
-
-
-def _maps(source: LayerConfig, name: str, config: dict[str, Any], shapes: Mapping[str, Layer]) -> int | None:
-    """The channels of the maps that a convolution or an input gives, -1 if unknown; None if it gives no maps."""
-    if name != "InputLayer":
-        return _channels(source, config, shapes)
-    shape = config.get("batch_shape") or config.get("batch_input_shape")
-    if not isinstance(shape, list) or len(shape) < 4:
-        return None
-    return shape[-1] if isinstance(shape[-1], int) else -1
-
-
-def _channels(conv: LayerConfig, config: dict[str, Any], shapes: Mapping[str, Layer]) -> int:
-    filters = config.get("filters")
-    if isinstance(filters, int):
-        return filters
-    layer = shapes.get(conv.path)
-    kernel = next((v.value.shape for v in layer.variables if v.role.endswith("kernel")), None) if layer else None
-    return kernel[-1] * kernel[-2] if kernel else -1
-
-
-def _feeds_maps(model: ModelConfig, known: Mapping[str, LayerConfig], path: str) -> bool:
-    """Whether a convolution comes behind a layer, with nothing but what keeps maps between."""
-    todo, seen = [path], {path}
-    while todo:
-        source = todo.pop()
-        for layer in model.layers:
-            if layer.path in seen or source not in model.inputs[layer.path]:
-                continue
-            seen.add(layer.path)
-            if _CONV.fullmatch(layer.class_name):
-                return True
-            if _KEEP.fullmatch(layer.class_name):
-                todo.append(layer.path)
-    return False
-
-
-def _mark_outputs(
-    model: ModelConfig,
-    known: Mapping[str, LayerConfig],
-    reshape: LayerConfig,
-    channels: Any,
-    outputs: dict[str, Flat],
-    inputs: dict[str, Flat],
-) -> None:
-    flat = Flat(channels if isinstance(channels, int) else -1, f"Reshape {reshape.path} to maps")
-    todo, seen = _before(model, known, reshape.path), set()
-    while todo:
-        layer = todo.pop()
-        if layer.path in seen:
-            continue
-        seen.add(layer.path)
-        if layer.class_name == "Dense":
-            outputs[layer.path] = flat
-            continue
-        if layer.class_name in _NORMS:
-            inputs[layer.path] = flat
-        if _KEEP.fullmatch(layer.class_name):
-            todo += _before(model, known, layer.path)
+Word = str | int | None
 
 
 class Flattening:
-    """What the user says, and the modules show, of the order of flattened maps."""
+    """What the user says, and the modules show, of the order of flattened maps.
 
-    def __init__(self, checkpoint: Checkpoint, given: str | Mapping[str, int] | None) -> None:
-        if isinstance(given, str) and given not in ("channels_first", "channels_last"):
-            raise ValueError(f"flatten must be 'channels_first', 'channels_last' or a dictionary, got {given!r}")
-        self._given = given
-        self._inputs, self._outputs = flattened(checkpoint)
-        self._model = checkpoint.model
-        self._has_maps = any(form.kind in ("conv", "depthwise") for layer in checkpoint.layers for form in forms(layer))
+    Args:
+        checkpoint: the side of Keras.
+        given: "channels_first" or "channels_last"; or by the paths of layers one of these, or the number of channels of
+            the maps that are flattened into its inputs, or a pair of either for its inputs and its outputs.
+        has_maps: whether the model of PyTorch has modules for maps.
 
-    def concerns(self, layer: Layer) -> bool:
-        """Whether the features of a layer are flattened maps, or may be."""
-        if self._model is None or not self._model.is_complete:
-            return self._has_maps and any(form.kind == "dense" for form in forms(layer))
-        return layer.path in self._inputs or layer.path in self._outputs
+    Raises:
+        ValueError: that is none of these, or no such layer is in the file.
+        KerasFileError: the file says otherwise.
+    """
 
-    def of(self, layer: Layer, unit: Unit) -> tuple[int | None, int | None]:
-        """The channels of the maps that are flattened in the inputs and the outputs of a layer, or None.
+    def __init__(self, checkpoint: Checkpoint, given: str | Mapping[str, Any] | None, has_maps: bool = False) -> None:
+        model = checkpoint.model
+        self._is_known = model is not None and model.is_complete
+        self._inputs: dict[str, Flat] = {}
+        self._outputs: dict[str, Flat] = {}
+        if model is not None and self._is_known:
+            with damage_named(checkpoint.path):
+                axes = Axes(model, checkpoint.layers)
+                self._inputs, self._outputs = axes.inputs(), axes.outputs()
+        self._maps = _channels_of_maps(checkpoint.layers)
+        self._has_maps = has_maps or bool(self._maps[0])
+        self._word = given if isinstance(given, str) else None
+        self._words: dict[str, tuple[Word, Word]] = {}
+        if isinstance(given, Mapping):
+            self._words = {path: self._checked(path, value, checkpoint) for path, value in given.items()}
+        elif given is not None and given not in FLATTEN:
+            raise ValueError(f"flatten must be {' or '.join(map(repr, FLATTEN))}, or a dictionary, got {given!r}")
+
+    def _checked(self, path: Any, value: Any, checkpoint: Checkpoint) -> tuple[Word, Word]:
+        paths = [layer.path for layer in checkpoint.layers]
+        if path not in paths:
+            raise ValueError(f"flatten has {path!r}, which is no layer with weights; there are {', '.join(paths)}")
+        words = tuple(value) if isinstance(value, list | tuple) else (value, value if value in FLATTEN else None)
+        if len(words) != 2 or not all(word is None or word in FLATTEN or _is_count(word) for word in words):
+            raise ValueError(
+                f"flatten[{path!r}] must be {' or '.join(map(repr, FLATTEN))}, a number of channels, or a pair of "
+                f"these for inputs and outputs; got {value!r}"
+            )
+        for word, flats, candidates, side in zip(
+            words, (self._inputs, self._outputs), self._maps, ("takes", "gives"), strict=True
+        ):
+            if not _is_count(word):
+                continue
+            flat = flats.get(path)
+            if self._is_known and flat is None:
+                raise KerasFileError(
+                    f"{checkpoint.path}: flatten has {path!r}, and by the configuration it {side} no features that are "
+                    "maps in one row"
+                )
+            counts = sorted(candidates) if flat is None else sorted(flat.by_channels) or [flat.channels]
+            if counts not in ([], [-1]) and word not in counts:
+                shape = checkpoint.layers[paths.index(path)].variables[0].value.shape
+                source = f"a {flat.why} has" if flat else "the convolutions in the file have"
+                raise KerasFileError(
+                    f"{checkpoint.path}: {path}: {shape[-1 if side == 'gives' else 0]} features are no maps of {word} "
+                    f"channels: {source} {' or '.join(map(str, counts))}. If it is none of these, give the layer in "
+                    "mapping, its weights each with a Layout"
+                )
+        return words
+
+    def of(self, layer: Layer, unit: Unit | None = None) -> tuple[FeatureOrder, FeatureOrder]:
+        """How the features that a layer takes, and those that it gives, are ordered anew.
+
+        Args:
+            layer: the layer.
+            unit: its module, if there is one.
 
         Raises:
-            Unfit: the order cannot be told.
+            Unfit: that cannot be told.
         """
-        if isinstance(self._given, Mapping):
-            return self._given.get(layer.path), None
-        if self._given == "channels_last":
-            return None, None
-        if self._model is None or not self._model.is_complete:
-            if self._has_maps and isinstance(unit.module, nn.Linear):
-                raise Unfit(
-                    "the file does not say whether flattened feature maps come in here, which PyTorch flattens in "
-                    "another order. Pass config=model.to_json(), or flatten='channels_last' if there are none or the "
-                    f"model flattens them as Keras does, or flatten={{{layer.path!r}: CHANNELS}} for the layers behind "
-                    "a flatten"
-                )
-            return None, None
-        found: list[int | None] = []
-        for flats, is_shown in ((self._inputs, unit.is_flattened), (self._outputs, unit.is_unflattened)):
+        words = self._words.get(layer.path, (self._word, self._word))
+        if not self._is_known:
+            return self._unknown(layer, unit, words)
+        is_batch = unit is not None and isinstance(unit.module, nn.BatchNorm2d | nn.BatchNorm3d)
+        found = []
+        for flats, word in zip((self._inputs, self._outputs), words, strict=True):
             flat = flats.get(layer.path)
-            if flat is None:
-                found.append(None)
-            elif flat.channels < 1:
-                raise Unfit(
-                    f"behind or before a {flat.why}, the order of its features cannot be told. Pass "
-                    "flatten='channels_last' if the model keeps the order of Keras, or give the layer in mapping with "
-                    "a Layout"
-                )
-            elif self._given == "channels_first" or is_shown:
-                found.append(flat.channels)
+            if flat is None or (is_batch and flat.channels < 0):  # whose features are no flattened maps
+                found.append(KEEP_ORDER)
             else:
-                raise Unfit(
-                    f"its features are a {flat.why}, and PyTorch has the channels first. Pass "
-                    "flatten='channels_first' if the model flattens them so, or flatten='channels_last' if it permutes "
-                    "them to the order of Keras before"
-                )
+                is_shown = unit is not None and (unit.is_unflattened if flat.is_split else unit.is_flattened)
+                found.append(_ordered(layer, flat, word, is_shown))
         return found[0], found[1]
+
+    def _unknown(self, layer: Layer, unit: Unit | None, words: tuple[Word, Word]) -> tuple[FeatureOrder, FeatureOrder]:
+        """The same where the file does not say what the layers do."""
+        if any(map(_is_count, words)) or self._words or self._word == "channels_last":
+            first, second = (of_maps(word) if isinstance(word, int) else KEEP_ORDER for word in words)
+            if "channels_first" in words:
+                raise Unfit("the file does not say how many channels flattened maps have here; give their number")
+            return first, second
+        kinds = kinds_of(unit.module) if unit else [form.kind for form in forms(layer)]
+        is_vector = isinstance(unit.module, nn.BatchNorm1d) if unit else False
+        if self._has_maps and (is_vector or not set(kinds).isdisjoint(_TAKING)):
+            raise Unfit(
+                "the file does not say whether flattened feature maps come in here, which PyTorch flattens in another "
+                "order, or go out to a Reshape. Pass config=model.to_json(); or flatten='channels_last' if there are "
+                f"none or the model flattens them as Keras does; or flatten={{{layer.path!r}: CHANNELS}} for layers "
+                f"behind a flatten, and {{{layer.path!r}: (None, CHANNELS)}} for those before a reshape to maps"
+            )
+        return KEEP_ORDER, KEEP_ORDER
+
+
+def _is_count(word: Any) -> bool:
+    return isinstance(word, int) and not isinstance(word, bool) and word > 0
+
+
+def _ordered(layer: Layer, flat: Flat, word: Word, is_shown: bool) -> FeatureOrder:
+    what = f"its features are a {flat.why}"
+    if isinstance(word, int):
+        return flat.by_channels.get(word) or flat.first or of_maps(word)
+    if word == "channels_last":
+        return flat.last
+    if not flat.is_open:
+        return KEEP_ORDER
+    shown = flat.first if flat.is_split else flat.shown
+    if is_shown and shown is not None:
+        return shown
+    if flat.first is None and flat.by_channels:
+        raise Unfit(
+            f"{what}, and nothing says which axis has the channels. Pass flatten={{{layer.path!r}: "
+            f"{'(None, CHANNELS)' if flat.is_split else 'CHANNELS'}}} if PyTorch has them first, or "
+            "flatten='channels_last' if the model keeps the order of Keras"
+        )
+    if flat.first is None:
+        raise Unfit(
+            f"{what}, so their order cannot be told. Pass flatten='channels_last' if the model keeps the order of "
+            "Keras, or give the layer in mapping, its weights each with a Layout"
+        )
+    if word == "channels_first":
+        return flat.first
+    raise Unfit(
+        f"{what}, and PyTorch has the channels first. Pass flatten='channels_first' if the model flattens them so, or "
+        "flatten='channels_last' if it permutes them to the order of Keras before"
+    )
+
+
+def _channels_of_maps(layers: Sequence[Layer]) -> tuple[set[int], set[int]]:
+    """How many channels the maps of the convolutions of a file have, and those that they take."""
+    given, taken = set(), set()
+    for form in (form for layer in layers for form in forms(layer) if form.kind in _CONVOLUTIONS):
+        *_, inputs, outputs = form.shapes["kernel"]
+        if form.kind == "conv_transpose":
+            inputs, outputs = outputs, inputs
+        given.add(inputs * outputs if form.kind == "depthwise" else outputs)
+        taken.add(inputs)
+    return given | taken, taken
 
 
 # ---- Matching -------------------------------------------------------------------------------------------------------
@@ -375,7 +391,7 @@ def match(
     model: nn.Module,
     mapping: Mapping[str, Any] | None = None,
     how: str = "auto",
-    flatten: str | Mapping[str, int] | None = None,
+    flatten: str | Mapping[str, Any] | None = None,
 ) -> Match:
     """Which weight goes to which parameter.
 
@@ -395,7 +411,7 @@ def match(
     if how not in MATCHES:
         raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {how!r}")
     found, loose = units(model)
-    state = _Matching(checkpoint, found, loose, Flattening(checkpoint, flatten))
+    state = _Matching(checkpoint, found, loose, Flattening(checkpoint, flatten, has_maps(model)))
     state.explicit(dict(mapping or {}), dict(model.named_parameters()) | dict(model.named_buffers()))
     state.infer(how, is_chain(model))
     return state.result()
@@ -497,8 +513,8 @@ class _Matching:
             )
         form = options[0]
         try:
-            flat, flat_output = self._flattening.of(layer, unit)
-            found = placed(form, unit.module, unit.tensors, flat, flat_output)
+            inputs, outputs = self._flattening.of(layer, unit)
+            found = placed(form, unit.module, unit.tensors, inputs, outputs)
         except Unfit as error:
             raise KerasFileError(f"{layer.path} → {unit.path}: {error}") from error
         by_role = {variable.role: variable for variable in layer.variables}
@@ -534,13 +550,16 @@ class _Matching:
                 f"{', '.join(self._loose)}. Give what they correspond to in mapping. " + self._both()
             )
         if how == "order":
+            if self._checkpoint.in_order(self._layers) is None:
+                self._fail("the file does not hold the order of the layers; pass config=model.to_json()")
             self._by_order("match='order'")
         if how in ("auto", "names"):
             self._by_names(is_all=how == "names")
         if how == "auto":
             self._by_shapes()
             model = self._checkpoint.model
-            if self._layers and self._units and is_chain and model is not None and model.is_chain:
+            is_ordered = model is not None and model.is_chain and self._checkpoint.in_order(self._layers) is not None
+            if self._layers and self._units and is_chain and is_ordered:
                 self._by_order("in order")
         if self._layers or self._units:
             self._fail()
@@ -550,7 +569,7 @@ class _Matching:
         return bool(forms(layer)) or any(variable.has_state for variable in layer.variables)
 
     def _by_order(self, why: str) -> None:
-        layers, units = list(self._layers), list(self._units)
+        layers, units = self._checkpoint.in_order(self._layers) or [], list(self._units)
         if len(layers) != len(units):
             self._fail()
         for layer, unit in zip(layers, units, strict=True):
@@ -652,7 +671,7 @@ def _fitting(layer: Layer, unit: Unit) -> tuple[list[Form], str]:
     reasons = []
     for form in forms(layer):
         try:
-            placed(form, unit.module, unit.tensors, None, None)
+            placed(form, unit.module, unit.tensors)
         except Unfit as error:
             reasons.append(str(error))
         else:
@@ -706,17 +725,18 @@ def _last(path: str) -> str:
     return _whole(path).rpartition("/")[2]
 
 
-def canonical(layer: Layer) -> list[Piece] | None:
-    """Where the weights of a layer would go in the one kind of module that it can be, or None."""
+def canonical(layer: Layer, flattening: Flattening) -> list[Piece]:
+    """Where the weights of a layer would go in the one kind of module that it can be.
+
+    Raises:
+        Unfit: there is no such kind, or the order of its features cannot be told.
+    """
     found = forms(layer)
     kinds = {form.kind for form in found}
     # What the file does not tell apart has the same layout in these.
     if len(found) != 1 and kinds not in ({"layer_norm", "group_norm"}, {"conv", "conv_transpose"}):
-        return None
-    try:
-        moves = pieces(found[0])
-    except Unfit:
-        return None
+        raise Unfit("no module of PyTorch is known for it")
+    moves = ordered_pieces(found[0], False, *flattening.of(layer))
     if found[0].kind in GATES:
         moves = [piece._replace(param=re.sub(r"(_[ih]h)", r"\1_l0", piece.param)) for piece in moves]
     return [piece._replace(role=found[0].roles[piece.role]) for piece in moves]

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch_adadelta import schedules
 from torch_adadelta.keras import hdf5
 from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, SLOTS, Checkpoint, Layer, explained, opened
+from torch_adadelta.keras.config import CLIPPING
 from torch_adadelta.keras.errors import Array, KerasFileError, Stored
 from torch_adadelta.keras.matching import Match, Move, Unit, match
 from torch_adadelta.optimizer import AdadeltaKeras
@@ -93,9 +94,10 @@ def load_keras(
     hyperparameters: bool = True,
     mapping: Mapping[str, Any] | None = None,
     match: str = "auto",
-    flatten: str | Mapping[str, int] | None = None,
+    flatten: str | Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     drop: Collection[str] = (),
+    state_order: Sequence[str] | None = None,
     custom_objects: Mapping[str, Any] | None = None,
 ) -> Report:
     """Takes over the state of Keras' Adadelta from a file, so that training goes on where Keras left it.
@@ -118,18 +120,23 @@ def load_keras(
         match: how layers and modules find each other. "auto" takes what is the only possibility by kind and shape;
             names if they agree on both sides; and the order if it is known to be that of computation in both, as in two
             Sequentials. "names" demands equal names. "order" takes the modules in the order of their definition.
-        flatten: if feature maps are flattened in front of a Linear, "channels_first" says that the model flattens them
-            as PyTorch does, "channels_last" that it permutes them to the order of Keras before, and a dictionary names
-            the layers behind a flatten with the numbers of their channels. Need not be given where the model shows it
-            by an ``nn.Flatten`` in an ``nn.Sequential``.
+        flatten: how the model flattens feature maps in front of a Linear, and makes features maps: "channels_first" as
+            PyTorch does, "channels_last" if it permutes them to the order of Keras before. Or a dictionary with one of
+            these for each layer, or the number of channels of the maps that the layer takes in one row, or a pair of
+            either for what it takes and what it gives (``{"dense": (None, 32)}`` before a reshape to maps). Need not be
+            given where an ``nn.Sequential`` shows it by an ``nn.Flatten`` or ``nn.Unflatten``.
         config: the configuration of the model, for files without it: what ``model.to_json()`` returned, a file that
             holds that, or the dictionary.
         drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
+        state_order: for a ``.keras`` or ``.weights.h5`` file, whose state has numbers instead of names, the names of
+            the weights in the order of the optimizer. Needed only where the error asks for it: where the configuration,
+            the counts and the shapes admit several orders, as with layers in a custom layer.
         custom_objects: classes of schedules by their names, for those that `torch_adadelta.schedules` does not have.
 
     Returns:
         A `Report`, which says what went where. A difference between the two models that changes how training goes on
-        (such as another epsilon of a normalisation) is a note in it, and a UserWarning.
+        (such as another epsilon of a normalisation) is a note in it, and a UserWarning; and so are the options that the
+        file does not hold.
 
     Raises:
         FileNotFoundError, ImportError: there is no such file; h5py is missing.
@@ -146,7 +153,7 @@ def load_keras(
         (4, 0.5)
     """
     _check_arguments(optimizer, model)
-    with opened(path, config, drop) as checkpoint:
+    with opened(path, config, drop, state_order) as checkpoint:
         found = _matched(checkpoint, model, mapping, match, flatten)
         notes = _differences(found, checkpoint)
         _check_coverage(found, checkpoint, optimizer, weights)
@@ -154,6 +161,14 @@ def load_keras(
         iterations = checkpoint.count()
         states = _states(found, checkpoint, optimizer, notes)
         values = _values(found, checkpoint, notes) if weights else []
+    infos = []
+    if hyperparameters:
+        notes += _unconfirmed(checkpoint, optimizer, settings)
+        infos += checkpoint.notes
+    notes += _joint_norms(found, optimizer, settings.get("clipnorm", optimizer.clipnorm))
+    infos += [f"left out: {what}" for what in checkpoint.dropped]
+    if notes:  # before anything is changed, for the user may have made errors of warnings
+        warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
     with optimizer.restored_on_error():
         for name, value in settings.items():
             setattr(optimizer, name, value)
@@ -162,16 +177,7 @@ def load_keras(
             optimizer.state.pop(param, None)
             if param in states:
                 optimizer.state[param] = states[param]
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-    infos = []
-    if hyperparameters:
-        missing = [name for name in ("learning_rate", "rho", "epsilon") if name not in settings]
-        infos = [f"not in the file, and as before: {', '.join(missing)}"] if missing else []
-    infos += [f"left out: {what}" for what in checkpoint.dropped]
-    if notes:
-        warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
+        _set_values(values)
     return Report(f"{path}: {checkpoint.source}", iterations, settings, _rows(found), [*notes, *infos])
 
 
@@ -202,29 +208,36 @@ def _rows(found: Match) -> list[tuple[str, str, str, bool]]:
     return rows
 
 
+def _params(optimizer: AdadeltaKeras) -> set[Tensor]:
+    return {param for group in optimizer.param_groups for param in group["params"]}
+
+
 def _is_param(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
 
 def _check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, weights: bool) -> None:
     """Raises unless every parameter of the optimizer gets state, or needs none, and every state has a parameter."""
-    trained = {param for group in optimizer.param_groups for param in group["params"]}
+    trained = _params(optimizer)
     names: dict[Tensor, str] = {}
-    has_state: dict[Tensor, bool] = {}
+    has_state: dict[Tensor, tuple[bool, bool]] = {}
     for move in found.moves:
         if not _is_param(move.tensor):
             continue
         names[move.tensor] = move.name
-        if has_state.setdefault(move.tensor, move.variable.has_state) != move.variable.has_state:
+        variable = move.variable
+        own = (variable.has_state, variable.is_frozen)
+        if has_state.setdefault(move.tensor, own) != own:
             raise KerasFileError(f"{checkpoint.path}: Keras trained a part of {move.name}, and froze the rest")
-        if move.variable.has_state and move.tensor not in trained:
+        if variable.has_state and not variable.is_frozen and move.tensor not in trained:
             raise KerasFileError(
                 f"{checkpoint.path}: Keras trained {move.label}, but {move.name} is no parameter of the optimizer; add "
-                "it"
+                "it, with requires_grad_(False) if it is frozen by now"
             )
-        if not move.variable.has_state and move.tensor in trained and move.tensor.requires_grad:
+        if (variable.is_frozen or not variable.has_state) and move.tensor in trained and move.tensor.requires_grad:
+            why = "does not train" if variable.has_state else "did not train"
             raise KerasFileError(
-                f"{checkpoint.path}: Keras did not train {move.label}, but {move.name} is a parameter of the "
+                f"{checkpoint.path}: Keras {why} {move.label}, but {move.name} is a parameter of the "
                 "optimizer; call requires_grad_(False) on it to keep it so"
             )
     for name, tensor in found.neutral:
@@ -261,6 +274,12 @@ def _settings(
 ) -> dict[str, Any]:
     """The hyperparameters to set, checked as the constructor checks them."""
     found = dict(checkpoint.hyperparameters)
+    if found.get("epsilon") == 0 and checkpoint.generation != LEGACY:
+        raise KerasFileError(
+            f"{checkpoint.path}: its optimizer has epsilon={found['epsilon']!r}, which stays 0 in this Keras, and "
+            "means 1e-7 for AdadeltaKeras, as in TensorFlow 2.4. Give AdadeltaKeras all options, with an epsilon as "
+            "small as you like, and pass hyperparameters=False"
+        )
     if isinstance(found.get("learning_rate"), dict):
         try:
             found["learning_rate"] = schedules.deserialize(found["learning_rate"], custom_objects)
@@ -290,8 +309,11 @@ def _states(
 ) -> dict[Tensor, dict[str, Tensor]]:
     states: dict[Tensor, dict[str, Tensor]] = {}
     rounded = set()
+    trained = _params(optimizer)
     for key in SLOTS:
         for param, array in _assembled(found, checkpoint, key):
+            if param not in trained:  # frozen, with state of the time before
+                continue
             if (array < 0).any():
                 raise KerasFileError(
                     f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
@@ -317,6 +339,21 @@ def _values(found: Match, checkpoint: Checkpoint, notes: list[str]) -> list[tupl
             neutral = 1.0 if name.rpartition(".")[2].startswith("weight") else 0.0
             values.append((tensor, torch.full((), neutral)))
     return values
+
+
+def _set_values(values: list[tuple[Tensor, Tensor]]) -> None:
+    """Writes the tensors of the model: all, or none if one cannot be written to."""
+    written: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        try:
+            for tensor, value in values:
+                before = tensor.detach().clone()
+                tensor.copy_(value)
+                written.append((tensor, before))
+        except BaseException:
+            for tensor, before in written:
+                tensor.copy_(before)
+            raise
 
 
 def _is_rounded(array: Array, tensor: Tensor) -> bool:
@@ -350,7 +387,7 @@ def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple
         yield tensor, np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
 
 
-# ---- Differences ----------------------------------------------------------------------------------------------------
+# ---- What the file does not hold, and differences --------------------------------------------------------------------
 
 
 def _differences(found: Match, checkpoint: Checkpoint) -> list[str]:
@@ -373,7 +410,58 @@ def _differences(found: Match, checkpoint: Checkpoint) -> list[str]:
             if is_legacy != bool(module.sparse):
                 rows = "only the rows that a batch uses" if is_legacy else "all rows"
                 notes.append(f"{unit.path}: this Keras updates {rows} of an embedding, as sparse={is_legacy} does")
+            is_trained = any(variable.has_state and not variable.is_frozen for variable in layer.variables)
+            if checkpoint.generation == KERAS3 and checkpoint.backend in (None, "tensorflow") and is_trained:
+                notes.append(
+                    f"{unit.path}: Keras 3 on TensorFlow adds the squares of the gradients of rows that a batch uses "
+                    "more than once, where AdadeltaKeras squares their sum; with such batches training goes on "
+                    "differently"
+                )
     return notes
+
+
+def _unconfirmed(checkpoint: Checkpoint, optimizer: AdadeltaKeras, settings: Mapping[str, Any]) -> list[str]:
+    """A note on the options that the optimizer has from its own arguments, and the file cannot confirm."""
+    names = [name for name in _OPTIONS if name not in settings]
+    if not names:
+        return []
+    own = ", ".join(f"{name}={_text(getattr(optimizer, name))}" for name in names)
+    others = "" if checkpoint.generation == LEGACY else ", and no weight decay"
+    is_scheduled = checkpoint.generation == KERAS3 and "learning_rate" in names
+    rate = " (Keras had a schedule)" if is_scheduled else ""
+    return [
+        f"not in the file, so that training goes on with what the optimizer has: {own}{others}; see that Keras had the "
+        f"same{rate}"
+    ]
+
+
+# In the order in which they are told: what does most harm first.
+_OPTIONS: Final = ("clipnorm", "clipvalue", "global_clipnorm", "learning_rate", "decay", "rho", "epsilon")
+
+
+def _joint_norms(found: Match, optimizer: AdadeltaKeras, clipnorm: float | None) -> list[str]:
+    """Notes on parameters and weights of Keras that are not one to one, so that their norms are others."""
+    if clipnorm is None:
+        return []
+    trained = _params(optimizer)
+    weights: dict[Tensor, list[str]] = {}
+    names: dict[str, list[str]] = {}
+    for move in found.moves:
+        if move.tensor in trained and move.tensor.requires_grad:
+            weight = f"{move.layer.path}/{move.variable.role}"
+            weights.setdefault(move.tensor, []).append(weight)
+            names.setdefault(weight, []).append(move.name)
+    pairs = [f"{' and '.join(own)} (in Keras {weight})" for weight, own in names.items() if len(own) > 1]
+    pairs += [
+        f"{_name_of(found, tensor)} (in Keras {', '.join(own)})" for tensor, own in weights.items() if len(own) > 1
+    ]
+    if not pairs:
+        return []
+    return [
+        f"clipnorm={clipnorm:g} takes the norm of each parameter, and Keras of each of its weights, which are not the "
+        f"same for {'; '.join(pairs)}: there gradients are clipped differently. clipvalue and global_clipnorm carry "
+        "over; or leave clipnorm away, and clip by the norms of Keras in a gradient_aggregator"
+    ]
 
 
 def _recurrent_differences(layer: Layer, unit: Unit) -> Iterator[str]:
@@ -387,6 +475,9 @@ def _recurrent_differences(layer: Layer, unit: Unit) -> Iterator[str]:
             value = value.get("config", value.get("class_name"))
         if isinstance(value, str) and value != expected and not (key == "activation" and value == _nonlinearity(unit)):
             yield f"{layer.path} has {key}={value!r}, and {unit.path} has {expected}"
+    for key, does in (("go_backwards", "goes forwards"), ("stateful", "begins each batch anew")):
+        if config.get(key) is True:
+            yield f"{layer.path} has {key}=True, and {unit.path} {does}"
     if layer.config.get("merge_mode", "concat") != "concat":
         mode = layer.config["merge_mode"]
         yield f"{layer.path} has merge_mode={mode!r}, and {unit.path} concatenates both directions"
@@ -409,8 +500,9 @@ def save_keras(
     hyperparameters: bool = True,
     mapping: Mapping[str, Any] | None = None,
     match: str = "auto",
-    flatten: str | Mapping[str, int] | None = None,
+    flatten: str | Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
+    state_order: Sequence[str] | None = None,
 ) -> Report:
     """Writes a copy of a file of Keras with the state, the weights and the hyperparameters of now, for Keras to go on.
 
@@ -427,6 +519,7 @@ def save_keras(
         match: as for `load_keras`.
         flatten: as for `load_keras`.
         config: as for `load_keras`.
+        state_order: as for `load_keras`.
 
     Raises:
         What `load_keras` raises, and
@@ -436,7 +529,7 @@ def save_keras(
     """
     _check_arguments(optimizer, model)
     path, template = Path(path), Path(template)
-    with opened(template, config) as checkpoint:
+    with opened(template, config, state_order=state_order) as checkpoint:
         if checkpoint.format == "TensorFlow checkpoint":
             raise ValueError(f"{template} is a TensorFlow checkpoint, which is not written; use a .h5 or .keras file")
         found = _matched(checkpoint, model, mapping, match, flatten)
@@ -471,8 +564,10 @@ def save_keras(
 def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, Array]:
     """What to write, by the names of the datasets."""
     arrays: dict[str, Array] = {}
+    trained = _params(optimizer)
     for move in found.moves:
-        keys = [*(SLOTS if move.variable.has_state else ()), *(["value"] if weights else [])]
+        # A parameter that is frozen, and not in the optimizer, keeps the state in the template.
+        keys = [*(SLOTS if move.variable.has_state and move.tensor in trained else ()), *(["value"] if weights else [])]
         for key in keys:
             stored: Stored = getattr(move.variable, key)
             state = optimizer.state.get(move.tensor)
@@ -515,6 +610,15 @@ def _written_values(checkpoint: Checkpoint, optimizer: AdadeltaKeras) -> dict[st
                 f"the optimizer has decay={values['decay']!r}, which this Keras does not have; use a schedule"
             )
         values.pop("decay")
+        clipping = [name for name in CLIPPING if values.get(name) is not None]
+        if any(values[name] == 0 for name in clipping):
+            name = next(name for name in clipping if values[name] == 0)
+            raise ValueError(f"the optimizer has {name}=0, which means no clipping in this Keras; set it to None")
+        if len(clipping) > 1:
+            raise ValueError(
+                f"the optimizer has {' and '.join(clipping)}, of which this Keras takes one only; pass "
+                "hyperparameters=False"
+            )
     return {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, **values}
 
 

@@ -1,0 +1,263 @@
+"""The models of the table of files, in Keras: built, trained, saved, and trained further.
+
+Runs under every generation, TensorFlow 2.4 on Python 3.8 included, and needs no more than TensorFlow, Keras and NumPy. As
+a script, ``python tests/keras_table_models.py GENERATION FOLDER``, it writes the files of one generation.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import tensorflow as tf
+
+STEPS = 5  # before the file is written, and `FURTHER` after it
+FURTHER = 3
+
+KINDS = {
+    "tf24": ("h5", "checkpoint", "weights_checkpoint"),
+    "legacy": ("h5", "checkpoint", "weights_checkpoint", "keras"),
+    "new": ("h5", "checkpoint", "weights_checkpoint", "keras", "weights.h5"),
+    "keras3": ("h5", "checkpoint", "keras", "weights.h5"),
+}
+
+INPUTS = {"recurrent": (5, 4), "attention": (5, 8), "channels first": (2, 6, 5)}
+
+
+def library(generation):
+    """The module that has the layers of a generation."""
+    if generation == "tf24":
+        return tf.keras
+    if generation == "keras3":
+        import keras
+
+        return keras
+    import tf_keras
+
+    return tf_keras
+
+
+def _dense(K, name, units=5, **options):
+    return K.layers.Dense(units, name=name, activation="tanh" if units > 1 else None, **options)
+
+
+def _chain(K, **options):
+    return K.Sequential([K.Input((5,)), _dense(K, "a", **options), _dense(K, "b"), _dense(K, "c", 1)])
+
+
+def _branches(K):
+    x = K.Input((5,))
+    return K.Model(x, _dense(K, "c", 1)(K.layers.Add()([_dense(K, "b")(x), _dense(K, "a")(x)])))
+
+
+def _nested(K):
+    x = K.Input((5,))
+    inner = K.Sequential([K.Input((5,)), _dense(K, "up"), _dense(K, "down")], name="inner")
+    return K.Model(x, _dense(K, "out", 1)(inner(_dense(K, "first")(x))))
+
+
+def _shared(K):
+    x, shared = K.Input((5,)), _dense(K, "shared")
+    return K.Model(x, _dense(K, "out", 1)(shared(_dense(K, "between")(shared(x)))))
+
+
+def _subclassed(K):
+    class Net(K.Model):
+        def __init__(self):
+            super().__init__(name="net")
+            self.up = _dense(K, "up")
+            self.down = _dense(K, "down")
+            self.out = _dense(K, "out", 1)
+
+        def call(self, x):
+            return self.out(self.down(self.up(x)))
+
+        def get_config(self):
+            return {}
+
+    model = Net()
+    model(tf.zeros((1, 5), "float64"))
+    return model
+
+
+def _custom(K):
+    class Block(K.layers.Layer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.up = _dense(K, "up")
+            self.down = _dense(K, "down")
+
+        def call(self, x):
+            return self.down(self.up(x))
+
+        def get_config(self):
+            return {"name": self.name}
+
+    x = K.Input((5,))
+    return K.Model(x, _dense(K, "out", 1)(Block(name="block")(x)))
+
+
+def _recurrent(K):
+    L = K.layers
+    layers = [L.Bidirectional(L.GRU(3, return_sequences=True), name="gru"), L.LSTM(4, name="lstm"), _dense(K, "out", 1)]
+    return K.Sequential([K.Input((5, 4)), *layers])
+
+
+def _attention(K):
+    L = K.layers
+    x = K.Input((5, 8))
+    attended = L.Add()([x, L.MultiHeadAttention(2, 4, name="attention")(x, x)])
+    return K.Model(x, _dense(K, "out", 1)(L.GlobalAveragePooling1D()(attended)))
+
+
+def _channels_first(K):
+    L, first = K.layers, {"data_format": "channels_first"}
+    layers = [
+        # Without a bias, which Keras 3 on TensorFlow's CPU adds to the wrong axis where it runs eagerly.
+        L.Conv2D(4, 2, activation="tanh", use_bias=False, name="conv", **first),
+        L.BatchNormalization(axis=1, epsilon=1e-5, momentum=0.9, name="norm"),
+        L.AveragePooling2D(2, strides=1, name="pool", **first),
+        L.Flatten(name="flatten", **first),
+        _dense(K, "out", 1),
+    ]
+    return K.Sequential([K.Input((2, 6, 5)), *layers])
+
+
+def _freeze(model):
+    model.layers[0].trainable = False
+
+
+def _rename(model):
+    layer = model.layers[0]
+    if isinstance(getattr(type(layer), "name", None), property) and type(layer).name.fset is None:
+        layer._name = "renamed"
+    else:
+        layer.name = "renamed"
+
+
+# Each with what is done to it after some training.
+MODELS = {
+    "chain": (_chain, None),
+    "branches": (_branches, None),
+    "nested": (_nested, None),
+    "shared": (_shared, None),
+    "subclassed": (_subclassed, None),
+    "custom layer": (_custom, None),
+    "recurrent": (_recurrent, None),
+    "attention": (_attention, None),
+    "frozen before": (lambda K: _chain(K, trainable=False), None),
+    "frozen after": (_chain, _freeze),
+    "renamed": (_chain, _rename),
+    "channels first": (_channels_first, None),
+}
+
+# What Keras itself does not write, or compute: TensorFlow 2.4 has no channels first on a CPU.
+UNWRITTEN = {("tf24", "h5", "subclassed"), ("legacy", "h5", "subclassed"), ("new", "h5", "subclassed")}
+UNKNOWN = {("tf24", "channels first")}
+
+
+def _trained(model, generation, data):
+    losses = []
+    for x, y in data:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(tf.constant(x), training=True) - y))
+        variables = model.trainable_variables
+        raw = [v.value if generation == "keras3" else v for v in variables]
+        model.optimizer.apply_gradients(zip(tape.gradient(loss, raw), variables))  # noqa: B905
+        losses.append(float(loss))
+    return losses
+
+
+def _accumulators(model, generation):
+    """Those of the weights that are trained, sorted: their numbers, whatever their layout."""
+    optimizer, found = model.optimizer, []
+    for key, name in (("accum_grad", "_accumulated_grads"), ("accum_var", "_accumulated_delta_vars")):
+        arrays = []
+        for variable in model.trainable_variables:
+            if generation in ("tf24", "legacy"):
+                arrays.append(optimizer.get_slot(variable, key).numpy())
+            elif generation == "new":
+                arrays.append(getattr(optimizer, name)[optimizer._index_dict[optimizer._var_key(variable)]].numpy())
+            else:
+                arrays.append(np.array(getattr(optimizer, name)[optimizer._get_variable_index(variable)]))
+        found.append(np.sort(np.concatenate([array.ravel() for array in arrays])))
+    return found
+
+
+def write(generation, name, folder):
+    """Writes a file of each kind, and ``truth.npz``: what Keras had when it wrote them, and did in further steps."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    K = library(generation)
+    # TensorFlow computes with the channels first on the CPU in float32 only.
+    dtype = "float32" if name == "channels first" else "float64"
+    K.backend.set_floatx(dtype)
+    if generation == "keras3":
+        K.config.set_dtype_policy(dtype)
+    try:
+        build, change = MODELS[name]
+        rng = np.random.RandomState(0)
+        model = build(K)
+        names = [variable.name for variable in model.weights]
+        model.set_weights(
+            [
+                rng.uniform(0.2, 0.8, w.shape) * (1 if "variance" in own else rng.choice([-1, 1], w.shape))
+                for w, own in zip(model.get_weights(), names)  # noqa: B905
+            ]
+        )
+        optimizers = K.optimizers.legacy if generation == "legacy" else K.optimizers
+        # Apart from the defaults, so that a value that did not come over is seen.
+        optimizer = optimizers.Adadelta(learning_rate=0.5, rho=0.9, epsilon=1e-6)
+        model.compile(optimizer=optimizer, loss=K.losses.MeanSquaredError())
+        count = STEPS + FURTHER
+        x = rng.standard_normal((count, 6, *INPUTS.get(name, (5,)))).astype(dtype)
+        y = rng.standard_normal((count, 6, 1)).astype(dtype)
+        data = list(zip(x, y))  # noqa: B905
+        _trained(model, generation, data[: STEPS - 1])
+        if change is not None:
+            change(model)
+        _trained(model, generation, data[STEPS - 1 : STEPS])
+        for kind in KINDS[generation]:
+            if (generation, kind, name) not in UNWRITTEN:
+                _save(model, kind, folder)
+        square_avg, acc_delta = _accumulators(model, generation)
+        np.savez(
+            str(folder / "truth.npz"),
+            x=x,
+            y=y,
+            outputs=np.array(model(x[0], training=False)),
+            square_avg=square_avg,
+            acc_delta=acc_delta,
+            config=np.array("" if name == "subclassed" else model.to_json()),
+            losses=_trained(model, generation, data[STEPS:]),
+        )
+    finally:
+        K.backend.set_floatx("float32")
+        if generation == "keras3":
+            K.config.set_dtype_policy("float32")
+
+
+def path_of(kind, folder):
+    """Where the file of a kind is."""
+    names = {"checkpoint": "ckpt-1", "weights_checkpoint": "weights"}
+    return Path(folder) / names.get(kind, "model." + kind)
+
+
+def _save(model, kind, folder):
+    path = str(path_of(kind, folder))
+    if kind in ("h5", "keras"):
+        model.save(path)
+    elif kind == "checkpoint":
+        tf.train.Checkpoint(net=model, opt=model.optimizer).save(path[: -len("-1")])
+    else:
+        model.save_weights(path)
+
+
+if __name__ == "__main__":
+    for model_name in MODELS:
+        if (sys.argv[1], model_name) not in UNKNOWN:
+            write(sys.argv[1], model_name, Path(sys.argv[2]) / sys.argv[1] / model_name.replace(" ", "_"))
+            print(json.dumps([sys.argv[1], model_name]))

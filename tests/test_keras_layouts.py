@@ -1,0 +1,275 @@
+"""What each kind of layer becomes, against what Keras computes, in NumPy: outputs, not weights, are compared.
+
+No axis has the size of another, and no layer pools, so that exchanged axes give other outputs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras_numpy as knp
+import numpy as np
+import pytest
+import torch
+from keras_memory import checkpoint_of, layer_of, moved
+from torch import Tensor, nn
+
+from torch_adadelta.keras import freeze_second_biases
+from torch_adadelta.keras.checkpoints import _split
+from torch_adadelta.keras.errors import KerasFileError
+
+Weights = dict[str, np.ndarray]
+
+
+class Case(NamedTuple):
+    class_name: str
+    shapes: dict[str, tuple[int, ...]]
+    module: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    keras: Callable[[np.ndarray, Weights], np.ndarray]  # from the inputs
+    torch: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)  # both as Keras has them
+    config: dict[str, Any] = {}  # noqa: RUF012
+
+
+def _maps(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.movedim(-1, 1)).movedim(1, -1)
+
+
+def _conv(rank: int, groups: int = 1) -> Case:
+    size = (2, 3, 1)[:rank]
+    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    return Case(
+        f"Conv{rank}D",
+        {"kernel": (*size, 4 // groups, 6), "bias": (6,)},
+        lambda: cls(4, 6, size, groups=groups),
+        (*(7, 5, 3)[:rank], 4),
+        lambda x, w: knp.conv(x, **w),
+        _maps,
+    )
+
+
+def _conv_transpose(rank: int) -> Case:
+    size = (2, 3, 1)[:rank]
+    cls = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
+    return Case(
+        f"Conv{rank}DTranspose",
+        {"kernel": (*size, 6, 4), "bias": (6,)},
+        lambda: cls(4, 6, size, stride=2),
+        (*(7, 5, 3)[:rank], 4),
+        lambda x, w: knp.conv_transpose(x, **w, strides=2),
+        _maps,
+    )
+
+
+def _depthwise(rank: int) -> Case:
+    size = (2, 3)[:rank]
+    cls = (nn.Conv1d, nn.Conv2d)[rank - 1]
+    return Case(
+        f"DepthwiseConv{rank}D",
+        {"kernel": (*size, 4, 3), "bias": (12,)},
+        lambda: cls(4, 12, size, groups=4),
+        (*(7, 5)[:rank], 4),
+        lambda x, w: knp.depthwise(x, **w),
+        _maps,
+    )
+
+
+def _separable(rank: int) -> Case:
+    size, one = (2, 3)[:rank], (1,) * rank
+    cls = (nn.Conv1d, nn.Conv2d)[rank - 1]
+    return Case(
+        f"SeparableConv{rank}D",
+        {"depthwise_kernel": (*size, 4, 3), "pointwise_kernel": (*one, 12, 5), "bias": (5,)},
+        lambda: nn.Sequential(cls(4, 12, size, groups=4, bias=False), cls(12, 5, one)),
+        (*(7, 5)[:rank], 4),
+        lambda x, w: knp.conv(knp.depthwise(x, w["depthwise_kernel"]), w["pointwise_kernel"], w["bias"]),
+        _maps,
+    )
+
+
+_GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
+_CELLS: dict[str, Any] = {"LSTM": knp.lstm, "GRU": knp.gru, "SimpleRNN": knp.simple_rnn}
+_MODULES: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "SimpleRNN": nn.RNN}
+
+
+def _recurrent(kind: str, is_double: bool) -> Case:
+    gates, units = _GATES[kind], 3
+    shapes: dict[str, tuple[int, ...]] = {
+        "kernel": (4, gates * units),
+        "recurrent_kernel": (units, gates * units),
+        "bias": (2, gates * units) if kind == "GRU" else (gates * units,),
+    }
+    if not is_double:
+        return Case(
+            kind,
+            shapes,
+            lambda: freeze_second_biases(_MODULES[kind](4, units, batch_first=True)),
+            (7, 4),
+            _CELLS[kind],
+            lambda module, x: module(x)[0],
+        )
+
+    def both(x: np.ndarray, w: Weights) -> np.ndarray:
+        sides = [{k.split("/")[1]: v for k, v in w.items() if k.startswith(side)} for side in ("forward", "backward")]
+        return np.concatenate([_CELLS[kind](x, sides[0]), _CELLS[kind](x, sides[1], True)], -1)
+
+    return Case(
+        "Bidirectional",
+        {f"{side}/{role}": shape for side in ("forward", "backward") for role, shape in shapes.items()},
+        lambda: freeze_second_biases(_MODULES[kind](4, units, batch_first=True, bidirectional=True)),
+        (7, 4),
+        both,
+        lambda module, x: module(x)[0],
+        {"layer": {"class_name": kind, "config": {}}},
+    )
+
+
+def _attention(widths: tuple[int, int, int]) -> Case:
+    """Of inputs of (time, 6); query, key and value take the first features, as many as their widths are."""
+    query, key, value = widths
+    shapes: dict[str, tuple[int, ...]] = {"output/kernel": (2, 3, 6), "output/bias": (6,)}
+    for part, width in zip(("query", "key", "value"), widths, strict=True):
+        shapes |= {f"{part}/kernel": (width, 2, 3), f"{part}/bias": (2, 3)}
+    return Case(
+        "MultiHeadAttention",
+        shapes,
+        lambda: nn.MultiheadAttention(6, 2, batch_first=True, kdim=key, vdim=value),
+        (7, 6),
+        lambda x, w: knp.attention(x[..., :query], x[:, ::-1, :value], x[..., :key], w),
+        lambda module, x: module(x[..., :query], x[..., :key], x.flip(1)[..., :value], need_weights=False)[0],
+    )
+
+
+_NORM = {"gamma": (4,), "beta": (4,), "moving_mean": (4,), "moving_variance": (4,)}
+
+CASES = {
+    "Dense": Case(
+        "Dense",
+        {"kernel": (4, 6), "bias": (6,)},
+        lambda: nn.Linear(4, 6),
+        (7, 4),
+        lambda x, w: x @ w["kernel"] + w["bias"],
+    ),
+    **{f"Conv{rank}D": _conv(rank) for rank in (1, 2, 3)},
+    **{f"Conv{rank}D in groups": _conv(rank, 2) for rank in (1, 2, 3)},
+    **{f"Conv{rank}DTranspose": _conv_transpose(rank) for rank in (1, 2, 3)},
+    **{f"DepthwiseConv{rank}D": _depthwise(rank) for rank in (1, 2)},
+    **{f"SeparableConv{rank}D": _separable(rank) for rank in (1, 2)},
+    "Embedding": Case(
+        "Embedding",
+        {"embeddings": (6, 4)},
+        lambda: nn.Embedding(6, 4),
+        (7,),
+        lambda x, w: w["embeddings"][_tokens(x)],
+        lambda module, x: module(torch.from_numpy(_tokens(x.numpy()))),
+    ),
+    "BatchNormalization": Case(
+        "BatchNormalization", _NORM, lambda: nn.BatchNorm2d(4, eps=1e-3), (7, 5, 4), knp.batch_norm, _maps
+    ),
+    "LayerNormalization": Case(
+        "LayerNormalization",
+        {"gamma": (4,), "beta": (4,)},
+        lambda: nn.LayerNorm(4),
+        (7, 4),
+        lambda x, w: knp.layer_norm(x, **w),
+    ),
+    "LayerNormalization of two axes": Case(
+        "LayerNormalization",
+        {"gamma": (7, 4), "beta": (7, 4)},
+        lambda: nn.LayerNorm((7, 4)),
+        (7, 4),
+        lambda x, w: knp.layer_norm(x, **w),
+        config={"axis": [1, 2]},
+    ),
+    "GroupNormalization": Case(
+        "GroupNormalization",
+        {"gamma": (4,), "beta": (4,)},
+        lambda: nn.GroupNorm(2, 4),
+        (7, 5, 4),
+        lambda x, w: knp.group_norm(x, **w, groups=2),
+        _maps,
+    ),
+    "RMSNormalization": Case(
+        "RMSNormalization",
+        {"scale": (4,)},
+        lambda: nn.RMSNorm(4, eps=1e-6),
+        (7, 4),
+        lambda x, w: w["scale"] * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6),
+    ),
+    **{kind: _recurrent(kind, False) for kind in _GATES},
+    **{f"Bidirectional {kind}": _recurrent(kind, True) for kind in _GATES},
+    "MultiHeadAttention": _attention((6, 6, 6)),
+    "MultiHeadAttention of other widths": _attention((6, 5, 4)),
+}
+
+
+def _tokens(x: np.ndarray) -> np.ndarray:
+    return np.abs(x * 10).astype("int64") % 6
+
+
+@pytest.mark.parametrize("has_class", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_becomes_a_module_that_computes_the_same(name: str, has_class: bool) -> None:
+    case = CASES[name]
+    rng = np.random.default_rng(0)
+    weights = {
+        role: rng.uniform(0.3, 1.5, s) * (1 if "var" in role else rng.choice([-1, 1], s))
+        for role, s in case.shapes.items()
+    }
+    layer = layer_of("layer", case.class_name if has_class else None, case.config, weights)
+    module = case.module().double().eval()
+    moved(checkpoint_of(None, _split([layer])), module)
+    x = rng.standard_normal((2, *case.inputs))
+    with torch.no_grad():
+        actual = case.torch(module, torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(actual, case.keras(x, weights), rtol=1e-10, atol=1e-12)
+
+
+def test_layers_of_a_recurrent_stack() -> None:
+    rng = np.random.default_rng(0)
+    stack = [{role: rng.standard_normal(shape) for role, shape in _recurrent("GRU", False).shapes.items()}]
+    stack += [
+        {
+            "kernel": rng.standard_normal((3, 9)),
+            "recurrent_kernel": rng.standard_normal((3, 9)),
+            "bias": rng.standard_normal((2, 9)),
+        }
+        for _ in range(2)
+    ]
+    layers = [layer_of(f"gru_{number}", "GRU", {}, weights) for number, weights in enumerate(stack)]
+    module = nn.GRU(4, 3, num_layers=3, batch_first=True).double()
+    moved(checkpoint_of(None, layers), module, how="order")
+    x = expected = rng.standard_normal((2, 7, 4))
+    for weights in stack:
+        expected = knp.gru(expected, weights)
+    with torch.no_grad():
+        actual = module(torch.from_numpy(x))[0].numpy()
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(5, 4, 3), (3, 3, 3)])
+def test_a_normalisation_over_all_axes_of_maps(size: tuple[int, int, int]) -> None:
+    """Its weights have the axes of the maps; where all are of one size, the shapes do not tell which comes first."""
+    height, width, channels = size
+    rng = np.random.default_rng(0)
+    conv = {"kernel": rng.standard_normal((2, 1, 2, channels)), "bias": rng.standard_normal(channels)}
+    norm = {"gamma": rng.standard_normal(size), "beta": rng.standard_normal(size)}
+    entries = [
+        ("InputLayer", {"batch_shape": [None, height + 1, width, 2]}),
+        ("Conv2D", {"name": "conv", "filters": channels, "kernel_size": [2, 1]}),
+        ("LayerNormalization", {"name": "norm", "axis": [1, 2, 3]}),
+    ]
+    config = {
+        "class_name": "Sequential",
+        "config": {"layers": [{"class_name": name, "config": options} for name, options in entries]},
+    }
+    layers = [layer_of("conv", "Conv2D", {}, conv), layer_of("norm", "LayerNormalization", {}, norm)]
+    model = nn.ModuleDict({"conv": nn.Conv2d(2, channels, (2, 1)), "norm": nn.LayerNorm(size)}).double()
+    with pytest.raises(
+        KerasFileError, match="norm → norm: its features are a normalisation over several axes of the maps"
+    ):
+        moved(checkpoint_of(config, layers), model)
+    moved(checkpoint_of(config, layers), model, flatten="channels_last")
+    x = rng.standard_normal((2, height + 1, width, 2))
+    with torch.no_grad():
+        actual = model["norm"](_maps(model["conv"], torch.from_numpy(x))).numpy()
+    np.testing.assert_allclose(actual, knp.layer_norm(knp.conv(x, **conv), **norm), rtol=1e-10, atol=1e-12)
