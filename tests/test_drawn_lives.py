@@ -568,7 +568,7 @@ def test_drawn_lives() -> None:
 @pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 def test_a_fault_is_found_and_printed_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     """If an optimizer took the state that it holds for that of its parameters, without a look, a life would show it."""
-    monkeypatch.setattr(planning.Partition, "state_in", lambda self, _: self.state)
+    monkeypatch.setattr(planning.Partition, "state_of", lambda self, *_: self.state)
     # To shrink it takes minutes.
     without_shrinking = settings(
         SETTINGS, derandomize=True, max_examples=250, phases=[Phase.generate], report_multiple_bugs=False

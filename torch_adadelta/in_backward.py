@@ -75,7 +75,7 @@ class StepInBackward:
             inputs = Inputs(rows, self._values, NO_CLIPPING if clipvalue is None else Clipping(clipvalue))
             partition, state = partitions.partition, None
             if partition is not None and partition.matches(request.groups, rows):
-                state = partition.state_in(request.state)
+                state = partition.state_of(rows.params, request.state)
             plan = planning.assemble(request, inputs, partition, state)
             plan.counts, plan.writes = False, []  # once, at the end
             self._has_written = True

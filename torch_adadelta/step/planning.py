@@ -204,7 +204,6 @@ class Partition:
 
     def __init__(self, groups: list[Group], rows: Rows, state: Columns) -> None:
         self.options = list(map(_get_options, groups))
-        self.params = rows.params
         self.sizes = rows.sizes
         is_small = sum(map(Tensor.numel, state[0])) <= _MOST_KEPT
         self.state = state if is_small else None
@@ -229,20 +228,19 @@ class Partition:
         return all(spec.fits(rows) for spec in self.specs)
 
     def matches(self, groups: list[Group], rows: Rows) -> bool:
-        """Whether a step has the same parameters, by identity, and options."""
+        """Whether a step has as many parameters of each group, of the same dtypes, and the same options."""
         return (
             rows.order is None
             and rows.sizes == self.sizes
-            and all(map(is_, rows.params, self.params))
             and list(map(_get_options, groups)) == self.options
             and (self.dtypes is None or [param.dtype for param in rows.params] == self.dtypes)
         )
 
-    def state_in(self, state: State) -> Columns | None:
-        """The state of the parameters, if that is what it was, by identity."""
+    def state_of(self, params: list[Tensor], state: State) -> Columns | None:
+        """The state of the parameters, if it is what it was, by identity: then they are those that they were."""
         entries: Any = state.values()
-        if len(state) != len(self.params) or not all(map(is_, state, self.params)):
-            entries = list(map(state.get, self.params))  # to hash a thousand parameters takes much longer
+        if len(state) != len(params) or not all(map(is_, state, params)):
+            entries = list(map(state.get, params))  # to hash a thousand parameters takes much longer
         try:
             if self.state is None:
                 current = tuple([entry[key] for entry in entries] for key in STATE_KEYS)
@@ -338,18 +336,18 @@ def gather(request: StepRequest) -> Rows:
     """The parameters that have a gradient, and their gradients."""
     if request.explicit is not None:
         return _explicit_rows(request.groups, request.explicit.pairs)
-    params: list[Tensor] = []
-    grads: list[Tensor] = []
-    sizes: list[int] = []
+    params: list[list[Tensor]] = []
+    grads: list[list[Tensor]] = []
     for group in request.groups:
         with_grad = group["params"]
         group_grads = [grad for param in with_grad if (grad := param.grad) is not None]
         if len(group_grads) != len(with_grad):
             with_grad = [param for param in with_grad if param.grad is not None]
-        params += with_grad
-        grads += group_grads
-        sizes.append(len(group_grads))
-    return Rows(params, grads, sizes)
+        params.append(with_grad)
+        grads.append(group_grads)
+    if len(params) == 1:  # to copy a list of a thousand tensors touches each of them
+        return Rows(params[0], grads[0], [len(grads[0])])
+    return Rows(list(chain(*params)), list(chain(*grads)), list(map(len, grads)))
 
 
 def _explicit_rows(groups: list[Group], pairs: list[tuple[Tensor, Tensor]]) -> Rows:
@@ -370,7 +368,7 @@ def plan(request: StepRequest) -> StepPlan | None:
     rows = gather(request)
     partition, state = request.partitions.partition, None
     if partition is not None and partition.matches(request.groups, rows):
-        state = partition.state_in(request.state)
+        state = partition.state_of(rows.params, request.state)
     if state is None:
         check_groups(request)
         if _makes_state_only(request, rows):
