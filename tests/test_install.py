@@ -111,9 +111,9 @@ CPU kernels    <instruction set>
 CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
 One step of each path on cpu, float32, float64, float16 and bfloat16:
-  single_tensor ok, same bits as single_tensor on the CPU
-  multi_tensor  ok, same bits as single_tensor on the CPU
-  fused         ok, same bits as single_tensor on the CPU
+  single_tensor  ok, same bits as single_tensor on the CPU
+  multi_tensor   ok, same bits as single_tensor on the CPU
+  fused          ok, same bits as single_tensor on the CPU
 """,
             )
 
@@ -185,9 +185,9 @@ CPU library    not loaded: FileNotFoundError: <path>/torch_adadelta/_C.so does n
 CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
 One step of each path on cpu, float32, float64, float16 and bfloat16:
-  single_tensor ok, same bits as single_tensor on the CPU
-  multi_tensor  ok, same bits as single_tensor on the CPU
-  fused         cannot run: its library is not loaded
+  single_tensor  ok, same bits as single_tensor on the CPU
+  multi_tensor   ok, same bits as single_tensor on the CPU
+  fused          cannot run: its library is not loaded
 """,
             )
 

@@ -151,4 +151,4 @@ def test_diagnostics(run: Run, has_library: bool) -> None:
     assert on_cuda.count("ok, same bits as single_tensor on the CPU") == (3 if has_library else 2), result.stdout
     if not has_library:
         assert re.search(r"CUDA library   not loaded: FileNotFoundError: .*Install the CUDA toolkit", before)
-        assert "fused         cannot run: its library is not loaded" in on_cuda
+        assert "fused          cannot run: its library is not loaded" in on_cuda

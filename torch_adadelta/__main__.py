@@ -38,7 +38,7 @@ def _verdicts(device: str) -> list[str]:
     for backend in Backend:
         runs = backend is not Backend.FUSED or is_loaded
         verdicts.append(_verdict(backend, device) if runs else "cannot run: its library is not loaded")
-        print(f"  {backend.value:<13} {verdicts[-1]}")
+        print(f"  {backend.value:<13}  {verdicts[-1]}")
     return verdicts
 
 
