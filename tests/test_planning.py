@@ -265,6 +265,23 @@ def test_a_clip_option_beside_transformers_is_noticed(path: Path) -> None:
     assert_unchanged(optimizer, before)
 
 
+def test_transformers_that_are_appended_are_noticed(path: Path) -> None:
+    optimizer, _ = trained(path)
+    optimizer.gradient_transformers.append(lambda pairs: [(-g, p) for g, p in pairs])
+    expected, _ = trained(path)
+    for group in expected.param_groups:
+        group["maximize"] = True
+    for each in (optimizer, expected):
+        each.step()
+    assert_same_training(optimizer, expected)
+    clipped, _ = trained(path, clipnorm=1.0)
+    clipped.gradient_transformers.append(lambda pairs: pairs)
+    before = snapshot(clipped)
+    with pytest.raises(ValueError, match="`clipnorm` cannot be set when `gradient_transformers` is set"):
+        clipped.step()
+    assert_unchanged(clipped, before)
+
+
 def test_an_optimizer_and_its_partition_are_freed() -> None:
     params = [Parameter(torch.zeros(3)) for _ in range(2)]
     optimizer = AdadeltaKeras(params)

@@ -377,6 +377,7 @@ def plan(request: StepRequest) -> StepPlan | None:
     if any(request.sources.of_groups):
         request.sources.check_not_overwritten(request.groups, request.has_scheduler)
     if request.callbacks.aggregator is not None or request.callbacks.transformers:
+        request.callbacks.check_clip_options(request.groups[0])  # one may have been appended to the list
         rows = _run_callbacks(request, rows)
     clipping, others_have_gradients = NO_CLIPPING, False
     if request.norm_group is not None or request.found_inf is not None or request.grad_scale is not None:
@@ -434,7 +435,6 @@ def check_groups(request: StepRequest) -> None:
     options.check_agreement(groups)
     options.canonicalize_numbers(dict(groups[0]))
     validation.check_not_complex(groups)
-    request.callbacks.check_clip_options(groups[0])
 
 
 def _makes_state_only(request: StepRequest, rows: Rows) -> bool:
