@@ -14,7 +14,7 @@ namespace torch_adadelta {
 // The hyperparameters of a segment, in the order in which the ops receive them.
 enum Hyperparameter : int { kLr, kRho, kEpsilon, kMaximize, kHyperparameters };
 
-// Those of the formula in the arithmetic type T: float for 16-bit and float32 parameters, else double.
+// Those of the formula in the opmath dtype T: float for 16-bit and float32 parameters, else double.
 template <typename T>
 struct Hyperparameters {
   T lr;

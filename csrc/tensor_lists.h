@@ -581,7 +581,7 @@ struct Gradient {
   size_t index;          // in the lists
   Dtype dtype;
   bool is_complex;
-  bool in_double;  // the arithmetic type
+  bool in_double;  // the opmath dtype
 };
 
 // What read_gradients finds; its owner keeps it, as a Workspace.
@@ -608,7 +608,7 @@ inline bool is_packed(const Layout& layout, const TensorInfo& grad) {
 
 }  // namespace detail
 
-// Checks that each gradient is one of its parameter, and describes it. The arithmetic type is that of the parameter, or
+// Checks that each gradient is one of its parameter, and describes it. The opmath dtype is that of the parameter, or
 // double for all.
 inline void read_gradients(
     Gradients& result, const TensorList& params, const TensorList& grads, bool in_double, int32_t device_type

@@ -648,7 +648,7 @@ def test_distributed_and_plain_tensors_in_a_group(clip: dict[str, float]) -> Non
 
 
 def test_clipping_keeps_a_scheduled_step_on_one_device(path: Path) -> None:
-    """A schedule, decay and clipping together, and a group of two arithmetic types."""
+    """A schedule, decay and clipping together, and a group of two opmath dtypes."""
     schedule = schedules.ExponentialDecay(1.0, 2, 0.5)
     params = [Parameter(torch.ones(3)), Parameter(torch.ones(3, dtype=torch.float64))]
     optimizer = AdadeltaKeras(params, schedule, decay=0.1, clipvalue=0.5, clipnorm=0.7, **path.options)

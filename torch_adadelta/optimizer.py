@@ -96,7 +96,7 @@ class AdadeltaKeras(KerasInterface):
 
     A Python number for ``learning_rate``, ``rho`` or ``decay`` is rounded to float32 first, as Keras does, whatever the
     dtype of the parameters; a Tensor or NumPy scalar keeps its precision. ``epsilon`` is not rounded. A callable is
-    called once a step. Aggregator and transformers see gradients in the arithmetic type and may overwrite them: they
+    called once a step. Aggregator and transformers see gradients in the opmath dtype and may overwrite them: they
     are copies. ``.grad`` is never written to.
 
     Raises:

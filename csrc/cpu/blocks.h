@@ -1,4 +1,4 @@
-// Blocks of elements on their way between memory, of any dtype and layout, and the arithmetic type T.
+// Blocks of elements on their way between memory, of any dtype and layout, and the opmath dtype T.
 #pragma once
 
 #include "loops.h"

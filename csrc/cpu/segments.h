@@ -26,7 +26,7 @@ inline double value_of(const Scalar& scalar) {
   }
 }
 
-// Calls run(what becomes of a gradient, hyperparameters), in the arithmetic type, for a parameter.
+// Calls run(what becomes of a gradient, hyperparameters), in the opmath dtype, for a parameter.
 class SegmentValues {
  public:
   explicit SegmentValues(const UpdateOptions& options)

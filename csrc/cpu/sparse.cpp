@@ -100,7 +100,7 @@ auto loops_of(const Loops& loops) {
   }
 }
 
-// The elements [begin, end) of the row that the occurrences [first, last) name. T is the arithmetic type.
+// The elements [begin, end) of the row that the occurrences [first, last) name. T is the opmath dtype.
 template <typename T>
 void update_row(
     const Loops& loops,

@@ -16,7 +16,7 @@
 namespace torch_adadelta::cpu {
 namespace {
 
-// The elements [begin, end) of one gradient, which are one chunk at most. T is the arithmetic type.
+// The elements [begin, end) of one gradient, which are one chunk at most. T is the opmath dtype.
 template <typename T>
 double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, T limit, T scale) {
   constexpr bool is_float = std::is_same_v<T, float>;

@@ -21,7 +21,7 @@ auto update_loop(const Loops& loops) {
   }
 }
 
-// The elements [begin, end) of one parameter, in the order of its memory, block by block. T is the arithmetic type.
+// The elements [begin, end) of one parameter, in the order of its memory, block by block. T is the opmath dtype.
 //
 // Not inlined, for the buffers would be set up for each small parameter that needs none.
 template <typename T>

@@ -1,4 +1,4 @@
-// How the kernels read and write memory: conversions to and from the arithmetic type T, vectors of 16 bytes, layouts.
+// How the kernels read and write memory: conversions to and from the opmath dtype T, vectors of 16 bytes, layouts.
 #pragma once
 
 #include "../dtypes.h"
@@ -19,7 +19,7 @@ constexpr int kWarp = 32;
 
 // What the arithmetic on parameters of a dtype runs in.
 template <typename Item>
-using ArithmeticType = std::conditional_t<std::is_same_v<Item, double>, double, float>;
+using OpmathType = std::conditional_t<std::is_same_v<Item, double>, double, float>;
 
 template <typename T>
 __device__ __forceinline__ T widen(float item) {

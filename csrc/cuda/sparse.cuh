@@ -154,7 +154,7 @@ template <typename Item, int width>
 __global__ void __launch_bounds__(kRowThreads, sizeof(Item) == 8 ? 4 : 8) update_rows_kernel(
     const SparseUpdate __grid_constant__ update
 ) {
-  using T = ArithmeticType<Item>;
+  using T = OpmathType<Item>;
   const Share share(update, width);
   if (!share.has_work) {
     return;
@@ -228,7 +228,7 @@ inline std::array<torch::stable::Tensor, 2> sorted(const torch::stable::Tensor& 
 
 template <typename Item, typename Device>
 void update_rows(const Device& device, const SparseUpdate& update, int width, int64_t blocks) {
-  constexpr int kWidth = kVectorBytes / sizeof(ArithmeticType<Item>);
+  constexpr int kWidth = kVectorBytes / sizeof(OpmathType<Item>);
   device.launch(
       width == 1 ? update_rows_kernel<Item, 1> : update_rows_kernel<Item, kWidth>, blocks, kRowThreads, update
   );

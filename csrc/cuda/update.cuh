@@ -185,7 +185,7 @@ template <typename Item, bool plain, int capacity>
 __global__ void __launch_bounds__(kThreads, sizeof(Item) == 8 ? 1 : 2) update_kernel(
     const UpdateTable<capacity> __grid_constant__ table
 ) {
-  using T = ArithmeticType<Item>;
+  using T = OpmathType<Item>;
   if (is_skipped(table.options)) {
     return;
   }

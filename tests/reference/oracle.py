@@ -3,7 +3,7 @@
 NumPy rounds after every operation, never fuses two, and its `sqrt` and `/` are those of IEEE 754. Nothing here knows
 torch, so no bug can be shared with it.
 
-Arrays are held in the arithmetic type T of their dtype, with values of that dtype: what NumPy has no type for
+Arrays are held in the opmath dtype T of their dtype, with values of that dtype: what NumPy has no type for
 (bfloat16, complex32) is a float32 or complex64 array whose values are rounded already, and so is float16. Widening a
 16-bit tensor to float32 is exact, so comparing after it still compares bits.
 """
@@ -44,7 +44,7 @@ def round_to_bfloat16(x: Array) -> Array:
 
 
 class _Format(NamedTuple):
-    T: Any  # the arithmetic type
+    T: Any  # the opmath dtype
     store: Callable[[Array], Array]
     is_complex: bool = False
 

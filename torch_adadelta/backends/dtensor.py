@@ -2,7 +2,7 @@
 
 A DTensor is updated through its local tensor, by the same implementations as any other. Its part of a norm is summed
 over the processes that have the other parts; since that order of summation is not the one of a single process, the last
-bits of the float64 sum may differ, which are rounded away where the arithmetic type is float32.
+bits of the float64 sum may differ, which are rounded away where the opmath dtype is float32.
 """
 
 from collections.abc import Iterable, Sequence
