@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from torch import Tensor
 
 from torch_adadelta.backends.opmath import Value
-
-if TYPE_CHECKING:
-    from torch_adadelta.backends.kernels import AccumulatorCache
 
 # The state of a parameter, in the order in which backends take it.
 STATE_KEYS: Final = ("square_avg", "acc_delta")
@@ -81,7 +78,7 @@ class Batch:
     segments: list[Segment]
     gradient_options: GradientOptions = NO_OPTIONS
     gradient_order: list[int] | None = None  # the number of each gradient in the step; None for 0, 1, 2, …
-    accumulators: "AccumulatorCache | None" = None
+    accumulators: int | None = None  # the number by which the compiled library knows them, if it keeps them
     dtensors: Lists | None = None  # where the lists hold local tensors: those whose they are
     # Set by a backend just before its first write: what raises later leaves the step partial.
     has_begun: bool = field(default=False, compare=False)

@@ -155,7 +155,7 @@ def update(batch: Batch, *, check_only: bool = False) -> Refusal | None:
             indices, values = map(list, zip(*map(coo_components, batch.grads), strict=True))
             _sparse_adadelta(batch.params, indices, values, batch.square_avgs, batch.acc_deltas, *arguments)
         elif batch.accumulators is not None and not _count_dispatch_modes():
-            _adadelta_cached(batch.params, batch.grads, batch.accumulators.number, *arguments)
+            _adadelta_cached(batch.params, batch.grads, batch.accumulators, *arguments)
         else:
             adadelta_(*batch.lists, *arguments)
     except RuntimeError as error:

@@ -169,7 +169,7 @@ class BatchSpec:
         lists: Any = (rows.params, rows.grads, *state)
         if self.rows is not None:
             lists = tuple(map(self.select, lists))
-        dtensors, accumulators = None, self.accumulators
+        dtensors, accumulators = None, None if self.accumulators is None else self.accumulators.number
         if self.is_local:
             dtensors = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:])
             lists = tuple(map(dtensor.local_tensors, dtensors))
@@ -190,7 +190,8 @@ class BatchSpec:
         """Hands the state to the compiled library, where it keeps that, for the steps to come."""
         if self.backend is Backend.FUSED and not self.is_sparse:
             self.cached = [*batch.square_avgs, *batch.acc_deltas]
-            batch.accumulators = self.accumulators = kernels.cached_accumulators(batch.square_avgs, batch.acc_deltas)
+            self.accumulators = kernels.cached_accumulators(batch.square_avgs, batch.acc_deltas)
+            batch.accumulators = None if self.accumulators is None else self.accumulators.number
 
 
 # A partition keeps the state itself, to compare it with that of the next step, if it has no more elements than this:
