@@ -210,8 +210,9 @@ class Partition:
         self.state = state if is_small else None
         self.ids = [] if is_small else [list(map(id, column)) for column in state]
         self.specs = _specs(groups, rows)
-        # A single op that checks all of its lists before it writes needs no look beforehand.
-        self.checks_itself = len(self.specs) == 1 and self.specs[0].has_checking_op and not self.specs[0].is_local
+        # A single op checks all of its lists before it writes.
+        is_left_to_op = len(self.specs) == 1 and self.specs[0].has_checking_op and not self.specs[0].is_local
+        self.needs_checks = not is_left_to_op
         # The opmath dtype decides in which precision schedules and `decay` are computed; the dtype, which parameters
         # multi-tensor operations take together.
         depends_on_dtype = any(group["decay"] or group["schedule"] or group["callables"] for group in groups) or any(
@@ -407,7 +408,7 @@ def assemble(
     """
     rows, values, clipping = inputs
     new_state: State = {}
-    is_cached = partition is not None and state is not None and (partition.checks_itself or partition.fits(rows))
+    is_cached = partition is not None and state is not None and (not partition.needs_checks or partition.fits(rows))
     if partition is None or state is None or not is_cached:
         state, new_state = _completed(request, rows)
         partition = Partition(request.groups, rows, state)
@@ -416,7 +417,7 @@ def assemble(
         partition.keep(batches)
         request.partitions.partition = partition
     refused = None
-    if not partition.checks_itself:
+    if partition.needs_checks:
         refused = validation.check_batches(batches, request.name_of)
     if refused is None and clipping is not NO_CLIPPING:
         refused = set_gradient_options(batches, clipping)
