@@ -88,6 +88,21 @@ def test_schedules_and_callables_are_called_once_a_pass() -> None:
     assert calls == [0, 1, 2]
 
 
+def test_a_number_that_is_written_amid_a_pass_holds_from_the_next_one_on() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = AdadeltaKeras([first, second], learning_rate=1.0)
+    handle = step_in_backward(optimizer)
+    group = optimizer.param_groups[0]
+    written = {"lr": 1.0}
+    second.register_post_accumulate_grad_hook(lambda _: group.update(written))
+    for lr, moves in ((1.0, True), (0.0, True), (0.0, False), (1.0, False), (1.0, True)):
+        written["lr"] = lr
+        before = first.detach().clone()
+        ((first * 2) * second).sum().backward()
+        assert bool((first != before).all()) == moves
+    handle.remove()
+
+
 def test_no_more_than_one_gradient_is_alive_at_a_time() -> None:
     layers = [nn.Linear(50, 50) for _ in range(6)]
     params = [p for layer in layers for p in layer.parameters()]

@@ -1,5 +1,6 @@
 """The plan of a step: what the partition of the last step must notice, what is called how often, and what is refused."""
 
+import copy
 import gc
 import itertools
 import weakref
@@ -362,6 +363,93 @@ def test_callbacks_cannot_change_the_gradients_of_the_user(path: Path) -> None:
     assert (table.grad._values() == 1).all()
 
 
+@pytest.mark.parametrize("how", ["load_state_dict", "replaced", "cleared", "maximize"])
+def test_what_a_callback_does_to_the_optimizer_counts(path: Path, how: str) -> None:
+    """It may load a checkpoint, replace state, or write to groups: the update goes by what is there then."""
+    calls = 0
+
+    def callback(pairs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            disturb(optimizer, params)
+        return pairs
+
+    def disturb(each: AdadeltaKeras, own: list[Parameter]) -> None:
+        if how == "load_state_dict":
+            each.load_state_dict(saved)
+        elif how == "replaced":
+            each.state[own[0]]["acc_delta"] = torch.full((5,), 0.25)
+        elif how == "cleared":
+            each.state.clear()
+        else:
+            each.param_groups[1]["maximize"] = True
+
+    optimizer, params = trained(path, gradient_transformers=[callback])
+    expected, others = trained(path, gradient_transformers=[lambda pairs: pairs])
+    saved = copy.deepcopy(expected.state_dict())
+    if how == "load_state_dict":
+        for group in saved["param_groups"]:
+            group["iterations"] = 7
+    disturb(expected, others)
+    optimizer.step()
+    expected.step()
+    assert calls == 3
+    assert_same_training(optimizer, expected)
+    assert optimizer.iterations == expected.iterations == (8 if how == "load_state_dict" else 3)
+
+
+# ---- Numbers that change in place -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "epsilon", "rho"])
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["NumPy", "Tensor"])
+def test_a_number_that_is_filled_is_noticed(path: Path, key: str, kind: Any) -> None:
+    number = kind(0.5)
+    optimizer, params = trained(path, **({} if key == "learning_rate" else {key: number}))
+    if key == "learning_rate":
+        optimizer.learning_rate = number
+    optimizer.step()
+    number[...] = 0.25
+    copies = [Parameter(param.detach().clone()) for param in params]
+    fresh = AdadeltaKeras([{"params": copies[:2]}, {"params": copies[2:]}], **path.options)
+    fresh.load_state_dict(optimizer.state_dict())
+    for each in (params, copies):
+        give(each, 5)
+    optimizer.step()
+    fresh.step()
+    assert_same_training(optimizer, fresh)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -3.0, -1.0])
+def test_a_decay_that_is_filled_with_nonsense_is_refused(path: Path, value: float) -> None:
+    decay = torch.tensor(0.5)
+    optimizer, _ = trained(path, decay=decay)
+    decay.fill_(value)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="decay"):
+        optimizer.step()
+    for now, was in zip(snapshot(optimizer)[1], before[1], strict=True):
+        assert_same_bits(now, was)
+    assert optimizer.iterations == 2
+
+
+def test_a_group_that_is_restored_under_a_schedule(path: Path) -> None:
+    optimizer, params = trained(path)
+    optimizer.learning_rate = schedules.ExponentialDecay(1.0, 2, 0.5)
+    optimizer.step()
+    saved = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    give(params, 3)
+    optimizer.step()
+    for group, was in zip(optimizer.param_groups, saved, strict=True):
+        group.update(was)
+    optimizer.step()
+    assert optimizer.iterations == 4
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0])
+    with pytest.raises(RuntimeError, match="param_groups was changed from outside"):
+        optimizer.step()
+
+
 # ---- Schedules on a device ------------------------------------------------------------------------------------------
 
 
@@ -430,6 +518,28 @@ def test_a_gradient_that_is_its_parameter_transposed_is_refused(path: Path) -> N
         assert optimizer.iterations == steps
         param.grad = torch.ones(3, 3)
         optimizer.step()
+
+
+def test_parameters_of_one_memory_are_updated_in_their_order(path: Path) -> None:
+    """Also where one has a sparse gradient, and another call updates it."""
+    first, second, third = Parameter(torch.zeros(4, 2)), Parameter(torch.ones(3)), Parameter(torch.zeros(4, 2))
+    third.data = first.data
+    optimizer = AdadeltaKeras([first, second, third], 1.0, **path.options)
+    oracles = [oracle_of(torch.zeros(4, 2), learning_rate=1.0) for _ in range(2)]
+    p = np.zeros((4, 2), np.float32)
+    for step in range(3):
+        give([first, second, third], step)
+        assert first.grad is not None
+        assert third.grad is not None
+        for oracle, grad in zip(oracles, (first.grad, third.grad), strict=True):
+            oracle.p = p
+            oracle.step(to_numpy(grad))
+            p = oracle.p
+        first.grad = first.grad.to_sparse(1)
+        optimizer.step()
+    assert_same_bits(first, p)
+    for oracle, param in zip(oracles, (first, third), strict=True):
+        assert_same_bits(optimizer.state[param]["acc_delta"], oracle.acc_delta)
 
 
 @pytest.mark.parametrize("key", ["square_avg", "acc_delta"])
@@ -546,6 +656,32 @@ def test_the_norm_over_processes_of_two_dtypes_is_taken_in_one(two: Processes) -
     optimizer.step()
     expected = [tuple(optimizer.state[param]["square_avg"].tolist()) for param in params]
     assert [results[0] for results in two.run(_norm_of_two_types)] == expected
+
+
+def _one_process_refuses() -> list[str]:
+    param = Parameter(torch.zeros(3))
+    optimizer = AdadeltaKeras([param], 1.0, global_clipnorm=1.0, norm_group="world")
+    errors = []
+    for step in range(4):
+        param.grad = torch.ones(3)
+        if step == 2 and dist.get_rank() == 0:
+            optimizer.state[param]["acc_delta"].data = torch.zeros(4)
+        try:
+            optimizer.step()
+            errors.append("")
+        except RuntimeError as error:
+            errors.append(str(error).split(" (", maxsplit=1)[0])
+            optimizer.state[param]["acc_delta"].data = torch.zeros(3)
+    return errors
+
+
+def test_a_process_that_refuses_its_state_leaves_the_others_no_call_to_wait_for(two: Processes) -> None:
+    """It says so before the norm is summed, and once; then all see that they disagree."""
+    first, second = two.run(_one_process_refuses)
+    assert first[:2] == second[:2] == ["", ""]
+    assert first[2].startswith("parameter 0 of group 0 has shape")
+    assert second[2] == ""
+    assert first[3] == second[3] == "the processes of norm_group disagree on iterations"
 
 
 # ---- The partition --------------------------------------------------------------------------------------------------

@@ -192,6 +192,18 @@ def test_what_is_loaded_is_copied(path: Path) -> None:
         assert (other.state[param][key] != before["state"][0][key]).all()
 
 
+def test_what_is_restored_past_load_state_dict_is_copied(path: Path) -> None:
+    optimizer = trained(path)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    other = AdadeltaKeras([Parameter(torch.zeros(3))], 1.0, **path.options)
+    torch.optim.Optimizer.load_state_dict(other, saved)
+    other.param_groups[0]["params"][0].grad = torch.ones(3)
+    other.step()
+    for key in ("square_avg", "acc_delta"):
+        assert_same_bits(saved["state"][0][key], before["state"][0][key], key)
+
+
 def test_a_numpy_scalar_keeps_its_precision_in_a_checkpoint(path: Path) -> None:
     optimizer = trained(path, rho=np.float64(0.95), decay=np.float32(0.25))
     copied = by_checkpoint(optimizer)

@@ -73,20 +73,17 @@ class StepInBackward:
             rows = Rows([param], [param.grad], sizes)
             clipvalue = request.groups[0]["clipvalue"]
             inputs = Inputs(rows, self._values, NO_CLIPPING if clipvalue is None else Clipping(clipvalue))
-            partition, state = partitions.partition, None
-            if partition is not None and partition.matches(request.groups, rows):
-                state = partition.state_of(rows.params, request.state)
-            plan = planning.assemble(request, inputs, partition, state)
+            plan = planning.assemble(request, inputs, partitions.find(request, rows))
             plan.counts, plan.writes = False, []  # once, at the end
             self._has_written = True
-            execution.run_plan(plan, request)
+            execution.run_plan(plan)
             param.grad = None
 
     def _finish(self) -> None:
         """At the end of a backward pass: the step is counted. One of `torch.autograd.grad` has written nothing."""
         if self._has_written and self._values is not None:
             request = self._optimizer.step_request()._replace(found_inf=None)
-            execution.run_plan(StepPlan([], {}, self._values.writes), request)
+            execution.run_plan(StepPlan(request, [], {}, self._values.writes))
         self._pass, self._values = None, None
 
 

@@ -166,7 +166,7 @@ class AdadeltaKeras(KerasInterface):
         self._traced = compiled.TracedStep()
         self._norm_group = None if norm_group is None else NormGroup(norm_group)
         self._is_made_by_zero = distributed.is_made_by_zero()
-        self._check_norm_group(self._norm_group, defaults)
+        validation.check_norm_group(self._is_made_by_zero, self._norm_group, defaults)
         super().__init__(params, defaults)
 
     # ---- Param groups -------------------------------------------------------------------------------------------
@@ -272,6 +272,8 @@ class AdadeltaKeras(KerasInterface):
         """Takes what pickle, deepcopy, `load_state_dict` and users restore, a part of it or all, once it is checked."""
         known = {"_sources": Sources({}), "_callbacks": Callbacks(None, None), "state": {}, **self.__dict__, **state}
         groups, params = known["param_groups"], known["state"]
+        if not isinstance(known["_sources"], Sources):
+            raise RuntimeError("the optimizer was pickled by version 0.1; pickle its state_dict() there, and load that")
         sources: Sources = known["_sources"].copy()
         if "param_groups" in state:
             if any("eps" in group for group in groups):
@@ -283,7 +285,7 @@ class AdadeltaKeras(KerasInterface):
         for group_index, group in enumerate(groups):
             for index, param in enumerate(group["params"]):
                 checkpoint.check_state(validation.name_in(groups, group_index, index), param, params.get(param))
-        if self._loading is not None:
+        if "defaults" not in state:  # which a copy of the whole has
             self._take_over(groups, params)
         super().__setstate__({**state, "_sources": sources, "_callbacks": known["_callbacks"]})
         self._partitions, self._traced = PartitionCache(), compiled.TracedStep()
@@ -291,21 +293,25 @@ class AdadeltaKeras(KerasInterface):
         self._sources.update_metadata(self.param_groups, self._callbacks)
 
     def _take_over(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-        """Makes the loaded state the optimizer's own.
+        """Makes loaded state the optimizer's own.
 
         Optimizer.load_state_dict hands over tensors that fit as they are: to keep them would be to write to the
         checkpoint, or to another optimizer's state. It casts all real ones to the parameter's dtype, which is not what
         others' need be.
         """
-        saved_state = self._loading["state"]
-        for saved_group, group in zip(self._loading["param_groups"], groups, strict=True):
-            for number, param in zip(saved_group["params"], group["params"], strict=True):
-                if not state.get(param):
-                    continue
-                move = partial(Tensor.to, device=param.device, copy=True)
-                own = {key: state[param][key].to(param.dtype, copy=True) for key in STATE_KEYS if key in state[param]}
-                foreign = {key: saved_state[number][key] for key in state[param] if key not in own}
-                state[param] = {**tree_map_only(Tensor, move, foreign), **own}
+        saved: dict[Tensor, Any] = {}
+        if self._loading is not None:
+            for saved_group, group in zip(self._loading["param_groups"], groups, strict=True):
+                for number, param in zip(saved_group["params"], group["params"], strict=True):
+                    saved[param] = self._loading["state"].get(number)
+        for param, entry in state.items():
+            if not isinstance(param, Tensor) or not entry:  # others may keep something that belongs to no parameter
+                continue
+            given = saved.get(param) or entry
+            own = {key: entry[key].to(param.dtype, copy=True) for key in STATE_KEYS if key in entry}
+            foreign = {key: given[key] for key in entry if key not in own}
+            move = partial(Tensor.to, device=param.device, copy=True)
+            state[param] = {**tree_map_only(Tensor, move, foreign), **own}
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -362,7 +368,7 @@ class AdadeltaKeras(KerasInterface):
         new = {number.key: self.param_groups[0][number.key] for number in NUMBERS} | {option.key: value}
         options.canonicalize_numbers(new)
         self._callbacks.check_clip_options(new)
-        self._check_norm_group(self._norm_group, new)
+        validation.check_norm_group(self._is_made_by_zero, self._norm_group, new)
         validation.check_not_complex([{**group, **new} for group in self.param_groups])
         for group in (self.defaults, *self.param_groups):
             group[option.key] = new[option.key]
@@ -421,17 +427,8 @@ class AdadeltaKeras(KerasInterface):
     @norm_group.setter
     def norm_group(self, value: Any) -> None:
         norm_group = None if value is None else NormGroup(value)
-        self._check_norm_group(norm_group, self.param_groups[0])
+        validation.check_norm_group(self._is_made_by_zero, norm_group, self.param_groups[0])
         self._norm_group = norm_group
-
-    def _check_norm_group(self, norm_group: NormGroup | None, options: dict[str, Any]) -> None:
-        if self._is_made_by_zero and norm_group is None and options["global_clipnorm"] is not None:
-            raise ValueError(
-                f"global_clipnorm={options['global_clipnorm']!r} needs the gradients of all parameters, and under "
-                "ZeroRedundancyOptimizer each process has those of its own parameters only. Pass "
-                'norm_group="world", or the process group, to take the norm over all processes; or use clipnorm, which '
-                "takes each gradient by itself"
-            )
 
     @property
     def iterations(self) -> int:
@@ -483,10 +480,9 @@ class AdadeltaKeras(KerasInterface):
         grad_enabled = torch.is_grad_enabled()
         try:
             torch._C._set_grad_enabled(False)  # the function behind torch.no_grad
-            request = self.step_request()
-            plan = planning.plan(request)  # may raise, and writes nothing
+            plan = planning.plan(self.step_request())  # may raise, and writes nothing
             if plan is not None:
-                execution.run_plan(plan, request)
+                execution.run_plan(plan)
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
@@ -504,6 +500,7 @@ class AdadeltaKeras(KerasInterface):
             self._norm_group,
             self._is_made_by_zero,
             self._has_scheduler,
+            self.step_request,
         )
 
     def _is_traceable(self) -> bool:
@@ -537,7 +534,7 @@ class AdadeltaKeras(KerasInterface):
         self._take_step()
 
     def _init_group(self, *arguments: Any) -> int:
-        """What `torch.compile` runs while it traces, by this name, with the real tensors; see backends/compiled.py."""
+        """What `torch.compile` runs while it traces, by this name, with the real tensors; see step/compiled.py."""
         return self._traced.init_group(self.step_request(), *arguments)
 
 

@@ -192,7 +192,10 @@ def canonicalize(option: Option, value: Any) -> Any:
 
 def number_of(option: Option, value: Any) -> float:
     """An option as the number that a step uses, rounded where Keras rounds it. Reads a Tensor on the CPU."""
-    return float(value.detach()) if isinstance(value, Tensor) else _rounded_number(option, value)
+    if isinstance(value, Tensor):
+        _check_tensor(option, value)  # somebody may have filled it
+        return float(value.detach())
+    return _rounded_number(option, value)
 
 
 def in_step(option: Option, value: Any, keep_tensor: bool = False) -> Value:

@@ -7,25 +7,25 @@ from torch_adadelta.backends import functional, kernels
 from torch_adadelta.backends.batch import Backend, Batch, Refusal
 from torch_adadelta.step import planning, sources, validation
 from torch_adadelta.step.clipping import recording
-from torch_adadelta.step.planning import State, StepPlan, StepRequest
+from torch_adadelta.step.planning import State, StepPlan
 from torch_adadelta.step.sources import Group
 
 _PARTIAL = "(the step is partial: some parameters and state were updated, others not)"
 
 
-def run_plan(plan: StepPlan, request: StepRequest) -> None:
+def run_plan(plan: StepPlan) -> None:
     """Runs a plan; if the partition of the last step was taken, and turns out to be wrong now, one with another."""
-    refusal = apply(plan, request)
-    if refusal is not None and plan.is_cached and plan.inputs is not None:
-        plan = planning.assemble(request, plan.inputs)
-        refusal = apply(plan, request)
+    refusal = apply(plan)
+    if refusal is not None and plan.inputs is not None:
+        plan = planning.assemble(plan.request, plan.inputs)
+        refusal = apply(plan)
     if refusal is not None:
-        validation.raise_named(plan.batches[0], refusal, request.name_of)
+        validation.raise_named(plan.batches[0], refusal, plan.request.name_of)
 
 
-def apply(plan: StepPlan, request: StepRequest) -> Refusal | None:
+def apply(plan: StepPlan) -> Refusal | None:
     """Writes what a plan says; or returns why the op of its first batch refused that, when nothing is written."""
-    has_written = False
+    request, has_written = plan.request, False
     try:
         if plan.new_state:
             add_state(request.state, plan.new_state)

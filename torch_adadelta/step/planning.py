@@ -22,7 +22,7 @@ from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
 from torch_adadelta.step import validation
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
-from torch_adadelta.step.selection import by_device, select_backend
+from torch_adadelta.step.selection import PLAIN_TYPES, by_device, select_backend
 from torch_adadelta.step.sources import Group, GroupWrite, Sources, StepValues, is_capturing
 
 State = dict[Tensor, dict[str, Any]]
@@ -30,15 +30,13 @@ State = dict[Tensor, dict[str, Any]]
 # For each of STATE_KEYS, that of all rows of a step.
 Columns = tuple[list[Tensor], ...]
 
-_NUMBERS: Final = tuple(option.key for option in options.NUMBERS)
-
 # What a partition depends on, and what is checked when it changes.
 _get_options: Final = itemgetter(
     *(option.key for option in OPTIONS if option.kind is not Kind.HYPERPARAMETER), "schedule", "callables"
 )
 _get_clip_options: Final = itemgetter(*options.CLIP_OPTIONS)
 _UNCLIPPED: Final = (None, None, None)
-_get_numbers: Final = itemgetter(*(option.key for option in HYPERPARAMETERS))
+_get_hyperparameters: Final = itemgetter(*(option.key for option in HYPERPARAMETERS))
 _get_state: Final = itemgetter(*STATE_KEYS)
 
 
@@ -62,6 +60,7 @@ class StepRequest(NamedTuple):
         is_part: whether other optimizers have other parameters, and this one keeps count with them, as it does where it
             has no parameters.
         has_scheduler: whether a scheduler of torch.optim writes the learning rate.
+        renewed: makes the request anew, for callbacks may have loaded a checkpoint.
     """
 
     groups: list[Group]
@@ -75,6 +74,7 @@ class StepRequest(NamedTuple):
     norm_group: "distributed.NormGroup | None" = None
     is_part: bool = False
     has_scheduler: Callable[[], bool] = lambda: False
+    renewed: "Callable[[], StepRequest] | None" = None
 
     def name_of(self, param: Tensor) -> str:
         """What errors call a parameter."""
@@ -102,12 +102,12 @@ class Inputs(NamedTuple):
 class StepPlan:
     """A step that is checked and ready to be written."""
 
+    request: StepRequest
     batches: list[Batch]
     new_state: State
     writes: list[GroupWrite]
     counts: bool = True
-    inputs: Inputs | None = None
-    is_cached: bool = False  # whether the partition is that of the last step
+    inputs: Inputs | None = None  # to make another plan, should the partition of the last step be wrong
 
 
 # ---- The partition --------------------------------------------------------------------------------------------------
@@ -120,18 +120,19 @@ class SegmentSpec:
     group: int
     T: torch.dtype
     size: int
-    numbers: tuple[Any, ...] | None = None  # what the group held when `segment` was made; None if it may not be reused
+    given: tuple[Any, ...] | None = None  # what the group held when `segment` was made; None if it may not be reused
     segment: Segment | None = None
 
     def segment_of(self, groups: list[Group], values: StepValues) -> Segment:
         """The hyperparameters of this step."""
         group = groups[self.group]
-        numbers = _get_numbers(group)
-        if self.segment is not None and self.numbers is not None and all(map(is_, numbers, self.numbers)):
+        given = _get_hyperparameters(group)
+        is_known = (self.group, self.T) in values.known  # which may be older than what the group holds
+        if not is_known and self.segment is not None and self.given is not None and all(map(is_, given, self.given)):
             return self.segment
         self.segment = Segment._make((self.size, *values.of(self.group, self.T), group["maximize"]))
-        may_change = bool(values.sources[self.group]) or group["decay"] or any(isinstance(x, Tensor) for x in numbers)
-        self.numbers = None if may_change else numbers
+        is_fixed = not values.sources[self.group] and not group["decay"] and all(type(x) in (float, int) for x in given)
+        self.given = given if is_fixed and not is_known else None
         return self.segment
 
 
@@ -229,15 +230,6 @@ class Partition:
         """Whether the gradients of a step are of the kinds that the batches are for, as far as no op looks."""
         return all(spec.fits(rows) for spec in self.specs)
 
-    def matches(self, groups: list[Group], rows: Rows) -> bool:
-        """Whether a step has as many parameters of each group, of the same dtypes, and the same options."""
-        return (
-            rows.order is None
-            and rows.sizes == self.sizes
-            and list(map(_get_options, groups)) == self.options
-            and (self.dtypes is None or [param.dtype for param in rows.params] == self.dtypes)
-        )
-
     def state_of(self, params: list[Tensor], state: State) -> Columns | None:
         """The state of the parameters, if it is what it was, by identity: then they are those that they were."""
         entries: Any = state.values()
@@ -260,6 +252,20 @@ class PartitionCache:
 
     def __init__(self) -> None:
         self.partition: Partition | None = None
+
+    def find(self, request: StepRequest, rows: Rows) -> tuple[Partition, Columns] | None:
+        """The partition and the state of the parameters, if a step has the same options, parameters and state."""
+        partition = self.partition
+        if (
+            partition is None
+            or rows.order is not None
+            or rows.sizes != partition.sizes
+            or list(map(_get_options, request.groups)) != partition.options
+            or (partition.dtypes is not None and [param.dtype for param in rows.params] != partition.dtypes)
+        ):
+            return None
+        state = partition.state_of(rows.params, request.state)
+        return None if state is None else (partition, state)
 
     def __deepcopy__(self, memo: Any) -> "PartitionCache":
         return PartitionCache()
@@ -299,8 +305,10 @@ def _kinds_in_group(group: Group, params: list[Tensor], grads: list[Tensor]) -> 
 
 def _members(params: list[Tensor], kinds: list[_Kind]) -> list[list[int]]:
     """The rows of each batch."""
-    if len(set(map(id, params))) < len(params):
-        # A parameter that is listed twice is updated in the order of its gradients, whatever their kinds.
+    plain = [param for param in params if type(param) in PLAIN_TYPES and not param.is_meta]
+    is_twice = len(set(map(id, params))) < len(params)
+    if len(set(kinds)) > 1 and (is_twice or validation.share_memory(plain)):
+        # A parameter that is listed twice, or whose memory another has, is updated in the order of the gradients.
         return [list(run) for _, run in groupby(range(len(kinds)), kinds.__getitem__)]
     members: dict[_Kind, list[int]] = {}
     for row, kind in enumerate(kinds):
@@ -368,19 +376,23 @@ def plan(request: StepRequest) -> StepPlan | None:
     Raises whatever is wrong with options, gradients and state, and what schedules and callbacks raise.
     """
     rows = gather(request)
-    partition, state = request.partitions.partition, None
-    if partition is not None and partition.matches(request.groups, rows):
-        state = partition.state_of(rows.params, request.state)
-    if state is None:
+    kept = request.partitions.find(request, rows)
+    if kept is None:
         check_groups(request)
         if _makes_state_only(request, rows):
             _, new_state = _completed(request, rows)
-            return StepPlan([], new_state, [], counts=False)
+            return StepPlan(request, [], new_state, [], counts=False)
     if any(request.sources.of_groups):
+        request.sources.follow(request.groups, request.callbacks)
         request.sources.check_not_overwritten(request.groups, request.has_scheduler)
     if request.callbacks.aggregator is not None or request.callbacks.transformers:
         request.callbacks.check_clip_options(request.groups[0])  # one may have been appended to the list
         rows = _run_callbacks(request, rows)
+        # They may have written to groups and state, or loaded a checkpoint.
+        request = request if request.renewed is None else request.renewed()
+        kept = request.partitions.find(request, rows)
+        if kept is None:
+            check_groups(request)
     clipping, others_have_gradients = NO_CLIPPING, False
     if request.norm_group is not None or request.found_inf is not None or request.grad_scale is not None:
         clipping, others_have_gradients = _clipping(request, rows)
@@ -388,28 +400,30 @@ def plan(request: StepRequest) -> StepPlan | None:
         clipping, _ = _clipping(request, rows)
     if rows.params:
         values = StepValues(request.groups, request.sources.of_groups)
-        return assemble(request, Inputs(rows, values, clipping), partition, state)
+        return assemble(request, Inputs(rows, values, clipping), kept)
     if clipping.over_parts is not None or clipping.over_processes is not None:  # others wait for this process
         set_gradient_options([], clipping)
-    is_part = request.is_part or not any(group["params"] for group in request.groups)
-    return StepPlan([], {}, []) if others_have_gradients or is_part else None
+    if not others_have_gradients and not request.is_part and any(group["params"] for group in request.groups):
+        return None
+    if torch.version.cuda is not None and is_capturing():
+        validation.check_capture(request.groups, [], {}, request.name_of)
+    return StepPlan(request, [], {}, [])
 
 
-def assemble(
-    request: StepRequest, inputs: Inputs, partition: Partition | None = None, state: Columns | None = None
-) -> StepPlan:
+def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Columns] | None = None) -> StepPlan:
     """The plan of a step with gradients.
 
     Args:
         request: the step.
         inputs: what is known of it.
-        partition: the last step's; a new one is made without, or should it no longer fit.
-        state: that of the parameters, if it is as it was in the last step.
+        kept: the partition of the last step and the state; they are made anew without, or should they no longer fit.
     """
     rows, values, clipping = inputs
     new_state: State = {}
-    is_cached = partition is not None and state is not None and (not partition.needs_checks or partition.fits(rows))
-    if partition is None or state is None or not is_cached:
+    is_cached = kept is not None and (not kept[0].needs_checks or kept[0].fits(rows))
+    if kept is not None and is_cached:
+        partition, state = kept
+    else:
         state, new_state = _completed(request, rows)
         partition = Partition(request.groups, rows, state)
     batches = [spec.batch(rows, state, request.groups, values) for spec in partition.specs]
@@ -427,7 +441,10 @@ def assemble(
         validation.raise_named(*refused, request.name_of)
     if torch.version.cuda is not None and is_capturing():
         validation.check_capture(request.groups, batches, new_state, request.name_of)
-    return StepPlan(batches, new_state, values.writes, inputs=inputs, is_cached=is_cached)
+    # Norms that were summed over processes cannot be summed again: the others would not take part.
+    is_shared = clipping.over_parts is not None or clipping.over_processes is not None
+    may_be_wrong = is_cached and not is_shared
+    return StepPlan(request, batches, new_state, values.writes, inputs=inputs if may_be_wrong else None)
 
 
 def check_groups(request: StepRequest) -> None:
@@ -473,10 +490,9 @@ def _clipping(request: StepRequest, rows: Rows) -> tuple[Clipping, bool]:
     clipvalue, clipnorm, global_clipnorm = (request.groups[0][key] for key in options.CLIP_OPTIONS)
     has_callbacks = request.callbacks.aggregator is not None or bool(request.callbacks.transformers)
     grad_scale = None if has_callbacks else request.grad_scale
-    clipping, others_have_gradients = (
-        Clipping(clipvalue, clipnorm, global_clipnorm, grad_scale, request.found_inf),
-        False,
-    )
+    validation.check_norm_group(request.is_part, request.norm_group, request.groups[0])
+    clipping = Clipping(clipvalue, clipnorm, global_clipnorm, grad_scale, request.found_inf)
+    others_have_gradients = False
     if request.norm_group is not None:
         T_here = opmath_dtypes(rows.params)
         iterations = int(request.groups[0]["iterations"])

@@ -254,17 +254,16 @@ class StepValues:
     groups: list[Group]
     sources: list[dict[str, Source]]
     writes: list[GroupWrite] = field(default_factory=list)  # what is to be left in the groups
+    known: dict[tuple[int, torch.dtype], tuple[Value, ...]] = field(default_factory=dict)
     _called: dict[Any, Any] = field(default_factory=dict)
-    _values: dict[tuple[int, torch.dtype], tuple[Value, ...]] = field(default_factory=dict)
 
     def of(self, index: int, T: torch.dtype) -> tuple[Value, ...]:
         """The hyperparameters of group `index` for parameters of opmath dtype T, in the order of `HYPERPARAMETERS`.
 
         Raises what `options.in_step` and `at_step` raise, and what a callable raises.
         """
-        known = self._values.get((index, T))
-        if known is not None:
-            return known
+        if (index, T) in self.known:
+            return self.known[index, T]
         group, sources = self.groups[index], self.sources[index]
         values: list[Value] = []
         for option in HYPERPARAMETERS:
@@ -274,8 +273,8 @@ class StepValues:
             values.append(value if is_scheduled else options.in_step(option, value, group["differentiable"]))
         if group["decay"]:
             values[0] = decayed(values[0], group["decay"], group["iterations"], T)
-        self._values[index, T] = tuple(values)
-        return self._values[index, T]
+        self.known[index, T] = tuple(values)
+        return self.known[index, T]
 
     def _taken(self, group: Group, option: Option, source: Source, T: torch.dtype) -> Any:
         """What a source gives now."""
