@@ -24,6 +24,7 @@ from cases import (
 from processes import Processes
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -656,6 +657,22 @@ def test_the_norm_over_processes_of_two_dtypes_is_taken_in_one(two: Processes) -
     optimizer.step()
     expected = [tuple(optimizer.state[param]["square_avg"].tolist()) for param in params]
     assert [results[0] for results in two.run(_norm_of_two_types)] == expected
+
+
+def test_a_norm_that_zero_cannot_take_is_refused_when_it_is_written_later() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        param = Parameter(torch.zeros(3))
+        zero = ZeroRedundancyOptimizer([param], optimizer_class=AdadeltaKeras, learning_rate=1.0)
+        param.grad = torch.ones(3)
+        zero.step()
+        before = param.detach().clone()
+        zero.param_groups[0]["global_clipnorm"] = 1.0
+        with pytest.raises(ValueError, match=r"global_clipnorm=1\.0 needs the gradients of all parameters"):
+            zero.step()
+        assert_same_bits(param, before)
+    finally:
+        dist.destroy_process_group()
 
 
 def _one_process_refuses() -> list[str]:

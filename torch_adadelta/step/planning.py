@@ -490,7 +490,8 @@ def _clipping(request: StepRequest, rows: Rows) -> tuple[Clipping, bool]:
     clipvalue, clipnorm, global_clipnorm = (request.groups[0][key] for key in options.CLIP_OPTIONS)
     has_callbacks = request.callbacks.aggregator is not None or bool(request.callbacks.transformers)
     grad_scale = None if has_callbacks else request.grad_scale
-    validation.check_norm_group(request.is_part, request.norm_group, request.groups[0])
+    if request.is_part:
+        validation.check_norm_group(request.is_part, request.norm_group, request.groups[0])
     clipping = Clipping(clipvalue, clipnorm, global_clipnorm, grad_scale, request.found_inf)
     others_have_gradients = False
     if request.norm_group is not None:
