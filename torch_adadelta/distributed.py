@@ -447,6 +447,17 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def check_norm_group(norm_group: NormGroup | None, options: dict[str, Any], is_made_by_zero: bool) -> None:
+    """Raises ValueError if all gradients have one norm, and no group of processes is known that has them."""
+    if is_made_by_zero and norm_group is None and options["global_clipnorm"] is not None:
+        raise ValueError(
+            f"global_clipnorm={options['global_clipnorm']!r} needs the gradients of all parameters, and under "
+            "ZeroRedundancyOptimizer each process has those of its own parameters only. Pass "
+            'norm_group="world", or the process group, to take the norm over all processes; or use clipnorm, which '
+            "takes each gradient by itself"
+        )
+
+
 def is_made_by_zero() -> bool:
     """Whether a ZeroRedundancyOptimizer is making an optimizer for the parameters of this process right now."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")

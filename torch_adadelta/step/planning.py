@@ -19,7 +19,7 @@ from torch_adadelta.backends import dtensor, functional, kernels
 from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
 from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
-from torch_adadelta.step import validation
+from torch_adadelta.step import norm_variables, validation
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
 from torch_adadelta.step.selection import by_device, select_backend
@@ -34,7 +34,8 @@ _NUMBERS: Final = tuple(option.key for option in options.NUMBERS)
 
 # What a partition depends on, and what is checked when it changes.
 _get_options: Final = itemgetter(
-    *(option.key for option in OPTIONS if option.kind is not Kind.HYPERPARAMETER), "schedule", "callables"
+    *(option.key for option in OPTIONS if option.kind is not Kind.HYPERPARAMETER),
+    *options.new_metadata(),
 )
 _get_clip_options: Final = itemgetter(*options.CLIP_OPTIONS)
 _UNCLIPPED: Final = (None, None, None)
@@ -169,10 +170,10 @@ class BatchSpec:
         lists: Any = (rows.params, rows.grads, *state)
         if self.rows is not None:
             lists = tuple(map(self.select, lists))
-        dtensors, accumulators = None, self.accumulators
+        wholes, accumulators = None, self.accumulators
         if self.is_local:
-            dtensors = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:])
-            lists = tuple(map(dtensor.local_tensors, dtensors))
+            wholes = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:])
+            lists = tuple(map(dtensor.local_tensors, wholes))
             accumulators = accumulators if all(map(is_, chain(*lists[2:]), self.cached)) else None
         return Batch(  # type: ignore[call-arg]
             self.backend,
@@ -183,7 +184,7 @@ class BatchSpec:
             NO_OPTIONS,
             self.rows if rows.order is None else self.select(rows.order),
             accumulators,
-            dtensors,
+            wholes,
         )
 
     def cache_accumulators(self, batch: Batch) -> None:
@@ -416,6 +417,9 @@ def assemble(
         partition.keep(batches)
         request.partitions.partition = partition
     refused = None
+    if clipping.clipnorm is not None and norm_variables.any_in(request.groups):
+        batches, over_variables = norm_variables.split(batches, request.groups, request.name_of)
+        clipping = clipping._replace(over_variables=over_variables)
     if not partition.checks_itself:
         refused = validation.check_batches(batches, request.name_of)
     if refused is None and clipping is not NO_CLIPPING:
@@ -436,6 +440,7 @@ def check_groups(request: StepRequest) -> None:
     options.check_agreement(groups)
     options.canonicalize_numbers(dict(groups[0]))
     validation.check_not_complex(groups)
+    norm_variables.check(groups, request.norm_group is not None or request.is_part)
     request.callbacks.check_clip_options(groups[0])
 
 
