@@ -27,10 +27,10 @@ from cases import (
     snapshot,
     to_numpy,
 )
+from processes import Processes
 from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
@@ -626,17 +626,33 @@ def test_it_is_for_all_parameters() -> None:
     assert optimizer.norm_group is None
     with pytest.raises(ValueError, match=r"clipnorm=0\.5 cannot be applied"):
         step_in_backward(optimizer)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _refused_by_zero() -> list[str]:
+    """What a ZeroRedundancyOptimizer is refused: now, and with the step after a checkpoint that has it."""
+    # Not at the top: what it does to TorchScript keeps cycles of parameters from being collected, in this very process.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    params = [Parameter(torch.ones(4, 2)) for _ in range(2)]
+    options: Any = {"clipnorm": 0.5, "norm_variables": [[(param, 0, 1)] for param in params]}
+    errors = []
     try:
-        param = Parameter(torch.ones(4, 2))
-        zero: Any = ZeroRedundancyOptimizer
-        with pytest.raises(ValueError, match=error):
-            zero([param], AdadeltaKeras, lr=1.0, clipnorm=0.5, norm_variables=[[(param, 0, 1)]])
-        sharded = zero([param], AdadeltaKeras, lr=1.0, clipnorm=0.5)
-        state = AdadeltaKeras([param], clipnorm=0.5, norm_variables=[[(param, 0, 1)]]).state_dict()
-        sharded.load_state_dict(state)
+        ZeroRedundancyOptimizer(params, AdadeltaKeras, lr=1.0, **options)
+    except ValueError as error:
+        errors.append(str(error))
+    sharded = ZeroRedundancyOptimizer(params, AdadeltaKeras, lr=1.0, clipnorm=0.5)
+    sharded.load_state_dict(AdadeltaKeras(params, **options).state_dict())
+    for param in params:
         param.grad = torch.ones(4, 2)
-        with pytest.raises(ValueError, match=error):
-            sharded.step()
-    finally:
-        dist.destroy_process_group()
+    try:
+        sharded.step()
+    except ValueError as error:
+        errors.append(str(error))
+    assert all(bool((param == 1).all()) for param in params)
+    return errors
+
+
+def test_zero_is_refused(two: Processes) -> None:
+    for errors in two.run(_refused_by_zero):
+        assert len(errors) == 2
+        assert all("nor for ZeroRedundancyOptimizer. Set optimizer.norm_variables to None" in error for error in errors)
