@@ -1042,22 +1042,78 @@ def test_norms_of_parameters_that_are_not_one_to_one(tmp_path: Path) -> None:
     def model() -> nn.Module:
         return Net(attend=nn.MultiheadAttention(4, 2), gru=nn.GRU(3, 2), one=nn.Linear(4, 3))
 
-    with pytest.warns(UserWarning, match="clipnorm=1") as caught:
-        load(path, model())
-    names = "attend/{0}/{1}"
-    assert str(caught[0].message).replace(str(tmp_path), "TMP") == (
-        "TMP/m.h5: clipnorm=1 takes the norm of each parameter, and Keras of each of its weights, which are not the same for "
-        "gru.bias_ih_l0 and gru.bias_hh_l0 (in Keras gru/bias); attend.in_proj_weight (in Keras "
-        + ", ".join(names.format(part, "kernel") for part in ("query", "key", "value"))
-        + "); attend.in_proj_bias (in Keras "
-        + ", ".join(names.format(part, "bias") for part in ("query", "key", "value"))
-        + "): there gradients are clipped differently. clipvalue and global_clipnorm carry over; or leave clipnorm away, and "
-        "clip by the norms of Keras in a gradient_aggregator"
-    )
-    # The optimizer's own, of which the file knows nothing.
+    ours = model()
+    optimizer = AdadeltaKeras(ours.named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = load_keras(path, optimizer, ours, weights=True)
+    assert report.norm_variables == [
+        (f"attend/{part}/{role}", f"attend.in_proj_{name}[{first}:{first + 4}]")
+        for first, part in ((0, "query"), (4, "key"), (8, "value"))
+        for role, name in (("kernel", "weight"), ("bias", "bias"))
+    ] + [("gru/bias", "gru.bias_ih_l0 and gru.bias_hh_l0")]
+    assert (
+        "\nnorm_variables:\n"
+        "  attend/query/kernel → attend.in_proj_weight[0:4]\n  attend/query/bias → attend.in_proj_bias[0:4]\n"
+    ) in str(report)
+
+    # A step clips the gradient of each weight of Keras by its own norm.
+    before = {key: value for key, value in datasets(path).items() if key.startswith("optimizer_weights")}
+    rng = np.random.default_rng(1)
+    for param in ours.parameters():
+        param.grad = torch.from_numpy(rng.standard_normal(param.shape))
+    grads = {name: param.grad.numpy() for name, param in ours.named_parameters() if param.grad is not None}
+    pieces = [[("attend.in_proj_weight", rows)] for rows in (slice(0, 4), slice(4, 8), slice(8, 12))]
+    pieces += [[("attend.in_proj_bias", rows)] for rows in (slice(0, 4), slice(4, 8), slice(8, 12))]
+    pieces += [[("gru.bias_ih_l0", slice(None)), ("gru.bias_hh_l0", slice(None))]]
+    pieces += [[(name, slice(None))] for name in grads if "in_proj" not in name and "gru.bias" not in name]
+    optimizer.rho = 0.0  # so that square_avg is the square of the clipped gradient
+    optimizer.step()
+    for own in pieces:
+        norm = np.sqrt(sum(np.square(grads[name][rows]).sum() for name, rows in own))
+        for name, rows in own:
+            square_avg = optimizer.state[dict(ours.named_parameters())[name]]["square_avg"].numpy()[rows]
+            np.testing.assert_allclose(square_avg, np.square(grads[name][rows] / max(norm, 1.0)), rtol=1e-6)
+
+    # Written back and loaded again, it is the same; and the optimizer's own clipnorm, of which the file knows nothing.
+    save_keras(tmp_path / "back.h5", optimizer, ours, path)
+    assert before.keys() <= datasets(tmp_path / "back.h5").keys()
     other = model()
-    with pytest.warns(UserWarning, match="clipnorm=3 takes the norm"):
-        load_keras(path, AdadeltaKeras(other.parameters(), clipnorm=3.0), other, hyperparameters=False)
+    again = AdadeltaKeras(other.parameters(), clipnorm=3.0, norm_variables=[[other.one.weight, other.one.bias]])
+    load_keras(tmp_path / "back.h5", again, other, hyperparameters=False)
+    assert [group["norm_variables"] for group in again.param_groups] == [
+        group["norm_variables"] for group in optimizer.param_groups
+    ]
+    # A bias that is frozen has no part in a norm.
+    other.gru.bias_hh_l0.requires_grad_(False)
+    other.attend.in_proj_weight.requires_grad_(False)
+    assert [label for label, _ in load_keras(path, again, other).norm_variables] == [
+        f"attend/{part}/bias" for part in ("query", "key", "value")
+    ]
+
+    # Where each process has a part of the parameters, norms are those of parameters, which is told.
+    for options in ({"clipnorm": 3.0}, {}):
+        other = model()
+        part = AdadeltaKeras(other.parameters(), norm_group="world", **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = load_keras(path, part, other, hyperparameters=False)
+        assert (part.norm_variables, report.norm_variables) == (None, [])
+        names = "attend.in_proj_{0}[{1}:{2}] (in Keras attend/{3}/{4})"
+        expected = "; ".join(
+            [names.format(name, first, first + 4, part_of, role)
+             for first, part_of in ((0, "query"), (4, "key"), (8, "value"))
+             for role, name in (("kernel", "weight"), ("bias", "bias"))]
+        )  # fmt: skip
+        assert [str(warning.message).replace(str(tmp_path), "TMP") for warning in caught] == (
+            [
+                "TMP/m.h5: clipnorm=3 takes the norm of each parameter, and Keras of each of its weights, which are not the "
+                f"same for {expected}; gru.bias_ih_l0 and gru.bias_hh_l0 (in Keras gru/bias): there gradients are clipped "
+                "differently, for norm_variables is not for norm_group, nor for ZeroRedundancyOptimizer"
+            ]
+            if options
+            else []
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for options in ({"clipvalue": 1.0}, {"global_clipnorm": 1.0}, {}):

@@ -1089,6 +1089,7 @@ Parameter Group 0
     iterations: 0
     lr: 0.001
     maximize: True
+    norm_variables: None
     optimizer_name: Adadelta
     rho: 0.95
     schedule: None

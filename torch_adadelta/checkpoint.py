@@ -22,9 +22,16 @@ def save_groups(groups: Iterable[Group]) -> None:
                 group[option.key] = options.as_saved(option, group[option.key])
 
 
-def restore_groups(groups: list[Group], defaults: Group, sources: Sources) -> list[dict[str, Source]]:
-    """Gives saved groups the options that are newer than they are, checked; returns their schedules and callables."""
+def restore_groups(
+    groups: list[Group], defaults: Group, sources: Sources, previous: list[Group]
+) -> list[dict[str, Source]]:
+    """Gives saved groups the options that are newer than they are, checked; returns their schedules and callables.
+
+    `previous` are the groups that load, if there are any.
+    """
     restored = []
+    for group, was in zip(groups, previous, strict=False):
+        group.setdefault("norm_variables", was.get("norm_variables"))
     for index, group in enumerate(groups):
         for key, value in {**defaults, **options.new_metadata(), "iterations": 0}.items():
             group.setdefault(key, value)

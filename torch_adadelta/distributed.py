@@ -447,12 +447,22 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def check_norm_group(norm_group: NormGroup | None, options: dict[str, Any], is_made_by_zero: bool) -> None:
+    """Raises ValueError if all gradients have one norm, and no group of processes is known that has them."""
+    if is_made_by_zero and norm_group is None and options["global_clipnorm"] is not None:
+        raise ValueError(
+            f"global_clipnorm={options['global_clipnorm']!r} needs the gradients of all parameters, and under "
+            "ZeroRedundancyOptimizer each process has those of its own parameters only. Pass "
+            'norm_group="world", or the process group, to take the norm over all processes; or use clipnorm, which '
+            "takes each gradient by itself"
+        )
+
+
 def is_made_by_zero() -> bool:
     """Whether a ZeroRedundancyOptimizer is making an optimizer for the parameters of this process right now."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    if module is None:
-        return False
-    return any(isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer) for frame in _frames())
+    # By the module of the callers, not by their locals: to look at those keeps them alive as long as the call runs.
+    name = "torch.distributed.optim.zero_redundancy_optimizer"
+    return name in sys.modules and any(frame.f_globals.get("__name__") == name for frame in _frames())
 
 
 def is_called_to_make_state() -> bool:

@@ -1,6 +1,5 @@
 """AdadeltaKeras: constructor, param groups, properties, checkpoints, and a `step()` that leaves the work to `step/`."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from torch_adadelta.distributed import NormGroup
 from torch_adadelta.keras_interface import KerasInterface
 from torch_adadelta.options import BY_NAME, NUMBERS, OPTIONS, Kind, Option
 from torch_adadelta.schedules import LearningRateSchedule
-from torch_adadelta.step import compiled, execution, planning, selection, validation
+from torch_adadelta.step import compiled, execution, norm_variables, planning, selection, validation
 from torch_adadelta.step.callbacks import Callback, Callbacks
 from torch_adadelta.step.planning import PartitionCache, StepRequest
 from torch_adadelta.step.sources import Source, Sources, bind_group, bind_hyperparameter
@@ -85,6 +84,8 @@ class AdadeltaKeras(KerasInterface):
             parameters, as under ``ZeroRedundancyOptimizer``: the norm of ``global_clipnorm`` is taken over all of them,
             and all count the step if one of them has gradients. Every process then must make every step. It is not for
             DDP, where each process has all gradients, nor for DTensors, which know where their parts are.
+        norm_variables: for `clipnorm`, the variables of Keras that are not one to one with parameters: lists of pieces
+            that have one norm together, each a parameter or (parameter, first row, row behind the last).
         maximize: ascend instead of descend.
         foreach: True for PyTorch's multi-tensor operations, False for the for-loop, None for the best that applies.
         fused: True for the compiled kernel, False to do without it, None to use it where it applies.
@@ -146,6 +147,7 @@ class AdadeltaKeras(KerasInterface):
         gradient_aggregator: Callback | None = None,
         gradient_transformers: Iterable[Callback] | None = None,
         norm_group: Any = None,
+        norm_variables: Iterable[Iterable[Any]] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -156,7 +158,7 @@ class AdadeltaKeras(KerasInterface):
         options.canonicalize(BY_NAME["name"], name)
         if lr is not None:
             if learning_rate != BY_NAME["learning_rate"].default:
-                _warn_of_two_rates(lr, learning_rate)
+                options.warn_of_two_rates(lr, learning_rate)
             given["learning_rate"] = lr
         defaults = {option.key: given[option.name] for option in OPTIONS} | options.new_metadata()
         self._sources = Sources(bind_group(defaults, {}, 0))
@@ -166,8 +168,10 @@ class AdadeltaKeras(KerasInterface):
         self._traced = compiled.TracedStep()
         self._norm_group = None if norm_group is None else NormGroup(norm_group)
         self._is_made_by_zero = distributed.is_made_by_zero()
-        validation.check_norm_group(self._is_made_by_zero, self._norm_group, defaults)
+        distributed.check_norm_group(self._norm_group, defaults, self._is_made_by_zero)
         super().__init__(params, defaults)
+        if given["norm_variables"] is not None:
+            self.norm_variables = given["norm_variables"]
 
     # ---- Param groups -------------------------------------------------------------------------------------------
 
@@ -190,6 +194,7 @@ class AdadeltaKeras(KerasInterface):
             for index, param in enumerate(group["params"]):
                 validation.check_param(partial(validation.name_in, self.param_groups, count, index), param)
             validation.check_not_complex(self.param_groups, first=count)
+            norm_variables.check(self.param_groups, self._norm_group is not None or self._is_made_by_zero)
             selection.check_params(group)
             self._sources.update_metadata(self.param_groups, self._callbacks, first=count)
         except BaseException:
@@ -207,7 +212,7 @@ class AdadeltaKeras(KerasInterface):
             )
         rate = group.pop("learning_rate", None)
         if rate is not None and "lr" in group:
-            _warn_of_two_rates(group["lr"], rate)
+            options.warn_of_two_rates(group["lr"], rate)
         elif rate is not None:
             group["lr"] = rate
         own = {key: value for key, value in group.items() if key in self.defaults}
@@ -276,10 +281,12 @@ class AdadeltaKeras(KerasInterface):
             raise RuntimeError("the optimizer was pickled by version 0.1; pickle its state_dict() there, and load that")
         sources: Sources = known["_sources"].copy()
         if "param_groups" in state:
+            previous = self.__dict__.get("param_groups", [])
             if any("eps" in group for group in groups):
-                checkpoint.convert_torch_adadelta(groups, params, self.__dict__.get("param_groups", []))
+                checkpoint.convert_torch_adadelta(groups, params, previous)
             known["_callbacks"].check_known(groups)
-            sources.of_groups = checkpoint.restore_groups(groups, known["defaults"], sources)
+            sources.of_groups = checkpoint.restore_groups(groups, known["defaults"], sources, previous)
+            norm_variables.check(groups, known.get("_norm_group") is not None or known.get("_is_made_by_zero", False))
             for group in groups[:1]:
                 known["_callbacks"].check_clip_options(group)
         for group_index, group in enumerate(groups):
@@ -368,7 +375,7 @@ class AdadeltaKeras(KerasInterface):
         new = {number.key: self.param_groups[0][number.key] for number in NUMBERS} | {option.key: value}
         options.canonicalize_numbers(new)
         self._callbacks.check_clip_options(new)
-        validation.check_norm_group(self._is_made_by_zero, self._norm_group, new)
+        distributed.check_norm_group(self._norm_group, new, self._is_made_by_zero)
         validation.check_not_complex([{**group, **new} for group in self.param_groups])
         for group in (self.defaults, *self.param_groups):
             group[option.key] = new[option.key]
@@ -427,8 +434,18 @@ class AdadeltaKeras(KerasInterface):
     @norm_group.setter
     def norm_group(self, value: Any) -> None:
         norm_group = None if value is None else NormGroup(value)
-        validation.check_norm_group(self._is_made_by_zero, norm_group, self.param_groups[0])
+        distributed.check_norm_group(norm_group, self.param_groups[0], self._is_made_by_zero)
+        norm_variables.check(self.param_groups, norm_group is not None or self._is_made_by_zero)
         self._norm_group = norm_group
+
+    @property
+    def norm_variables(self) -> list[list[tuple[Tensor, int, int]]] | None:
+        """The variables of Keras that are not one to one with parameters, or None if all are. Can be set."""
+        return norm_variables.given_in(self.param_groups)
+
+    @norm_variables.setter
+    def norm_variables(self, value: Any) -> None:
+        norm_variables.set_in(self.param_groups, value, self._norm_group is not None or self._is_made_by_zero)
 
     @property
     def iterations(self) -> int:
@@ -509,6 +526,7 @@ class AdadeltaKeras(KerasInterface):
             and not self._callbacks.transformers
             and self._norm_group is None
             and self.found_inf is None
+            and (self.param_groups[0]["clipnorm"] is None or not norm_variables.any_in(self.param_groups))
             and getattr(self, "grad_scale", None) is None
         )
 
@@ -536,8 +554,3 @@ class AdadeltaKeras(KerasInterface):
     def _init_group(self, *arguments: Any) -> int:
         """What `torch.compile` runs while it traces, by this name, with the real tensors; see step/compiled.py."""
         return self._traced.init_group(self.step_request(), *arguments)
-
-
-def _warn_of_two_rates(lr: Any, learning_rate: Any) -> None:
-    if lr is not learning_rate and not (isinstance(lr, float | int) and lr == learning_rate):
-        warnings.warn(f"lr={lr!r} is used, not learning_rate={learning_rate!r}: give one of them", stacklevel=3)

@@ -9,6 +9,7 @@ are never rounded here.
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
@@ -111,8 +112,11 @@ CLIP_OPTIONS: Final = ("clipvalue", "clipnorm", "global_clipnorm")
 
 
 def new_metadata() -> dict[str, Any]:
-    """What a group holds besides its options: the names of what a state_dict cannot hold. Here, of nothing."""
-    return {"schedule": None, "callables": []}
+    """What a group holds besides its options, here of nothing.
+
+    The names of what a state_dict cannot hold, and the pieces of parameters that have norms of their own.
+    """
+    return {"schedule": None, "callables": [], "norm_variables": None}
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -253,6 +257,12 @@ def check_agreement(groups: list[dict[str, Any]]) -> None:
                     f"{option.name} belongs to the whole optimizer, but group 0 has {groups[0][option.key]!r} and "
                     f"group {index} has {group[option.key]!r}. Set optimizer.{option.name}"
                 )
+
+
+def warn_of_two_rates(lr: Any, learning_rate: Any) -> None:
+    """Warns, where the caller was called, if `lr` hides another `learning_rate`."""
+    if lr is not learning_rate and not (isinstance(lr, float | int) and lr == learning_rate):
+        warnings.warn(f"lr={lr!r} is used, not learning_rate={learning_rate!r}: give one of them", stacklevel=3)
 
 
 # ---- Iterations -----------------------------------------------------------------------------------------------------

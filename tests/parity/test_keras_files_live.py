@@ -127,6 +127,33 @@ def test_a_job_moves_to_pytorch_and_back(generation: str, name: str, tmp_path: P
         assert distance(state_of(*ours), expected) < TOLERANCE[generation]
 
 
+@pytest.mark.parametrize("name", ["gru", "attention"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_clipnorm_takes_the_norms_of_keras(generation: str, name: str, tmp_path: Path) -> None:
+    """Also where one weight of Keras is two parameters, and where three are one."""
+    theirs = jobs.build(name, generation, clipnorm=0.05)
+    data = jobs.batches(name, 3 * STEPS, "float64")
+    jobs.train_keras(theirs, generation, data[:STEPS])
+    file = jobs.save(theirs, tmp_path, "h5")
+    # Written back and loaded again, and through a state_dict.
+    model, optimizer = loaded(file, name, generation, "h5", theirs)
+    save_keras(tmp_path / "back.h5", optimizer, model, file, **PAIRS[name].options)
+    model, optimizer = loaded(tmp_path / "back.h5", name, generation, "h5", theirs)
+    other, of_parameters = loaded(file, name, generation, "h5", theirs)
+    state = optimizer.state_dict()
+    optimizer.norm_variables = of_parameters.norm_variables = None
+    optimizer.load_state_dict(state)
+    assert optimizer.clipnorm == of_parameters.clipnorm == 0.05
+
+    losses = jobs.train_keras(theirs, generation, data[STEPS:])
+    assert jobs.train_torch(name, model, optimizer, data[STEPS:]) == pytest.approx(losses, rel=1e-6)
+    expected = state_of(*loaded(jobs.save(theirs, tmp_path, "h5"), name, generation, "h5", theirs))
+    assert distance(state_of(model, optimizer), expected) < TOLERANCE[generation]
+    # By the norms of parameters it would go elsewhere.
+    assert jobs.train_torch(name, other, of_parameters, data[STEPS:]) != pytest.approx(losses, rel=1e-6)
+    assert distance(state_of(other, of_parameters), expected) > 0.01
+
+
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_rows_of_an_embedding_that_a_batch_does_not_use_are_as_in_keras(generation: str, tmp_path: Path) -> None:
     name = "lstm, some tokens"

@@ -325,6 +325,8 @@ class OracleOptimizer:
         rho, epsilon, maximize: as for `Oracle`.
         decay, clipvalue, clipnorm, global_clipnorm: Python numbers, as Keras has them.
         dtypes: the dtype of each parameter, a name in `DTYPES`; None for those of the arrays.
+        norm_variables: for `clipnorm`, lists of rows (number of the parameter, first, end) that have one norm; the rows of
+            such a parameter that are in none have one of their own.
     """
 
     def __init__(
@@ -340,12 +342,15 @@ class OracleOptimizer:
         global_clipnorm: float | None = None,
         dtypes: Sequence[str] | None = None,
         maximize: bool = False,
+        norm_variables: Sequence[Sequence[tuple[int, int, int]]] = (),
     ) -> None:
         names: Sequence[str | None] = dtypes or [None] * len(params)
         self.oracles = [
             Oracle(p, 0.0, rho, epsilon, dtype=name, maximize=maximize) for p, name in zip(params, names, strict=True)
         ]
+        self.params = params
         self.orders = [memory_order(p) for p in params]
+        self.norm_variables = norm_variables
         self.learning_rate, self.decay = learning_rate, decay
         self.clipvalue, self.clipnorm, self.global_clipnorm = clipvalue, clipnorm, global_clipnorm
         self.iterations = 0
@@ -384,7 +389,9 @@ class OracleOptimizer:
             g if isinstance(grad, SparseGradient) else g.transpose(self.orders[i])
             for g, (i, grad) in zip(gs, gradients, strict=True)
         ]
-        if self.clipnorm is not None:
+        if self.clipnorm is not None and self.norm_variables:
+            gs = self.clip_by_variables({i: g for g, (i, _) in zip(gs, gradients, strict=True)})
+        elif self.clipnorm is not None:
             gs = [clip_by_norm(g, self.clipnorm, self.square_sum(x)) for g, x in zip(gs, in_order, strict=True)]
         if self.global_clipnorm is not None:
             widest = np.result_type(*(g.real.dtype for g in gs)).type
@@ -395,6 +402,29 @@ class OracleOptimizer:
             SparseGradient(grad.indices, g) if isinstance(grad, SparseGradient) else g
             for g, (_, grad) in zip(gs, gradients, strict=True)
         ]
+
+    def clip_by_variables(self, gs: dict[int, Array]) -> list[Array]:
+        """Gradients by the numbers of their parameters, clipped by the norms of variables."""
+        variables = [list(pieces) for pieces in self.norm_variables]
+        for i in gs:
+            covered = [range(first, end) for pieces in variables for j, first, end in pieces if j == i]
+            rest = [row for row in range(len(gs[i]) if gs[i].ndim else 1) if not any(row in rows for rows in covered)]
+            # Rows in a row are one piece.
+            cuts = [k for k in range(1, len(rest)) if rest[k] != rest[k - 1] + 1]
+            runs = [rest[a:b] for a, b in zip([0, *cuts], [*cuts, len(rest)], strict=True)] if rest else [[]]
+            if rest or not covered:
+                variables.append([(i, run[0], run[-1] + 1) if run else (i, 0, 0) for run in runs])
+        clipped = {i: g.copy() for i, g in gs.items()}
+        for pieces in variables:
+            here = [(i, slice(first, end) if gs[i].ndim else ...) for i, first, end in sorted(pieces) if i in gs]
+            squares = np.float64(0)
+            for number, (i, rows) in enumerate(here):
+                own = self.square_sum(gs[i][rows].transpose(memory_order(self.params[i][rows])))
+                with np.errstate(all="ignore"):
+                    squares = squares + own if number else own
+            for i, rows in here:
+                clipped[i][rows] = clip_by_norm(gs[i][rows], self.clipnorm, squares)
+        return list(clipped.values())
 
 
 class Float64Recurrence:

@@ -79,7 +79,7 @@ class Batch:
     gradient_options: GradientOptions = NO_OPTIONS
     gradient_order: list[int] | None = None  # the number of each gradient in the step; None for 0, 1, 2, …
     accumulators: int | None = None  # the number by which the compiled library knows them, if it keeps them
-    dtensors: Lists | None = None  # where the lists hold local tensors: those whose they are
+    wholes: Lists | None = None  # where the lists hold local tensors of DTensors, or rows: those whose they are
     # Set by a backend just before its first write: what raises later leaves the step partial.
     has_begun: bool = field(default=False, compare=False)
 
@@ -91,4 +91,4 @@ class Batch:
     @property
     def owners(self) -> Lists:
         """What the user knows."""
-        return self.lists if self.dtensors is None else self.dtensors
+        return self.lists if self.wholes is None else self.wholes

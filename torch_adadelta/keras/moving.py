@@ -7,12 +7,13 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class Report:
     hyperparameters: dict[str, Any]  # those that were set, or written
     moves: list[tuple[str, str, str, bool]]  # the weight, the parameter, how it is turned, whether there is state
     notes: list[str] = field(default_factory=list)  # what differs, or was not in the file
+    norm_variables: list[tuple[str, str]] = field(default_factory=list)  # weights not one to one with parameters
 
     def __str__(self) -> str:
         rows = [("Keras", "PyTorch", "layout", "state")]
@@ -49,6 +51,8 @@ class Report:
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [self.source, f"iterations: {self.iterations}"]
         lines += [f"{name}: {_text(value)}" for name, value in self.hyperparameters.items()]
+        if self.norm_variables:
+            lines += ["norm_variables:", *(f"  {weight} → {pieces}" for weight, pieces in self.norm_variables)]
         lines.append("")
         for row in rows:
             lines.append("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]))
@@ -103,7 +107,8 @@ def load_keras(
     """Takes over the state of Keras' Adadelta from a file, so that training goes on where Keras left it.
 
     Sets ``optimizer.iterations``, the state of each parameter (``accum_grad`` as ``square_avg``, ``accum_var`` as
-    ``acc_delta``, each turned as its weight is), and the hyperparameters that the file has, a schedule included. What
+    ``acc_delta``, each turned as its weight is), and the hyperparameters that the file has, a schedule included; and
+    ``optimizer.norm_variables``, so that ``clipnorm`` takes the norms of the weights of Keras, not of parameters. What
     kind of file it is, is found out: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
     or directory) or SavedModel, of TensorFlow 2.4 and later, tf_keras with the legacy or the new class, or Keras 3.
     Neither TensorFlow nor Keras is needed; all but TensorFlow checkpoints need h5py. Nothing in the file is executed.
@@ -165,20 +170,27 @@ def load_keras(
     if hyperparameters:
         notes += _unconfirmed(checkpoint, optimizer, settings)
         infos += checkpoint.notes
-    notes += _joint_norms(found, optimizer, settings.get("clipnorm", optimizer.clipnorm))
+    variables = _norm_variables(found, optimizer)
+    if _has_a_part(optimizer):
+        notes += _other_norms(variables, settings.get("clipnorm", optimizer.clipnorm))
+        variables = []
     infos += [f"left out: {what}" for what in checkpoint.dropped]
     if notes:  # before anything is changed, for the user may have made errors of warnings
         warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
     with optimizer.restored_on_error():
         for name, value in settings.items():
             setattr(optimizer, name, value)
+        if not _has_a_part(optimizer):
+            optimizer.norm_variables = [variable.pieces for variable in variables] or None
         optimizer.iterations = iterations
         for param in [param for group in optimizer.param_groups for param in group["params"]]:
             optimizer.state.pop(param, None)
             if param in states:
                 optimizer.state[param] = states[param]
         _set_values(values)
-    return Report(f"{path}: {checkpoint.source}", iterations, settings, _rows(found), [*notes, *infos])
+    report = Report(f"{path}: {checkpoint.source}", iterations, settings, _rows(found), [*notes, *infos])
+    report.norm_variables = [(variable.weight, variable.names) for variable in variables]
+    return report
 
 
 def _check_arguments(optimizer: Any, model: Any) -> None:
@@ -439,28 +451,55 @@ def _unconfirmed(checkpoint: Checkpoint, optimizer: AdadeltaKeras, settings: Map
 _OPTIONS: Final = ("clipnorm", "clipvalue", "global_clipnorm", "learning_rate", "decay", "rho", "epsilon")
 
 
-def _joint_norms(found: Match, optimizer: AdadeltaKeras, clipnorm: float | None) -> list[str]:
-    """Notes on parameters and weights of Keras that are not one to one, so that their norms are others."""
-    if clipnorm is None:
-        return []
+class _NormVariable(NamedTuple):
+    """A weight of Keras that is not one to one with a parameter."""
+
+    weight: str
+    names: str
+    pieces: list[tuple[Tensor, int, int]]
+
+
+def _norm_variables(found: Match, optimizer: AdadeltaKeras) -> list[_NormVariable]:
+    """The weights that are trained and not one to one with parameters, of which `clipnorm` takes the norms in Keras."""
     trained = _params(optimizer)
-    weights: dict[Tensor, list[str]] = {}
-    names: dict[str, list[str]] = {}
+    weights: dict[int, list[Move]] = {}
+    counts: Counter[Tensor] = Counter()
     for move in found.moves:
         if move.tensor in trained and move.tensor.requires_grad:
-            weight = f"{move.layer.path}/{move.variable.role}"
-            weights.setdefault(move.tensor, []).append(weight)
-            names.setdefault(weight, []).append(move.name)
-    pairs = [f"{' and '.join(own)} (in Keras {weight})" for weight, own in names.items() if len(own) > 1]
-    pairs += [
-        f"{_name_of(found, tensor)} (in Keras {', '.join(own)})" for tensor, own in weights.items() if len(own) > 1
-    ]
-    if not pairs:
+            weights.setdefault(id(move.variable), []).append(move)
+            counts[move.tensor] += 1
+    variables = []
+    for moves in weights.values():
+        if len(moves) == 1 and counts[moves[0].tensor] == 1:
+            continue
+        names, pieces = [], []
+        for move in moves:
+            shape = move.variable.value.shape
+            first = move.first or 0
+            end = first + move.layout.result(shape if move.row is None else shape[1:])[0]
+            is_whole = counts[move.tensor] == 1
+            names.append(move.name if is_whole else f"{move.name}[{first}:{end}]")
+            pieces.append((move.tensor, first, end))
+        weight = f"{moves[0].layer.path}/{moves[0].variable.role}"
+        variables.append(_NormVariable(weight, " and ".join(names), pieces))
+    return variables
+
+
+def _has_a_part(optimizer: AdadeltaKeras) -> bool:
+    """Whether other processes have other parameters, so that `norm_variables` cannot be set."""
+    request = optimizer.step_request()
+    return request.norm_group is not None or request.is_part
+
+
+def _other_norms(variables: list[_NormVariable], clipnorm: float | None) -> list[str]:
+    """A note on norms that are others than in Keras."""
+    if clipnorm is None or not variables:
         return []
+    pairs = "; ".join(f"{names} (in Keras {weight})" for weight, names, _ in variables)
     return [
         f"clipnorm={clipnorm:g} takes the norm of each parameter, and Keras of each of its weights, which are not the "
-        f"same for {'; '.join(pairs)}: there gradients are clipped differently. clipvalue and global_clipnorm carry "
-        "over; or leave clipnorm away, and clip by the norms of Keras in a gradient_aggregator"
+        f"same for {pairs}: there gradients are clipped differently, for norm_variables is not for norm_group, nor for "
+        "ZeroRedundancyOptimizer"
     ]
 
 

@@ -23,6 +23,7 @@ class Clipping(NamedTuple):
         grad_scale, found_inf: what gradients are divided by, and whether one of them is infinite or nan.
         over_parts: the sums of squares of whole gradients, from those of the parts of DTensors that are here.
         over_processes: the sum over all gradients, from that of this process.
+        over_variables: for `clipnorm`, the sums of squares of whole variables, from those of their pieces.
         in_double: whether the norm of all gradients is taken in float64 because of another process.
     """
 
@@ -33,6 +34,7 @@ class Clipping(NamedTuple):
     found_inf: Tensor | None = None
     over_parts: Callable[[list[list[Tensor]], list[Tensor]], list[Tensor]] | None = None
     over_processes: Callable[[Tensor], Tensor] | None = None
+    over_variables: Callable[[list[Tensor]], list[Tensor]] | None = None
     in_double: bool = False
 
 
@@ -61,7 +63,8 @@ def recording(is_differentiable: bool) -> contextlib.AbstractContextManager[Any]
     return torch.enable_grad() if is_differentiable else contextlib.nullcontext()
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for that."""
     # The CPU would read what has not arrived yet.
     return tensor.to(device, non_blocking=device.type != "cpu")
 
@@ -71,7 +74,7 @@ def _amp_options(batch: Batch, clipping: Clipping) -> dict[str, Any]:
     given = {name: tensor for name, tensor in named if tensor is not None}
     if given and batch.backend is not Backend.FUSED:
         raise RuntimeError(f"{' and '.join(given)} need the fused update; pass fused=True")
-    return {name: _moved(tensor, batch.params[0].device).float() for name, tensor in given.items()}
+    return {name: moved(tensor, batch.params[0].device).float() for name, tensor in given.items()}
 
 
 # ---- Sums of squares ------------------------------------------------------------------------------------------------
@@ -99,9 +102,9 @@ class _Part(NamedTuple):
     @property
     def shared_out(self) -> list[Tensor]:
         """The parameters, if the sums are those of the parts that this process has."""
-        if self.batch.dtensors is None:
+        if self.batch.wholes is None:
             return []
-        owners = self.batch.dtensors[0]
+        owners = self.batch.wholes[0]
         return owners if self.rows is None else [owners[row] for row in self.rows]
 
 
@@ -160,6 +163,9 @@ def _set_norms(batches: list[Batch], clipnorm: float, clipping: Clipping) -> Ref
     sums = _sums([_whole(batch) for batch in batches], False, clipping)
     if isinstance(sums, tuple):
         return sums
+    if clipping.over_variables is not None:
+        with recording(any(batch.is_differentiable for batch in batches)):
+            sums = clipping.over_variables(sums)
     for batch, square_sums in zip(batches, sums, strict=True):
         batch.gradient_options = batch.gradient_options._replace(clipnorm=clipnorm, square_sums=square_sums)
     return None
@@ -183,7 +189,7 @@ def _set_factors(batches: list[Batch], global_clipnorm: float, clipping: Clippin
         factor: Value = functional.global_factor(global_clipnorm, in_order, T)
     factor = float(factor) if are_distributed else factor
     for batch in batches:
-        on_device = _moved(factor, batch.params[0].device) if isinstance(factor, Tensor) else factor
+        on_device = moved(factor, batch.params[0].device) if isinstance(factor, Tensor) else factor
         batch.gradient_options = batch.gradient_options._replace(factor=on_device)
     return None
 
@@ -205,8 +211,8 @@ def _in_order(orders: list[list[int] | None], sums: list[Tensor]) -> Tensor:
     pieces: list[tuple[int, Tensor]] = []
     for order, sums_here in zip(orders, sums, strict=True):
         numbers = list(range(len(sums_here))) if order is None else order
-        moved = _moved(sums_here, device)
-        pieces += [(numbers[begin], moved[begin:end]) for begin, end in _runs(numbers)]
+        there = moved(sums_here, device)
+        pieces += [(numbers[begin], there[begin:end]) for begin, end in _runs(numbers)]
     pieces.sort(key=itemgetter(0))
     return torch.cat([torch.empty(0, dtype=torch.float64, device=device), *(piece for _, piece in pieces)])
 

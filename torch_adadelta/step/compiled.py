@@ -102,7 +102,7 @@ def _plan_trace(request: StepRequest) -> list[_TracedBatch] | None:
     for batch, spec in zip(plan.batches, partitions.partition.specs, strict=True):
         is_fused = batch.backend is Backend.FUSED
         # Clipping in Python rounds its numbers by means that cannot be traced.
-        if batch.is_sparse or batch.is_differentiable or batch.dtensors is not None or (clips and not is_fused):
+        if batch.is_sparse or batch.is_differentiable or batch.wholes is not None or (clips and not is_fused):
             return None
         where = [places[id(param)] for param in batch.params]
         if len(set(where)) < len(where):  # listed twice, and updated twice

@@ -68,9 +68,9 @@ def run(batch: Batch) -> Refusal | None:
     else:
         with recording(batch.is_differentiable):
             functional.single_tensor(batch)
-    if batch.dtensors is not None:
+    if batch.wholes is not None:
         # The wrapper has a version of its own, by which autograd notices that what it saved has changed.
-        owners = zip(batch.dtensors[0], batch.params, strict=True)
+        owners = zip(batch.wholes[0], batch.params, strict=True)
         torch.autograd.graph.increment_version([owner for owner, local in owners if owner is not local])
     return None
 

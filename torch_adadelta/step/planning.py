@@ -19,7 +19,7 @@ from torch_adadelta.backends import dtensor, functional, kernels
 from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
 from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
-from torch_adadelta.step import validation
+from torch_adadelta.step import norm_variables, validation
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
 from torch_adadelta.step.selection import PLAIN_TYPES, by_device, select_backend
@@ -32,7 +32,8 @@ Columns = tuple[list[Tensor], ...]
 
 # What a partition depends on, and what is checked when it changes.
 _get_options: Final = itemgetter(
-    *(option.key for option in OPTIONS if option.kind is not Kind.HYPERPARAMETER), "schedule", "callables"
+    *(option.key for option in OPTIONS if option.kind is not Kind.HYPERPARAMETER),
+    *options.new_metadata(),
 )
 _get_clip_options: Final = itemgetter(*options.CLIP_OPTIONS)
 _UNCLIPPED: Final = (None, None, None)
@@ -170,10 +171,10 @@ class BatchSpec:
         lists: Any = (rows.params, rows.grads, *state)
         if self.rows is not None:
             lists = tuple(map(self.select, lists))
-        dtensors, accumulators = None, None if self.accumulators is None else self.accumulators.number
+        wholes, accumulators = None, None if self.accumulators is None else self.accumulators.number
         if self.is_local:
-            dtensors = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:])
-            lists = tuple(map(dtensor.local_tensors, dtensors))
+            wholes = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:])
+            lists = tuple(map(dtensor.local_tensors, wholes))
             accumulators = accumulators if all(map(is_, chain(*lists[2:]), self.cached)) else None
         return Batch(  # type: ignore[call-arg]
             self.backend,
@@ -184,7 +185,7 @@ class BatchSpec:
             NO_OPTIONS,
             self.rows if rows.order is None else self.select(rows.order),
             accumulators,
-            dtensors,
+            wholes,
         )
 
     def cache_accumulators(self, batch: Batch) -> None:
@@ -431,6 +432,9 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
         partition.keep(batches)
         request.partitions.partition = partition
     refused = None
+    if clipping.clipnorm is not None and norm_variables.any_in(request.groups):
+        batches, over_variables = norm_variables.split(batches, request.groups, request.name_of)
+        clipping = clipping._replace(over_variables=over_variables)
     if partition.needs_checks:
         refused = validation.check_batches(batches, request.name_of)
     if refused is None and clipping is not NO_CLIPPING:
@@ -454,6 +458,7 @@ def check_groups(request: StepRequest) -> None:
     options.check_agreement(groups)
     options.canonicalize_numbers(dict(groups[0]))
     validation.check_not_complex(groups)
+    norm_variables.check(groups, request.norm_group is not None or request.is_part)
 
 
 def _makes_state_only(request: StepRequest, rows: Rows) -> bool:
@@ -491,7 +496,7 @@ def _clipping(request: StepRequest, rows: Rows) -> tuple[Clipping, bool]:
     has_callbacks = request.callbacks.aggregator is not None or bool(request.callbacks.transformers)
     grad_scale = None if has_callbacks else request.grad_scale
     if request.is_part:
-        validation.check_norm_group(request.is_part, request.norm_group, request.groups[0])
+        distributed.check_norm_group(request.norm_group, request.groups[0], request.is_part)
     clipping = Clipping(clipvalue, clipnorm, global_clipnorm, grad_scale, request.found_inf)
     others_have_gradients = False
     if request.norm_group is not None:

@@ -62,17 +62,6 @@ def check_not_complex(groups: list[Group], first: int = 0) -> None:
                 )
 
 
-def check_norm_group(is_part: bool, norm_group: Any, group: Group) -> None:
-    """Raises ValueError if the norm of all gradients is wanted where other processes have some of them."""
-    if is_part and norm_group is None and group["global_clipnorm"] is not None:
-        raise ValueError(
-            f"global_clipnorm={group['global_clipnorm']!r} needs the gradients of all parameters, and under "
-            "ZeroRedundancyOptimizer each process has those of its own parameters only. Pass "
-            'norm_group="world", or the process group, to take the norm over all processes; or use clipnorm, which '
-            "takes each gradient by itself"
-        )
-
-
 def check_param(name: Callable[[], str], param: Tensor) -> None:
     """Raises TypeError or ValueError, naming the parameter, if it is one that cannot be trained here."""
     if param.dtype not in DTYPES:
