@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from torch_adadelta import options
-from torch_adadelta.backends.batch import STATE_KEYS
+from torch_adadelta.backends.batch import STATE_KEYS, has_state
 from torch_adadelta.options import OPTIONS, Kind
 from torch_adadelta.step import validation
-from torch_adadelta.step.planning import has_state
 from torch_adadelta.step.sources import Group, Source, Sources, bind_group
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from torch_adadelta import schedules
+from torch_adadelta.backends.batch import has_state, new_state_of
 from torch_adadelta.options import OPTIONS
-from torch_adadelta.step.planning import ExplicitGradients, has_state, new_state_of
+from torch_adadelta.step.planning import ExplicitGradients
 
 # The names of the state in Keras.
 SLOTS: Final = {"accum_grad": "square_avg", "accum_var": "acc_delta"}

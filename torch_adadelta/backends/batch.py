@@ -2,14 +2,27 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_adadelta.backends.opmath import Value
 
 # The state of a parameter, in the order in which backends take it.
 STATE_KEYS: Final = ("square_avg", "acc_delta")
+
+
+def new_state_of(param: Tensor) -> dict[str, Tensor]:
+    """The state that the first step with a gradient makes."""
+    return {
+        key: torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False) for key in STATE_KEYS
+    }
+
+
+def has_state(state: Any) -> bool:
+    """Whether a parameter has state of this optimizer; others may keep theirs beside it."""
+    return isinstance(state, dict) and any(key in state for key in STATE_KEYS)
 
 
 class Backend(Enum):

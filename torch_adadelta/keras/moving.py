@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_adadelta import schedules
+from torch_adadelta.backends.batch import new_state_of
 from torch_adadelta.keras import hdf5
 from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, SLOTS, Checkpoint, Layer, explained, opened
 from torch_adadelta.keras.config import CLIPPING
@@ -28,7 +29,6 @@ from torch_adadelta.keras.matching import Match, Move, Unit, match
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.options import NUMBERS
 from torch_adadelta.step.callbacks import Callbacks
-from torch_adadelta.step.planning import new_state_of
 from torch_adadelta.step.validation import name_in
 
 _WEIGHTS: Final = "model.weights.h5"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_adadelta import distributed, options
 from torch_adadelta.backends import dtensor, functional, kernels
-from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment
+from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment, has_state, new_state_of
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
 from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
 from torch_adadelta.step import norm_variables, validation
@@ -518,18 +518,6 @@ def _clipping(request: StepRequest, rows: Rows) -> tuple[Clipping, bool]:
 
 
 # ---- State ----------------------------------------------------------------------------------------------------------
-
-
-def new_state_of(param: Tensor) -> dict[str, Tensor]:
-    """The state that the first step with a gradient makes."""
-    return {
-        key: torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False) for key in STATE_KEYS
-    }
-
-
-def has_state(state: Any) -> bool:
-    """Whether a parameter has state of this optimizer; others may keep theirs beside it."""
-    return isinstance(state, dict) and any(key in state for key in STATE_KEYS)
 
 
 def _completed(request: StepRequest, rows: Rows) -> tuple[Columns, State]:
