@@ -1,10 +1,12 @@
 """What checkpoints bring: state to be checked, and param groups of `torch.optim.Adadelta` to be turned into ours."""
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from torch_adadelta import options
 from torch_adadelta.backends.batch import STATE_KEYS, has_state
@@ -55,6 +57,28 @@ def check_state(name: str, param: Tensor, state: Any) -> None:
         if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"{name} has shape {tuple(param.shape)}, but the state {key} to load is {got}")
+
+
+def take_over(state: dict[Any, Any], groups: list[Group], loading: Any) -> None:
+    """Makes loaded state the optimizer's own, in place.
+
+    Optimizer.load_state_dict hands over tensors that fit as they are: to keep them would be to write to the checkpoint,
+    or to another optimizer's state. It casts all real ones to the parameter's dtype, which is not what others' need be:
+    those are taken from `loading`, the state_dict, if that is known.
+    """
+    saved: dict[Tensor, Any] = {}
+    if loading is not None:
+        for saved_group, group in zip(loading["param_groups"], groups, strict=True):
+            for number, param in zip(saved_group["params"], group["params"], strict=True):
+                saved[param] = loading["state"].get(number)
+    for param, entry in state.items():
+        if not isinstance(param, Tensor) or not entry:  # others may keep something that belongs to no parameter
+            continue
+        given = saved.get(param) or entry
+        own = {key: entry[key].to(param.dtype, copy=True) for key in STATE_KEYS if key in entry}
+        foreign = {key: given[key] for key in entry if key not in own}
+        move = partial(Tensor.to, device=param.device, copy=True)
+        state[param] = {**tree_map_only(Tensor, move, foreign), **own}
 
 
 def convert_torch_adadelta(groups: list[Group], state: dict[Any, dict[str, Any]], previous: list[Group]) -> None:

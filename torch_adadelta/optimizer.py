@@ -8,10 +8,8 @@ from typing import Any, Final, overload
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.utils._pytree import tree_map_only
 
 from torch_adadelta import checkpoint, distributed, options
-from torch_adadelta.backends.batch import STATE_KEYS
 from torch_adadelta.distributed import NormGroup
 from torch_adadelta.keras_interface import KerasInterface
 from torch_adadelta.options import BY_NAME, NUMBERS, OPTIONS, Kind, Option
@@ -293,32 +291,11 @@ class AdadeltaKeras(KerasInterface):
             for index, param in enumerate(group["params"]):
                 checkpoint.check_state(validation.name_in(groups, group_index, index), param, params.get(param))
         if "defaults" not in state:  # which a copy of the whole has
-            self._take_over(groups, params)
+            checkpoint.take_over(params, groups, self._loading)
         super().__setstate__({**state, "_sources": sources, "_callbacks": known["_callbacks"]})
         self._partitions, self._traced = PartitionCache(), compiled.TracedStep()
         self._sources.snapshots = []
         self._sources.update_metadata(self.param_groups, self._callbacks)
-
-    def _take_over(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-        """Makes loaded state the optimizer's own.
-
-        Optimizer.load_state_dict hands over tensors that fit as they are: to keep them would be to write to the
-        checkpoint, or to another optimizer's state. It casts all real ones to the parameter's dtype, which is not what
-        others' need be.
-        """
-        saved: dict[Tensor, Any] = {}
-        if self._loading is not None:
-            for saved_group, group in zip(self._loading["param_groups"], groups, strict=True):
-                for number, param in zip(saved_group["params"], group["params"], strict=True):
-                    saved[param] = self._loading["state"].get(number)
-        for param, entry in state.items():
-            if not isinstance(param, Tensor) or not entry:  # others may keep something that belongs to no parameter
-                continue
-            given = saved.get(param) or entry
-            own = {key: entry[key].to(param.dtype, copy=True) for key in STATE_KEYS if key in entry}
-            foreign = {key: given[key] for key in entry if key not in own}
-            move = partial(Tensor.to, device=param.device, copy=True)
-            state[param] = {**tree_map_only(Tensor, move, foreign), **own}
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
