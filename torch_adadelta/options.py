@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_adadelta.backends.opmath import Value, round_to_float32
+from torch_adadelta.backends.opmath import Value, is_numpy_scalar, round_to_float32
 
 DEFAULT_EPSILON: Final = 1e-7
 
@@ -122,10 +122,6 @@ def new_metadata() -> dict[str, Any]:
 # ---- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def _is_numpy_scalar(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
-
-
 def _check_range(option: Option, number: float, given: Any) -> None:
     if 0.0 <= number <= option.maximum:
         return
@@ -136,13 +132,13 @@ def _check_range(option: Option, number: float, given: Any) -> None:
 
 def _rounded_number(option: Option, value: Any) -> float:
     """The number behind a Python or NumPy scalar, rounded as Keras rounds it, once it is known to be in range."""
-    is_numpy_scalar = type(value) not in (float, int) and _is_numpy_scalar(value)  # np.float64 is a float
-    number = value.item() if is_numpy_scalar else value
+    has_own_precision = type(value) not in (float, int) and is_numpy_scalar(value)  # np.float64 is a float
+    number = value.item() if has_own_precision else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         kinds = "a number" if option.kind is Kind.NUMBER else "a number or a one-element Tensor"
         raise TypeError(f"{option.name} must be {kinds}, got {value!r} of type {type(value).__name__}")
     _check_range(option, number, value)
-    if is_numpy_scalar or not option.rounds_to_float32:
+    if has_own_precision or not option.rounds_to_float32:
         return float(number)
     nearest = round_to_float32(number)
     _check_range(option, nearest, value)
@@ -222,7 +218,7 @@ def in_step(option: Option, value: Any, keep_tensor: bool = False) -> Value:
 
 def as_saved(option: Option, value: Any) -> Any:
     """An option for a checkpoint: a NumPy scalar becomes a number, or a Tensor if that would be rounded."""
-    if not _is_numpy_scalar(value):
+    if not is_numpy_scalar(value):
         return value
     number = float(value)
     is_kept = not option.rounds_to_float32 or round_to_float32(number) == number

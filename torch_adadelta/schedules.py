@@ -21,6 +21,8 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import Tensor
 
+from torch_adadelta.backends.opmath import is_numpy_scalar
+
 __all__ = [
     "LearningRateSchedule",
     "ExponentialDecay",
@@ -48,10 +50,6 @@ _UINT32_MAX: Final = 0xFFFFFFFF
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
-def _is_numpy_scalar(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
-
-
 def _check(name: str, value: Any, holds: Callable[[float], bool], text: str) -> Any:
     """`value` itself, if it is a number, or a Tensor of one, for which `holds`. Tensors on a device are not read.
 
@@ -70,7 +68,7 @@ def _check(name: str, value: Any, holds: Callable[[float], bool], text: str) -> 
         if value.device.type != "cpu":
             return value
         number = value.detach().item()
-    elif _is_numpy_scalar(value):
+    elif is_numpy_scalar(value):
         number = value.item()
         value = torch.tensor(number, dtype=torch.float64, device="cpu") if value.dtype == "float64" else number
     if isinstance(number, bool) or not isinstance(number, int | float):
@@ -97,7 +95,7 @@ def _not_negative(name: str, value: Any) -> Any:
 
 
 def _boolean(name: str, value: Any) -> bool:
-    plain = value.item() if _is_numpy_scalar(value) else value
+    plain = value.item() if is_numpy_scalar(value) else value
     if not isinstance(plain, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
     return plain
@@ -164,7 +162,7 @@ def _half_cosine(fraction: Tensor, scale: Tensor | float = 0.5) -> Tensor:
 
 def _step_tensor(step: Any) -> Tensor:
     """A step number as TensorFlow converts it: a float is rounded to float32, an int and a NumPy scalar are kept."""
-    if _is_numpy_scalar(step):
+    if is_numpy_scalar(step):
         number, dtype = step.item(), torch.as_tensor(step).dtype
     else:
         number, dtype = step, torch.float32 if isinstance(step, float) else torch.int64
@@ -270,7 +268,7 @@ def _plain(value: Any) -> Any:
     """A Python number, for what can be saved as JSON and loaded by `torch.load(weights_only=True)`."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return value.item() if isinstance(value, Tensor) or _is_numpy_scalar(value) else value
+    return value.item() if isinstance(value, Tensor) or is_numpy_scalar(value) else value
 
 
 def _from_keras(value: Any) -> Any:

@@ -44,6 +44,11 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def is_numpy_scalar(value: Any) -> bool:
+    """Whether this is a number of NumPy, or an array without dimensions: it carries a precision of its own."""
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+
+
 # ---- Roundings ------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_adadelta import options, schedules
-from torch_adadelta.backends.opmath import Value, round_to_float32, rounded
+from torch_adadelta.backends.opmath import Value, is_numpy_scalar, round_to_float32, rounded
 from torch_adadelta.options import BY_KEY, HYPERPARAMETERS, Kind, Option
 from torch_adadelta.schedules import LearningRateSchedule
 from torch_adadelta.step.callbacks import Callbacks
@@ -319,7 +319,7 @@ def at_step(schedule: Callable[..., Any], iterations: int | Tensor, T: torch.dty
         if isinstance(iterations, Tensor):
             return value.reshape(())
         value = value.item()
-    elif type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+    elif is_numpy_scalar(value):
         value = value.item()
     elif isinstance(value, float):
         value = round_to_float32(value) if math.isfinite(value) else value
