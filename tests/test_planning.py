@@ -708,7 +708,7 @@ def test_a_process_that_refuses_its_state_leaves_the_others_no_call_to_wait_for(
 @pytest.mark.parametrize(
     "options",
     [*OPTIONS.values(), {}, {"maximize": True}, {"capturable": True}, {"learning_rate": torch.tensor(0.5)}],
-    ids=str,
+    ids=[*OPTIONS, "plain", "maximize", "capturable", "tensor lr"],
 )
 def test_every_case_runs_on_the_partition_of_the_step_before(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -377,7 +377,11 @@ class Model(torch.nn.Module):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=dtype_name)
-@pytest.mark.parametrize("options", [{}, {"global_clipnorm": 0.3}, {"learning_rate": lambda: 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"global_clipnorm": 0.3}, {"learning_rate": lambda: 0.5}],
+    ids=["plain", "global_clipnorm", "callable"],
+)
 def test_a_model_with_tables(path: Path, options: dict[str, Any], index_dtype: torch.dtype) -> None:
     model = Model(is_sparse=True)
     params = list(model.parameters())
