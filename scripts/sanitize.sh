@@ -3,7 +3,7 @@
 #
 #     scripts/sanitize.sh [address] [thread]
 #
-# address: AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer, under tests/sanitizers/driver.cpp and under
+# address: AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer, under tests/csrc/sanitizers/driver.cpp and under
 #          the tests of the ops (TESTS names others).
 # thread:  ThreadSanitizer, under the driver. Python and OpenMP are left out: they are not compiled for it.
 #
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 CXX=${CXX:-c++}
-TESTS=${TESTS:-tests/test_ops.py tests/test_clip_ops.py tests/test_segments.py tests/test_aliasing_ops.py}
+TESTS=${TESTS:-tests/csrc/test_ops.py tests/csrc/test_cpu_square_sums.py tests/csrc/test_segments.py tests/csrc/test_aliasing.py}
 
 # The flags of the build; what they do to roundings is tested, so it is what must be watched.
 flags=$("$PYTHON" tests/compilers.py)
@@ -31,7 +31,7 @@ build() {
   shift
   mkdir -p "$folder"
   local compile="$CXX $flags -O1 -g -fPIC -fno-omit-frame-pointer $*"
-  for source in $(find csrc -name '*.cpp') tests/sanitizers/driver.cpp; do
+  for source in $(find csrc -name '*.cpp') tests/csrc/sanitizers/driver.cpp; do
     local object=$folder/$(echo "$source" | tr / _).o
     if [ ! -e "$object" ] || [ -n "$(find csrc setup.py "$source" -newer "$object" -type f)" ]
     then

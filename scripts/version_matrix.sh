@@ -10,7 +10,7 @@
 # The environment chooses:
 #   PYTHONS  interpreters, by name or path; those that are not there are left out (python3.10 … python3.13)
 #   TORCHES  versions of PyTorch, and "latest", the newest that pip finds (2.10.0 2.11.0 2.12.1 2.13.0 latest)
-#   TESTS    what to run of tests/ (the core suite: test_update.py test_ops.py test_optimizer.py test_step_hooks.py test_state.py)
+#   TESTS    what to run of tests/ (the core suite: backends/test_functional.py csrc/test_ops.py test_optimizer.py test_checkpoint.py conformance/test_step_hooks.py)
 #   TOO_OLD  the PyTorch that must be refused, "" for none (2.9.1)
 #   RESULTS  the file to which a line of a Markdown table is added for each combination (version_matrix.md)
 #
@@ -19,7 +19,7 @@ set -euo pipefail
 
 PYTHONS=${PYTHONS:-python3.10 python3.11 python3.12 python3.13}
 TORCHES=${TORCHES:-2.10.0 2.11.0 2.12.1 2.13.0 latest}
-TESTS=${TESTS:-test_update.py test_ops.py test_optimizer.py test_step_hooks.py test_state.py}
+TESTS=${TESTS:-backends/test_functional.py csrc/test_ops.py test_optimizer.py test_checkpoint.py conformance/test_step_hooks.py}
 TOO_OLD=${TOO_OLD-2.9.1}
 RESULTS=$(realpath -m "${RESULTS:-version_matrix.md}")
 

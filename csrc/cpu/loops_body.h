@@ -306,7 +306,7 @@ ADADELTA_INLINE void with_least(const GradientClip<T>& clip, const Run& run) {
 
 #if ADADELTA_LANES == 16
 // 1 / root, as the divider rounds it, by fused multiply-adds: the last one rounds correctly. The one before it rounds
-// up, since a result below that of 1 / 0x1.fffffep0 would leave the last exactly between two floats. tests/exhaustive
+// up, since a result below that of 1 / 0x1.fffffep0 would leave the last exactly between two floats. tests/csrc/exhaustive
 // proves it for every root from 2^-64 to 2^64, where no step under- or overflows (even without subnormal numbers), and
 // for every estimate within 2^-14.
 ADADELTA_INLINE __m512 inverse_from_estimate(__m512 root, __m512 estimate) {

@@ -1,0 +1,74 @@
+// The ops of csrc/cuda for CPU tensors, as torch_adadelta_emulated: the same kernels and launches, without a GPU.
+#include "emulator.h"
+
+#include "../../../csrc/cuda/sparse.cuh"
+#include "../../../csrc/cuda/square_sums.cuh"
+#include "../../../csrc/cuda/update.cuh"
+#include "../../../csrc/schemas.h"
+
+namespace {
+
+struct EmulatedDevice {
+  static int32_t type() { return aoti_torch_device_type_cpu(); }
+
+  explicit EmulatedDevice(int32_t) {}
+
+  template <typename Parameters>
+  void launch(void (*kernel)(const Parameters&), int64_t blocks, unsigned threads, const Parameters& parameters) const {
+    emulator::launch<const Parameters&>(kernel, blocks, threads, parameters);
+  }
+};
+
+int64_t launches() { return emulator::launches; }
+
+int64_t set_seed(int64_t seed) {
+  emulator::seed = static_cast<unsigned>(seed);
+  return seed;
+}
+
+int64_t set_edge_blocks(int64_t count) {
+  emulator::edge_blocks = count;
+  return count;
+}
+
+int64_t small_table() { return torch_adadelta::cuda::kSmallTable; }
+
+int64_t large_table() { return torch_adadelta::cuda::kLargeTable; }
+
+int64_t small_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kSmallTable>; }
+
+int64_t large_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kLargeTable>; }
+
+int64_t chunk() { return torch_adadelta::cuda::kChunk; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(torch_adadelta_emulated, m) {
+  torch_adadelta::define_ops(m);
+  m.def("launches() -> int");
+  m.def("set_seed(int seed) -> int");
+  m.def("set_edge_blocks(int count) -> int");
+  m.def("small_table() -> int");
+  m.def("large_table() -> int");
+  m.def("small_segments() -> int");
+  m.def("large_segments() -> int");
+  m.def("chunk() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CPU, m) {
+  m.impl("adadelta_", torch_adadelta::cuda::adadelta_<EmulatedDevice>);
+  m.impl("grad_square_sums", torch_adadelta::cuda::grad_square_sums<EmulatedDevice>);
+  m.impl("sparse_adadelta_", torch_adadelta::cuda::sparse_adadelta_<EmulatedDevice>);
+  m.impl("first_invalid_indices", torch_adadelta::cuda::first_invalid_indices<EmulatedDevice>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CompositeExplicitAutograd, m) {
+  m.impl("launches", TORCH_BOX(&launches));
+  m.impl("set_seed", TORCH_BOX(&set_seed));
+  m.impl("set_edge_blocks", TORCH_BOX(&set_edge_blocks));
+  m.impl("small_table", TORCH_BOX(&small_table));
+  m.impl("large_table", TORCH_BOX(&large_table));
+  m.impl("small_segments", TORCH_BOX(&small_segments));
+  m.impl("large_segments", TORCH_BOX(&large_segments));
+  m.impl("chunk", TORCH_BOX(&chunk));
+}

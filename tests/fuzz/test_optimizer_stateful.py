@@ -1,0 +1,580 @@
+"""Drawn lives of an optimizer: whatever happens to it between steps, every path keeps the bits of the oracle.
+
+A life is a sequence of actions: groups are added, steps taken in which some gradients are missing or sparse,
+hyperparameters changed; the optimizer is saved, loaded, copied; its parameters and state are converted, replaced,
+exchanged or given other memory behind its back. After every action the parameters, the accumulators and the count of
+steps of each path are compared with the oracle's, bit by bit. A failure is shrunk and printed as a script.
+
+Some hundreds of lives, always the same, take half a minute. `make nightly` draws 100,000 new ones; the environment
+variable TORCH_ADADELTA_LIVES says how many.
+"""
+
+import copy
+import gc
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_same_bits, dtype_name, gradients, randn, to_numpy
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from reference.oracle import Oracle, OracleOptimizer, SparseGradient, memory_order
+from torch import Tensor
+from torch.nn import Parameter
+
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
+from torch_adadelta.step import planning
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Sparse CSR tensor support")
+
+KEYS = ("square_avg", "acc_delta")
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16", "complex64")}
+SHAPES = ((3,), (), (0,), (1,), (4, 3), (2, 3, 2), (37,), (5, 1, 4))
+RATES = (1.0, 0.001, 0.1, 0.0)
+RHOS = (0.95, 0.5, 0.0, 1.0)
+EPSILONS = (1e-7, 1e-3, 1.0)
+CLIPS: tuple[dict[str, float], ...] = (
+    {},
+    {"clipvalue": 0.5},
+    {"clipnorm": 0.7},
+    {"global_clipnorm": 0.9},
+    {"clipvalue": 2.0, "clipnorm": 1.5},
+)
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+# Most parameters are plain: only a step of one group of them, all dense, runs on state that the library holds.
+dtypes = st.sampled_from([*["float32"] * 6, *DTYPES])
+layouts = st.sampled_from([*["contiguous"] * 4, *LAYOUTS])
+shapes = st.integers(0, len(SHAPES) - 1)
+seeds = st.integers(0, 10**6)
+some_param = st.integers(0, 11)
+keys = st.sampled_from(KEYS)
+
+
+def gradient(kind: str, param: Tensor, seed: int) -> Tensor | None:
+    """A gradient of this kind; where the kind does not fit the parameter, a dense one."""
+    if kind == "none":
+        return None
+    grad = gradients(param.shape, param.dtype, 1, seed)[0]
+    if kind == "sparse" and param.dim() > 0 and param.numel() > 0:
+        generator = torch.Generator().manual_seed(seed)
+        count, dims = seed % 5, 1 + seed % param.dim()
+        indices = torch.stack([torch.randint(size, (count,), generator=generator) for size in param.shape[:dims]])
+        values = gradients((count, *param.shape[dims:]), param.dtype, 1, seed)[0]
+        return torch.sparse_coo_tensor(indices, values, param.shape, is_coalesced=False, check_invariants=False)
+    if kind == "zero":
+        return torch.zeros_like(param)
+    if kind == "expanded":
+        return grad.flatten()[:1].expand(grad.numel()).view(grad.shape)
+    if kind == "large":
+        return grad * 1e4
+    if kind == "special" and grad.numel() > 0:
+        grad.view(-1)[seed % grad.numel()] = (float("nan"), float("inf"), -float("inf"), -0.0)[seed % 4]
+        return grad
+    return LAYOUTS[kind](grad) if kind in LAYOUTS else grad
+
+
+GRADIENT_KINDS = ("dense", "none", "sparse", "zero", "expanded", "large", "special", "transposed", "gaps")
+kinds = st.lists(st.sampled_from(["dense", "dense", *GRADIENT_KINDS]), min_size=1, max_size=6)
+
+
+class Path(NamedTuple):
+    name: str
+    options: dict[str, bool]
+
+
+PATHS = (
+    Path("for-loop", {"foreach": False}),
+    Path("foreach", {"foreach": True}),
+    *(
+        (Path("fused", {"fused": True}), Path("default", {}))
+        if kernels.is_loaded
+        else (Path("default", {"fused": False}),)
+    ),
+)
+
+
+class Life:
+    """The parameters of one path, in the order in which they were made, and their optimizer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.params: list[Tensor] = []
+        self.optimizer: Any = None
+
+
+class Lives(RuleBasedStateMachine):
+    """One life on every path, and what the oracle says of it."""
+
+    capability: ClassVar[str | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lives = [Life(path) for path in PATHS]
+        self.expected = OracleOptimizer([])
+        self.groups: list[dict[str, Any]] = []  # "params": the numbers of the parameters, in the order of the group
+        self.has_state: list[bool] = []
+        self.defaults: dict[str, Any] = {"lr": 1.0, "rho": 0.95, "epsilon": 1e-7}
+        self.left_behind: list[tuple[Tensor, Tensor]] = []
+
+    # ---- What the others build on -----------------------------------------------------------------------------------
+
+    def dtype_of(self, index: int) -> torch.dtype:
+        return self.lives[0].params[index].dtype
+
+    def has_complex(self) -> bool:
+        return any(p.is_complex() for p in self.lives[0].params)
+
+    def number(self, index: int) -> int:
+        return index % len(self.has_state)
+
+    def number_with_state(self, index: int) -> int | None:
+        """Some parameter that has state, or None."""
+        numbers = [i for i, has in enumerate(self.has_state) if has]
+        return numbers[index % len(numbers)] if numbers else None
+
+    def set_oracle(self, index: int) -> None:
+        """Takes over what somebody else wrote to a parameter and its state; the paths must agree on that, too."""
+        life = self.lives[0]
+        param, oracle = life.params[index], self.expected.oracles[index]
+        fresh = Oracle(to_numpy(param), dtype=dtype_name(param.dtype), maximize=oracle.maximize)
+        if self.has_state[index]:
+            for key in KEYS:
+                setattr(fresh, key, to_numpy(life.optimizer.state[param][key]).copy())
+        fresh.p = to_numpy(param).copy()
+        self.expected.oracles[index] = fresh
+        strides = np.empty(param.shape, np.int8)
+        strides = np.lib.stride_tricks.as_strided(strides, param.shape, param.stride())
+        self.expected.orders[index] = memory_order(strides)
+
+    def forget_state(self, index: int) -> None:
+        self.has_state[index] = False
+        self.set_oracle(index)
+
+    def make_group(self, shape_numbers: list[int], dtype: str, layout: str, seed: int, options: dict[str, Any]) -> None:
+        first = len(self.has_state)
+        numbers = list(range(first, first + len(shape_numbers)))
+        generator = torch.Generator().manual_seed(seed)
+        values = [
+            LAYOUTS[layout](randn(SHAPES[shape], DTYPES[dtype], generator) * (seed % 2)) for shape in shape_numbers
+        ]
+        for life in self.lives:
+            # Not clone, which would fill the gaps.
+            params = [Parameter(LAYOUTS[layout](v.clone(memory_format=torch.contiguous_format))) for v in values]
+            life.params += params
+            group = {"params": params, **options}
+            if life.optimizer is None:
+                life.optimizer = AdadeltaKeras([group], **self.defaults, **life.path.options)
+            else:
+                life.optimizer.add_param_group(group)
+        self.groups.append({"params": numbers, "maximize": False, **self.defaults, **options})
+        for number in numbers:
+            self.has_state.append(False)
+            self.expected.oracles.append(Oracle(np.zeros(1), maximize=self.groups[-1]["maximize"]))
+            self.expected.orders.append([])
+            self.set_oracle(number)
+
+    # ---- The actions ------------------------------------------------------------------------------------------------
+
+    @initialize(
+        shape_numbers=st.lists(shapes, min_size=1, max_size=4),
+        dtype=dtypes,
+        layout=layouts,
+        seed=seeds,
+        capability=st.sampled_from(kernels.CPU_CAPABILITIES),
+    )
+    def begin(self, shape_numbers: list[int], dtype: str, layout: str, seed: int, capability: str) -> None:
+        if kernels.is_loaded:
+            try:
+                before = kernels.set_cpu_capability(capability)
+            except RuntimeError:  # this processor has it not
+                before = kernels.cpu_capability()
+            if Lives.capability is None:
+                Lives.capability = before
+        self.make_group(shape_numbers, dtype, layout, seed, {})
+
+    @precondition(lambda self: len(self.groups) < 3)
+    @rule(
+        shape_numbers=st.lists(shapes, min_size=1, max_size=3),
+        dtype=dtypes,
+        layout=layouts,
+        seed=seeds,
+        options=st.sampled_from([{}, {"lr": 0.1}, {"rho": 0.5, "maximize": True}, {"epsilon": 1e-3}]),
+    )
+    def add_group(self, shape_numbers: list[int], dtype: str, layout: str, seed: int, options: dict[str, Any]) -> None:
+        if DTYPES[dtype].is_complex and self.expected.clipvalue is not None:
+            dtype = "float32"
+        self.make_group(shape_numbers, dtype, layout, seed, options)
+
+    def steps(self, kinds: list[str], seed: int, count: int = 1) -> None:
+        for t in range(count):
+            grads: list[Any] = [None] * len(self.has_state)
+            for life in self.lives:
+                for i, param in enumerate(life.params):
+                    grads[i] = gradient(kinds[i % len(kinds)], param, seed + 101 * i + t)
+                    param.grad = grads[i]
+                life.optimizer.step()
+            rows = [(i, self.to_oracle(grads[i])) for group in self.groups for i in group["params"]]
+            rows = [(i, grad) for i, grad in rows if grad is not None]
+            if not rows:
+                continue
+            group_of = {i: group for group in self.groups for i in group["params"]}
+            for (i, _), grad in zip(rows, self.expected.clip(rows), strict=True):
+                oracle, group = self.expected.oracles[i], group_of[i]
+                self.expected.learning_rate = group["lr"]
+                oracle.learning_rate = self.expected.learning_rate_at(self.expected.iterations, oracle.format.T)
+                oracle.rho, oracle.epsilon = group["rho"], group["epsilon"]
+                oracle.step(grad)
+                self.has_state[i] = True
+            self.expected.iterations += 1
+
+    @staticmethod
+    def to_oracle(grad: Tensor | None) -> Any:
+        if grad is None or not grad.is_sparse:
+            return None if grad is None else to_numpy(grad)
+        return SparseGradient(grad._indices().numpy(), to_numpy(grad._values()))
+
+    @rule(seed=seeds, count=st.integers(1, 3))
+    def step(self, seed: int, count: int) -> None:
+        self.steps(["dense"], seed, count)
+
+    @rule(kinds=kinds, seed=seeds)
+    def step_with(self, kinds: list[str], seed: int) -> None:
+        self.steps(kinds, seed)
+
+    @rule(key=st.sampled_from(["lr", "rho", "epsilon"]), choice=st.integers(0, 3), group=st.integers(0, 3))
+    def set_hyperparameter(self, key: str, choice: int, group: int) -> None:
+        """For one group, or for all if there is none with this number."""
+        values = {"lr": RATES, "rho": RHOS, "epsilon": EPSILONS}[key]
+        value = values[choice % len(values)]
+        for life in self.lives:
+            if group < len(self.groups):
+                life.optimizer.param_groups[group][key] = value
+            else:
+                setattr(life.optimizer, key, value)
+        for number, own in enumerate(self.groups):
+            if number == group or group >= len(self.groups):
+                own[key] = value
+        if group >= len(self.groups):
+            self.defaults[key] = value
+
+    @rule(choice=st.integers(0, len(CLIPS) - 1))
+    def set_clip(self, choice: int) -> None:
+        clip = CLIPS[choice]
+        if "clipvalue" in clip and self.has_complex():
+            clip = {}
+        for name in ("clipvalue", "clipnorm", "global_clipnorm"):  # two of them exclude each other
+            for life in self.lives:
+                setattr(life.optimizer, name, None)
+            setattr(self.expected, name, clip.get(name))
+        for name, value in clip.items():
+            for life in self.lives:
+                setattr(life.optimizer, name, value)
+
+    @rule(decay=st.sampled_from([0.0, 0.5, 1e-3]))
+    def set_decay(self, decay: float) -> None:
+        for life in self.lives:
+            life.optimizer.decay = decay
+        self.expected.decay = decay
+
+    @rule(iterations=st.sampled_from([0, 1, 2**40]))
+    def set_iterations(self, iterations: int) -> None:
+        for life in self.lives:
+            life.optimizer.iterations = iterations
+        self.expected.iterations = iterations
+
+    @rule()
+    def load_into_itself(self) -> None:
+        for life in self.lives:
+            file = io.BytesIO()
+            torch.save(life.optimizer.state_dict(), file)
+            file.seek(0)
+            life.optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+    @rule(steps_before=st.integers(0, 2))
+    def load_into_another(self, steps_before: int) -> None:
+        """Another optimizer of the same parameters, which has perhaps taken steps, and holds state of its own."""
+        for life in self.lives:
+            saved = copy.deepcopy(life.optimizer.state_dict())
+            values = [p.detach().clone() for p in life.params]
+            groups = [{"params": list(group["params"])} for group in life.optimizer.param_groups]
+            other = AdadeltaKeras(groups, **self.defaults, **life.path.options)
+            for _ in range(steps_before):
+                for param in life.params:
+                    param.grad = None if self.has_complex() else torch.ones_like(param)
+                other.step()
+            with torch.no_grad():
+                for param, value in zip(life.params, values, strict=True):
+                    param.copy_(value)
+            other.load_state_dict(saved)
+            life.optimizer = other
+
+    @rule(how=st.sampled_from(["deepcopy", "pickle"]))
+    def go_on_with_a_copy(self, how: str) -> None:
+        """The copy goes on; what it was copied from must stay as it is."""
+        for life in self.lives:
+            both = (life.params, life.optimizer)
+            for param in life.params:
+                param.grad = None
+                for tensor in (param, *life.optimizer.state.get(param, {}).values()):
+                    self.left_behind.append((tensor, tensor.detach().clone()))
+            copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+            life.params, life.optimizer = copied
+        self.left_behind = self.left_behind[-64:]
+        for index in range(len(self.has_state)):
+            self.set_oracle(index)  # the copy may lie otherwise in memory
+
+    @rule(index=some_param, dtype=st.sampled_from(["float32", "float64", "bfloat16", "float16"]))
+    def convert(self, index: int, dtype: str) -> None:
+        """Parameter and state to another dtype, as `module.to` does it. A step amid that must be refused."""
+        index = self.number(index)
+        if self.dtype_of(index).is_complex:
+            return
+        for life in self.lives:
+            param = life.params[index]
+            param.grad = None
+            param.data = param.data.to(DTYPES[dtype])
+            state = life.optimizer.state.get(param, {})
+            if state and state["square_avg"].dtype != param.dtype:
+                self.refused(life, "Convert the state too")
+            for key in state:
+                state[key] = state[key].to(DTYPES[dtype])
+        self.set_oracle(index)
+
+    def refused(self, life: Life, message: str) -> None:
+        """A step that must raise, and change nothing."""
+        before = self.copied(life)
+        for param in life.params:
+            param.grad = torch.ones_like(param)
+        with pytest.raises(RuntimeError, match=message):
+            life.optimizer.step()
+        for param in life.params:
+            param.grad = None
+        for (tensor, was), (now, _) in zip(before, self.copied(life), strict=True):
+            assert now is tensor
+            assert_same_bits(tensor, was, "after a refused step")
+
+    @staticmethod
+    def copied(life: Life) -> list[tuple[Tensor, Tensor]]:
+        tensors = [tensor for param in life.params for tensor in (param, *life.optimizer.state.get(param, {}).values())]
+        return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    @rule(index=some_param, key=keys)
+    def spoil_and_mend(self, index: int, key: str) -> None:
+        """A state tensor of another shape: refused, and nothing changed; then the right one again."""
+        number = self.number_with_state(index)
+        if number is None:
+            return
+        for life in self.lives:
+            state = life.optimizer.state[life.params[number]]
+            good = state[key]
+            state[key] = torch.zeros(*good.shape, 2, dtype=good.dtype)
+            self.refused(life, "but its state")
+            state[key] = good
+
+    @rule()
+    def clear_state(self) -> None:
+        for life in self.lives:
+            life.optimizer.state.clear()
+        for index in range(len(self.has_state)):
+            self.forget_state(index)
+
+    @rule(index=some_param, how=st.sampled_from(["pop", "empty"]))
+    def clear_one_state(self, index: int, how: str) -> None:
+        index = self.number(index)
+        for life in self.lives:
+            if how == "pop":
+                life.optimizer.state.pop(life.params[index], None)
+            else:
+                life.optimizer.state[life.params[index]] = {}
+        self.forget_state(index)
+
+    @rule(
+        index=some_param,
+        key=keys,
+        how=st.sampled_from(["replace", "data", "set_", "copy_", "resize_", "swap_tensors", "dict"]),
+        seed=seeds,
+    )
+    def rewrite_state(self, index: int, key: str, how: str, seed: int) -> None:
+        """Other values in one state tensor, by every way there is to put them there."""
+        number = self.number_with_state(index)
+        if number is None:
+            return
+        for life in self.lives:
+            param = life.params[number]
+            state = life.optimizer.state[param]
+            new = gradients(param.shape, param.dtype, 1, seed)[0].abs().to(param.dtype)
+            old = state[key]
+            if how == "replace":
+                state[key] = new
+            elif how == "data":
+                old.data = new
+            elif how == "set_":
+                old.set_(new.untyped_storage(), 0, new.shape, new.stride())
+            elif how == "resize_":
+                old.resize_(0).resize_(new.shape).copy_(new)
+            elif how == "swap_tensors":
+                try:
+                    torch.utils.swap_tensors(old, new)
+                except RuntimeError:  # PyTorch does not exchange a tensor that somebody else, the library, refers to
+                    assert life.optimizer._partitions.partition is not None
+                    state[key] = new
+            elif how == "dict":
+                life.optimizer.state[param] = {**state, key: new}
+            else:
+                old.copy_(new)
+            if how in ("replace", "dict"):
+                old.fill_(77)  # nobody may still read it
+        self.set_oracle(number)
+
+    @rule(index=some_param)
+    def exchange_the_two_averages(self, index: int) -> None:
+        number = self.number_with_state(index)
+        if number is None:
+            return
+        for life in self.lives:
+            state = life.optimizer.state[life.params[number]]
+            state["square_avg"], state["acc_delta"] = state["acc_delta"], state["square_avg"]
+        self.set_oracle(number)
+
+    @rule(one=some_param, other=some_param, key=keys)
+    def exchange_between_parameters(self, one: int, other: int, key: str) -> None:
+        numbers = [self.number_with_state(i) for i in (one, other)]
+        i, j = numbers
+        if i is None or j is None or self.dtype_of(i) != self.dtype_of(j):
+            return
+        if self.lives[0].params[i].shape != self.lives[0].params[j].shape:
+            return
+        for life in self.lives:
+            states = [life.optimizer.state[life.params[number]] for number in (i, j)]
+            states[0][key], states[1][key] = states[1][key], states[0][key]
+        self.set_oracle(i)
+        self.set_oracle(j)
+
+    @rule(index=some_param, how=st.sampled_from(["data", "swap_tensors", "copy_", "set_"]), seed=seeds)
+    def rewrite_param(self, index: int, how: str, seed: int) -> None:
+        index = self.number(index)
+        for life in self.lives:
+            param = life.params[index]
+            new = gradients(param.shape, param.dtype, 1, seed)[0]
+            param.grad = None
+            if how == "data":
+                param.data = new
+            elif how == "swap_tensors":
+                torch.utils.swap_tensors(param, Parameter(new))
+            else:
+                with torch.no_grad():
+                    if how == "set_":
+                        param.set_(new.untyped_storage(), 0, new.shape, new.stride())
+                    else:
+                        param.copy_(new)
+        self.set_oracle(index)
+
+    @rule(group=st.integers(0, 2))
+    def reverse_a_group(self, group: int) -> None:
+        number = group % len(self.groups)
+        for life in self.lives:
+            life.optimizer.param_groups[number]["params"].reverse()
+        self.groups[number]["params"].reverse()
+
+    @rule()
+    def reorder_state(self) -> None:
+        for life in self.lives:
+            items = list(life.optimizer.state.items())[::-1]
+            life.optimizer.state.clear()
+            life.optimizer.state.update(items)
+
+    @rule()
+    def weights_as_in_keras(self) -> None:
+        for life in self.lives:
+            if any(p.dtype not in (torch.float32, torch.float64) for p in life.params):
+                return
+        for life in self.lives:
+            weights = life.optimizer.get_weights()
+            for param in life.params:
+                life.optimizer.state.pop(param, None)
+            life.optimizer.set_weights(weights)
+        for index in range(len(self.has_state)):
+            self.has_state[index] = True
+            self.set_oracle(index)
+
+    @rule()
+    def collect_garbage(self) -> None:
+        gc.collect(0)
+
+    # ---- What must hold after each of them --------------------------------------------------------------------------
+
+    @invariant()
+    def all_paths_are_like_the_oracle(self) -> None:
+        for life in self.lives:
+            if life.optimizer is None:
+                return
+            for i, (param, oracle) in enumerate(zip(life.params, self.expected.oracles, strict=True)):
+                what = f"of parameter {i}, {life.path.name}"
+                assert_same_bits(param, oracle.p, f"param {what}")
+                state = life.optimizer.state.get(param) or {}
+                assert bool(state) == self.has_state[i], what
+                for key, tensor in state.items():
+                    assert_same_bits(tensor, getattr(oracle, key), f"{key} {what}")
+            assert life.optimizer.iterations == self.expected.iterations
+        for tensor, was in self.left_behind:
+            assert_same_bits(tensor, was, "left behind")
+
+    def teardown(self) -> None:
+        if kernels.is_loaded and Lives.capability is not None:
+            kernels.set_cpu_capability(Lives.capability)
+
+
+WANTED = os.environ.get("TORCH_ADADELTA_LIVES")
+SETTINGS = settings(
+    max_examples=int(WANTED or 500),
+    derandomize=WANTED is None,
+    database=None,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def run_lives(how: settings) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_state_machine_as_test(Lives, settings=how)
+
+
+def test_optimizer_stateful() -> None:
+    run_lives(SETTINGS)
+
+
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+def test_a_fault_is_found_and_printed_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an optimizer took the state that it holds for that of its parameters, without a look, a life would show it."""
+    monkeypatch.setattr(planning.Partition, "state_of", lambda self, *_: self.state)
+    # To shrink it takes minutes.
+    without_shrinking = settings(
+        SETTINGS, derandomize=True, max_examples=250, phases=[Phase.generate], report_multiple_bugs=False
+    )
+    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as raised:
+        run_lives(without_shrinking)
+    script = "\n".join(getattr(raised.value, "__notes__", []))
+    assert "state = Lives()" in script
+    assert "state.begin(" in script

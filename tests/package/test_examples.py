@@ -1,0 +1,113 @@
+"""The examples, run as a newcomer runs them, with little data; and the code of the README."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python examples/x.py` does, which lets an example import what stands beside it."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
+def test_train_digits_learns_and_draws(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))["main"]
+    picture = tmp_path / "curves.png"
+    result = main(["--epochs", "4", "--output", str(picture)])
+    assert result.keras.accuracy > 0.9
+    assert result.torch.accuracy > 0.9
+    assert len(result.keras.losses) == len(result.torch.losses) == 4 * result.batches_per_epoch
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_digits_fails_below_its_bar(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "train_digits.py")
+    command = [sys.executable, script, "--epochs", "1", "--learning-rate", "0.001", "--output", str(tmp_path / "p.png")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "97" in result.stdout + result.stderr
+
+
+def test_train_recommender_learns_and_draws(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "train_recommender.py"))["main"]
+    picture = tmp_path / "curves.png"
+    result = main(["--rows", "4096", "--epochs", "3", "--output", str(picture)])
+    for run in (result.sparse, result.dense):
+        assert len(run.errors) == len(run.seconds) == 4
+        assert run.errors[-1] < result.error_of_means < run.errors[0]
+    assert result.sparse.errors[0] == result.dense.errors[0]
+    assert result.sparse.errors[-1] != result.dense.errors[-1]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_resume_from_keras_goes_on_as_keras(tmp_path: Path) -> None:
+    pytest.importorskip("keras", reason="needs the extra 'parity'")
+    pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
+    module = runpy.run_path(str(ROOT / "examples" / "resume_from_keras.py"))
+    picture = tmp_path / "curve.png"
+    result = module["main"](["--epochs", "4", "--plot", str(picture)])
+    assert len(result.before) == 2 * result.batches_per_epoch
+    assert len(result.after["PyTorch"]) == 2 * result.batches_per_epoch
+    assert module["distance"](result, "PyTorch") < module["TOLERANCE"]
+    # What the state is worth: without it the same weights train differently.
+    assert module["distance"](result, "PyTorch, weights only") > 100 * module["TOLERANCE"]
+    assert result.after["PyTorch"][-1] < result.before[0] / 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_port_from_keras_keeps_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
+    pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
+    main = runpy.run_path(str(ROOT / "examples" / "port_from_keras.py"))["main"]
+    picture = tmp_path / "curves.png"
+    result = main(["--epochs", "2", "--plot", str(picture)])
+    # Measured, for three seeds and up to 8 epochs: at most 9 rounding units (losses, parameters, accum_grad) and 17
+    # (accum_var, where TensorFlow's approximate square roots add up). The rest is room for another machine's matrix
+    # products. A rho that is not rounded to float32, the smallest mistake there is, is 10**9 units off in float64.
+    for dtype, unit in (("float32", 2.0**-24), ("float64", 2.0**-53)):
+        comparison = result.by_dtype[dtype]
+        assert len(comparison.losses) == 2 * result.batches_per_epoch
+        assert comparison.keras.losses[-1] < 0.7 * comparison.keras.losses[0]
+        assert max(comparison.losses) < 40 * unit
+        assert comparison.weights < 40 * unit
+        assert comparison.accum_grad < 40 * unit
+        assert comparison.accum_var < 128 * unit
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_meta_learning_learns() -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "meta_learning.py"))["main"]
+    before, after = main(["--steps", "30", "--tasks", "2"])
+    assert after < 0.8 * before
+
+
+def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    pytest.importorskip("h5py", reason="needs the extra 'keras'")
+    monkeypatch.chdir(ROOT)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace["optimizer"].learning_rate == 1.0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["torch_adadelta.optimizer", "torch_adadelta.keras.moving"])
+def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import doctest
+    import importlib
+
+    import torch
+
+    pytest.importorskip("h5py", reason="needs the extra 'keras'")
+    monkeypatch.chdir(ROOT)
+    results = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
+    assert results.attempted > 0
+    assert results.failed == 0
