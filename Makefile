@@ -1,4 +1,4 @@
-# make demo · test · bench · lint · docs · sanitize · wheel: each from nothing. They make .venv and install what they need into it.
+# make demo · test · test-slow · bench · lint · docs · sanitize · wheel: each from nothing. They make .venv and install what they need into it.
 
 # Another PyTorch: make test TORCH=torch==2.10.0
 TORCH ?= torch==2.13.0
@@ -15,14 +15,21 @@ CPP_FILES = $(shell find csrc tests/csrc/cuda_emulator tests/csrc/instructions t
 # compiles nothing.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
-.PHONY: demo test prepare-test nightly bench lint format docs sanitize coverage wheel matrix clean
+.PHONY: demo test test-slow prepare-test nightly bench lint format docs sanitize coverage wheel matrix clean
 
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
 
+# Workers wait for each other's threads asleep: threads that spin would take the processors from them.
+PYTEST = GOMP_SPINCOUNT=0 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup
+
 FOR_TEST := $(INSTALLED)-test-keras-parity-examples-frameworks
 test: $(FOR_TEST)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# The rest: installs, wheels, frameworks, docs, examples, benchmarks, whatever compiles, the long state machines.
+test-slow: $(FOR_TEST)
+	$(PYTEST) -m slow
 
 # What `test` installs, and no more.
 prepare-test: $(FOR_TEST)
