@@ -58,6 +58,7 @@ def sections() -> list[Section]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", sections(), ids=str)
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 def test_blocks_run(section: Section, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,6 +100,7 @@ def in_processes() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "code"), in_processes())
 def test_blocks_run_in_processes(processes: int, code: str, tmp_path: Path) -> None:
     # Without Python's own end: gloo's threads may let go of the last tensors meanwhile, which aborts the process.
@@ -178,7 +180,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, target
 
 
-def test_the_map_of_the_house_has_every_file() -> None:
+def test_the_repository_layout_has_every_file() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
     for folder in ("torch_adadelta", "torch_adadelta/keras", "csrc", "csrc/cpu", "csrc/cuda"):
         for path in (ROOT / folder).iterdir():
