@@ -99,6 +99,29 @@ def order_sensitive(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tens
     return values.view(tuple(shape)).to(dtype)
 
 
+def coo(indices: Any, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """A gradient that is not coalesced. `indices` of one dimension are rows."""
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    if indices.dim() == 1:
+        indices = indices[None]
+    return torch.sparse_coo_tensor(indices, values, tuple(shape), is_coalesced=False, check_invariants=False)
+
+
+def coo_gradient(
+    shape: Sequence[int], dtype: torch.dtype, count: int, sparse_dims: int = 1, seed: int = 0, hot: int = 3
+) -> Tensor:
+    """A gradient of `count` COO entries; half of them are of the first `hot` indices of a dimension, or its last."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for size in shape[:sparse_dims]:
+        anywhere = torch.randint(size, (count,), generator=generator)
+        few = torch.randint(-1, min(hot, size - 1), (count,), generator=generator) % size
+        rows.append(torch.where(torch.rand(count, generator=generator) < 0.5, anywhere, few))
+    indices = torch.stack(rows) if rows else torch.zeros(0, count, dtype=torch.int64)
+    values = gradients((count, *shape[sparse_dims:]), dtype, 1, seed)[0]
+    return coo(indices, values, shape)
+
+
 Segments = tuple[list[int], list[float], list[Tensor | None]]
 
 
