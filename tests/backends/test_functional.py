@@ -1,5 +1,6 @@
 """Every path against the NumPy oracle, bit by bit: parameter and both accumulators."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from cases import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference.oracle import Oracle
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,22 +43,31 @@ SHAPES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_shapes(path: Path, dtype: torch.dtype, maximize: bool) -> None:
-    """All shapes as parameters of one optimizer, empty ones first, amid and last."""
+@functools.cache
+def _shapes_by_oracle(dtype: torch.dtype) -> list[tuple[Tensor, list[Tensor], Oracle]]:
+    """Parameters of all shapes, empty ones first, amid and last, their gradients, and what becomes of them."""
     generator = torch.Generator().manual_seed(1)
-    shapes = ((0,), *SHAPES, (0,))
-    params = [Parameter(randn(shape, dtype, generator)) for shape in shapes]
-    optimizer = AdadeltaKeras(params, 1.0, maximize=maximize, **path.options)
-    oracles = [oracle_of(p, learning_rate=1.0, maximize=maximize) for p in params]
-    grads = [gradients(shape, dtype, steps=3, seed=i) for i, shape in enumerate(shapes)]
+    result = []
+    for i, shape in enumerate(((0,), *SHAPES, (0,))):
+        param, grads = randn(shape, dtype, generator), gradients(shape, dtype, steps=3, seed=i)
+        oracle = oracle_of(param, learning_rate=1.0)
+        for grad in grads:
+            oracle.step(to_numpy(grad))
+        result.append((param, grads, oracle))
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_shapes(path: Path, dtype: torch.dtype) -> None:
+    """All as parameters of one optimizer."""
+    expected = _shapes_by_oracle(dtype)
+    params = [Parameter(param.clone()) for param, _, _ in expected]
+    optimizer = AdadeltaKeras(params, 1.0, **path.options)
     for step in range(3):
-        for param, oracle, grad in zip(params, oracles, grads, strict=True):
-            param.grad = grad[step]
-            oracle.step(to_numpy(grad[step]))
+        for param, (_, grads, _) in zip(params, expected, strict=True):
+            param.grad = grads[step]
         optimizer.step()
-    for param, oracle in zip(params, oracles, strict=True):
+    for param, (_, _, oracle) in zip(params, expected, strict=True):
         assert_like_oracle(param, optimizer.state[param], oracle, str(tuple(param.shape)))
 
 
@@ -69,8 +80,9 @@ def test_hyperparameters(
     path: Path, dtype: torch.dtype, learning_rate: float, rho: float, epsilon: float | None
 ) -> None:
     param = Parameter(torch.zeros(100, dtype=dtype))
-    optimizer = AdadeltaKeras([param], learning_rate, rho, epsilon, **path.options)
-    oracle = oracle_of(param, learning_rate=learning_rate, rho=rho, epsilon=epsilon)
+    maximize = rho == 0.9
+    optimizer = AdadeltaKeras([param], learning_rate, rho, epsilon, maximize=maximize, **path.options)
+    oracle = oracle_of(param, learning_rate=learning_rate, rho=rho, epsilon=epsilon, maximize=maximize)
     for grad in gradients((100,), dtype, steps=10):
         param.grad = grad
         oracle.step(to_numpy(grad))
@@ -78,7 +90,7 @@ def test_hyperparameters(
     assert_like_oracle(param, optimizer.state[param], oracle)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_thousand_steps(path: Path, dtype: torch.dtype) -> None:
     param = Parameter(torch.zeros(67, dtype=dtype))
     optimizer = AdadeltaKeras([param], 1.0, **path.options)
@@ -243,13 +255,13 @@ def test_every_16_bit_number(path: Path, dtype: torch.dtype) -> None:
             assert_like_oracle(lists[0][0], {"square_avg": lists[2][0], "acc_delta": lists[3][0]}, oracle)
 
 
-@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_same_bits_for_any_number_of_threads(path: Path, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     sizes = (100_003, 5, 70_000, 32_768, 1)
     results: list[list[Tensor]] = []
     try:
-        for threads in (1, 2, 4):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             generator = torch.Generator().manual_seed(6)
             params = [Parameter(randn((n,), dtype, generator)) for n in sizes]
