@@ -1,12 +1,5 @@
-"""AdadeltaKeras under DDP, FSDP2, ZeroRedundancyOptimizer and distributed checkpointing, in processes on gloo.
+"""Parameters that are DTensors: FSDP2 and distributed checkpointing, in processes on gloo."""
 
-The models' losses are linear in the parameters and their data are integers: gradients, and sums of them over processes in
-any order, are exact, so that all bits must be those of one process that sees the whole batch.
-"""
-
-import copy
-import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +8,23 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import assert_same_bits
+from exact_training import (
+    OPTIONS,
+    STEPS,
+    Model,
+    Sum,
+    alone,
+    assert_same,
+    data,
+    error_of,
+    everything,
+    full,
+    shard_of,
+    train,
+    whole_batch,
+)
 from processes import Processes
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -25,111 +33,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from torch_adadelta import AdadeltaKeras, schedules
-from torch_adadelta.backends import dtensor, kernels
+from torch_adadelta.backends import dtensor
 from torch_adadelta.backends.batch import Backend
 from torch_adadelta.step import selection
 
-BATCH = 12
-STEPS = 4
-
-# What a step may do; each is compared with one process.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipvalue": {"clipvalue": 3.0},
-    "clipnorm": {"clipnorm": 2.0},
-    "global_clipnorm": {"global_clipnorm": 5.0},
-    "both": {"clipvalue": 20.0, "global_clipnorm": 5.0},
-    "schedule and decay": {"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5), "decay": 0.25},
-    "single_tensor": {"foreach": False, "clipnorm": 2.0},
-    "foreach": {"foreach": True, "global_clipnorm": 5.0},
-}
-if kernels.is_loaded:
-    OPTIONS["fused"] = {"fused": True, "clipnorm": 2.0}
-
-
-class Model(nn.Module):
-    """Parameters whose rows do not divide evenly among two or three processes, one of which gets none of `one`."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.five = nn.Parameter(torch.zeros(5, 3, dtype=dtype))
-        self.one = nn.Parameter(torch.zeros(1, dtype=dtype))
-        self.four = nn.Parameter(torch.ones(4, 2, dtype=dtype))
-        self.scalar_like = nn.Parameter(torch.ones(1, 1, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            (x[:, :5] @ self.five).sum()
-            + (x.sum(1) * self.one).sum()
-            + (x[:, :4] @ self.four).sum()
-            + (x[:, :1] @ self.scalar_like).sum()
-        )
-
-
-def data(step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(-3, 4, (BATCH, 5), generator=generator).float()
-
-
-def shard_of(batch: Tensor) -> Tensor:
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if dtensor.is_dtensor(tensor) else tensor).detach().clone()
-
-
-def train(
-    model: Callable[..., Tensor], optimizer: torch.optim.Optimizer, steps: range, of: Callable[[Tensor], Tensor]
-) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        model(of(data(step))).backward()
-        optimizer.step()
-
-
-def everything(model: nn.Module, optimizer: AdadeltaKeras) -> dict[str, Tensor]:
-    result = {}
-    for name, param in model.named_parameters():
-        name = name.removeprefix("module.")
-        result[name] = full(param)
-        for key, state in optimizer.state.get(param, {}).items():
-            result[f"{name}.{key}"] = full(state)
-    return result
-
-
-def alone(options: dict[str, Any], steps: int = STEPS) -> tuple[dict[str, Tensor], int]:
-    model = Model()
-    optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
-    train(model, optimizer, range(steps), lambda batch: batch)
-    return everything(model, optimizer), optimizer.iterations
-
-
-def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
-    assert ours.keys() == expected.keys(), what
-    for name, tensor in ours.items():
-        assert_same_bits(tensor, expected[name], f"{name} {what}")
-
-
-def error_of(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
-
-
-class Sum(Model):
-    """FSDP2 and DDP take the mean of gradients; of these it is the sum, and an integer again."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dist.get_world_size() * super().forward(x)
 
 
 def sharded_model() -> nn.Module:
@@ -246,191 +159,6 @@ def test_processes_that_disagree_are_told_so(two: Processes, kind: str) -> None:
         assert what in error
         assert is_unchanged
         assert counted == 0
-
-
-# ---- DDP ------------------------------------------------------------------------------------------------------------
-
-
-def train_ddp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    results = {}
-    for name, options in all_options.items():
-        model = DistributedDataParallel(Sum())
-        optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
-        train(model, optimizer, range(STEPS), shard_of)
-        results[name] = everything(model, optimizer), optimizer.iterations
-    return results
-
-
-def test_ddp_trains_as_one_process_does(two: Processes) -> None:
-    for results in two.run(train_ddp, OPTIONS):
-        for name, (ours, iterations) in results.items():
-            expected, count = alone(OPTIONS[name])
-            assert_same(ours, expected, name)
-            assert iterations == count
-
-
-# ---- ZeroRedundancyOptimizer ----------------------------------------------------------------------------------------
-
-
-def zero_of(model: nn.Module, options: dict[str, Any]) -> Any:
-    # Not at the top: what it does to TorchScript keeps cycles of parameters from being collected, in this very process.
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    return ZeroRedundancyOptimizer(model.parameters(), AdadeltaKeras, **{"lr": 1.0, **options})
-
-
-def whole_batch(batch: Tensor) -> Tensor:
-    return batch
-
-
-def train_zero(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Each process has all gradients, as after DDP, and state for some of the parameters."""
-    results = {}
-    for name, options in all_options.items():
-        model = Model()
-        options = {"lr": options.get("learning_rate", 1.0), **options}
-        options.pop("learning_rate", None)
-        if "global_clipnorm" in options:
-            options = {**options, "norm_group": "world"}
-        zero = zero_of(model, options)
-        train(model, zero, range(STEPS), whole_batch)
-        results[name] = everything(model, zero.optim), zero.optim.iterations
-    return results
-
-
-def test_zero_trains_as_one_process_does(processes: Processes) -> None:
-    by_rank = processes.run(train_zero, OPTIONS)
-    for name, options in OPTIONS.items():
-        expected, count = alone(options)
-        ours: dict[str, Tensor] = {}
-        for results in by_rank:
-            everything_here, iterations = results[name]
-            assert iterations == count
-            for key, tensor in everything_here.items():
-                assert_same_bits(tensor, expected[key], f"{key} {name}")
-            ours |= everything_here
-        assert ours.keys() == expected.keys()
-
-
-def refusals_of_zero() -> list[str]:
-    model = Model()
-    errors = [error_of(lambda: zero_of(model, {"global_clipnorm": 1.0}))]
-    zero = zero_of(model, {})
-    errors.append(error_of(lambda: setattr(zero.optim, "global_clipnorm", 1.0)))
-    zero.optim.norm_group = dist.group.WORLD
-    zero.optim.global_clipnorm = 1.0
-    errors.append(error_of(lambda: setattr(zero.optim, "norm_group", None)))
-    copy.deepcopy(zero.optim)
-    for group in zero.param_groups:
-        group["global_clipnorm"] = 2.0 if dist.get_rank() else 3.0
-    model(data(0)).backward()
-    errors.append(error_of(zero.step))
-    return errors
-
-
-def test_zero_and_global_clipnorm(two: Processes) -> None:
-    for errors in two.run(refusals_of_zero):
-        for error in errors[:3]:
-            assert error.startswith("ValueError: global_clipnorm=1.0 needs the gradients of all parameters, and under")
-        assert "disagree on global_clipnorm (process 0: 3.0, process 1: 2.0)" in errors[3]
-
-
-class Small(nn.Module):
-    """One parameter: of several processes one only has something to do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.weight).sum()
-
-
-def counts_of_an_unused_part() -> list[int]:
-    """The last process has gradients for none of its parameters, as where a branch of a model was not used."""
-    model = Model()
-    zero = zero_of(model, {})
-    counts = []
-    for step in range(3):
-        zero.zero_grad()
-        model(data(step)).backward()
-        if dist.get_rank() == dist.get_world_size() - 1:
-            for group in zero.optim.param_groups:
-                for param in group["params"]:
-                    param.grad = None
-        zero.step()
-        counts.append(zero.optim.iterations)
-    return counts
-
-
-def test_a_process_of_zero_without_gradients_does_not_fall_behind(two: Processes) -> None:
-    assert two.run(counts_of_an_unused_part) == [[1, 2, 3], [1, 2, 3]]
-
-
-def count_without_parameters() -> list[int]:
-    counts = []
-    for options in ({}, {"global_clipnorm": 1.0, "norm_group": "world"}):
-        model = Small()
-        zero = zero_of(model, options)
-        train(model, zero, range(3), whole_batch)
-        counts += [zero.optim.iterations, zero.param_groups[0]["iterations"]]
-    return counts
-
-
-def test_a_process_without_parameters_keeps_count(two: Processes) -> None:
-    assert two.run(count_without_parameters) == [[3] * 4] * 2
-
-
-def count_without_gradients() -> tuple[int, bool]:
-    """With a group, a process whose parameters got no gradient counts when others have one."""
-    params = [nn.Parameter(torch.ones(2))]
-    optimizer = AdadeltaKeras(params, 1.0, norm_group="world")
-    optimizer.step()  # no process has one
-    if dist.get_rank() == 0:
-        params[0].grad = torch.ones(2)
-    optimizer.step()
-    return optimizer.iterations, bool(optimizer.state)
-
-
-def test_a_process_without_gradients_does_not_fall_behind(two: Processes) -> None:
-    assert two.run(count_without_gradients) == [(1, True), (1, False)]
-
-
-def resume_zero(made_with: str) -> tuple[dict[str, Tensor], list[Any]]:
-    """Two steps, a checkpoint consolidated in the last process, and two steps of an optimizer that loads it."""
-    schedule = schedules.ExponentialDecay(1.0, 2, 0.5)
-    model = Model()
-    # Under the name `lr`: its wrapper keeps what it is given by other names, and would save the schedule itself.
-    zero = zero_of(model, {"lr": schedule})
-    train(model, zero, range(2), whole_batch)
-    last = dist.get_world_size() - 1
-    zero.consolidate_state_dict(to=last)
-    file = io.BytesIO()
-    if dist.get_rank() == last:
-        torch.save(zero.state_dict(), file)
-    sent = [file.getvalue()]
-    dist.broadcast_object_list(sent, src=last)
-    state_dict = torch.load(io.BytesIO(sent[0]), weights_only=True)
-
-    again = Model()
-    again.load_state_dict(model.state_dict())
-    given = {"schedule": schedules.ExponentialDecay(1.0, 2, 0.5), "number": 0.25}[made_with]
-    resumed = zero_of(again, {"lr": given})
-    resumed.load_state_dict(state_dict)
-    resumed.optim.state_dict()
-    train(again, resumed, range(2, 4), whole_batch)
-    rate = resumed.optim.learning_rate
-    return everything(again, resumed.optim), [resumed.optim.iterations, rate.get_config()]
-
-
-@pytest.mark.parametrize("made_with", ["schedule", "number"])
-def test_zero_resumes_a_schedule(processes: Processes, made_with: str) -> None:
-    expected, count = alone({"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5)})
-    for ours, (iterations, config) in processes.run(resume_zero, made_with):
-        assert iterations == count
-        assert config["decay_rate"] == 0.5
-        for name, tensor in ours.items():
-            assert_same_bits(tensor, expected[name], name)
 
 
 # ---- Distributed checkpoints ----------------------------------------------------------------------------------------

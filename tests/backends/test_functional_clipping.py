@@ -225,8 +225,9 @@ def test_autograd_records_the_update(options: dict[str, float], maximize: bool) 
     generator = torch.Generator().manual_seed(0)
     p, g = (randn((3,), torch.float64, generator).requires_grad_() for _ in range(2))
     a, u = (randn((3,), torch.float64, generator).abs().requires_grad_() for _ in range(2))
+    hyperparameters = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 0.9, 1e-3)]
 
-    def update(p: Tensor, g: Tensor, a: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+    def update(p: Tensor, g: Tensor, a: Tensor, u: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         p, a, u = p.clone(), a.clone(), u.clone()
         sums = functional.square_sums([p], [g], options.get("clipvalue"))
         factor: Any = 1.0
@@ -235,11 +236,11 @@ def test_autograd_records_the_update(options: dict[str, float], maximize: bool) 
         given = GradientOptions(
             options.get("clipvalue"), options.get("clipnorm"), sums if "clipnorm" in options else None, factor
         )
-        segments = [Segment(1, 0.5, 0.9, 1e-3, maximize)]
+        segments = [Segment(1, *values, maximize)]
         functional.single_tensor(Batch(Backend.SINGLE_TENSOR, False, True, [p], [g], [a], [u], segments, given))
         return p, a, u
 
-    assert torch.autograd.gradcheck(update, (p, g, a, u))
+    assert torch.autograd.gradcheck(update, (p, g, a, u, *hyperparameters))
 
 
 @BOTH
