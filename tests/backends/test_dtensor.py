@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.distributed.checkpoint as dcp
 from cases import assert_same_bits
 from exact_training import (
@@ -24,7 +25,7 @@ from exact_training import (
     whole_batch,
 )
 from processes import Processes
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.backends import dtensor
@@ -263,3 +264,109 @@ def test_full_state_dicts(two: Processes, from_rank0: bool) -> None:
     for ours, iterations in two.run(full_state_dict, from_rank0):
         assert iterations == count
         assert_same(ours, expected)
+
+
+# ---- The parts ------------------------------------------------------------------------------------------------------
+
+
+class Looks(Tensor):
+    """A subclass that is no DTensor."""
+
+
+def looked_at() -> dict[str, Any]:
+    """What backends/dtensor.py says of tensors, in each of two processes."""
+    rank = dist.get_rank()
+    mesh, same, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    plain = torch.arange(3.0)
+    rows, copies, columns = (
+        distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [p]) for p in (Shard(0), Replicate(), Shard(1))
+    )
+    param = nn.Parameter(rows)
+    partial = DTensor.from_local(torch.full((3, 2), 1.0 + rank), mesh, [Partial()])
+    late = copies.redistribute(mesh, [Shard(0)], async_op=True)
+    waiting = DTensor.from_local(funcol.all_reduce(torch.full((2,), 1.0 + rank), "sum", mesh), mesh, [Replicate()])
+    aligned = dtensor.aligned([param, plain, copies], [partial, plain, copies])
+    on_grid = distribute_tensor(torch.ones(4, 4), grid, [Shard(0), Replicate()])
+    both = distribute_tensor(torch.ones(4, 4), grid, [Shard(0), Shard(1)])
+    return {
+        "is_dtensor": [dtensor.is_dtensor(x) for x in (rows, param, plain, torch.ones(1).as_subclass(Looks), None)],
+        "has_dtensor": [dtensor.has_dtensor(xs) for xs in ([plain, rows], [plain], [])],
+        "are_alike": [
+            dtensor.are_alike(*pair)
+            for pair in (([rows, plain], [copies, plain]), ([param], [rows]), ([plain], [nn.Parameter(plain)]), ([rows], [plain]), ([plain, rows], [rows, plain]))
+        ],
+        "local": dtensor.local(rows).tolist(),
+        "local of a Parameter": dtensor.local(param).data_ptr() == dtensor.local(rows).data_ptr(),
+        "local of a plain one": dtensor.local(plain) is plain,
+        "waited for": [type(dtensor.local(waiting)) is Tensor, dtensor.local(waiting).tolist()],
+        "waited for in a list": [type(x) for x in dtensor.local_tensors([waiting, plain])] == [Tensor, Tensor],
+        "local_tensors": [x.tolist() for x in dtensor.local_tensors([param, plain])],
+        "redistributed": dtensor.local(late).tolist(),
+        "aligned": [dtensor.local(aligned[0]).tolist(), aligned[1] is plain, aligned[2] is copies],
+        "distributed alike": [
+            dtensor.is_distributed_alike(*pair)
+            for pair in ((rows, param), (rows, copies), (rows, columns), (plain, rows), (plain, plain), (rows, distribute_tensor(torch.ones(3, 2), same, [Shard(0)])), (copies, distribute_tensor(torch.ones(2), grid, [Replicate(), Replicate()])))
+        ],
+        "groups": [len(dtensor._groups(x)) for x in (rows, copies, on_grid, both)],
+        "nonzero": [
+            dtensor.any_nonzero([param], [distribute_tensor(g, mesh, [Shard(0)])])
+            for g in (torch.zeros(3, 2), torch.tensor([[0.0, 0], [0, 0], [0, 1]]), torch.tensor([[1.0, 0], [0, 0], [0, 0]]))
+        ],
+        "nonzero, sparse": [dtensor.any_nonzero([plain], [torch.sparse_coo_tensor([[0]], [x], (3,), check_invariants=True)]) for x in (0.0, 2.0)],
+    }  # fmt: skip
+
+
+def test_what_a_process_has_of_a_tensor(two: Processes) -> None:
+    parts = [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0]]]
+    for rank, seen in enumerate(two.run(looked_at)):
+        assert seen == {
+            "is_dtensor": [True, True, False, False, False],
+            "has_dtensor": [True, False, False],
+            "are_alike": [True, True, True, False, False],
+            "local": parts[rank],
+            "local of a Parameter": True,
+            "local of a plain one": True,
+            "waited for": [True, [3.0, 3.0]],
+            "waited for in a list": True,
+            "local_tensors": [parts[rank], [0.0, 1.0, 2.0]],
+            "redistributed": parts[rank],
+            "aligned": [[[3.0, 3.0]] * len(parts[rank]), True, True],
+            "distributed alike": [True, False, False, False, True, True, False],
+            "groups": [1, 0, 1, 1],
+            "nonzero": [False, True, True],
+            "nonzero, sparse": [False, True],
+        }
+
+
+def sums_over_parts(change: str) -> tuple[Any, Any]:
+    """Two lists of parameters, as of two dtypes; some are sharded, one is a copy in every process, one has no gradient."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = [distribute_tensor(torch.ones(4), mesh, [Shard(0)]) for _ in range(4)]
+    copied, plain = distribute_tensor(torch.ones(4), mesh, [Replicate()]), torch.ones(4)
+    given = [[plain, sharded[2], copied], [sharded[0]] + [sharded[1]] * (change == "gradient" and rank == 1)]
+    sums = [torch.tensor([1.0, 2.0, 3.0]).double() * (1 + rank), torch.tensor([5.0, 7.0]).double()[: len(given[1])]]
+    kept = [x.clone() for x in sums]
+    iterations: Any = 3 + (change == "iterations") * rank
+    if change == "in a Tensor":
+        iterations = torch.tensor(3)
+    everything = [*sharded, copied, plain]
+    try:
+        result = dtensor.sum_over_parts(given, sums, everything, iterations)
+    except RuntimeError as error:
+        return str(error), all(map(torch.equal, sums, kept))
+    return [x.tolist() for x in result], all(map(torch.equal, sums, kept))
+
+
+@pytest.mark.parametrize("change", ["nothing", "in a Tensor", "gradient", "iterations"])
+def test_sums_of_squares_over_parts(two: Processes, change: str) -> None:
+    for rank, (result, is_unchanged) in enumerate(two.run(sums_over_parts, change)):
+        assert is_unchanged
+        if change == "gradient":
+            assert result.startswith("sharded parameter 1 has a gradient in 1 of the 2 processes that share it.")
+        elif change == "iterations":
+            assert result.startswith(
+                "the 2 processes that share parameters disagree on iterations, which are 3.5 on average"
+            )
+        else:
+            assert result == [[1.0 * (1 + rank), 6.0, 3.0 * (1 + rank)], [10.0]]

@@ -440,6 +440,8 @@ def test_a_tensor_that_overlaps_itself_is_known(dims: list[tuple[int, int]]) -> 
     ]
     if len(set(offsets)) < len(offsets):
         assert functional.overlaps_itself(tensor)
+    if not offsets:
+        assert not functional.overlaps_itself(tensor)
 
 
 @settings(max_examples=100, deadline=None)
