@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 import torch
 from cases import Path, assert_same_bits, assert_unchanged, gradients, snapshot
+from keras_training import (
+    EVERYTHING,
+    Counting,
+    Halving,
+    WithoutConfig,
+    advance,
+    assert_same_training,
+    make_params,
+    saved,
+)
 from reference.oracle import OracleOptimizer
 from torch.nn import Parameter
-from training import EVERYTHING, Counting, Halving, WithoutConfig, advance, assert_same_training, make_params, saved
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.schedules import ExponentialDecay, PolynomialDecay

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from cases import Path, assert_same_bits, assert_unchanged, dtype_name, snapshot, to_numpy
+from keras_training import Counting, Halving, advance, assert_same_training, make_params, set_gradients
 from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.nn import Parameter
-from training import Counting, Halving, advance, assert_same_training, make_params, set_gradients
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.schedules import ExponentialDecay, LearningRateSchedule, PolynomialDecay
