@@ -1,25 +1,21 @@
 """Checkpoints and copies of optimizers with schedules and callables."""
 
 import copy
-import json
-import pickle
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from cases import Path, assert_same_bits, assert_unchanged, gradients, snapshot
+from cases import Path, assert_unchanged, snapshot
 from keras_training import (
     EVERYTHING,
     Counting,
-    Halving,
     WithoutConfig,
     advance,
     assert_same_training,
     make_params,
     saved,
 )
-from reference.oracle import OracleOptimizer
+from keras_training import path as path
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras
@@ -39,64 +35,6 @@ def test_all_of_it_survives_a_checkpoint(path: Path, capturable: bool) -> None:
     advance(other, 3, first=3)
     assert_same_training(one, other)
     assert other.iterations == 6
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_all_of_it_survives_copies(path: Path, copied: Any) -> None:
-    one = AdadeltaKeras(make_params(), **{**EVERYTHING, "rho": float("0.9").__abs__}, **path.options)
-    one.gradient_aggregator = list
-    advance(one, 3)
-    other = copied(one)
-    assert other.gradient_aggregator is list
-    assert other.get_config() == one.get_config()
-    advance(one, 3, first=3)
-    advance(other, 3, first=3)
-    assert_same_training(one, other)
-    other.lr = 0.25
-    assert isinstance(one.lr, ExponentialDecay)
-
-
-def test_numpy_scalars_in_a_checkpoint(path: Path) -> None:
-    """weights_only refuses them: they become numbers, or Tensors where a number would lose digits."""
-    params = [Parameter(torch.ones(3, dtype=torch.float64))]
-    one = AdadeltaKeras(
-        params, np.float64(0.1), np.float32(0.9), np.float64(1e-3), decay=np.float64(0.3), clipvalue=np.float32(2), **path.options
-    )  # fmt: skip
-    config = json.loads(json.dumps(one.get_config()))
-    assert config["learning_rate"] == 0.1
-    assert config["decay"] == 0.3
-    other = AdadeltaKeras([Parameter(p.detach().clone()) for p in params], **path.options)
-    other.load_state_dict(saved(one))
-    assert other.learning_rate == 0.1
-    assert type(other.rho) is float
-    advance(one, 3)
-    advance(other, 3)
-    assert_same_training(one, other)
-    (oracle,) = (OracleOptimizer([np.ones(3)], np.float64(0.1), np.float32(0.9), 1e-3, clipvalue=2.0),)
-    oracle.decay = np.float64(0.3)
-    for step in range(3):
-        oracle.step([gradients((3,), torch.float64, 1, seed=10 * step)[0].numpy()])
-    assert_same_bits(params[0], oracle.oracles[0].p)
-
-
-def test_a_users_schedule_in_a_checkpoint(path: Path) -> None:
-    one = AdadeltaKeras(make_params(), Halving(2.0), **path.options)
-    advance(one, 2)
-    state = saved(one)
-    other = AdadeltaKeras(make_params(), **path.options)
-    before = snapshot(other)
-    with pytest.raises(
-        ValueError, match=r"the schedule to load cannot be made: .*Halving.*set optimizer.learning_rate"
-    ):
-        other.load_state_dict(state)
-    assert_unchanged(other, before)
-    other.learning_rate = Halving(7.0)
-    other.load_state_dict(state)
-    assert other.learning_rate.start == 2.0
-    same = Halving(2.0)
-    other.learning_rate = same
-    other.load_state_dict(state)
-    assert other.learning_rate is same
 
 
 @pytest.mark.parametrize(
