@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import assert_same_bits
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.backends import dtensor, kernels
@@ -114,3 +115,9 @@ class Sum(Model):
 
 def whole_batch(batch: Tensor) -> Tensor:
     return batch
+
+
+def sharded_model() -> nn.Module:
+    model = Sum()
+    fully_shard(model)
+    return model

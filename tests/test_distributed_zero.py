@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.distributed import NormGroup
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -210,3 +211,48 @@ def test_zero_resumes_a_schedule(processes: Processes, made_with: str) -> None:
         assert config["decay_rate"] == 0.5
         for name, tensor in ours.items():
             assert_same_bits(tensor, expected[name], name)
+
+
+# ---- Norm groups ----------------------------------------------------------------------------------------------------
+
+
+def agree_on_norms() -> list[Any]:
+    """What processes of a norm group are told, of whom one has a gradient and another one in float64."""
+    rank, group = dist.get_rank(), NormGroup("world")
+    number = torch.tensor([1.5 + rank])
+    results: list[Any] = [
+        group.agree(3, rank == 0, rank == 1, 0.5),
+        group.agree(3, False, False, None),
+        group.agree(3, False, True, 0.0),
+        group.agree(3, True, False, 0.5),
+        [group.sum(number).tolist(), number.tolist()],
+    ]
+    for iterations, clipnorm in ((3 + rank, 0.5), (3, 0.5 + rank), (3, None if rank else 0.5)):
+        results.append(error_of(lambda i=iterations, c=clipnorm: group.agree(i, True, False, c)))
+    alone = NormGroup([dist.new_group([i]) for i in range(2)][rank])
+    results.append(alone.agree(3 + rank, rank == 0, False, None))
+    return results
+
+
+def test_the_processes_of_a_norm_group_agree(two: Processes) -> None:
+    for rank, results in enumerate(two.run(agree_on_norms)):
+        assert results[:5] == [(True, True), (False, False), (False, True), (True, False), [[4.0], [1.5 + rank]]]
+        for error, name, values in zip(
+            results[5:8],
+            ("iterations", "global_clipnorm", "global_clipnorm"),
+            ((3, 4), (0.5, 1.5), (0.5, None)),
+            strict=True,
+        ):
+            text = f"disagree on {name} (process 0: {values[0]}, process 1: {values[1]})"
+            assert error.startswith(f"RuntimeError: the processes of norm_group {text}")
+        assert results[8] == (rank == 0, False)
+
+
+def test_what_is_no_norm_group() -> None:
+    for given in (None, 1, "World", [0, 1]):
+        with pytest.raises(TypeError, match=r'norm_group must be a process group, "world" or None, got'):
+            NormGroup(given)
+    group = NormGroup("world")
+    assert copy.deepcopy(group) is group
+    with pytest.raises(RuntimeError, match=r"norm_group: torch.distributed is not initialized.* leave norm_group out"):
+        group.agree(1, True, False, None)
