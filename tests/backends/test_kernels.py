@@ -272,7 +272,7 @@ def _wrong_option(batch: Batch) -> None:
 
 @needs_library
 @pytest.mark.parametrize(
-    ("spoil", "param", "message"),
+    ("corrupt", "param", "message"),
     [
         (_wrong_shape, 2, "its tensors differ in shape"),
         (_wrong_state, 2, "its state has another dtype than the parameter"),
@@ -283,10 +283,10 @@ def _wrong_option(batch: Batch) -> None:
 )
 @pytest.mark.parametrize("check_only", [False, True])
 def test_a_refusal_is_a_value_and_nothing_is_written(
-    spoil: Callable[[Batch], None], param: int | None, message: str, check_only: bool
+    corrupt: Callable[[Batch], None], param: int | None, message: str, check_only: bool
 ) -> None:
     batch = make_batch()
-    spoil(batch)
+    corrupt(batch)
     kept, versions = [x.clone() for x in written(batch)], [p._version for p in batch.params]
     refusal = kernels.update(batch, check_only=check_only)
     assert refusal is not None

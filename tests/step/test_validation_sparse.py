@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("bad", [5, -1, 2**40, -(2**63)])
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_an_index_out_of_range_changes_nothing(path: Path, bad: int, steps_before: int) -> None:
-    """In the last of several parameters, at the last occurrence of several: all is checked before the first write."""
+    """In the last of several parameters, at the last COO entry of several: all is checked before the first write."""
     params = [("dense", Parameter(torch.ones(3))), *((f"table{i}", Parameter(torch.ones(5, 3))) for i in range(3))]
     optimizer = AdadeltaKeras([{"params": params[:2]}, {"params": params[2:]}], 1.0, **path.options)
     for step in range(steps_before + 1):
@@ -121,7 +121,7 @@ def _values_are_param(optimizer: AdadeltaKeras, p: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error"),
+    ("corrupt", "error"),
     [
         (
             _state_dtype,
@@ -134,13 +134,13 @@ def _values_are_param(optimizer: AdadeltaKeras, p: Tensor) -> None:
         (_values_are_param, "parameter 1 of group 0: it and its gradient share memory"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(path: Path, spoil: Any, error: str) -> None:
+def test_what_does_not_fit_is_refused_by_name(path: Path, corrupt: Any, error: str) -> None:
     params = [Parameter(torch.ones(4, 2)) for _ in range(2)]
     optimizer = AdadeltaKeras(params, **path.options)
     for p in params:
         p.grad = coo_gradient((4, 2), torch.float32, 3)
     optimizer.step()
-    spoil(optimizer, params[1])
+    corrupt(optimizer, params[1])
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=error):
         optimizer.step()
