@@ -402,6 +402,24 @@ def test_nothing_to_update() -> None:
     assert not empty.has_begun
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("update", [functional.single_tensor, functional.multi_tensor])
+def test_updates_on_a_device_without_values(update: Callable[[Batch], None], dtype: torch.dtype) -> None:
+    """Nothing is read on the host."""
+    made = [[torch.ones(4, 3, dtype=dtype, device="meta") for _ in range(2)] for _ in range(4)]
+    sums = torch.ones(2, dtype=torch.float64, device="meta")
+    for options in ({}, {"clipvalue": 0.5, "clipnorm": 0.5, "square_sums": sums}, {"factor": sums[0]}):
+        segments = [Segment(2, torch.ones(1, device="meta"), 0.9, 1e-3, True)]
+        batch = Batch(Backend.SINGLE_TENSOR, False, False, *made, segments, GradientOptions(**options))
+        with torch.no_grad():
+            update(batch)
+        assert batch.has_begun
+    assert functional.square_sums(made[0], made[1], 0.5).is_meta
+    factor = functional.global_factor(0.5, sums, torch.float32)
+    assert isinstance(factor, Tensor)
+    assert factor.is_meta
+
+
 # ---- Tensors that overlap themselves --------------------------------------------------------------------------------
 
 

@@ -85,6 +85,23 @@ def test_with_the_library() -> None:
 
 
 @needs_library
+@pytest.mark.skipif(kernels.CUDA_LIBRARY_PATH.exists(), reason="the CUDA library is installed")
+def test_without_the_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert str(kernels._load_cuda()) == (
+        f"{kernels.CUDA_LIBRARY_PATH} does not exist: torch_adadelta was installed where no CUDA compiler (nvcc) was "
+        "found, or with TORCH_ADADELTA_CUDA=0. Install the CUDA toolkit 13.0 and run `pip install --no-build-isolation "
+        ".` again."
+    )
+
+
+def test_both_libraries_have_kernels_for_cpu_and_cuda() -> None:
+    with FakeTensorMode():
+        devices = {kind: torch.empty(1, device=kind) for kind in ("cpu", "cuda", "meta")}
+    assert [kernels._has_kernel(x) for x in devices.values()] == [True, True, False]
+
+
+@needs_library
 def test_the_instruction_set_can_be_chosen() -> None:
     best = kernels.cpu_capability()
     assert kernels.set_cpu_capability("default") == best

@@ -187,6 +187,11 @@ def test_exact_sqrt_of_what_numpy_cannot_see(kind: str, dtype: torch.dtype) -> N
     assert_same_bits(root, _roots(x))
 
 
+def test_exact_sqrt_of_a_device_is_its_own() -> None:
+    x = torch.ones(3, device="meta")
+    assert opmath.exact_sqrt(x).is_meta
+
+
 def test_exact_sqrt_is_differentiable_twice() -> None:
     x = torch.tensor([0.3, 1.0, 7.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(opmath.exact_sqrt, x)
