@@ -464,6 +464,10 @@ def test_accumulators_that_are_not_cached(which: int, make: Callable[[Tensor], T
     if cache is not None:
         batch.accumulators = cache.number
         assert kernels.update(batch) is not None
+    whole = make_batch(dtype=torch.complex64)
+    assert kernels.cached_accumulators(whole.square_avgs, whole.acc_deltas) is None
+    lists[which][3] = torch._neg_view(torch.zeros(6, 5))
+    assert kernels.cached_accumulators(*lists) is None
     assert kernels.cached_accumulators(batch.square_avgs[:2], batch.acc_deltas[:1]) is None
 
 
