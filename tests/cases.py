@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import direct
 import numpy as np
 import torch
-from reference.oracle import Oracle
+from reference.oracle import Oracle, OracleOptimizer, SparseGradient
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -99,6 +99,29 @@ def order_sensitive(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tens
     return values.view(tuple(shape)).to(dtype)
 
 
+def coo(indices: Any, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """A gradient that is not coalesced. `indices` of one dimension are rows."""
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    if indices.dim() == 1:
+        indices = indices[None]
+    return torch.sparse_coo_tensor(indices, values, tuple(shape), is_coalesced=False, check_invariants=False)
+
+
+def coo_gradient(
+    shape: Sequence[int], dtype: torch.dtype, count: int, sparse_dims: int = 1, seed: int = 0, hot: int = 3
+) -> Tensor:
+    """A gradient of `count` COO entries; half of them are of the first `hot` indices of a dimension, or its last."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for size in shape[:sparse_dims]:
+        anywhere = torch.randint(size, (count,), generator=generator)
+        few = torch.randint(-1, min(hot, size - 1), (count,), generator=generator) % size
+        rows.append(torch.where(torch.rand(count, generator=generator) < 0.5, anywhere, few))
+    indices = torch.stack(rows) if rows else torch.zeros(0, count, dtype=torch.int64)
+    values = gradients((count, *shape[sparse_dims:]), dtype, 1, seed)[0]
+    return coo(indices, values, shape)
+
+
 Segments = tuple[list[int], list[float], list[Tensor | None]]
 
 
@@ -133,6 +156,31 @@ def assert_like_oracle(param: Tensor, state: dict[str, Tensor], oracle: Oracle, 
         ("param", param, oracle.p),
     ):
         assert_same_bits(actual, expected, f"{name} {what}")
+
+
+def optimizer_oracle_of(params: Sequence[Tensor], **options: Any) -> OracleOptimizer:
+    return OracleOptimizer([to_numpy(p) for p in params], dtypes=[dtype_name(p.dtype) for p in params], **options)
+
+
+def to_oracle(grads: Sequence[Tensor | None]) -> list[np.ndarray[Any, Any] | SparseGradient | None]:
+    """Gradients, dense and sparse, as the oracle takes them."""
+    return [
+        None
+        if grad is None
+        else SparseGradient(grad._indices().numpy(), to_numpy(grad._values()))
+        if grad.is_sparse
+        else to_numpy(grad)
+        for grad in grads
+    ]
+
+
+def assert_optimizer_like_oracle(optimizer: AdadeltaKeras, expected: OracleOptimizer, what: str = "") -> None:
+    """Compares all parameters, their state (zeros where there is none yet) and the count of steps."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, (param, one) in enumerate(zip(params, expected.oracles, strict=True)):
+        state = optimizer.state.get(param) or {key: torch.zeros_like(param) for key in ("square_avg", "acc_delta")}
+        assert_like_oracle(param, state, one, f"of parameter {index} {what}")
+    assert optimizer.iterations == expected.iterations
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Any:

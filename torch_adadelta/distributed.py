@@ -44,7 +44,7 @@ class AllReduceSum:
     of the group must make the call, with as many gradients, of the same shapes and dtypes in the same order; a process
     without any calls it with an empty list.
 
-    The sum of a sparse gradient (``torch.sparse_coo``) is a new one that holds the occurrences of all processes, in the
+    The sum of a sparse gradient (``torch.sparse_coo``) is a new one that holds the COO entries of all processes, in the
     order of the ranks, and is not coalesced: the update adds them, in that order. Those of a device travel in one
     ``all_gather``, in which each process sends as much as the one that has most.
 
@@ -192,7 +192,7 @@ _ALIGNMENT: Final = 16
 
 
 def _concatenated(grads: list[Tensor], group: "dist.ProcessGroup | None") -> list[Tensor]:
-    """Sparse gradients with the occurrences of all processes, in the order of the ranks."""
+    """Sparse gradients with the COO entries of all processes, in the order of the ranks."""
     if not grads:
         return []
     counts = _gathered([grad._nnz() for grad in grads], group, grads)
@@ -231,7 +231,7 @@ def _concatenated(grads: list[Tensor], group: "dist.ProcessGroup | None") -> lis
 
 
 def _byte_sizes(grad: Tensor, count: int) -> tuple[int, int]:
-    """What indices and values of a gradient with `count` occurrences take, padding included."""
+    """What indices and values of a gradient with `count` COO entries take, padding included."""
     of_value = math.prod(grad._values().shape[1:]) * grad._values().element_size()
     return _padded(8 * grad.sparse_dim() * count), _padded(of_value * count)
 
@@ -246,7 +246,7 @@ def _to_bytes(part: Tensor) -> Tensor:
 
 
 def _from_bytes(data: Tensor, like: Tensor, count: int, dim: int) -> Tensor:
-    """`count` occurrences along `dim`, otherwise of the shape and dtype of `like`."""
+    """`count` entries along `dim`, otherwise of the shape and dtype of `like`."""
     shape = [*like.shape[:dim], count, *like.shape[dim + 1 :]]
     return data[: math.prod(shape) * like.element_size()].view(like.dtype).view(shape)
 

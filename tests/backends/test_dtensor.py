@@ -1,141 +1,39 @@
-"""AdadeltaKeras under DDP, FSDP2, ZeroRedundancyOptimizer and distributed checkpointing, in processes on gloo.
+"""Parameters that are DTensors: FSDP2 and distributed checkpointing, in processes on gloo."""
 
-The models' losses are linear in the parameters and their data are integers: gradients, and sums of them over processes in
-any order, are exact, so that all bits must be those of one process that sees the whole batch.
-"""
-
-import copy
-import io
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+import torch.distributed._functional_collectives as funcol
 from cases import assert_same_bits
+from exact_training import (
+    OPTIONS,
+    STEPS,
+    alone,
+    assert_same,
+    data,
+    error_of,
+    everything,
+    full,
+    shard_of,
+    sharded_model,
+    train,
+)
 from processes import Processes
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from torch_adadelta import AdadeltaKeras, schedules
-from torch_adadelta.backends import dtensor, kernels
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import dtensor
 from torch_adadelta.backends.batch import Backend
 from torch_adadelta.step import selection
 
-BATCH = 12
-STEPS = 4
-
-# What a step may do; each is compared with one process.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "clipvalue": {"clipvalue": 3.0},
-    "clipnorm": {"clipnorm": 2.0},
-    "global_clipnorm": {"global_clipnorm": 5.0},
-    "both": {"clipvalue": 20.0, "global_clipnorm": 5.0},
-    "schedule and decay": {"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5), "decay": 0.25},
-    "single_tensor": {"foreach": False, "clipnorm": 2.0},
-    "foreach": {"foreach": True, "global_clipnorm": 5.0},
-}
-if kernels.is_loaded:
-    OPTIONS["fused"] = {"fused": True, "clipnorm": 2.0}
-
-
-class Model(nn.Module):
-    """Parameters whose rows do not divide evenly among two or three processes, one of which gets none of `one`."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.five = nn.Parameter(torch.zeros(5, 3, dtype=dtype))
-        self.one = nn.Parameter(torch.zeros(1, dtype=dtype))
-        self.four = nn.Parameter(torch.ones(4, 2, dtype=dtype))
-        self.scalar_like = nn.Parameter(torch.ones(1, 1, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            (x[:, :5] @ self.five).sum()
-            + (x.sum(1) * self.one).sum()
-            + (x[:, :4] @ self.four).sum()
-            + (x[:, :1] @ self.scalar_like).sum()
-        )
-
-
-def data(step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(-3, 4, (BATCH, 5), generator=generator).float()
-
-
-def shard_of(batch: Tensor) -> Tensor:
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if dtensor.is_dtensor(tensor) else tensor).detach().clone()
-
-
-def train(
-    model: Callable[..., Tensor], optimizer: torch.optim.Optimizer, steps: range, of: Callable[[Tensor], Tensor]
-) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        model(of(data(step))).backward()
-        optimizer.step()
-
-
-def everything(model: nn.Module, optimizer: AdadeltaKeras) -> dict[str, Tensor]:
-    result = {}
-    for name, param in model.named_parameters():
-        name = name.removeprefix("module.")
-        result[name] = full(param)
-        for key, state in optimizer.state.get(param, {}).items():
-            result[f"{name}.{key}"] = full(state)
-    return result
-
-
-def alone(options: dict[str, Any], steps: int = STEPS) -> tuple[dict[str, Tensor], int]:
-    model = Model()
-    optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
-    train(model, optimizer, range(steps), lambda batch: batch)
-    return everything(model, optimizer), optimizer.iterations
-
-
-def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
-    assert ours.keys() == expected.keys(), what
-    for name, tensor in ours.items():
-        assert_same_bits(tensor, expected[name], f"{name} {what}")
-
-
-def error_of(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
-
-
-class Sum(Model):
-    """FSDP2 and DDP take the mean of gradients; of these it is the sum, and an integer again."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dist.get_world_size() * super().forward(x)
-
-
-def sharded_model() -> nn.Module:
-    model = Sum()
-    fully_shard(model)
-    return model
 
 
 def train_fsdp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -248,290 +146,107 @@ def test_processes_that_disagree_are_told_so(two: Processes, kind: str) -> None:
         assert counted == 0
 
 
-# ---- DDP ------------------------------------------------------------------------------------------------------------
+# ---- The parts ------------------------------------------------------------------------------------------------------
 
 
-def train_ddp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    results = {}
-    for name, options in all_options.items():
-        model = DistributedDataParallel(Sum())
-        optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
-        train(model, optimizer, range(STEPS), shard_of)
-        results[name] = everything(model, optimizer), optimizer.iterations
-    return results
+class Looks(Tensor):
+    """A subclass that is no DTensor."""
 
 
-def test_ddp_trains_as_one_process_does(two: Processes) -> None:
-    for results in two.run(train_ddp, OPTIONS):
-        for name, (ours, iterations) in results.items():
-            expected, count = alone(OPTIONS[name])
-            assert_same(ours, expected, name)
-            assert iterations == count
-
-
-# ---- ZeroRedundancyOptimizer ----------------------------------------------------------------------------------------
-
-
-def zero_of(model: nn.Module, options: dict[str, Any]) -> Any:
-    # Not at the top: what it does to TorchScript keeps cycles of parameters from being collected, in this very process.
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    return ZeroRedundancyOptimizer(model.parameters(), AdadeltaKeras, **{"lr": 1.0, **options})
-
-
-def whole_batch(batch: Tensor) -> Tensor:
-    return batch
-
-
-def train_zero(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Each process has all gradients, as after DDP, and state for some of the parameters."""
-    results = {}
-    for name, options in all_options.items():
-        model = Model()
-        options = {"lr": options.get("learning_rate", 1.0), **options}
-        options.pop("learning_rate", None)
-        if "global_clipnorm" in options:
-            options = {**options, "norm_group": "world"}
-        zero = zero_of(model, options)
-        train(model, zero, range(STEPS), whole_batch)
-        results[name] = everything(model, zero.optim), zero.optim.iterations
-    return results
-
-
-def test_zero_trains_as_one_process_does(processes: Processes) -> None:
-    by_rank = processes.run(train_zero, OPTIONS)
-    for name, options in OPTIONS.items():
-        expected, count = alone(options)
-        ours: dict[str, Tensor] = {}
-        for results in by_rank:
-            everything_here, iterations = results[name]
-            assert iterations == count
-            for key, tensor in everything_here.items():
-                assert_same_bits(tensor, expected[key], f"{key} {name}")
-            ours |= everything_here
-        assert ours.keys() == expected.keys()
-
-
-def refusals_of_zero() -> list[str]:
-    model = Model()
-    errors = [error_of(lambda: zero_of(model, {"global_clipnorm": 1.0}))]
-    zero = zero_of(model, {})
-    errors.append(error_of(lambda: setattr(zero.optim, "global_clipnorm", 1.0)))
-    zero.optim.norm_group = dist.group.WORLD
-    zero.optim.global_clipnorm = 1.0
-    errors.append(error_of(lambda: setattr(zero.optim, "norm_group", None)))
-    copy.deepcopy(zero.optim)
-    for group in zero.param_groups:
-        group["global_clipnorm"] = 2.0 if dist.get_rank() else 3.0
-    model(data(0)).backward()
-    errors.append(error_of(zero.step))
-    return errors
-
-
-def test_zero_and_global_clipnorm(two: Processes) -> None:
-    for errors in two.run(refusals_of_zero):
-        for error in errors[:3]:
-            assert error.startswith("ValueError: global_clipnorm=1.0 needs the gradients of all parameters, and under")
-        assert "disagree on global_clipnorm (process 0: 3.0, process 1: 2.0)" in errors[3]
-
-
-class Small(nn.Module):
-    """One parameter: of several processes one only has something to do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.weight).sum()
-
-
-def counts_of_an_unused_part() -> list[int]:
-    """The last process has gradients for none of its parameters, as where a branch of a model was not used."""
-    model = Model()
-    zero = zero_of(model, {})
-    counts = []
-    for step in range(3):
-        zero.zero_grad()
-        model(data(step)).backward()
-        if dist.get_rank() == dist.get_world_size() - 1:
-            for group in zero.optim.param_groups:
-                for param in group["params"]:
-                    param.grad = None
-        zero.step()
-        counts.append(zero.optim.iterations)
-    return counts
-
-
-def test_a_process_of_zero_without_gradients_does_not_fall_behind(two: Processes) -> None:
-    assert two.run(counts_of_an_unused_part) == [[1, 2, 3], [1, 2, 3]]
-
-
-def count_without_parameters() -> list[int]:
-    counts = []
-    for options in ({}, {"global_clipnorm": 1.0, "norm_group": "world"}):
-        model = Small()
-        zero = zero_of(model, options)
-        train(model, zero, range(3), whole_batch)
-        counts += [zero.optim.iterations, zero.param_groups[0]["iterations"]]
-    return counts
-
-
-def test_a_process_without_parameters_keeps_count(two: Processes) -> None:
-    assert two.run(count_without_parameters) == [[3] * 4] * 2
-
-
-def count_without_gradients() -> tuple[int, bool]:
-    """With a group, a process whose parameters got no gradient counts when others have one."""
-    params = [nn.Parameter(torch.ones(2))]
-    optimizer = AdadeltaKeras(params, 1.0, norm_group="world")
-    optimizer.step()  # no process has one
-    if dist.get_rank() == 0:
-        params[0].grad = torch.ones(2)
-    optimizer.step()
-    return optimizer.iterations, bool(optimizer.state)
-
-
-def test_a_process_without_gradients_does_not_fall_behind(two: Processes) -> None:
-    assert two.run(count_without_gradients) == [(1, True), (1, False)]
-
-
-def resume_zero(made_with: str) -> tuple[dict[str, Tensor], list[Any]]:
-    """Two steps, a checkpoint consolidated in the last process, and two steps of an optimizer that loads it."""
-    schedule = schedules.ExponentialDecay(1.0, 2, 0.5)
-    model = Model()
-    # Under the name `lr`: its wrapper keeps what it is given by other names, and would save the schedule itself.
-    zero = zero_of(model, {"lr": schedule})
-    train(model, zero, range(2), whole_batch)
-    last = dist.get_world_size() - 1
-    zero.consolidate_state_dict(to=last)
-    file = io.BytesIO()
-    if dist.get_rank() == last:
-        torch.save(zero.state_dict(), file)
-    sent = [file.getvalue()]
-    dist.broadcast_object_list(sent, src=last)
-    state_dict = torch.load(io.BytesIO(sent[0]), weights_only=True)
-
-    again = Model()
-    again.load_state_dict(model.state_dict())
-    given = {"schedule": schedules.ExponentialDecay(1.0, 2, 0.5), "number": 0.25}[made_with]
-    resumed = zero_of(again, {"lr": given})
-    resumed.load_state_dict(state_dict)
-    resumed.optim.state_dict()
-    train(again, resumed, range(2, 4), whole_batch)
-    rate = resumed.optim.learning_rate
-    return everything(again, resumed.optim), [resumed.optim.iterations, rate.get_config()]
-
-
-@pytest.mark.parametrize("made_with", ["schedule", "number"])
-def test_zero_resumes_a_schedule(processes: Processes, made_with: str) -> None:
-    expected, count = alone({"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5)})
-    for ours, (iterations, config) in processes.run(resume_zero, made_with):
-        assert iterations == count
-        assert config["decay_rate"] == 0.5
-        for name, tensor in ours.items():
-            assert_same_bits(tensor, expected[name], name)
-
-
-# ---- Distributed checkpoints ----------------------------------------------------------------------------------------
-
-SAVED: dict[str, Any] = {"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5), "clipnorm": 2.0}
-
-
-def state_dicts(model: nn.Module, optimizer: AdadeltaKeras, flattened: bool) -> dict[str, Any]:
-    options = StateDictOptions(flatten_optimizer_state_dict=flattened)
-    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
-
-
-def save_checkpoint(folder: str, options: dict[str, Any], steps: int, flattened: bool) -> int:
-    model = sharded_model()
-    optimizer = AdadeltaKeras(model.parameters(), **options)
-    train(model, optimizer, range(steps), shard_of)
-    dcp.save(state_dicts(model, optimizer, flattened), checkpoint_id=folder)
-    return optimizer.iterations
-
-
-def continue_checkpoint(folder: str, options: dict[str, Any], steps: range, flattened: bool) -> Any:
-    """Loads into an optimizer that has not stepped, sharded or not, and trains on."""
-    is_alone = not dist.is_initialized()
-    model = Model() if is_alone else sharded_model()
-    optimizer = AdadeltaKeras(model.parameters(), **options)
-    loaded = state_dicts(model, optimizer, flattened)
-    assert optimizer.iterations == 0
-    dcp.load(loaded, checkpoint_id=folder)
-    model.load_state_dict(loaded["model"])
-    set_optimizer_state_dict(
-        model,
-        optimizer,
-        loaded["optimizer"],
-        options=StateDictOptions(flatten_optimizer_state_dict=flattened),
+def looked_at() -> dict[str, Any]:
+    """What backends/dtensor.py says of tensors, in each of two processes."""
+    rank = dist.get_rank()
+    mesh, same, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    plain = torch.arange(3.0)
+    rows, copies, columns = (
+        distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [p]) for p in (Shard(0), Replicate(), Shard(1))
     )
-    train(model, optimizer, steps, whole_batch if is_alone else shard_of)
-    return everything(model, optimizer), optimizer.iterations
+    param = nn.Parameter(rows)
+    partial = DTensor.from_local(torch.full((3, 2), 1.0 + rank), mesh, [Partial()])
+    late = copies.redistribute(mesh, [Shard(0)], async_op=True)
+    waiting = DTensor.from_local(funcol.all_reduce(torch.full((2,), 1.0 + rank), "sum", mesh), mesh, [Replicate()])
+    aligned = dtensor.aligned([param, plain, copies], [partial, plain, copies])
+    on_grid = distribute_tensor(torch.ones(4, 4), grid, [Shard(0), Replicate()])
+    both = distribute_tensor(torch.ones(4, 4), grid, [Shard(0), Shard(1)])
+    return {
+        "is_dtensor": [dtensor.is_dtensor(x) for x in (rows, param, plain, torch.ones(1).as_subclass(Looks), None)],
+        "has_dtensor": [dtensor.has_dtensor(xs) for xs in ([plain, rows], [plain], [])],
+        "are_alike": [
+            dtensor.are_alike(*pair)
+            for pair in (([rows, plain], [copies, plain]), ([param], [rows]), ([plain], [nn.Parameter(plain)]), ([rows], [plain]), ([plain, rows], [rows, plain]))
+        ],
+        "local": dtensor.local(rows).tolist(),
+        "local of a Parameter": dtensor.local(param).data_ptr() == dtensor.local(rows).data_ptr(),
+        "local of a plain one": dtensor.local(plain) is plain,
+        "waited for": [type(dtensor.local(waiting)) is Tensor, dtensor.local(waiting).tolist()],
+        "waited for in a list": [type(x) for x in dtensor.local_tensors([waiting, plain])] == [Tensor, Tensor],
+        "local_tensors": [x.tolist() for x in dtensor.local_tensors([param, plain])],
+        "redistributed": dtensor.local(late).tolist(),
+        "aligned": [dtensor.local(aligned[0]).tolist(), aligned[1] is plain, aligned[2] is copies],
+        "distributed alike": [
+            dtensor.is_distributed_alike(*pair)
+            for pair in ((rows, param), (rows, copies), (rows, columns), (plain, rows), (plain, plain), (rows, distribute_tensor(torch.ones(3, 2), same, [Shard(0)])), (copies, distribute_tensor(torch.ones(2), grid, [Replicate(), Replicate()])))
+        ],
+        "groups": [len(dtensor._groups(x)) for x in (rows, copies, on_grid, both)],
+        "nonzero": [
+            dtensor.any_nonzero([param], [distribute_tensor(g, mesh, [Shard(0)])])
+            for g in (torch.zeros(3, 2), torch.tensor([[0.0, 0], [0, 0], [0, 1]]), torch.tensor([[1.0, 0], [0, 0], [0, 0]]))
+        ],
+        "nonzero, sparse": [dtensor.any_nonzero([plain], [torch.sparse_coo_tensor([[0]], [x], (3,), check_invariants=True)]) for x in (0.0, 2.0)],
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("flattened", [False, True], ids=["nested", "flattened"])
-@pytest.mark.parametrize("options", [SAVED, {"learning_rate": 1.0}], ids=["schedule", "number"])
-def test_checkpoints_load_onto_another_number_of_processes(
-    two: Processes, three: Processes, tmp_path: Path, options: dict[str, Any], flattened: bool
-) -> None:
-    expected, count = alone(options)
-    assert two.run(save_checkpoint, str(tmp_path), options, 2, flattened) == [2, 2]
-    results = three.run(continue_checkpoint, str(tmp_path), options, range(2, 4), flattened)
-    results.append(continue_checkpoint(str(tmp_path), options, range(2, 4), flattened))
-    for ours, iterations in results:
-        assert iterations == count
-        assert_same(ours, expected)
+def test_what_a_process_has_of_a_tensor(two: Processes) -> None:
+    parts = [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0]]]
+    for rank, seen in enumerate(two.run(looked_at)):
+        assert seen == {
+            "is_dtensor": [True, True, False, False, False],
+            "has_dtensor": [True, False, False],
+            "are_alike": [True, True, True, False, False],
+            "local": parts[rank],
+            "local of a Parameter": True,
+            "local of a plain one": True,
+            "waited for": [True, [3.0, 3.0]],
+            "waited for in a list": True,
+            "local_tensors": [parts[rank], [0.0, 1.0, 2.0]],
+            "redistributed": parts[rank],
+            "aligned": [[[3.0, 3.0]] * len(parts[rank]), True, True],
+            "distributed alike": [True, False, False, False, True, True, False],
+            "groups": [1, 0, 1, 1],
+            "nonzero": [False, True, True],
+            "nonzero, sparse": [False, True],
+        }
 
 
-def test_a_checkpoint_before_the_first_step(two: Processes, tmp_path: Path) -> None:
-    """PyTorch makes state by a step with zero gradients. It moves and counts nothing, and makes no nan of a norm 0."""
-    options = {"learning_rate": 1.0, "clipnorm": 2.0}
-    assert two.run(save_checkpoint, str(tmp_path), options, 0, False) == [0, 0]
-    expected, _ = alone(options)
-    ours, iterations = continue_checkpoint(str(tmp_path), options, range(STEPS), False)
-    assert iterations == STEPS
-    assert_same(ours, expected)
+def sums_over_parts(change: str) -> tuple[Any, Any]:
+    """Two lists of parameters, as of two dtypes; some are sharded, one is a copy in every process, one has no gradient."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = [distribute_tensor(torch.ones(4), mesh, [Shard(0)]) for _ in range(4)]
+    copied, plain = distribute_tensor(torch.ones(4), mesh, [Replicate()]), torch.ones(4)
+    given = [[plain, sharded[2], copied], [sharded[0]] + [sharded[1]] * (change == "gradient" and rank == 1)]
+    sums = [torch.tensor([1.0, 2.0, 3.0]).double() * (1 + rank), torch.tensor([5.0, 7.0]).double()[: len(given[1])]]
+    kept = [x.clone() for x in sums]
+    iterations: Any = 3 + (change == "iterations") * rank
+    if change == "in a Tensor":
+        iterations = torch.tensor(3)
+    everything = [*sharded, copied, plain]
+    try:
+        result = dtensor.sum_over_parts(given, sums, everything, iterations)
+    except RuntimeError as error:
+        return str(error), all(map(torch.equal, sums, kept))
+    return [x.tolist() for x in result], all(map(torch.equal, sums, kept))
 
 
-@pytest.mark.parametrize("options", [{}, {"clipnorm": 0.0}, {"lr": torch.tensor(0.5)}], ids=str)
-def test_state_made_for_a_checkpoint_is_zeros(options: dict[str, Any]) -> None:
-    model = Model()
-    optimizer = AdadeltaKeras(model.parameters(), **options)
-    before = everything(model, optimizer)
-    state_dict = get_optimizer_state_dict(model, optimizer)
-    assert optimizer.iterations == 0
-    for name, state in state_dict["state"].items():
-        assert all(not tensor.any() for tensor in state.values()), name
-    assert_same({name: t for name, t in everything(model, optimizer).items() if name in before}, before)
-    # A step of the user's own with the same numbers counts.
-    meant = AdadeltaKeras(model.parameters(), lr=0.0)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    meant.step()
-    assert meant.iterations == 1
-
-
-def full_state_dict(from_rank0: bool) -> tuple[Any, Any]:
-    """A full state_dict of a sharded optimizer, loaded into one that is sharded anew."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=from_rank0, broadcast_from_rank0=from_rank0)
-    model = sharded_model()
-    optimizer = AdadeltaKeras(model.parameters(), **SAVED)
-    train(model, optimizer, range(2), shard_of)
-    # On the CPU, it is in the first process only.
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=from_rank0)
-    state_dict = get_optimizer_state_dict(model, optimizer, options=whole)
-    again = sharded_model()
-    again.load_state_dict(model.state_dict())
-    resumed = AdadeltaKeras(again.parameters(), **SAVED)
-    set_optimizer_state_dict(again, resumed, state_dict, options=options)
-    train(again, resumed, range(2, 4), shard_of)
-    return everything(again, resumed), resumed.iterations
-
-
-@pytest.mark.parametrize("from_rank0", [False, True])
-def test_full_state_dicts(two: Processes, from_rank0: bool) -> None:
-    expected, count = alone(SAVED)
-    for ours, iterations in two.run(full_state_dict, from_rank0):
-        assert iterations == count
-        assert_same(ours, expected)
+@pytest.mark.parametrize("change", ["nothing", "in a Tensor", "gradient", "iterations"])
+def test_sums_of_squares_over_parts(two: Processes, change: str) -> None:
+    for rank, (result, is_unchanged) in enumerate(two.run(sums_over_parts, change)):
+        assert is_unchanged
+        if change == "gradient":
+            assert result.startswith("sharded parameter 1 has a gradient in 1 of the 2 processes that share it.")
+        elif change == "iterations":
+            assert result.startswith(
+                "the 2 processes that share parameters disagree on iterations, which are 3.5 on average"
+            )
+        else:
+            assert result == [[1.0 * (1 + rank), 6.0, 3.0 * (1 + rank)], [10.0]]

@@ -6,7 +6,9 @@ of it that have no place here, and why:
 
 - `weight_decay` of groups: Keras' Adadelta has none (a group that sets one is refused; tests/test_optimizer.py);
 - step counts that are no tensors, in old checkpoints: there is one count for the optimizer, in its groups;
-- sparse gradients: what PyTorch asks of its optimizers that take them is in tests/backends/test_sparse.py;
+- mixed dtypes, gradients that are not contiguous, complex numbers in two parts, learning rates of groups: in
+  tests/backends/test_functional.py, beside the oracle; sparse gradients: in tests/backends/test_functional_sparse.py;
+- what a device without a kernel is told, and `repr`: tests/step/test_selection.py, tests/test_optimizer.py;
 - several GPUs, large tensors, peak memory, CPU against CUDA: tests/cuda, on a machine with a GPU.
 """
 
@@ -99,7 +101,7 @@ INFO = OptimizerInfo(
     supports_fused_on=("cpu", "cuda") if kernels.is_loaded else (),
 )
 
-IMPLEMENTATIONS: dict[str, dict[str, bool]] = {"single_tensor": {"foreach": False}, "foreach": {"foreach": True}}
+IMPLEMENTATIONS: dict[str, dict[str, bool]] = {"single_tensor": {"foreach": False}, "multi_tensor": {"foreach": True}}
 if kernels.is_loaded:
     IMPLEMENTATIONS["fused"] = {"fused": True}
 
@@ -168,11 +170,6 @@ class TestContract(TestCase):
     # ---- Description and errors ---------------------------------------------------------------------------------
 
     @optims([INFO])
-    def test_the_description_leaves_implementations_out(self, device: str, dtype: Any, optim_info: Any) -> None:
-        for described in optim_info.optim_inputs_func(device):
-            assert not {"foreach", "fused", "differentiable"} & described.kwargs.keys()
-
-    @optims([INFO])
     def test_errors(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
         for error in optim_info.optim_error_inputs_func(device, dtype):
             given = error.optimizer_error_input
@@ -186,13 +183,6 @@ class TestContract(TestCase):
             else:
                 with pytest.raises(error.error_type, match=error.error_regex):
                     optim_info.optim_cls(params, **given.kwargs)
-
-    @optims([INFO])
-    def test_it_can_be_printed(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        for kwargs in configurations(device, dtype):
-            problem = Problem(kwargs, device, dtype)
-            assert repr(problem.optimizer).startswith("AdadeltaKeras (\nParameter Group 0\n")
-            assert "iterations: 0" in str(problem.optimizer)
 
     # ---- Training -----------------------------------------------------------------------------------------------
 
@@ -248,26 +238,6 @@ class TestContract(TestCase):
                 assert_same_training(problem, problems[0], described.desc)
 
     @optims([INFO])
-    def test_implementations_give_the_same_bits_for_mixed_dtypes(
-        self, device: str, dtype: torch.dtype, optim_info: Any
-    ) -> None:
-        dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
-        results = []
-        for implementation in IMPLEMENTATIONS.values():
-            generator = torch.Generator().manual_seed(0)
-            params = [Parameter(torch.zeros(4, 3, dtype=d, device=device)) for d in dtypes]
-            optimizer = optim_info.optim_cls(params, lr=1.0, **implementation)
-            for _ in range(4):
-                for p in params:
-                    g = torch.randn(4, 3, generator=generator, dtype=torch.complex128)
-                    p.grad = (g if p.is_complex() else g.real).to(device, p.dtype)
-                optimizer.step()
-            results.append([*params, *(state for p in params for state in optimizer.state[p].values())])
-        for result in results[1:]:
-            for actual, expected in zip(result, results[0], strict=True):
-                assert_same_bits(actual, expected)
-
-    @optims([INFO])
     def test_the_default_dtype_makes_no_difference(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
         for kwargs in IMPLEMENTATIONS.values():
             problems = []
@@ -280,19 +250,6 @@ class TestContract(TestCase):
                 finally:
                     torch.set_default_dtype(before)
             assert_same_training(*problems)
-
-    @optims([INFO])
-    def test_non_contiguous_gradients(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        for kwargs in without_differentiable(device, dtype):
-            problems = [Problem(kwargs, device, dtype) for _ in range(2)]
-            for _ in range(3):
-                for problem in problems:
-                    problem.closure()
-                problems[1].weight.grad = problems[1].weight.grad.t().contiguous().t()
-                problems[1].bias.grad = problems[1].bias.grad.repeat_interleave(2)[::2]
-                for problem in problems:
-                    problem.optimizer.step()
-            assert_same_training(problems[1], problems[0], kwargs)
 
     @optims([INFO], dtypes=[torch.float32, torch.float64])
     def test_tensor_lr_is_the_number(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
@@ -335,23 +292,6 @@ class TestContract(TestCase):
                 if kwargs.get("clipnorm") is None and kwargs.get("global_clipnorm") is None:
                     assert_same_bits(torch.view_as_real(state), other.state[pairs][key])
 
-    @optims([INFO], dtypes=[torch.complex64])
-    def test_complex_numbers_are_their_two_parts(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        for implementation in IMPLEMENTATIONS.values():
-            whole = Parameter(torch.tensor([1.5 + 0.5j, -0.5 + 2j], dtype=dtype))
-            parts = [Parameter(whole.detach().real.clone()), Parameter(whole.detach().imag.clone())]
-            one = optim_info.optim_cls([whole], lr=1.0, **implementation)
-            other = optim_info.optim_cls(parts, lr=1.0, **implementation)
-            for _ in range(10):
-                for optimizer, z in ((one, whole), (other, torch.complex(*parts))):
-                    optimizer.zero_grad()
-                    ((1 - z[0]) ** 2 + 100 * (z[1] - z[0] ** 2) ** 2).abs().backward()
-                assert_same_bits(whole.grad.real, parts[0].grad)
-                one.step()
-                other.step()
-                assert_same_bits(whole.detach().real, parts[0].detach())
-                assert_same_bits(whole.detach().imag, parts[1].detach())
-
     @optims([INFO])
     def test_closures(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
         for kwargs in without_differentiable(device, dtype):
@@ -365,21 +305,6 @@ class TestContract(TestCase):
             assert_same_training(problem, by_hand, kwargs)
 
     # ---- Groups -------------------------------------------------------------------------------------------------
-
-    @optims([INFO])
-    def test_groups_have_their_own_learning_rate(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        for implementation in IMPLEMENTATIONS.values():
-            params = [Parameter(torch.ones(3, device=device, dtype=dtype)) for _ in range(3)]
-            groups = [{"params": params[:1]}, {"params": params[1:2], "lr": 0.0}, {"params": params[2:], "lr": 1.0}]
-            optimizer = optim_info.optim_cls(groups, lr=0.5, **implementation)
-            for _ in range(5):
-                for p in params:
-                    p.grad = torch.ones_like(p)
-                optimizer.step()
-            assert params[1].tolist() == [1.0] * 3
-            moved = [1 - p.double() for p in params]
-            torch.testing.assert_close(moved[2], 2 * moved[0], rtol=1e-3, atol=0)
-            assert [group["iterations"] for group in optimizer.param_groups] == [5] * 3
 
     @optims([INFO])
     def test_empty_groups(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
@@ -510,14 +435,6 @@ class TestContract(TestCase):
 
             assert public(copy.deepcopy(optimizer)) == public(optimizer)
 
-    @optims([INFO])
-    def test_state_after_a_step_is_not_empty(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        for kwargs in without_differentiable(device, dtype):
-            problem = Problem(kwargs, device, dtype)
-            problem.train(1)
-            for state in problem.optimizer.state.values():
-                assert list(state) == ["square_avg", "acc_delta"]
-
     # ---- Hooks --------------------------------------------------------------------------------------------------
 
     @optims([INFO])
@@ -627,14 +544,6 @@ class TestContract(TestCase):
                     for state in optimizer.state[p].values():
                         assert bool(state.any()) == (not found_inf)
                 assert optimizer.iterations == (0 if found_inf else 1)
-
-    @optims([INFO])
-    def test_fused_refuses_devices_without_a_kernel(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:
-        if not kernels.is_loaded:
-            self.skipTest("the compiled library is not installed")
-        param = Parameter(torch.ones(5, 5, device="meta", dtype=dtype))
-        with pytest.raises(RuntimeError, match="`fused=True` cannot run on meta parameters"):
-            optim_info.optim_cls([param], fused=True)
 
     @optims([INFO])
     def test_meta_parameters_take_a_step_elsewhere(self, device: str, dtype: torch.dtype, optim_info: Any) -> None:

@@ -17,7 +17,10 @@ from torch_adadelta.backends import kernels
 
 STEPS = 4
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own, of which there are many
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # the frameworks' own, of which there are many
+]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")]
 sys.path.insert(0, str(BENCHMARKS))
 
 

@@ -11,7 +11,7 @@ from torch_adadelta.backends import kernels
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "long_run.py"
 
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")]
 
 
 @pytest.mark.parametrize(

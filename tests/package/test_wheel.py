@@ -17,6 +17,7 @@ CHECK = ROOT / "scripts" / "check_wheel.py"
 COMPILER = shutil.which("g++")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not CHECK.exists(), reason="needs the source tree"),
     pytest.mark.skipif(importlib.util.find_spec("elftools") is None, reason="needs pyelftools"),
 ]

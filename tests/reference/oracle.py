@@ -219,7 +219,7 @@ def global_factor(c: Any, squares: Any, T: Any) -> Any:
 class SparseGradient(NamedTuple):
     """A gradient of which only some rows are given, each as often as it occurs.
 
-    Column k of `indices`, [sparse dimensions, occurrences], is an index into the first dimensions of the parameter;
+    Column k of `indices`, [sparse dimensions, entries], is an index into the first dimensions of the parameter;
     `values[k]` belongs to what it selects.
     """
 
@@ -228,7 +228,7 @@ class SparseGradient(NamedTuple):
 
 
 def sum_duplicates(gradient: SparseGradient) -> dict[tuple[int, ...], Array]:
-    """The gradient of each row that occurs: its occurrences added to 0, in their order."""
+    """The gradient of each row that occurs: its COO entries added to 0, in their order."""
     sums: dict[tuple[int, ...], Array] = {}
     for index, value in zip(gradient.indices.T.tolist(), gradient.values, strict=True):
         row = tuple(index)

@@ -213,9 +213,10 @@ def sparse_single_tensor(batch: Batch) -> None:
         rows, g = _sum_duplicates(indices, g, tables[0].shape)
         p, a, u = (table[rows].to(T) for table in tables)
         updated = _updated(p, g, a, u, _in_T(segment, T, param.device))
+        rounded_rows = [value.to(table.dtype) for table, value in zip(tables, updated, strict=True)]
         batch.has_begun = True
-        for table, value in zip(tables, updated, strict=True):
-            table[rows] = value.to(table.dtype)
+        for table, value in zip(tables, rounded_rows, strict=True):
+            table[rows] = value
 
 
 def _sum_duplicates(indices: Tensor, g: Tensor, shape: torch.Size) -> tuple[tuple[Tensor, ...], Tensor]:

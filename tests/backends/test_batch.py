@@ -1,0 +1,55 @@
+"""What the backends and the step say to each other."""
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, dtype_name, randn
+from torch import Tensor
+from torch.nn import Parameter
+
+from torch_adadelta.backends.batch import (
+    NO_OPTIONS,
+    STATE_KEYS,
+    Backend,
+    Batch,
+    GradientOptions,
+    Segment,
+    has_state,
+    new_state_of,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_new_state_is_zeros_like_the_parameter(layout: str, dtype: torch.dtype) -> None:
+    param = Parameter(LAYOUTS[layout](randn((2, 3, 1, 5), dtype, torch.Generator().manual_seed(0))))
+    state = new_state_of(param)
+    assert tuple(state) == STATE_KEYS == ("square_avg", "acc_delta")
+    expected = torch.zeros_like(param)
+    for value in state.values():
+        assert type(value) is Tensor
+        assert (value.dtype, value.stride(), value.requires_grad) == (dtype, expected.stride(), False)
+        assert not torch.view_as_real(value).any() if dtype.is_complex else not value.any()
+    assert state["square_avg"].data_ptr() != state["acc_delta"].data_ptr()
+
+
+def test_state_of_this_optimizer_is_known_by_its_keys() -> None:
+    assert not has_state(None)
+    assert not has_state({})
+    assert not has_state({"step": 1})
+    assert not has_state(["acc_delta"])
+    for key in STATE_KEYS:
+        assert has_state({"step": 1, key: torch.ones(1)})
+
+
+def test_a_batch_names_its_lists_in_the_order_of_the_ops() -> None:
+    made = [[torch.full((1,), float(i))] for i in range(4)]
+    wholes = tuple([torch.full((1,), float(i))] for i in range(4, 8))
+    batch = Batch(Backend.FUSED, False, False, *made, [Segment(1, 1.0, 0.9, 1e-7, False)])
+    assert all(one is other for one, other in zip(batch.lists, made, strict=True))
+    assert all(one is other for one, other in zip(batch.owners, made, strict=True))
+    batch.wholes = wholes  # type: ignore[assignment]
+    assert batch.owners is wholes
+    assert all(one is other for one, other in zip(batch.lists, made, strict=True))
+    assert batch.gradient_options is NO_OPTIONS
+    assert not batch.has_begun
+    assert GradientOptions(None, None, None, 1.0, None, None) == NO_OPTIONS

@@ -1,0 +1,123 @@
+"""Models whose gradients are exact, and their training: on one process, and on a part of the batch.
+
+The models' losses are linear in the parameters and their data are integers: gradients, and sums of them over processes in
+any order, are exact, so that all bits must be those of one process that sees the whole batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import assert_same_bits
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import dtensor, kernels
+
+BATCH = 12
+STEPS = 4
+
+# What a step may do; each is compared with one process.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipvalue": {"clipvalue": 3.0},
+    "clipnorm": {"clipnorm": 2.0},
+    "global_clipnorm": {"global_clipnorm": 5.0},
+    "both": {"clipvalue": 20.0, "global_clipnorm": 5.0},
+    "schedule and decay": {"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5), "decay": 0.25},
+    "single_tensor": {"foreach": False, "clipnorm": 2.0},
+    "foreach": {"foreach": True, "global_clipnorm": 5.0},
+}
+if kernels.is_loaded:
+    OPTIONS["fused"] = {"fused": True, "clipnorm": 2.0}
+
+
+class Model(nn.Module):
+    """Parameters whose rows do not divide evenly among two or three processes, one of which gets none of `one`."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.five = nn.Parameter(torch.zeros(5, 3, dtype=dtype))
+        self.one = nn.Parameter(torch.zeros(1, dtype=dtype))
+        self.four = nn.Parameter(torch.ones(4, 2, dtype=dtype))
+        self.scalar_like = nn.Parameter(torch.ones(1, 1, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            (x[:, :5] @ self.five).sum()
+            + (x.sum(1) * self.one).sum()
+            + (x[:, :4] @ self.four).sum()
+            + (x[:, :1] @ self.scalar_like).sum()
+        )
+
+
+def data(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(-3, 4, (BATCH, 5), generator=generator).float()
+
+
+def shard_of(batch: Tensor) -> Tensor:
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if dtensor.is_dtensor(tensor) else tensor).detach().clone()
+
+
+def train(
+    model: Callable[..., Tensor], optimizer: torch.optim.Optimizer, steps: range, of: Callable[[Tensor], Tensor]
+) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(of(data(step))).backward()
+        optimizer.step()
+
+
+def everything(model: nn.Module, optimizer: AdadeltaKeras) -> dict[str, Tensor]:
+    result = {}
+    for name, param in model.named_parameters():
+        name = name.removeprefix("module.")
+        result[name] = full(param)
+        for key, state in optimizer.state.get(param, {}).items():
+            result[f"{name}.{key}"] = full(state)
+    return result
+
+
+def alone(options: dict[str, Any], steps: int = STEPS) -> tuple[dict[str, Tensor], int]:
+    model = Model()
+    optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
+    train(model, optimizer, range(steps), lambda batch: batch)
+    return everything(model, optimizer), optimizer.iterations
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
+    assert ours.keys() == expected.keys(), what
+    for name, tensor in ours.items():
+        assert_same_bits(tensor, expected[name], f"{name} {what}")
+
+
+def error_of(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+class Sum(Model):
+    """FSDP2 and DDP take the mean of gradients; of these it is the sum, and an integer again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dist.get_world_size() * super().forward(x)
+
+
+def whole_batch(batch: Tensor) -> Tensor:
+    return batch
+
+
+def sharded_model() -> nn.Module:
+    model = Sum()
+    fully_shard(model)
+    return model
