@@ -299,14 +299,6 @@ def test_weights_of_a_custom_layer_that_it_does_not_train_come_last(tmp_path: Pa
     file.assert_moved(params, optimizer)
 
 
-def test_state_order_is_for_state_without_names(tmp_path: Path) -> None:
-    data = Path(__file__).resolve().parents[1] / "data" / "keras"
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-    for name in ("k3.h5", "tf24_tfck/w"):
-        with pytest.raises(KerasFileError, match="state_order is for files that number the state"):
-            load_keras(data / name, AdadeltaKeras(model.parameters()), model, state_order=["d1/kernel"])
-
-
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 PARTS = ("query", "key", "value", "output")

@@ -353,10 +353,11 @@ def _ungrouped(layers: Iterable[Layer]) -> list[Layer]:
         if layer.class_name is not None or not parts & set(_PARTS.values()) or parts == set(_PARTS.values()):
             found.append(layer)
             continue
-        for part in dict.fromkeys(variable.role.rpartition("/")[0] for variable in layer.variables):
-            inner = [variable for variable in layer.variables if variable.role.rpartition("/")[0] == part]
-            for variable in inner:
-                variable.role = variable.role.rpartition("/")[2]
+        by_part: dict[str, list[Variable]] = {}
+        for variable in layer.variables:
+            part, _, variable.role = variable.role.rpartition("/")
+            by_part.setdefault(part, []).append(variable)
+        for part, inner in by_part.items():
             found.append(Layer(f"{layer.path}/{part}".rstrip("/"), None, {}, inner))
     return found
 
