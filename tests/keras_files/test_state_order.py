@@ -24,7 +24,9 @@ from torch_adadelta.keras.checkpoints import opened
 pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
 
 Groups = dict[str, list[tuple[int, ...]]]
-OPTIMIZER = {"class_name": "Adadelta", "config": {"learning_rate": 0.5, "rho": 0.95, "epsilon": 1e-7, "use_ema": False}}
+# What asks for no averages and no accumulated gradients is written in two ways.
+ASKS_NOTHING = {"use_ema": False, "gradient_accumulation_steps": 1}
+OPTIMIZER = {"class_name": "Adadelta", "config": {"learning_rate": 0.5, "rho": 0.95, "epsilon": 1e-7, **ASKS_NOTHING}}
 
 
 class File:
@@ -108,6 +110,15 @@ def linears(frozen: list[int], count: int) -> nn.Sequential:
 def of_linears(model: nn.Sequential) -> dict[str, torch.Tensor]:
     names = list(dense(len(model)))
     return {f"{name}/{n}": p for name, m in zip(names, model, strict=True) for n, p in enumerate((m.weight, m.bias))}
+
+
+def test_layers_of_a_class_come_by_their_numbers(tmp_path: Path) -> None:
+    """Not by the alphabet, by which dense_10 comes before dense_2."""
+    file = File(tmp_path / "m.weights.h5", dense(12), list(dense(12)))
+    model = linears([], 12)
+    optimizer = AdadeltaKeras(model.parameters())
+    load_keras(file.path, optimizer, model, weights=True, match="order")
+    file.assert_moved(of_linears(model), optimizer)
 
 
 @pytest.mark.parametrize("has_all", [False, True])
