@@ -16,6 +16,8 @@ from keras_table import ROWS, TOLERANCE, Job, check, loaded, train
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.keras import KerasFileError, load_keras, save_keras
 
+pytestmark = pytest.mark.xdist_group("tensorflow")
+
 GENERATIONS: Final = ("legacy", "new", "keras3")
 
 # Which files Keras goes on with. Keras 3 does not restore the optimizer from its own .h5: it builds it for no variables.
