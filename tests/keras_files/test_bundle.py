@@ -136,6 +136,7 @@ def changed(message: str, dtype: int = 1, shape: tuple[int, ...] = (4,), **field
         changed("x is a tensor of kind 7, not of numbers", dtype=7),
         changed("x is a tensor of kind 8, not of", dtype=8),
         changed("12 bytes, which do not fit", size=12),
+        changed(r"shape \(3,\) and 16 bytes, which do not fit", shape=(3,)),
         changed("20 bytes, for which the file of 16 bytes holds 20|do not fit each other", shape=(5,)),
         changed("for which the file of 16 bytes holds 17", size=17, shape=(17,), dtype=4),
         changed("which no weight has", shape=(-1,)),
@@ -153,7 +154,7 @@ def changed(message: str, dtype: int = 1, shape: tuple[int, ...] = (4,), **field
         changed("a number is cut off", extra=b"\x80"),
         changed("a number is cut off|field of kind", extra=b"\xff" * 12),
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_a_tensor_that_is_not_what_the_index_says_is_refused(value: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(KerasFileError, match=message):
@@ -193,7 +194,10 @@ def sealed(content: bytes) -> bytes:
         (table(block(ROWS, compression=1)), "a block of the index is compressed"),
         (table(block(ROWS, restarts=1000)), "more restarts than room"),
         (table(sealed(b"abc")), "a block of the index is too short"),
-        (table(sealed(varint(1) + varint(1) + varint(0) + b"k" + bytes(8))), "an entry of the index is cut off"),
+        (
+            table(sealed(varint(1) + varint(1) + varint(0) + b"k" + struct.pack("<II", 0, 1))),
+            "an entry of the index is cut off",
+        ),
         (table(sealed(varint(0) + varint(1) + varint(9) + b"k" + bytes(8))), "an entry of the index is cut off"),
         (table(GOOD, handles=[0, 0]), "the index has a block twice"),
         (table(GOOD, block(ROWS[1:])), r"the index has b'x' twice"),

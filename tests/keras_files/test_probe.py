@@ -85,10 +85,17 @@ def test_it_limits_itself() -> None:
 
 
 def test_it_takes_a_path_or_stdin_and_says_what_is_wrong() -> None:
+    script = (probe.__file__, "", probe.__file__, "60")
     good = (DATA / "k3.h5").read_bytes()
-    assert run(probe.__file__, str(DATA / "k3.h5"), "", "60").returncode == 0
-    for data, code, message in ((good, 0, b""), (good[:1000], 1, b"OSError: "), (b"nothing", 1, b"OSError: ")):
-        done = run(probe.__file__, "", "", "60", data=data)
+    for data, code, message in (
+        (good, 0, b""),
+        (good[:1000], 1, b"OSError: "),
+        (good.replace(b"GCOL", b"LOCG"), 1, b"OSError: "),  # which only a visit finds
+        (b"nothing", 1, b"OSError: "),
+    ):
+        done = run(*script, data=data)
         assert (done.returncode, done.stderr[: len(message)]) == (code, message)
-    done = run(probe.__file__, str(DATA / "nothing.h5"), "", "60", data=good)
-    assert (done.returncode, done.stderr[:17]) == (1, b"FileNotFoundError")
+    assert b"GCOL" in good
+    for name, code, message in (("k3.h5", 0, b""), ("nothing.h5", 1, b"FileNotFoundError")):
+        done = run(probe.__file__, str(DATA / name), probe.__file__, "60", data=b"nothing")
+        assert (done.returncode, done.stderr[: len(message)]) == (code, message)
