@@ -410,7 +410,7 @@ def test_features_in_another_order(norm: str) -> None:
     roles = {"batch_norm": ["gamma", "moving_mean", "moving_variance"], "layer_norm": ["beta"], "rms_norm": ["scale"]}[
         norm
     ]
-    for piece in ordered_pieces(Form(norm, {role: (6,) for role in roles}, {}), False, inputs, outputs):
+    for piece in ordered_pieces(Form(norm, dict.fromkeys(roles, (6,)), {}), False, inputs, outputs):
         np.testing.assert_array_equal(piece.layout.to_torch(np.arange(6)), np.arange(6).reshape(2, 3).T.ravel())
     assert [p.layout for p in ordered_pieces(Form("layer_norm", {"gamma": (2, 3)}, {}), False, inputs, outputs)] == [
         Layout((0, 1))

@@ -10,11 +10,12 @@ from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
-from keras_memory import checkpoint_of, layer_of
+from keras_memory import checkpoint_of, layer_of, moved
 from keras_stored import DATA, Net, Weights, assert_is, assert_same_datasets, build, dense, load, sequential, write_h5
 
 from torch_adadelta.keras import KerasFileError, Layout, load_keras, save_keras
-from torch_adadelta.keras.matching import Match, is_chain, match, units
+from torch_adadelta.keras.layouts import Unfit
+from torch_adadelta.keras.matching import Flattening, Match, canonical, is_chain, match, units
 
 
 def test_several_possibilities_are_an_error_that_lists_both_sides(tmp_path: Path) -> None:
@@ -143,12 +144,22 @@ def test_the_order_must_be_known_and_fit() -> None:
     [
         ({"a": (4, 3)}, r"Left of Keras:\n  two .*\nLeft of PyTorch: nothing"),
         ({"a": (4, 3), "b": (3, 1), "c": (1, 1)}, r"Left of Keras: nothing\nLeft of PyTorch:\n  c "),
+        ({"a": (4, 3), "b": (3, 1), "c": (3, 1)}, r"two may be b or c"),
         ({"a": (4, 3), "b": (4, 1)}, r"two fits none of them: kernel would be \(1, 3\), and weight is \(1, 4\)"),
     ],
 )
 def test_what_is_missing_on_one_side_is_an_error(modules: dict[str, tuple[int, int]], message: str) -> None:
     with pytest.raises(KerasFileError, match=message):
         matched(Net(**{name: linear(*shape) for name, shape in modules.items()}), {"one": (4, 3), "two": (3, 1)})
+
+
+def test_layers_that_compete_for_one_module_are_both_named() -> None:
+    with pytest.raises(KerasFileError, match=r"Left of Keras:\n  one .*\n  two .*\nLeft of PyTorch:\n  a "):
+        matched(Net(a=linear(4, 4)), TWO)
+    # Here the names would make a pair that does not fit.
+    norm = {"gamma": (4,), "beta": (4,)}
+    with pytest.raises(KerasFileError, match="which layer is which module cannot be told"):
+        matched(Net(a=nn.GroupNorm(2, 4), b=nn.LayerNorm(4)), {"a": ("LayerNormalization", norm), "b": (None, norm)})
 
 
 def test_a_layer_may_be_left_out() -> None:
@@ -176,6 +187,9 @@ def test_kinds_that_the_file_does_not_tell_apart() -> None:
     assert matched(Net(c=nn.ConvTranspose2d(4, 4, 3, bias=False)), {"conv": (None, square)}) == {
         "conv/kernel": "c.weight"
     }
+    # Of one channel, both kinds of convolution lie in the same way.
+    one = {"kernel": (3, 1, 2)}
+    assert matched(Net(c=nn.Conv1d(1, 2, 3, bias=False)), {"conv": (None, one)}) == {"conv/kernel": "c.weight"}
     with pytest.raises(KerasFileError, match="norm may be a layer_norm or layer_norm, and the file does not say which"):
         matched(Net(n=nn.LayerNorm(4)), {"norm": (None, {"0": (4,)})}, mapping={"norm": "n"})  # gamma or beta
 
@@ -286,6 +300,18 @@ def test_the_modules_of_a_model() -> None:
     assert str(found[4]) == "first (Linear): weight (2, 2), bias (2,)"
     assert str(units(nn.Linear(2, 3))[0][0]) == "(the model) (Linear): weight (3, 2), bias (3,)"
     assert list(loose) == ["act.weight"]
+    # Twelve layers, of which the second is not the eleventh; and a parameter that two modules share.
+    deep, _ = units(Net(rnn=nn.RNN(1, 1, num_layers=12, bias=False)))
+    assert [sorted(unit.names.values()) for unit in deep] == [
+        [f"rnn.weight_hh_l{number}", f"rnn.weight_ih_l{number}"] for number in range(12)
+    ]
+    one, two = nn.PReLU(), nn.PReLU()
+    two.weight = one.weight
+    assert list(units(Net(one=one, two=two))[1]) == ["one.weight"]
+    found = match(
+        checkpoint_of(None, [layer_of("one", "Dense", {}, {"kernel": np.ones((2, 3))})]), Net(a=nn.Linear(2, 3))
+    )
+    assert [name for name, _ in found.neutral] == ["a.bias"]
 
 
 def test_modules_that_are_no_layers_of_keras() -> None:
@@ -382,6 +408,96 @@ def test_without_a_configuration_nothing_says_whether_there_is_a_flatten(tmp_pat
         load(one, Net(dense=nn.Linear(24, 5), pool=nn.MaxPool2d(2)))
 
 
+def test_words_that_say_nothing(tmp_path: Path) -> None:
+    config = sequential(("conv", "Conv2D", {"filters": 4}), ("flatten", "Flatten", {}), ("dense", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", maps_and(np.ones((24, 5))), config)
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    for word in (0, -4, True, "first", (4, None, None), (None, True), 4.0):
+        with pytest.raises(
+            ValueError, match=r"flatten\['dense'\] must be 'channels_first' or 'channels_last', a number of"
+        ):
+            load(path, model, flatten={"dense": word})
+    with pytest.raises(ValueError, match="flatten has 'other', which is no layer with weights; there are conv, dense"):
+        load(path, model, flatten={"other": 4})
+    for flatten, message in (
+        ({"conv": 1}, "flatten has 'conv', and by the configuration it takes no features that are maps in one row"),
+        ({"dense": (4, 5)}, "flatten has 'dense', and by the configuration it gives no features"),
+        ({"dense": 3}, "24 features are no maps of 3 channels: a Flatten of the maps of conv has 4"),
+    ):
+        with pytest.raises(KerasFileError, match=message):
+            load(path, model, flatten=flatten)
+    for flatten in ({"dense": 4}, {"dense": (4, None)}, {"dense": CHANNELS_FIRST}):
+        load(path, model, flatten=flatten)
+
+
+def test_the_order_of_keras_need_not_have_the_channels_last() -> None:
+    """A Reshape of maps with the channels first; the model of PyTorch permutes them to the end."""
+    options = {"filters": 4, "kernel_size": 3, "data_format": CHANNELS_FIRST, "batch_shape": [None, 1, 4, 5]}
+    config = sequential(
+        ("conv", "Conv2D", options), ("flat", "Reshape", {"target_shape": [24]}), ("dense", "Dense", {})
+    )
+    kernel = np.arange(24.0 * 5).reshape(24, 5)
+    layers = [layer_of("conv", "Conv2D", {}, {"kernel": np.ones((3, 3, 1, 4))})]
+    layers.append(layer_of("dense", "Dense", {}, {"kernel": kernel}))
+    model = Net(conv=nn.Conv2d(1, 4, 3, bias=False), dense=linear(24, 5))
+    for flatten, expected in (
+        ("channels_last", kernel.reshape(4, 6, 5).transpose(2, 1, 0)),
+        (CHANNELS_FIRST, kernel.T),
+    ):
+        moved(checkpoint_of(config, layers), model, flatten=flatten)
+        assert_is(model.dense.weight, expected.reshape(5, 24))
+
+
+def test_an_input_whose_format_nobody_says() -> None:
+    config = sequential(
+        ("flat", "Reshape", {"target_shape": [60], "batch_shape": [None, 3, 4, 5]}), ("dense", "Dense", {})
+    )
+    kernel = np.arange(60.0 * 2).reshape(60, 2)
+    layers = [layer_of("dense", "Dense", {}, {"kernel": kernel})]
+    model = Net(dense=linear(60, 2))
+    for flatten in (None, CHANNELS_FIRST):
+        with pytest.raises(KerasFileError, match=r"nothing says which axis|order cannot be told"):
+            moved(checkpoint_of(config, layers), model, flatten=flatten)
+    moved(checkpoint_of(config, layers), model, flatten="channels_last")
+    assert_is(model.dense.weight, kernel.T)
+
+
+def test_without_a_configuration_the_convolutions_say_how_many_channels_there_are() -> None:
+    up = layer_of("up", "Conv2DTranspose", {}, {"kernel": np.ones((2, 2, 5, 3))})
+    dense_layer = layer_of("dense", "Dense", {}, {"kernel": np.arange(24.0).reshape(2, 12)})
+    norm = layer_of("norm", "BatchNormalization", {}, {"moving_mean": np.arange(12.0), "moving_variance": np.ones(12)})
+    model = Net(up=nn.ConvTranspose2d(3, 5, 2, bias=False), dense=linear(2, 12), norm=nn.BatchNorm1d(12, affine=False))
+    checkpoint = checkpoint_of(None, [up, dense_layer, norm])
+    with pytest.raises(
+        KerasFileError, match="12 features are no maps of 5 channels: the convolutions in the file have 3"
+    ):
+        moved(checkpoint, model, flatten={"dense": (None, 5)})
+    with pytest.raises(KerasFileError, match="norm → norm: the file does not say whether"):
+        moved(checkpoint, model, mapping={"norm": "norm"})
+    moved(checkpoint, model, flatten={"dense": (None, 3), "norm": 3})
+    assert_is(model.dense.weight, np.arange(24.0).reshape(2, 4, 3).transpose(2, 1, 0).reshape(12, 2))
+    assert_is(model.norm.running_mean, np.arange(12.0).reshape(4, 3).T.ravel())
+
+
+def test_the_one_kind_of_module_that_a_layer_can_be() -> None:
+    def parameters(class_name: str | None, **shapes: tuple[int, ...]) -> list[tuple[str, str]]:
+        layer = layer_of("layer", class_name, {}, {role: np.ones(shape) for role, shape in shapes.items()})
+        flattening = Flattening(checkpoint_of(None, [layer]), None)
+        return [(piece.role, piece.param) for piece in canonical(layer, flattening)]
+
+    assert parameters("GRU", kernel=(2, 9), recurrent_kernel=(3, 9)) == [
+        ("kernel", "weight_ih_l0"), ("recurrent_kernel", "weight_hh_l0")
+    ]  # fmt: skip
+    assert parameters(None, gamma=(4,), beta=(4,)) == [
+        ("gamma", "weight"),
+        ("beta", "bias"),
+    ]  # of one layout in all kinds
+    assert parameters(None, kernel=(3, 3, 4, 4), bias=(4,)) == [("kernel", "weight"), ("bias", "bias")]
+    for shapes in ({"kernel": (3, 3, 1, 2), "bias": (2,)}, {"odd": (2,)}):
+        with pytest.raises(Unfit, match="no module of PyTorch is known for it"):
+            parameters(None, **shapes)
+
+
 @pytest.mark.parametrize(
     ("modules", "flattened", "unflattened"),
     [
@@ -395,13 +511,14 @@ def test_without_a_configuration_nothing_says_whether_there_is_a_flatten(tmp_pat
         ([nn.Conv2d(1, 2, 1), nn.Flatten(1, 2), nn.Linear(2, 2)], "", ""),
         ([nn.Conv2d(1, 2, 1), Net(), nn.Flatten(), nn.Linear(2, 2)], "", ""),
         ([nn.Conv2d(1, 2, 1), nn.Linear(2, 2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.MultiheadAttention(2, 1), nn.Flatten(), nn.Linear(2, 2)], "", ""),
         ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "0"),
         ([nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Unflatten(-1, (2, 4)), nn.BatchNorm1d(2)], "", "0 1"),
         ([nn.Linear(2, 8), nn.Unflatten(2, (2, 4)), nn.Conv2d(2, 2, 1)], "", ""),
         ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), Net(), nn.Conv2d(2, 2, 1)], "", ""),
         ([nn.Linear(2, 8), nn.Linear(8, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "1"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_what_a_sequential_shows(modules: list[nn.Module], flattened: str, unflattened: str) -> None:
     found, _ = units(nn.ModuleDict({"m": nn.Sequential(*modules)}))

@@ -16,10 +16,12 @@ import h5py
 from keras_stored import (
     CLIPPING,
     DATA,
+    KERNEL,
     SCHEDULE,
     Net,
     assert_is,
     assert_refused,
+    assert_same_datasets,
     assert_untouched,
     attention,
     build,
@@ -27,6 +29,7 @@ from keras_stored import (
     edited,
     load,
     recurrent,
+    replaced,
     sequential,
     truth,
     with_options,
@@ -259,6 +262,28 @@ def test_parts_of_one_parameter_are_trained_together(tmp_path: Path) -> None:
         without_state("/key/kernel")(file)
     with pytest.raises(KerasFileError, match=r"Keras trained a part of attend\.in_proj_weight, and froze the rest"):
         load(path, Net(attend=nn.MultiheadAttention(4, 2)))
+
+
+def test_state_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    for edit, message in (
+        (replaced(KERNEL, -np.ones((3, 2), "f4")), r"square_avg of 0\.weight has negative numbers"),
+        (with_options(rho=2), "Invalid rho"),
+        (with_options(clipnorm=1.0, global_clipnorm=1.0), "Cannot accept both"),
+    ):
+        assert_refused(edited(tmp_path, edit), message)
+
+
+def test_state_of_what_is_frozen_by_now_is_left_out(tmp_path: Path) -> None:
+    """Where the parameter is not in the optimizer; and it stays in the file that is written."""
+    config = sequential(("one", "Dense", {"trainable": False}), ("two", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", {"one": dense(4, 3), "two": dense(3, 1)}, config)
+    model = Net(a=nn.Linear(4, 3), b=nn.Linear(3, 1))
+    model.a.requires_grad_(False)
+    optimizer = AdadeltaKeras(model.b.parameters())
+    load_keras(path, optimizer, model, weights=True)
+    assert set(optimizer.state) == set(model.b.parameters())
+    save_keras(tmp_path / "back.h5", optimizer, model, path)
+    assert_same_datasets(path, tmp_path / "back.h5")
 
 
 # ---- Options that mean something else elsewhere ---------------------------------------------------------------------

@@ -26,6 +26,7 @@ from keras_stored import (
     build,
     datasets,
     dense,
+    edited,
     load,
     recurrent,
     write_h5,
@@ -210,3 +211,24 @@ def test_all_layouts_go_out_as_they_came_in(tmp_path: Path) -> None:
     assert_is(optimizer.state[model.weight]["square_avg"], expected**2)
     save_keras(tmp_path / "back.h5", optimizer, model, path, mapping=mapping)
     assert_same_datasets(path, tmp_path / "back.h5")
+
+
+def test_bfloat16_is_written_as_bfloat16(tmp_path: Path) -> None:
+    def to_bfloat16(file: Any) -> None:
+        for name in [name for name in datasets(DATA / "k3.weights.h5") if name.startswith("layers/")]:
+            array = np.ascontiguousarray(file[name][()], "<f4")
+            del file[name]
+            file[name] = (array.view("<u4") >> 16).astype("<u2").view("V2")
+            file[name].attrs["dtype"] = "bfloat16"
+
+    path = edited(tmp_path, to_bfloat16, "k3.weights.h5")
+    model, optimizer = build()
+    load_keras(path, optimizer, model, weights=True)
+    with h5py.File(path, "r") as file:
+        bits = file["layers/dense/vars/0"][()].view("<u2").astype("<u4") << 16
+    np.testing.assert_array_equal(model[0].weight.detach().numpy().T, bits.view("<f4"))
+    model[0].weight.data.fill_(1.005)  # which is 1.0078125 in bfloat16
+    save_keras(tmp_path / "back.weights.h5", optimizer, model, path)
+    after = datasets(tmp_path / "back.weights.h5")
+    assert after["layers/dense/vars/0"].dtype == "V2"
+    assert set(after["layers/dense/vars/0"].view("<u2").ravel()) == {0x3F81}
