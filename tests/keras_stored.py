@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.keras import KerasFileError, load_keras
+from torch_adadelta.keras.checkpoints import opened
 
 DATA: Final = Path(__file__).resolve().parent / "data" / "keras"
 
@@ -121,6 +122,18 @@ def without_state(part: str) -> Callable[[Any], None]:
     return lambda file: with_state_names(*(name for name in state_names(file) if part not in name))(file)
 
 
+def renamed(old: str, new: str, is_copied: bool = False) -> Callable[[Any], None]:
+    """An edit: a state of another name, or one more."""
+
+    def edit(file: Any) -> None:
+        states, names = file["optimizer_weights"], state_names(file)
+        states[new] = states[old][()]
+        names = [*names, new] if is_copied else [new if name == old else name for name in names]
+        with_state_names(*names)(file)
+
+    return edit
+
+
 def with_json(attribute: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
     """An edit of a configuration: "model_config" or "training_config"."""
 
@@ -214,6 +227,12 @@ def sequential(*layers: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
     """A configuration of layers by name, class and options."""
     entries = [{"class_name": cls, "config": {"name": name, **options}} for name, cls, options in layers]
     return {"class_name": "Sequential", "config": {"name": "sequential", "layers": entries}}
+
+
+def layers_of(path: Path, **options: Any) -> dict[str, list[str]]:
+    """The roles of the weights of each layer, by its path, with its class."""
+    with opened(path, **options) as checkpoint:
+        return {f"{layer.path} {layer.class_name}": [v.role for v in layer.variables] for layer in checkpoint.layers}
 
 
 class Net(nn.Module):

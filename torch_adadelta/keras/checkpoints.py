@@ -862,10 +862,11 @@ def _from_bundle(path: Path, bundle: Bundle, config: dict[str, Any] | None, drop
     else:
         generation = KERAS3 if "_trainable_variables" in of_optimizer else NEW
         states: dict[str, Stored] = {}
+        own = {child for _, child in optimizer.children}  # iterations and hyperparameters
         for number in owned:
             node = nodes[number]
             name = _without_number(node.full_name or "")
-            if node.key is None or _is_iteration(name) or name.rpartition("/")[2] == "learning_rate":
+            if number in own or node.key is None or _is_iteration(name) or name.rpartition("/")[2] == "learning_rate":
                 continue
             if name in states:
                 raise KerasFileError(f"its optimizer has {name} twice; name the layers, and save it again")
