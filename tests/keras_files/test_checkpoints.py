@@ -289,7 +289,7 @@ def test_archives_that_are_none_are_refused(tmp_path: Path) -> None:
         for found in re.finditer(re.escape(signature), bytes(data)):
             data[found.start() + at] |= 1
     path.write_bytes(data)
-    assert_refused(path, "is encrypted")
+    assert_refused(path, r": \w+\.json is encrypted$")
     path.write_bytes(b"something else")
     assert_refused(path, "it is no .h5, .keras or .weights.h5 file")
     assert_refused(tmp_path, "the directory holds no TensorFlow checkpoint")
