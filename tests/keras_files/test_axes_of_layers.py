@@ -311,6 +311,15 @@ def test_a_layer_that_is_called_on_features_in_different_orders() -> None:
     assert axes.inputs()["d"].first == last_first(63, 4)
 
 
+def test_features_that_two_layers_take_for_different_maps() -> None:
+    vector = ("InputLayer", "vector", {"batch_shape": [None, 5]}, [])
+    made = (vector, ("Dense", "enter", {"units": 189}, ["vector"]), ("Reshape", "in", SPLIT[1], ["enter"]))
+    flat = graph(*made, conv("a"), conv("b"), last="b").outputs()["enter"]
+    assert flat.first == last_first(63, 3)
+    flat = graph(*made, conv("a"), conv("b", **FIRST), last="b").outputs()["enter"]
+    assert (flat.first, flat.is_open) == (None, True)
+
+
 @pytest.mark.parametrize(
     ("merge", "config", "sources", "expected"),
     [

@@ -112,6 +112,11 @@ def test_parts_of_numbered_layers(tmp_path: Path) -> None:
         ):  # of those of mine, which are Dense layers
             layers_of(write_numbered(tmp_path / "m.weights.h5", groups, names))
     known = {group: shapes for group, shapes in groups.items() if "mine" not in group}
+    path = write_numbered(tmp_path / "m.weights.h5", {**known, "alpha": [(5, 5)], "beta/forward": [(6, 6)]})
+    with opened(path) as checkpoint:
+        assert {layer.path: layer.is_known for layer in checkpoint.layers} == {
+            "alpha": False, "attend": True, "beta/forward": False, "bidirectional": True
+        }  # fmt: skip
     roles = ["kernel", "recurrent_kernel", "bias"]
     assert layers_of(write_numbered(tmp_path / "m.weights.h5", known)) == {
         "attend None": [f"{part}/0" for part in parts],

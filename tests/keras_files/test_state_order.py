@@ -18,6 +18,7 @@ from keras_stored import datasets
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.keras import KerasFileError, load_keras, save_keras
+from torch_adadelta.keras import state_order as state_orders
 from torch_adadelta.keras.__main__ import main
 from torch_adadelta.keras.checkpoints import opened
 
@@ -370,6 +371,40 @@ def test_many_layers_are_no_search(tmp_path: Path) -> None:
             if not is_frozen:
                 assert variable.square_avg is not None
                 assert (variable.square_avg.read() == 100 * file.values[f"{own}/0"]).all()
+
+
+def test_what_cannot_be_the_state_of_an_adadelta(tmp_path: Path) -> None:
+    def replaced(number: int, value: Any) -> Path:
+        path = File(tmp_path / "m.weights.h5", dense(1), list(dense(1))).path
+        with h5py.File(path, "r+") as file:
+            del file[f"optimizer/vars/{number}"]
+            file[f"optimizer/vars/{number}"] = value
+        return path
+
+    for number, value, message in (
+        (0, np.float32(7), "the first variable of its optimizer is not the iterations"),
+        (0, np.ones(1, "i8"), "the first variable of its optimizer is not the iterations"),
+        (1, np.int64(1), "no order of them fits"),
+        (3, np.ones((3, 2), "f4"), "no order of them fits"),  # acc_delta of another shape
+        (5, np.ones((), "f4"), "no order of them fits"),
+    ):
+        with pytest.raises(KerasFileError, match=message), opened(replaced(number, value)):
+            pass
+
+
+def test_too_many_orders_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: Groups = {f"a{n}": [(2, 2)] for n in range(5)}
+    file = File(tmp_path / "m.weights.h5", groups, list(groups))
+    names = [f"{name}/0" for name in groups]
+    for limit, value in (("_MAX_TRIES", 3), ("_MAX_FREE", 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(state_orders, limit, value)
+            with pytest.raises(KerasFileError, match="there are too many orders to try"), opened(file.path):
+                pass
+            with opened(file.path, state_order=names) as checkpoint:
+                assert all(variable.has_state for _, variable in checkpoint.variables())
+    with pytest.raises(KerasFileError, match="several orders of them fit"), opened(file.path):
+        pass
 
 
 # ---- Models that are subclasses -------------------------------------------------------------------------------------
