@@ -10,7 +10,7 @@ import keras_numpy
 import numpy as np
 import pytest
 import torch
-from keras_chains import FORMATS, Chain, Given, chains
+from keras_chains import FORMATS, Chain, chains
 from keras_memory import checkpoint_of, layer_of, moved
 from torch import Tensor, nn
 
@@ -263,21 +263,6 @@ def test_an_entry_of_flatten_is_for_its_layer_only() -> None:
     model = torch_branches()
     with pytest.raises(KerasFileError, match="right → right: its features are a Flatten of the maps of second"):
         moved(checkpoint, model, flatten={"left": 4})
-    for flatten, error, message in (
-        (
-            {"middle": 4},
-            ValueError,
-            "flatten has 'middle', which is no layer with weights; there are first, second, left",
-        ),
-        ({"left": 6}, KerasFileError, "120 features are no maps of 6 channels: a Flatten of the maps of first has 4"),
-        ({"first": 3}, KerasFileError, "it takes no features that are maps in one row"),
-        ({"left": (4, 5)}, KerasFileError, "it gives no features that are maps in one row"),
-        ({"left": 0}, ValueError, "must be 'channels_first' or 'channels_last', a number of channels, or a pair"),
-        ({"left": True}, ValueError, "must be 'channels_first'"),
-        ({"left": "first"}, ValueError, "must be 'channels_first'"),
-    ):
-        with pytest.raises(error, match=message):
-            moved(checkpoint, model, flatten=flatten)
 
 
 @pytest.mark.parametrize("is_added", [False, True])
@@ -387,30 +372,6 @@ def test_features_that_are_no_weights_of_a_linear_are_refused() -> None:
         ):
             moved(checkpoint, model, flatten=flatten)
     moved(checkpoint, model, flatten="channels_last")
-
-
-@pytest.mark.parametrize(
-    "between",
-    [
-        [Given(lambda x: x.permute(0, 2, 3, 1).contiguous()), nn.Flatten()],
-        [nn.Flatten(2), nn.Flatten()],
-        [nn.Linear(5, 5), nn.Flatten()],
-        [Given(lambda x: x.flatten(1))],
-    ],
-)
-def test_what_nobody_knows_between_maps_and_a_linear_shows_nothing(between: list[nn.Module]) -> None:
-    chain = Chain(("conv channels_last",), "shown")
-    chain.modules[-2:-1] = between
-    checkpoint = checkpoint_of({"class_name": "Sequential", "config": {"layers": chain.entries}}, chain.layers)
-    model = chain.model()
-    linear = str(len(chain.modules) - 1)
-    mapping = {chain.layers[0].path: "0", chain.layers[1].path: linear}
-    if isinstance(between[0], nn.Linear):
-        for parameter in ("weight", "bias"):
-            delattr(between[0], parameter)
-            between[0].register_buffer(parameter, None)
-    with pytest.raises(KerasFileError, match="flatten='channels_first' if the model flattens them so"):
-        moved(checkpoint, model, mapping=mapping)
 
 
 def test_a_damaged_configuration_is_an_error_that_names_the_file() -> None:

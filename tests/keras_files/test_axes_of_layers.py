@@ -168,11 +168,12 @@ def last_first(*view: int) -> FeatureOrder:
         ([7, 9, 3], [CONV, ("Reshape", {"target_shape": [63, 4]}), FLATTEN], last_first(63, 4)),
         ([7, 9, 3], [CONV, ("Permute", {"dims": [3, 1, 2]}), FLATTEN], KEEP_ORDER),
         ([7, 9, 3], [CONV, ("Permute", {"dims": [1, 3, 2]}), FLATTEN], FeatureOrder((7, 4, 9), (1, 0, 2))),
+        ([7, 9, 3], [CONV, FLATTEN, ("RepeatVector", {"n": 2}), FLATTEN], FeatureOrder((2, 63, 4), (0, 2, 1))),
         ([2, 7, 9, 3], [wrapped("Conv2D", filters=4, kernel_size=1), wrapped("Flatten")], last_first(63, 4)),
         ([2, 7, 9, 3], [wrapped("Conv2D", filters=4, kernel_size=1), wrapped("MaxPooling2D"), wrapped("Flatten"),
                         ("LSTM", {"units": 4})], None),
     ],
-    ids=range(19),
+    ids=range(20),
 )  # fmt: skip
 def test_what_a_layer_takes(shape: list[int], entries: Layers, expected: FeatureOrder | None) -> None:
     flat = taken(shape, *entries)

@@ -117,6 +117,13 @@ def test_convert_writes_tensors(suffix: str, tmp_path: Path) -> None:
     assert out.stat().st_mode & 0o444 == 0o444
 
 
+def test_without_safetensors_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(SystemExit, match=r"pip install safetensors; or write a \.pt file"):
+        main(["convert", str(DATA / "tf24.h5"), str(tmp_path / "out.safetensors")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_schedule_is_kept_beside_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     path, out = (

@@ -510,6 +510,7 @@ def test_the_one_kind_of_module_that_a_layer_can_be() -> None:
         ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Linear(2, 2)], "", ""),
         ([nn.Conv2d(1, 2, 1), nn.Flatten(1, 2), nn.Linear(2, 2)], "", ""),
         ([nn.Conv2d(1, 2, 1), Net(), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
         ([nn.Conv2d(1, 2, 1), nn.Linear(2, 2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
         ([nn.Conv2d(1, 2, 1), nn.MultiheadAttention(2, 1), nn.Flatten(), nn.Linear(2, 2)], "", ""),
         ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "0"),
@@ -518,7 +519,7 @@ def test_the_one_kind_of_module_that_a_layer_can_be() -> None:
         ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), Net(), nn.Conv2d(2, 2, 1)], "", ""),
         ([nn.Linear(2, 8), nn.Linear(8, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "1"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_what_a_sequential_shows(modules: list[nn.Module], flattened: str, unflattened: str) -> None:
     found, _ = units(nn.ModuleDict({"m": nn.Sequential(*modules)}))
