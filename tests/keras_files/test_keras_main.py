@@ -171,5 +171,25 @@ def test_convert_follows_the_axes(data_format: str) -> None:
     assert_is(found[f"weights.{name}.weight"], chain.layers[1].variables[0].value.read().T)
 
 
+def test_the_command_takes_the_word_and_the_order(tmp_path: Path) -> None:
+    kernel = np.arange(48.0).reshape(24, 2)
+    layers = {"conv": {"kernel": np.ones((3, 3, 1, 4))}, "last": {"kernel": kernel}}
+    config = sequential(
+        ("conv", "Conv2D", {"filters": 4}), ("flat", "Flatten", {}), ("last", "Dense", {"use_bias": False})
+    )
+    path, out = write_h5(tmp_path / "m.h5", layers, config), tmp_path / "out.pt"
+    for flatten, expected in (
+        ("channels_first", kernel.reshape(6, 4, 2).transpose(2, 1, 0)),
+        ("channels_last", kernel.T),
+    ):
+        assert main(["convert", str(path), str(out), "--flatten", flatten]) == 0
+        assert_is(torch.load(out)["weights.last.weight"], expected.reshape(2, 24))
+    assert main(["convert", str(path), str(out)]) == 0
+    assert_is(torch.load(out)["weights.last.kernel"], kernel)
+    names = ["d1/kernel", "d1/bias", "d2/kernel", "d2/bias"]
+    for order, status in ((names, 0), (names[::-1], 1)):
+        assert main(["inspect", str(DATA / "k3.keras"), "--state-order", *order]) == status
+
+
 def test_all_recorded_files_are_shown() -> None:
     assert all(main(["inspect", str(DATA / name)]) == 0 for names in WITH_STATE.values() for name in names)
