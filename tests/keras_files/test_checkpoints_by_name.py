@@ -152,6 +152,9 @@ def test_names_that_two_layers_have(tmp_path: Path) -> None:
 
 
 def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = named(tmp_path, None, a=["kernel", "gru_cell/kernel"])  # of one part of a layer
+    with pytest.raises(KerasFileError, match="it holds two weights named a/gru_cell/kernel"):
+        layers_of(path)
     path = write_h5(tmp_path / "m.h5", {"a": {"kernel": np.ones((2, 2))}, "b": {"kernel": np.ones((2, 2))}})
     with h5py.File(path, "r+") as file:
         file["model_weights/b"].attrs["weight_names"] = [b"a/kernel:0"]

@@ -428,6 +428,7 @@ def test_features_that_cannot_be_in_another_order() -> None:
         (of_maps(4), "6 features are no maps of 4 channels"),
         (of_maps(0), "6 features are no maps of 0 channels"),
         (FeatureOrder((2, 2), (1, 0)), r"6 features are no maps of shape \(2, 2\)"),
+        (FeatureOrder((3, 1), (1, 0)), r"6 features are no maps of shape \(3, 1\)"),
         (FeatureOrder((4, 3), (1, 0)), r"6 features are no maps of shape \(4, 3\)"),
     ):
         with pytest.raises(Unfit, match=message):

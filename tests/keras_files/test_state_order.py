@@ -192,8 +192,9 @@ def test_other_variables_beside_the_state(tmp_path: Path) -> None:
         model = linears([], 2)
         optimizer = AdadeltaKeras(model.parameters())
         for options in ({}, {"config": config}):
-            with pytest.raises(KerasFileError, match="it was used with use_ema"):
-                load_keras(file.path, optimizer, model, weights=True, match="order", **options)
+            for too_few in ((), *([{"ema"}, {"gradient_accumulation"}] if extras == 2 else [])):
+                with pytest.raises(KerasFileError, match="it was used with use_ema"):
+                    load_keras(file.path, optimizer, model, weights=True, match="order", drop=too_few, **options)
             load_keras(file.path, optimizer, model, weights=True, match="order", drop=drop, **options)
             file.assert_moved(of_linears(model), optimizer)
     # The configuration says that there are none.
@@ -390,6 +391,20 @@ def test_what_cannot_be_the_state_of_an_adadelta(tmp_path: Path) -> None:
     ):
         with pytest.raises(KerasFileError, match=message), opened(replaced(number, value)):
             pass
+
+
+def test_statistics_have_no_state(tmp_path: Path) -> None:
+    group = "layers/batch_normalization"
+    file = File(tmp_path / "m.weights.h5", {group: [(3,)] * 4}, [f"{group}/0", f"{group}/1"])
+    with (
+        pytest.raises(
+            KerasFileError, match=r"is no weight; there are batch_normalization/gamma, batch_normalization/beta$"
+        ),
+        opened(file.path, state_order=["batch_normalization/moving_mean"]),
+    ):
+        pass
+    with opened(file.path) as checkpoint:
+        assert [variable.has_state for _, variable in checkpoint.variables()] == [True, True, False, False]
 
 
 def test_too_many_orders_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
