@@ -186,10 +186,10 @@ NAMES: Final = (
 )
 
 
-def chains(how: str, most: int = 3) -> Iterator[Chain]:
-    """All of at most so many layers that can be computed."""
+def chains(how: str, most: int = 3, step: int = 1) -> Iterator[Chain]:
+    """All of at most so many layers that can be computed; of the longest, one of so many."""
     for length in range(1, most + 1):
-        for names in itertools.product(NAMES, repeat=length):
+        for names in itertools.islice(itertools.product(NAMES, repeat=length), 0, None, step if length == most else 1):
             try:
                 yield Chain(names, how)
             except (IndexError, KeyError, ValueError):

@@ -14,14 +14,17 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pytest
 import torch
+from keras_stored import assert_same_datasets
 from torch import Tensor, nn
 
 from torch_adadelta import AdadeltaKeras
-from torch_adadelta.keras import KerasFileError, freeze_second_biases, load_keras
+from torch_adadelta.keras import KerasFileError, freeze_second_biases, load_keras, save_keras
 
 GENERATIONS: Final = ("tf24", "legacy", "new", "keras3")
 
-# In float64, as in test_keras_files_live.py: the newer classes do not round rho to float32, and divide by one root.
+WRITABLE: Final = ("h5", "keras", "weights.h5")
+
+# In float64: the newer classes do not round rho to float32, and divide by one root.
 TOLERANCE: Final = {"tf24": 1e-12, "legacy": 1e-12, "new": 1e-6, "keras3": 1e-6}
 
 
@@ -119,6 +122,71 @@ def _torch_channels_first() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+class _ChannelsFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1)
+
+
+class _GlobalAverage(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)
+
+
+def _torch_maps() -> nn.Module:
+    return nn.Sequential(
+        _ChannelsFirst(),
+        nn.Conv2d(3, 4, (3, 2)),
+        nn.ReLU(),
+        nn.BatchNorm2d(4, eps=1e-3, momentum=0.1),
+        nn.Sequential(nn.Conv2d(4, 4, (3, 1), padding="same", groups=4, bias=False), nn.Conv2d(4, 6, 1)),
+        nn.Conv2d(6, 12, (1, 3), padding="same", groups=6),
+        nn.GroupNorm(2, 12),
+        nn.ConvTranspose2d(12, 5, (2, 3), stride=2),
+        nn.Flatten(),
+        nn.Linear(5 * 8 * 15, 5),
+        nn.LayerNorm(5),
+        nn.Linear(5, 1),
+    )
+
+
+def _torch_sequences(groups: int) -> nn.Module:
+    return nn.Sequential(
+        _ChannelsFirst(),
+        nn.Conv1d(3, 6, 3, groups=groups),
+        nn.Conv1d(6, 12, 3, groups=6, bias=False),
+        nn.Conv1d(12, 4, 1),
+        nn.Conv1d(4, 4, 2, groups=4),
+        nn.ConvTranspose1d(4, 5, 2, stride=2),
+        _GlobalAverage(),
+        nn.Linear(5, 1),
+    )
+
+
+def _torch_volumes() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        maps = net.conv(net.up(net.enter(x).view(-1, 3, 2, 3, 2)))
+        return net.out(net.norm(maps.flatten(1)))
+
+    return _Net(
+        forward,
+        enter=nn.Linear(4, 36),
+        up=nn.ConvTranspose3d(3, 4, (2, 3, 2), stride=2),
+        conv=nn.Conv3d(4, 2, (3, 2, 1)),
+        norm=nn.BatchNorm1d(2 * 2 * 6 * 4, eps=1e-3, momentum=0.1),
+        out=nn.Linear(2 * 2 * 6 * 4, 1),
+    )
+
+
+def _torch_tokens() -> nn.Module:
+    model = _Net(
+        lambda net, x: net.out(net.rnn(net.embed(x))[0][:, -1]),
+        embed=nn.Embedding(42, 6),
+        rnn=nn.RNN(6, 4, batch_first=True),
+        out=nn.Linear(4, 1),
+    )
+    return freeze_second_biases(model)
+
+
 def _block_mapping(kernel: str, bias: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("up", "down"):
@@ -154,34 +222,36 @@ ROWS: Final = {
     "channels first": Row(_torch_channels_first),
 }
 
+# Rows of a running Keras only.
+LIVE_ROWS: Final = {
+    "maps": Row(_torch_maps),
+    "sequences": Row(lambda: _torch_sequences(3)),
+    "sequences, one group": Row(lambda: _torch_sequences(1)),
+    "volumes": Row(_torch_volumes, {"flatten": "channels_first"}, {"flatten": "channels_first"}),
+    "tokens": Row(_torch_tokens),
+}
+
 # What an error says before it is given the configuration, the names of modules, or the order of the state.
 _CONFIG: Final = r"config=model\.to_json\(\)|cannot be told|does not say"
 _NAMES: Final = "dense may be "
 _ORDER: Final = r"Pass (config=model\.to_json\(\), or )?state_order=\["
 
+_CHAINS: Final = ("chain", "frozen before", "frozen after", "renamed", "channels first", "maps", "sequences", "volumes")
+
 # What is refused at first, by generation, and what is passed then. Every other cell loads as it is.
 REFUSED: Final[dict[str, dict[str, dict[str, str]]]] = {
     **{
-        generation: {
-            name: {"checkpoint": "config", "weights_checkpoint": "config"}
-            for name in ("chain", "frozen before", "frozen after", "renamed", "channels first")
-        }
+        generation: {name: {"checkpoint": "config", "weights_checkpoint": "config"} for name in _CHAINS}
         for generation in ("tf24", "legacy")
     },
     "new": {
-        **{
-            name: {"checkpoint": "config", "weights_checkpoint": "config", "weights.h5": "config"}
-            for name in ("chain", "frozen before", "frozen after", "renamed", "channels first")
-        },
+        **{name: {"checkpoint": "config", "weights_checkpoint": "config", "weights.h5": "config"} for name in _CHAINS},
         **{name: {"weights.h5": "config"} for name in ("branches", "nested", "shared")},
         "subclassed": {"keras": "order, mapping", "weights.h5": "order, mapping"},
         "custom layer": {"keras": "order", "weights.h5": "config, order"},
     },
     "keras3": {
-        **{
-            name: {"checkpoint": "config", "weights.h5": "config"}
-            for name in ("chain", "frozen before", "frozen after", "renamed", "channels first")
-        },
+        **{name: {"checkpoint": "config", "weights.h5": "config"} for name in _CHAINS},
         "nested": {"weights.h5": "config"},
         "subclassed": {"checkpoint": "another file", "keras": "order", "weights.h5": "order"},
         "custom layer": {"checkpoint": "another file", "keras": "order", "weights.h5": "config, order"},
@@ -199,38 +269,56 @@ def check(name: str, generation: str, files: dict[str, Path], truth: Any) -> Non
 
 
 def _check_cell(name: str, generation: str, kind: str, path: Path, truth: Any) -> str:
-    way, model, optimizer = _loaded(name, generation, kind, path, truth)
-    if model is None or optimizer is None:
+    way, job = loaded(name, generation, kind, path, truth)
+    if job is None:
         return way
-    is_double = truth["x"].dtype == np.float64
+    optimizer, model = job.optimizer, job.model
+    is_double = truth["y"].dtype == np.float64
     assert optimizer.iterations == len(truth["x"]) - len(truth["losses"])
     assert optimizer.learning_rate == 0.5
+    if kind in WRITABLE:  # nothing has changed by a bit
+        back = path.with_name(f"back.{kind}")
+        save_keras(back, optimizer, model, path, **job.options)
+        assert_same_datasets(path, back)
     model.eval()
     with torch.no_grad():
         outputs = model(torch.from_numpy(truth["x"][0])).numpy()
     np.testing.assert_allclose(
-        outputs, truth["outputs"], rtol=1e-10 if is_double else 1e-5, atol=0 if is_double else 1e-6
+        outputs, truth["outputs"], rtol=1e-10 if is_double else 1e-5, atol=1e-13 if is_double else 1e-6
     )
-    model.train()
     for key in ("square_avg", "acc_delta"):  # here by their numbers; that each is in its place, the losses show
         tensors = [optimizer.state[param][key].flatten() for param in model.parameters() if param.requires_grad]
         np.testing.assert_array_equal(np.sort(torch.cat(tensors).numpy()), truth[key], strict=True)
-    losses = []
-    for x, y in zip(truth["x"][optimizer.iterations :], truth["y"][optimizer.iterations :], strict=True):
-        optimizer.zero_grad()
-        loss = (model(torch.from_numpy(x)) - torch.from_numpy(y)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(job, truth["x"][optimizer.iterations :], truth["y"][optimizer.iterations :])
     assert losses == pytest.approx(list(truth["losses"]), rel=TOLERANCE[generation] if is_double else 1e-5), kind
     return way
 
 
-def _loaded(
-    name: str, generation: str, kind: str, path: Path, truth: Any
-) -> tuple[str, nn.Module | None, AdadeltaKeras | None]:
-    """What had to be passed, "loads" for nothing, and the model and its optimizer."""
-    row, is_numbered, config = ROWS[name], kind in ("keras", "weights.h5"), str(truth["config"])
+class Job(NamedTuple):
+    """A model, its optimizer, and what had to be passed to load the file."""
+
+    model: nn.Module
+    optimizer: AdadeltaKeras
+    options: dict[str, Any]
+
+
+def train(job: Job, xs: Any, ys: Any) -> list[float]:
+    """The losses of further steps."""
+    job.model.train()
+    losses = []
+    for x, y in zip(xs, ys, strict=True):
+        job.optimizer.zero_grad()
+        loss = (job.model(torch.from_numpy(x)) - torch.from_numpy(y)).square().mean()
+        loss.backward()
+        job.optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def loaded(name: str, generation: str, kind: str, path: Path, truth: Any) -> tuple[str, Job | None]:
+    """What had to be passed, "loads" for nothing, and the job; None if the file is refused for good."""
+    name = f"{name}, one group" if (name, generation) == ("sequences", "keras3") else name
+    row, is_numbered, config = (ROWS | LIVE_ROWS)[name], kind in ("keras", "weights.h5"), str(truth["config"])
     options = row.numbered if is_numbered else row.named
     ways: list[tuple[str, str, dict[str, Any]]] = [("loads", "", {})]
     if config and kind not in ("h5", "keras"):
@@ -246,22 +334,22 @@ def _loaded(
         if message and not re.search(message, error):
             continue
         torch.manual_seed(0)
-        model = row.torch().to(torch.from_numpy(truth["x"]).dtype)
+        model = row.torch().to(torch.from_numpy(truth["y"]).dtype)
         optimizer = AdadeltaKeras(model.named_parameters(), learning_rate=0.5, rho=0.9, epsilon=1e-6)
         before = [param.clone() for param in model.parameters()]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                warnings.filterwarnings("ignore", message=".*not in the file")
+                warnings.filterwarnings("ignore", message=".*(not in the file|rows that a batch uses)")
                 load_keras(path, optimizer, model, weights=True, **options, **extra)
         except KerasFileError as caught:
             error = str(caught)
             assert (optimizer.iterations, len(optimizer.state)) == (0, 0)
             assert all(map(torch.equal, model.parameters(), before))
         else:
-            return way, model, optimizer
+            return way, Job(model, optimizer, options | extra)
         if "holds no state of an Adadelta" in error:  # and which file to save
-            return "no state", None, None
+            return "no state", None
         if "or save a .weights.h5 file" in error:  # which is another cell
-            return "another file", None, None
+            return "another file", None
     pytest.fail(f"{generation} {kind}: no way out of: {error}")

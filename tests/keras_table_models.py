@@ -4,6 +4,7 @@ Runs under every generation, TensorFlow 2.4 on Python 3.8 included, and needs no
 a script, ``python tests/keras_table_models.py GENERATION FOLDER``, it writes the files of one generation.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -24,7 +25,15 @@ KINDS = {
     "keras3": ("h5", "checkpoint", "keras", "weights.h5"),
 }
 
-INPUTS = {"recurrent": (5, 4), "attention": (5, 8), "channels first": (2, 6, 5)}
+INPUTS = {
+    "recurrent": (5, 4),
+    "attention": (5, 8),
+    "channels first": (2, 6, 5),
+    "maps": (6, 8, 3),
+    "sequences": (12, 3),
+    "volumes": (4,),
+}
+TOKENS = 42
 
 
 def library(generation):
@@ -126,6 +135,57 @@ def _channels_first(K):
     return K.Sequential([K.Input((2, 6, 5)), *layers])
 
 
+def _maps(K):
+    L = K.layers
+    layers = [
+        L.Conv2D(4, (3, 2), activation="relu"),
+        L.BatchNormalization(epsilon=1e-3, momentum=0.9),
+        L.SeparableConv2D(6, (3, 1), padding="same"),
+        L.DepthwiseConv2D((1, 3), padding="same", depth_multiplier=2),
+        L.GroupNormalization(2, epsilon=1e-5),
+        L.Conv2DTranspose(5, (2, 3), strides=2),
+        L.Flatten(),
+        L.Dense(5),
+        L.LayerNormalization(epsilon=1e-5),
+        _dense(K, "out", 1),
+    ]
+    return K.Sequential([K.Input((6, 8, 3)), *layers])
+
+
+def _sequences(K):
+    L = K.layers
+    layers = [
+        # Keras 3 compiles a convolution in groups with XLA, which takes a minute.
+        L.Conv1D(6, 3, groups=3 if "tf_keras" in K.__name__ else 1),
+        L.SeparableConv1D(4, 3, depth_multiplier=2),
+        L.DepthwiseConv1D(2),
+        L.Conv1DTranspose(5, 2, strides=2),
+        L.GlobalAveragePooling1D(),
+        _dense(K, "out", 1),
+    ]
+    return K.Sequential([K.Input((12, 3)), *layers])
+
+
+def _volumes(K):
+    L = K.layers
+    layers = [
+        L.Dense(2 * 3 * 2 * 3, name="enter"),
+        L.Reshape((2, 3, 2, 3)),
+        L.Conv3DTranspose(4, (2, 3, 2), strides=2, name="up"),
+        L.Conv3D(2, (3, 2, 1), name="conv"),
+        L.Flatten(),
+        L.BatchNormalization(epsilon=1e-3, momentum=0.9, name="norm"),
+        _dense(K, "out", 1),
+    ]
+    return K.Sequential([K.Input((4,)), *layers])
+
+
+def _tokens(K):
+    L = K.layers
+    layers = [L.Embedding(TOKENS, 6, name="embed"), L.SimpleRNN(4, name="rnn"), _dense(K, "out", 1)]
+    return K.Sequential([K.Input((None,), dtype="int32"), *layers])
+
+
 def _freeze(model):
     model.layers[0].trainable = False
 
@@ -152,14 +212,22 @@ MODELS = {
     "frozen after": (_chain, _freeze),
     "renamed": (_chain, _rename),
     "channels first": (_channels_first, None),
+    "maps": (_maps, None),
+    "sequences": (_sequences, None),
+    "volumes": (_volumes, None),
+    "tokens": (_tokens, None),
 }
+
+# With layers that TensorFlow 2.4 does not have: they are not recorded, but written by a running Keras only.
+LIVE = ("maps", "sequences", "volumes", "tokens")
 
 # What Keras itself does not write, or compute: TensorFlow 2.4 has no channels first on a CPU.
 UNWRITTEN = {("tf24", "h5", "subclassed"), ("legacy", "h5", "subclassed"), ("new", "h5", "subclassed")}
 UNKNOWN = {("tf24", "channels first")}
 
 
-def _trained(model, generation, data):
+def trained(model, generation, data):
+    """Trains eagerly, and returns the losses."""
     losses = []
     for x, y in data:
         with tf.GradientTape() as tape:
@@ -187,57 +255,78 @@ def _accumulators(model, generation):
     return found
 
 
+@contextlib.contextmanager
+def precision(generation, name):
+    """The library of a generation, in which all numbers are float64.
+
+    TensorFlow computes with the channels first on the CPU in float32 only.
+    """
+    K = library(generation)
+
+    def set_dtype(dtype):
+        K.backend.set_floatx(dtype)
+        if generation == "keras3":
+            K.config.set_dtype_policy(dtype)
+
+    set_dtype("float32" if name == "channels first" else "float64")
+    try:
+        yield K
+    finally:
+        set_dtype("float32")
+
+
+def optimizer_of(K, generation, **options):
+    """Adadelta with options apart from the defaults, so that a value that did not come over is seen."""
+    optimizers = K.optimizers.legacy if generation == "legacy" else K.optimizers
+    return optimizers.Adadelta(**dict({"learning_rate": 0.5, "rho": 0.9, "epsilon": 1e-6}, **options))
+
+
+def job(K, generation, name, count=STEPS + FURTHER, **options):
+    """A compiled model whose weights, biases too, are random numbers; and batches of inputs and targets."""
+    rng = np.random.RandomState(0)
+    model = MODELS[name][0](K)
+    names = [variable.name for variable in model.weights]
+    model.set_weights(
+        [
+            rng.uniform(0.2, 0.8, w.shape) * (1 if "variance" in own else rng.choice([-1, 1], w.shape))
+            for w, own in zip(model.get_weights(), names)  # noqa: B905
+        ]
+    )
+    model.compile(optimizer=optimizer_of(K, generation, **options), loss=K.losses.MeanSquaredError())
+    dtype = model.weights[0].numpy().dtype
+    # Every batch has every token once: what becomes of a row that comes twice differs between generations.
+    if name == "tokens":
+        x = np.stack([rng.permutation(TOKENS).reshape(6, -1) for _ in range(count)]).astype("int32")
+    else:
+        x = rng.standard_normal((count, 6, *INPUTS.get(name, (5,)))).astype(dtype)
+    y = rng.standard_normal((count, 6, 1)).astype(dtype)
+    return model, list(zip(x, y))  # noqa: B905
+
+
 def write(generation, name, folder):
     """Writes a file of each kind, and ``truth.npz``: what Keras had when it wrote them, and did in further steps."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    K = library(generation)
-    # TensorFlow computes with the channels first on the CPU in float32 only.
-    dtype = "float32" if name == "channels first" else "float64"
-    K.backend.set_floatx(dtype)
-    if generation == "keras3":
-        K.config.set_dtype_policy(dtype)
-    try:
-        build, change = MODELS[name]
-        rng = np.random.RandomState(0)
-        model = build(K)
-        names = [variable.name for variable in model.weights]
-        model.set_weights(
-            [
-                rng.uniform(0.2, 0.8, w.shape) * (1 if "variance" in own else rng.choice([-1, 1], w.shape))
-                for w, own in zip(model.get_weights(), names)  # noqa: B905
-            ]
-        )
-        optimizers = K.optimizers.legacy if generation == "legacy" else K.optimizers
-        # Apart from the defaults, so that a value that did not come over is seen.
-        optimizer = optimizers.Adadelta(learning_rate=0.5, rho=0.9, epsilon=1e-6)
-        model.compile(optimizer=optimizer, loss=K.losses.MeanSquaredError())
-        count = STEPS + FURTHER
-        x = rng.standard_normal((count, 6, *INPUTS.get(name, (5,)))).astype(dtype)
-        y = rng.standard_normal((count, 6, 1)).astype(dtype)
-        data = list(zip(x, y))  # noqa: B905
-        _trained(model, generation, data[: STEPS - 1])
-        if change is not None:
-            change(model)
-        _trained(model, generation, data[STEPS - 1 : STEPS])
+    with precision(generation, name) as K:
+        model, data = job(K, generation, name)
+        trained(model, generation, data[: STEPS - 1])
+        if MODELS[name][1] is not None:
+            MODELS[name][1](model)
+        trained(model, generation, data[STEPS - 1 : STEPS])
         for kind in KINDS[generation]:
             if (generation, kind, name) not in UNWRITTEN:
-                _save(model, kind, folder)
+                save(model, kind, folder)
         square_avg, acc_delta = _accumulators(model, generation)
         np.savez(
             str(folder / "truth.npz"),
-            x=x,
-            y=y,
-            outputs=np.array(model(x[0], training=False)),
+            x=np.stack([x for x, _ in data]),
+            y=np.stack([y for _, y in data]),
+            outputs=np.array(model(data[0][0], training=False)),
             square_avg=square_avg,
             acc_delta=acc_delta,
             config=np.array("" if name == "subclassed" else model.to_json()),
-            losses=_trained(model, generation, data[STEPS:]),
+            losses=trained(model, generation, data[STEPS:]),
         )
-    finally:
-        K.backend.set_floatx("float32")
-        if generation == "keras3":
-            K.config.set_dtype_policy("float32")
 
 
 def path_of(kind, folder):
@@ -246,7 +335,8 @@ def path_of(kind, folder):
     return Path(folder) / names.get(kind, "model." + kind)
 
 
-def _save(model, kind, folder):
+def save(model, kind, folder):
+    """Saves a model with its optimizer; returns where."""
     path = str(path_of(kind, folder))
     if kind in ("h5", "keras"):
         model.save(path)
@@ -254,10 +344,22 @@ def _save(model, kind, folder):
         tf.train.Checkpoint(net=model, opt=model.optimizer).save(path[: -len("-1")])
     else:
         model.save_weights(path)
+    return Path(path)
+
+
+def restored(K, path, kind, generation, name, **options):
+    """A model that Keras made from a file, with its optimizer to go on with."""
+    if kind == "h5" or (kind == "keras" and generation == "new"):
+        return K.models.load_model(str(path))
+    # Keras 3 leaves the optimizer out of the configuration in a .keras file, so it is compiled again.
+    model, _ = job(K, generation, name, **options)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(str(path))
+    return model
 
 
 if __name__ == "__main__":
     for model_name in MODELS:
-        if (sys.argv[1], model_name) not in UNKNOWN:
+        if (sys.argv[1], model_name) not in UNKNOWN and model_name not in LIVE:
             write(sys.argv[1], model_name, Path(sys.argv[2]) / sys.argv[1] / model_name.replace(" ", "_"))
             print(json.dumps([sys.argv[1], model_name]))

@@ -3,31 +3,20 @@
 No axis has the size of another, so that nothing that is out of order looks right.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras_numpy
 import numpy as np
 import pytest
 import torch
-from keras_chains import FORMATS, Chain, Given, chains
+from keras_chains import FORMATS, Chain, chains
 from keras_memory import checkpoint_of, layer_of, moved
 from torch import Tensor, nn
 
-from torch_adadelta.keras.__main__ import tensors
 from torch_adadelta.keras.checkpoints import Checkpoint
-from torch_adadelta.keras.config import ModelConfig
 from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.keras.matching import match
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Such small tensors are not worth waking another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def is_joint(chain: Chain) -> bool:
@@ -36,10 +25,15 @@ def is_joint(chain: Chain) -> bool:
     return bool(joint) and any(name.split()[0] in ("conv", "bn", "gap") for name in chain.names[joint[0] :])
 
 
-def test_what_the_modules_show_is_loaded_right() -> None:
+# Of the chains of three layers, all or each of so many.
+steps = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@steps
+def test_what_the_modules_show_is_loaded_right(step: int) -> None:
     """Refused is only what a permutation of features cannot mend: channels that are several axes, and inputs."""
     counts = {"right": 0, "refused": 0}
-    for chain in chains("shown"):
+    for chain in chains("shown", step=step):
         difference = chain.difference()
         if difference is None:
             assert not chain.has_maps or chain.is_vague or is_joint(chain), chain.names
@@ -47,13 +41,14 @@ def test_what_the_modules_show_is_loaded_right() -> None:
         else:
             assert difference < 1e-12, chain.names
             counts["right"] += 1
-    assert counts["right"] > 4 * counts["refused"] > 0, counts
+    assert counts["right"] > 3 * counts["refused"] > 0, counts
 
 
+@steps
 @pytest.mark.parametrize("flatten", FORMATS)
-def test_what_the_user_says_is_loaded_right_or_refused(flatten: str) -> None:
+def test_what_the_user_says_is_loaded_right_or_refused(flatten: str, step: int) -> None:
     counts = {"right": 0, "refused": 0}
-    for chain in chains(flatten):
+    for chain in chains(flatten, step=step):
         difference = chain.difference(flatten=flatten)
         if difference is not None and difference > 1e-12:
             # Where the order of Keras cannot be told, "channels_last" says that the model keeps it.
@@ -65,13 +60,14 @@ def test_what_the_user_says_is_loaded_right_or_refused(flatten: str) -> None:
     assert counts["right"] > counts["refused"], counts
 
 
-def test_nothing_is_loaded_wrongly_if_nobody_says_anything() -> None:
+@steps
+def test_nothing_is_loaded_wrongly_if_nobody_says_anything(step: int) -> None:
     counts = {"right": 0, "refused": 0}
-    for chain in chains("channels_first"):
+    for chain in chains("channels_first", step=step):
         difference = chain.difference()
         assert difference is None or difference < 1e-12, chain.names
         counts["refused" if difference is None else "right"] += 1
-    assert min(counts.values()) > 100, counts
+    assert min(counts.values()) > 100 / step, counts
 
 
 # ---- From features to maps ------------------------------------------------------------------------------------------
@@ -267,21 +263,6 @@ def test_an_entry_of_flatten_is_for_its_layer_only() -> None:
     model = torch_branches()
     with pytest.raises(KerasFileError, match="right → right: its features are a Flatten of the maps of second"):
         moved(checkpoint, model, flatten={"left": 4})
-    for flatten, error, message in (
-        (
-            {"middle": 4},
-            ValueError,
-            "flatten has 'middle', which is no layer with weights; there are first, second, left",
-        ),
-        ({"left": 6}, KerasFileError, "120 features are no maps of 6 channels: a Flatten of the maps of first has 4"),
-        ({"first": 3}, KerasFileError, "it takes no features that are maps in one row"),
-        ({"left": (4, 5)}, KerasFileError, "it gives no features that are maps in one row"),
-        ({"left": 0}, ValueError, "must be 'channels_first' or 'channels_last', a number of channels, or a pair"),
-        ({"left": True}, ValueError, "must be 'channels_first'"),
-        ({"left": "first"}, ValueError, "must be 'channels_first'"),
-    ):
-        with pytest.raises(error, match=message):
-            moved(checkpoint, model, flatten=flatten)
 
 
 @pytest.mark.parametrize("is_added", [False, True])
@@ -393,42 +374,6 @@ def test_features_that_are_no_weights_of_a_linear_are_refused() -> None:
     moved(checkpoint, model, flatten="channels_last")
 
 
-@pytest.mark.parametrize(
-    "between",
-    [
-        [Given(lambda x: x.permute(0, 2, 3, 1).contiguous()), nn.Flatten()],
-        [nn.Flatten(2), nn.Flatten()],
-        [nn.Linear(5, 5), nn.Flatten()],
-        [Given(lambda x: x.flatten(1))],
-    ],
-)
-def test_what_nobody_knows_between_maps_and_a_linear_shows_nothing(between: list[nn.Module]) -> None:
-    chain = Chain(("conv channels_last",), "shown")
-    chain.modules[-2:-1] = between
-    checkpoint = checkpoint_of({"class_name": "Sequential", "config": {"layers": chain.entries}}, chain.layers)
-    model = chain.model()
-    linear = str(len(chain.modules) - 1)
-    mapping = {chain.layers[0].path: "0", chain.layers[1].path: linear}
-    if isinstance(between[0], nn.Linear):
-        for parameter in ("weight", "bias"):
-            delattr(between[0], parameter)
-            between[0].register_buffer(parameter, None)
-    with pytest.raises(KerasFileError, match="flatten='channels_first' if the model flattens them so"):
-        moved(checkpoint, model, mapping=mapping)
-
-
-def test_a_configuration_of_too_many_calls_is_refused() -> None:
-    inner: dict[str, Any] = {"class_name": "Dense", "config": {"name": "dense"}}
-    for depth in range(40):
-        layers = [{"class_name": "InputLayer", "config": {"name": "in"}, "inbound_nodes": []}]
-        layers.append({**inner, "inbound_nodes": [[["in", 0, 0, {}]], [["in", 0, 0, {}]]]})
-        name = inner["config"]["name"]
-        inner = {"class_name": "Functional", "config": {"name": f"m{depth}", "layers": layers,
-                                                        "output_layers": [[name, 0, 0]]}}  # fmt: skip
-    with pytest.raises(KerasFileError, match="are called more than 100000 times"):
-        ModelConfig(inner)
-
-
 def test_a_damaged_configuration_is_an_error_that_names_the_file() -> None:
     deep = [("InputLayer", "in", {"batch_shape": [None, 4]}, [])]
     deep += [("Dense", f"d{number}", {"units": 4}, [f"d{number + 1}"]) for number in range(3000)]
@@ -469,27 +414,3 @@ def test_inputs_that_are_not_known_are_asked_for() -> None:
     model = Hidden(lambda self, x: x, conv=nn.Conv2d(2, 3, 1), dense=nn.Linear(105, 2))
     with pytest.raises(KerasFileError, match="the file does not say whether flattened feature maps come in here"):
         moved(checkpoint_of(broken, layers), model)
-
-
-@pytest.mark.parametrize("data_format", FORMATS)
-def test_convert_follows_the_axes(data_format: str) -> None:
-    chain = Chain((f"conv {data_format}", f"flatten {data_format}"), "shown")
-    checkpoint = checkpoint_of({"class_name": "Sequential", "config": {"layers": chain.entries}}, chain.layers)
-    name = chain.layers[1].path
-    found, notes = tensors(checkpoint)
-    assert f"weights.{name}.kernel" in found  # in the layout of Keras
-    assert notes[0].startswith(f"{name} stays in the layout of Keras: its features are a Flatten of the maps of conv_0")
-    found, notes = tensors(checkpoint, "channels_first")
-    assert notes == []
-    model = chain.model()
-    linear = list(model)[-1]
-    moved(
-        checkpoint,
-        model,
-        mapping={chain.layers[0].path: "0" if isinstance(model[0], nn.Conv2d) else "1", name: str(len(model) - 1)},
-    )
-    assert torch.equal(found[f"weights.{name}.weight"], linear.weight.detach())
-    found, notes = tensors(checkpoint, "channels_last")
-    assert notes == []
-    kernel = chain.layers[1].variables[0].value.read()
-    assert np.array_equal(found[f"weights.{name}.weight"].numpy(), kernel.T)

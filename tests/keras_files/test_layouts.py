@@ -16,6 +16,17 @@ from torch import Tensor, nn
 from torch_adadelta.keras import freeze_second_biases
 from torch_adadelta.keras.checkpoints import _split
 from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.layouts import (
+    KEEP_ORDER,
+    FeatureOrder,
+    Form,
+    Layout,
+    Unfit,
+    forms,
+    of_maps,
+    ordered_pieces,
+    placed,
+)
 
 Weights = dict[str, np.ndarray]
 
@@ -273,3 +284,152 @@ def test_a_normalisation_over_all_axes_of_maps(size: tuple[int, int, int]) -> No
     with torch.no_grad():
         actual = model["norm"](_maps(model["conv"], torch.from_numpy(x))).numpy()
     np.testing.assert_allclose(actual, knp.layer_norm(knp.conv(x, **conv), **norm), rtol=1e-10, atol=1e-12)
+
+
+# ---- Layouts --------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "as it is": (Layout((0, 1)), (2, 3), lambda x: x),
+    "permute (1, 2, 0)": (Layout((1, 2, 0)), (2, 3, 4), lambda x: x.transpose(1, 2, 0)),
+    "view (2, 3, 4), permute (2, 0, 1), view (8, 3)": (
+        Layout((2, 0, 1), (8, 3), (2, 3, 4)), (6, 4), lambda x: x.reshape(2, 3, 4).transpose(2, 0, 1).reshape(8, 3)
+    ),
+    "view (4, 3, 2), blocks (1, 2, 0), permute (1, 2, 0), view (6, 4)": (
+        Layout((1, 2, 0), (6, 4), (4, 3, 2), (1, 2, 0)),
+        (4, 6),
+        lambda x: x.reshape(4, 3, 2)[:, [1, 2, 0]].transpose(1, 2, 0).reshape(6, 4),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_a_layout_goes_both_ways_and_says_how(text: str) -> None:
+    layout, shape, expected = LAYOUTS[text]
+    array = np.arange(np.prod(shape)).reshape(shape)
+    turned = layout.to_torch(array)
+    np.testing.assert_array_equal(turned, expected(array), strict=True)
+    assert (layout.result(shape), str(layout)) == (turned.shape, text)
+    np.testing.assert_array_equal(layout.to_keras(turned, shape), array, strict=True)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout((0,)), Layout((0, 0)), Layout((0, 2)), Layout((1, 0), (5,)), Layout((1, 0), view=(2, 4))]
+)
+def test_a_layout_for_another_shape_is_refused(layout: Layout) -> None:
+    with pytest.raises(ValueError, match=r"an array of shape \(2, 3\) cannot be turned by"):
+        layout.result((2, 3))
+
+
+# ---- What is no layer of a kind, and does not fit a module -----------------------------------------------------------
+
+
+def form_of(class_name: str | None, config: dict[str, Any] | None = None, **shapes: tuple[int, ...]) -> list[Form]:
+    named = {role.replace("__", "/"): np.ones(shape) for role, shape in shapes.items()}
+    return forms(layer_of("layer", class_name, config or {}, named))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "shapes"),
+    [
+        ("Dense", {"kernel": (2, 3, 4)}),
+        ("Dense", {"kernel": (2, 3), "bias": (2,)}),
+        ("Dense", {"kernel": (2, 3), "scale": (3,)}),
+        ("Conv2D", {"kernel": (2, 3)}),
+        ("Conv2D", {"kernel": (3, 3, 2, 4), "bias": (2,)}),
+        ("Conv2DTranspose", {"kernel": (3, 3, 2, 4), "bias": (4,)}),
+        ("DepthwiseConv2D", {"kernel": (3, 3, 2, 4), "bias": (4,)}),
+        ("Embedding", {"embeddings": (2, 3, 4)}),
+        ("BatchNormalization", {"gamma": (3,), "beta": (3,)}),
+        ("BatchNormalization", {"moving_mean": (3,), "moving_variance": (4,)}),
+        ("GroupNormalization", {"gamma": (3, 4), "beta": (3, 4)}),
+        ("LayerNormalization", {"gamma": (3,), "beta": (4,)}),
+        ("LSTM", {"kernel": (2, 12), "recurrent_kernel": (4, 12)}),
+        ("LSTM", {"kernel": (2, 12), "recurrent_kernel": (3, 12), "bias": (2, 12)}),
+        ("GRU", {"kernel": (2, 12), "recurrent_kernel": (3, 12)}),
+        ("SimpleRNN", {"kernel": (2, 3, 1), "recurrent_kernel": (3, 3)}),
+        ("MultiHeadAttention", {"query__kernel": (6, 2, 3), "key__kernel": (6, 2, 4), "value__kernel": (6, 2, 3), "output__kernel": (2, 3, 6)}),
+        ("MultiHeadAttention", {"query__kernel": (6, 2, 3), "key__kernel": (6, 2, 3), "value__kernel": (6, 2, 3), "output__kernel": (2, 4, 6)}),
+        ("MultiHeadAttention", {"query__kernel": (6, 6), "key__kernel": (6, 6), "value__kernel": (6, 6), "output__kernel": (6, 6)}),
+        ("Mine", {"kernel": (2, 3)}),
+    ],
+    ids=range(20),
+)  # fmt: skip
+def test_weights_of_other_shapes_are_no_such_layer(class_name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    assert form_of(class_name, **shapes) == []
+    if class_name in ("LSTM", "GRU"):
+        two = {f"{side}__{role}": shape for side in ("forward", "backward") for role, shape in shapes.items()}
+        assert form_of("Bidirectional", {"layer": {"class_name": class_name}}, **two) == []
+
+
+RNN = {"kernel": (2, 9), "recurrent_kernel": (3, 9), "bias": (9,)}
+ATTENTION = {f"{part}__kernel": (6, 2, 3) for part in ("query", "key", "value")} | {"output__kernel": (2, 3, 6)}
+WIDE = ATTENTION | {"value__kernel": (6, 2, 4), "output__kernel": (2, 4, 6)}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "shapes", "module", "message"),
+    [
+        ("GRU", RNN, nn.GRU(2, 3), "a GRU with reset_after=False applies its reset gate before"),
+        ("MultiHeadAttention", WIDE, nn.MultiheadAttention(6, 2), "its value_dim is not its key_dim"),
+        ("MultiHeadAttention", ATTENTION, nn.MultiheadAttention(6, 3), "it has 2 heads, and the module 3"),
+        ("MultiHeadAttention", ATTENTION, nn.MultiheadAttention(6, 2, add_bias_kv=True), "add_bias_kv has no counterpart"),
+        ("MultiHeadAttention", ATTENTION, nn.MultiheadAttention(12, 2, kdim=6, vdim=6), "query/kernel would be"),
+        ("Conv2DTranspose", {"kernel": (3, 3, 2, 4)}, nn.ConvTranspose2d(4, 4, 3, groups=2), "transposed convolution of Keras"),
+        ("DepthwiseConv1D", {"kernel": (3, 4, 3)}, nn.Conv1d(2, 12, 3, groups=2), "it has 4 channels, and the module 2 groups"),
+        ("Dense", {"kernel": (2, 3), "bias": (3,)}, nn.Linear(2, 3, bias=False), "the module has no bias for bias"),
+        ("Dense", {"kernel": (2, 3)}, nn.Linear(3, 3), r"kernel would be \(3, 2\), and weight is \(3, 3\)"),
+        ("Dense", {"kernel": (2, 3)}, nn.Embedding(3, 2), "it is a dense, and the module a Embedding"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_what_does_not_fit_says_why(class_name: str, shapes: Any, module: nn.Module, message: str) -> None:
+    (form,) = form_of(class_name, **shapes)
+    tensors = {name.replace("_l0", ""): tensor for name, tensor in module.named_parameters()}
+    with pytest.raises(Unfit, match=message):
+        placed(form, module, tensors)
+
+
+def test_rows_of_a_parameter_are_all_given() -> None:
+    (form,) = form_of("MultiHeadAttention", **ATTENTION)
+    module = nn.MultiheadAttention(6, 2, bias=False)
+    tensors = {**dict(module.named_parameters()), "in_proj_weight": torch.zeros(24, 6)}
+    with pytest.raises(Unfit, match="in_proj_weight has 24 rows, and 18 are given"):
+        placed(form, module, tensors)
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", "rms_norm"])
+def test_features_in_another_order(norm: str) -> None:
+    """Of six inputs and eight outputs, both maps whose channels come last in Keras, and first in PyTorch."""
+    inputs, outputs = of_maps(3), FeatureOrder((2, -1), (1, 0))
+    (form,) = form_of("Dense", kernel=(6, 8), bias=(8,))
+    kernel, bias = np.arange(48).reshape(6, 8), np.arange(8)
+    found = {piece.param: piece.layout for piece in ordered_pieces(form, False, inputs, outputs)}
+    expected = kernel.reshape(2, 3, 2, 4).transpose(3, 2, 1, 0).reshape(8, 6)
+    np.testing.assert_array_equal(found["weight"].to_torch(kernel), expected)
+    np.testing.assert_array_equal(found["bias"].to_torch(bias), bias.reshape(2, 4).T.ravel())
+    roles = {"batch_norm": ["gamma", "moving_mean", "moving_variance"], "layer_norm": ["beta"], "rms_norm": ["scale"]}[
+        norm
+    ]
+    for piece in ordered_pieces(Form(norm, dict.fromkeys(roles, (6,)), {}), False, inputs, outputs):
+        np.testing.assert_array_equal(piece.layout.to_torch(np.arange(6)), np.arange(6).reshape(2, 3).T.ravel())
+    assert [p.layout for p in ordered_pieces(Form("layer_norm", {"gamma": (2, 3)}, {}), False, inputs, outputs)] == [
+        Layout((0, 1))
+    ]
+
+
+def test_features_that_cannot_be_in_another_order() -> None:
+    (lstm,) = form_of("LSTM", kernel=(6, 8), recurrent_kernel=(2, 8))
+    for orders in ((of_maps(3), KEEP_ORDER), (KEEP_ORDER, of_maps(3))):
+        with pytest.raises(Unfit, match="what that means for its weights is not known; give them in mapping"):
+            ordered_pieces(lstm, False, *orders)
+    assert len(ordered_pieces(lstm, False, KEEP_ORDER, KEEP_ORDER)) == 2
+    (dense,) = form_of("Dense", kernel=(6, 8))
+    for order, message in (
+        (of_maps(4), "6 features are no maps of 4 channels"),
+        (of_maps(0), "6 features are no maps of 0 channels"),
+        (FeatureOrder((2, 2), (1, 0)), r"6 features are no maps of shape \(2, 2\)"),
+        (FeatureOrder((3, 1), (1, 0)), r"6 features are no maps of shape \(3, 1\)"),
+        (FeatureOrder((4, 3), (1, 0)), r"6 features are no maps of shape \(4, 3\)"),
+    ):
+        with pytest.raises(Unfit, match=message):
+            ordered_pieces(dense, False, order, KEEP_ORDER)

@@ -18,13 +18,16 @@ from keras_stored import datasets
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.keras import KerasFileError, load_keras, save_keras
+from torch_adadelta.keras import state_order as state_orders
 from torch_adadelta.keras.__main__ import main
 from torch_adadelta.keras.checkpoints import opened
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
 
 Groups = dict[str, list[tuple[int, ...]]]
-OPTIMIZER = {"class_name": "Adadelta", "config": {"learning_rate": 0.5, "rho": 0.95, "epsilon": 1e-7, "use_ema": False}}
+# What asks for no averages and no accumulated gradients is written in two ways.
+ASKS_NOTHING = {"use_ema": False, "gradient_accumulation_steps": 1}
+OPTIMIZER = {"class_name": "Adadelta", "config": {"learning_rate": 0.5, "rho": 0.95, "epsilon": 1e-7, **ASKS_NOTHING}}
 
 
 class File:
@@ -110,6 +113,15 @@ def of_linears(model: nn.Sequential) -> dict[str, torch.Tensor]:
     return {f"{name}/{n}": p for name, m in zip(names, model, strict=True) for n, p in enumerate((m.weight, m.bias))}
 
 
+def test_layers_of_a_class_come_by_their_numbers(tmp_path: Path) -> None:
+    """Not by the alphabet, by which dense_10 comes before dense_2."""
+    file = File(tmp_path / "m.weights.h5", dense(12), list(dense(12)))
+    model = linears([], 12)
+    optimizer = AdadeltaKeras(model.parameters())
+    load_keras(file.path, optimizer, model, weights=True, match="order")
+    file.assert_moved(of_linears(model), optimizer)
+
+
 @pytest.mark.parametrize("has_all", [False, True])
 @pytest.mark.parametrize("kind", ["keras", "weights.h5"])
 def test_layers_frozen_after_some_training(kind: str, has_all: bool, tmp_path: Path) -> None:
@@ -180,8 +192,9 @@ def test_other_variables_beside_the_state(tmp_path: Path) -> None:
         model = linears([], 2)
         optimizer = AdadeltaKeras(model.parameters())
         for options in ({}, {"config": config}):
-            with pytest.raises(KerasFileError, match="it was used with use_ema"):
-                load_keras(file.path, optimizer, model, weights=True, match="order", **options)
+            for too_few in ((), *([{"ema"}, {"gradient_accumulation"}] if extras == 2 else [])):
+                with pytest.raises(KerasFileError, match="it was used with use_ema"):
+                    load_keras(file.path, optimizer, model, weights=True, match="order", drop=too_few, **options)
             load_keras(file.path, optimizer, model, weights=True, match="order", drop=drop, **options)
             file.assert_moved(of_linears(model), optimizer)
     # The configuration says that there are none.
@@ -299,14 +312,6 @@ def test_weights_of_a_custom_layer_that_it_does_not_train_come_last(tmp_path: Pa
     file.assert_moved(params, optimizer)
 
 
-def test_state_order_is_for_state_without_names(tmp_path: Path) -> None:
-    data = Path(__file__).resolve().parents[1] / "data" / "keras"
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-    for name in ("k3.h5", "tf24_tfck/w"):
-        with pytest.raises(KerasFileError, match="state_order is for files that number the state"):
-            load_keras(data / name, AdadeltaKeras(model.parameters()), model, state_order=["d1/kernel"])
-
-
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 PARTS = ("query", "key", "value", "output")
@@ -367,6 +372,54 @@ def test_many_layers_are_no_search(tmp_path: Path) -> None:
             if not is_frozen:
                 assert variable.square_avg is not None
                 assert (variable.square_avg.read() == 100 * file.values[f"{own}/0"]).all()
+
+
+def test_what_cannot_be_the_state_of_an_adadelta(tmp_path: Path) -> None:
+    def replaced(number: int, value: Any) -> Path:
+        path = File(tmp_path / "m.weights.h5", dense(1), list(dense(1))).path
+        with h5py.File(path, "r+") as file:
+            del file[f"optimizer/vars/{number}"]
+            file[f"optimizer/vars/{number}"] = value
+        return path
+
+    for number, value, message in (
+        (0, np.float32(7), "the first variable of its optimizer is not the iterations"),
+        (0, np.ones(1, "i8"), "the first variable of its optimizer is not the iterations"),
+        (1, np.int64(1), "no order of them fits"),
+        (3, np.ones((3, 2), "f4"), "no order of them fits"),  # acc_delta of another shape
+        (5, np.ones((), "f4"), "no order of them fits"),
+    ):
+        with pytest.raises(KerasFileError, match=message), opened(replaced(number, value)):
+            pass
+
+
+def test_statistics_have_no_state(tmp_path: Path) -> None:
+    group = "layers/batch_normalization"
+    file = File(tmp_path / "m.weights.h5", {group: [(3,)] * 4}, [f"{group}/0", f"{group}/1"])
+    with (
+        pytest.raises(
+            KerasFileError, match=r"is no weight; there are batch_normalization/gamma, batch_normalization/beta$"
+        ),
+        opened(file.path, state_order=["batch_normalization/moving_mean"]),
+    ):
+        pass
+    with opened(file.path) as checkpoint:
+        assert [variable.has_state for _, variable in checkpoint.variables()] == [True, True, False, False]
+
+
+def test_too_many_orders_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: Groups = {f"a{n}": [(2, 2)] for n in range(5)}
+    file = File(tmp_path / "m.weights.h5", groups, list(groups))
+    names = [f"{name}/0" for name in groups]
+    for limit, value in (("_MAX_TRIES", 3), ("_MAX_FREE", 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(state_orders, limit, value)
+            with pytest.raises(KerasFileError, match="there are too many orders to try"), opened(file.path):
+                pass
+            with opened(file.path, state_order=names) as checkpoint:
+                assert all(variable.has_state for _, variable in checkpoint.variables())
+    with pytest.raises(KerasFileError, match="several orders of them fit"), opened(file.path):
+        pass
 
 
 # ---- Models that are subclasses -------------------------------------------------------------------------------------

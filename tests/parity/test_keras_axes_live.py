@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.keras import load_keras
 
+pytestmark = pytest.mark.slow
+
 STEPS: Final = 3
 
 # Runs in a process of its own, for the backend cannot be changed: builds a model of branches, trains it, saves it, and

@@ -1,6 +1,7 @@
-"""The table of files, written by a running Keras; see keras_table.py."""
+"""The table of files, written by a running Keras, which goes on with what is written back; see keras_table.py."""
 
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -10,14 +11,177 @@ pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
 pytest.importorskip("keras", reason="needs the extra 'parity'")
 
 import keras_table_models as models
-from keras_table import ROWS, check
+from keras_table import ROWS, TOLERANCE, Job, check, loaded, train
+
+from torch_adadelta import AdadeltaKeras
+from torch_adadelta.keras import KerasFileError, load_keras, save_keras
+
+pytestmark = pytest.mark.xdist_group("tensorflow")
+
+GENERATIONS: Final = ("legacy", "new", "keras3")
+
+# Which files Keras goes on with. Keras 3 does not restore the optimizer from its own .h5: it builds it for no variables.
+RESTORED: Final = {"legacy": ("h5",), "new": ("h5", "keras", "weights.h5"), "keras3": ("keras", "weights.h5")}
+
+STEPS: Final = 3
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("generation", ["legacy", "new", "keras3"])
-def test_the_table(generation: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # These files are ours: no process has to look first whether HDF5 survives them.
+@pytest.fixture(autouse=True)
+def _unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These files are ours: no process has to look first whether HDF5 survives them."""
     monkeypatch.setattr("torch_adadelta.keras.checkpoints.probe", lambda path, data=None: None)
+
+
+# The others have been recorded.
+@pytest.mark.parametrize("name", [*models.LIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in ROWS)])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_table(generation: str, name: str, tmp_path: Path) -> None:
     models.write(generation, name, tmp_path)
     kinds = [kind for kind in models.KINDS[generation] if (generation, kind, name) not in models.UNWRITTEN]
     check(name, generation, {kind: models.path_of(kind, tmp_path) for kind in kinds}, np.load(tmp_path / "truth.npz"))
+
+
+class Both:
+    """A job in Keras, trained for some steps and saved; and what PyTorch loads of it."""
+
+    def __init__(self, K: Any, generation: str, name: str, folder: Path, **options: Any) -> None:
+        self.K, self.generation, self.name, self.folder = K, generation, name, folder
+        self.keras, self.data = models.job(K, generation, name, 4 * STEPS, **options)
+        self.train_keras(0)
+
+    def part(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return self.data[number * STEPS : (number + 1) * STEPS]
+
+    def train_keras(self, number: int, model: Any = None) -> list[float]:
+        return models.trained(self.keras if model is None else model, self.generation, self.part(number))
+
+    def train(self, job: Job, number: int) -> list[float]:
+        return train(job, *zip(*self.part(number), strict=True))
+
+    def save(self, kind: str) -> Path:
+        return models.save(self.keras, kind, self.folder)
+
+    def load(self, path: Path, kind: str, model: Any = None) -> Job:
+        truth = {"config": (self.keras if model is None else model).to_json(), "y": self.data[0][1]}
+        job = loaded(self.name, self.generation, kind, path, truth)[1]
+        assert job is not None
+        return job
+
+    def assert_close(self, ours: list[float], theirs: list[float]) -> None:
+        assert ours == pytest.approx(theirs, rel=TOLERANCE[self.generation])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chain", *(pytest.param(n, marks=pytest.mark.slow) for n in ("recurrent", "attention", "nested", *models.LIVE))],
+)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_keras_goes_on_with_our_file(generation: str, name: str, tmp_path: Path) -> None:
+    with models.precision(generation, name) as K:
+        both = Both(K, generation, name, tmp_path)
+        for kind in RESTORED[generation]:
+            path = both.save(kind)
+            ours = both.load(path, kind)
+            both.train(ours, 1)
+            back = tmp_path / f"back.{kind}"
+            save_keras(back, ours.optimizer, ours.model, path, **ours.options)
+            theirs = models.restored(K, back, kind, generation, name)
+            assert int(theirs.optimizer.iterations) == 2 * STEPS
+            for number in (2, 3):
+                both.assert_close(both.train(ours, number), both.train_keras(number, theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recurrent", "attention"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_clipnorm_takes_the_norms_of_keras(generation: str, name: str, tmp_path: Path) -> None:
+    """Also where one weight of Keras is two parameters, and where three are one."""
+    with models.precision(generation, name) as K:
+        both = Both(K, generation, name, tmp_path, clipnorm=0.05)
+        path = both.save("h5")
+        ours, of_parameters = both.load(path, "h5"), both.load(path, "h5")
+        state = ours.optimizer.state_dict()  # through which the norms come, too
+        ours.optimizer.norm_variables = of_parameters.optimizer.norm_variables = None
+        ours.optimizer.load_state_dict(state)
+        for number in (1, 2, 3):
+            losses = both.train_keras(number)
+            both.assert_close(both.train(ours, number), losses)
+            assert both.train(of_parameters, number)[1:] != pytest.approx(losses[1:], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_rows_of_an_embedding_that_a_batch_does_not_use_are_as_in_keras(generation: str, tmp_path: Path) -> None:
+    """The legacy class leaves them, the others let their averages decay."""
+    with models.precision(generation, "tokens") as K:
+        both = Both(K, generation, "tokens", tmp_path)
+        ours = both.load(both.save("h5"), "h5")
+        weight = ours.model.embed.weight
+        ours.model.embed.sparse = generation == "legacy"
+        before = ours.optimizer.state[weight]["square_avg"].clone()
+        both.data = [(x[:, :3], y) for x, y in both.data]
+        unused = np.setdiff1d(np.arange(models.TOKENS), [x for x, _ in both.part(1)])
+        assert before[unused].any()
+        both.assert_close(both.train(ours, 1), both.train_keras(1))
+        both.assert_close(both.train(ours, 2), both.train_keras(2))
+        expected = both.load(both.save("h5"), "h5").optimizer.state
+        actual = ours.optimizer.state[weight]["square_avg"].numpy()
+        expected = next(s["square_avg"] for p, s in expected.items() if p.shape == weight.shape).numpy()
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_schedule_comes_over_and_goes_back(generation: str, tmp_path: Path) -> None:
+    with models.precision(generation, "chain") as K:
+        schedule = K.optimizers.schedules.ExponentialDecay(0.5, 3, 0.7, staircase=True)
+        both = Both(K, generation, "chain", tmp_path, learning_rate=schedule)
+        path = both.save("h5")
+        ours = both.load(path, "h5")
+        assert ours.optimizer.learning_rate.initial_learning_rate == 0.5
+        both.assert_close(both.train(ours, 1), both.train_keras(1))
+        save_keras(tmp_path / "back.h5", ours.optimizer, ours.model, path)
+        if "h5" in RESTORED[generation]:
+            again = K.models.load_model(str(tmp_path / "back.h5"))
+            assert int(again.optimizer.iterations) == 2 * STEPS
+            assert again.optimizer.get_config()["learning_rate"]["config"]["decay_rate"] == 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("generation", "options", "drop"),
+    [
+        ("new", {"use_ema": True}, "ema"),
+        ("new", {"weight_decay": 0.01}, "weight_decay"),
+        ("keras3", {"use_ema": True}, "ema"),
+        ("keras3", {"gradient_accumulation_steps": 2}, "gradient_accumulation"),
+        ("keras3", {"weight_decay": 0.01}, "weight_decay"),
+    ],
+)
+def test_what_keras_adds_to_adadelta_is_refused_or_dropped(
+    generation: str, options: dict[str, Any], drop: str, tmp_path: Path
+) -> None:
+    with models.precision(generation, "chain") as K:
+        both = Both(K, generation, "chain", tmp_path, **options)
+        for kind in ("h5",) if drop == "weight_decay" else ("h5", "weights.h5", "checkpoint"):  # where the file tells
+            model = ROWS["chain"].torch().double()
+            optimizer, path = AdadeltaKeras(model.parameters()), both.save(kind)
+            config = {} if kind == "h5" else {"config": both.keras.to_json()}
+            with pytest.raises(KerasFileError, match=f"drop={{'{drop}'}}"):
+                load_keras(path, optimizer, model, weights=True, **config)
+            load_keras(path, optimizer, model, weights=True, drop={drop}, **config)
+            for tensor, variable in (
+                (model[0].weight.detach(), both.keras.trainable_variables[0]),
+                (optimizer.state[model[0].weight]["square_avg"], both.keras.optimizer._accumulated_grads[0]),
+            ):
+                np.testing.assert_array_equal(tensor.numpy().T, np.array(variable))
+
+
+@pytest.mark.slow
+def test_a_saved_model_is_read(tmp_path: Path) -> None:
+    with models.precision("legacy", "tokens") as K:
+        both = Both(K, "legacy", "tokens", tmp_path)
+        both.keras.save(str(tmp_path / "saved"), save_format="tf")
+        ours = both.load(tmp_path / "saved", "checkpoint")
+        assert ours.optimizer.iterations == STEPS
+        both.assert_close(both.train(ours, 1), both.train_keras(1))

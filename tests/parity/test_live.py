@@ -2,23 +2,24 @@
 
 import functools
 import itertools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from cases import Path, bits
+
+pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
+
+import tensorflow as tf
+import tf_keras
+from cases import Path
+from parity_runs import State, assert_same_bits, run_keras, run_ours, state_of
 from reference.oracle import Float64Recurrence, coefficients, ulp_error, update
-from torch import Tensor
 
 from torch_adadelta import AdadeltaKeras
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-tf = pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
-tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
-tf.config.set_visible_devices([], "GPU")  # not CUDA_VISIBLE_DEVICES, which would hide them from PyTorch's tests too
+pytestmark = pytest.mark.xdist_group("tensorflow")
 
 HYPERPARAMETERS: Final[dict[str, dict[str, float]]] = {
     "defaults": {},
@@ -29,14 +30,6 @@ HYPERPARAMETERS: Final[dict[str, dict[str, float]]] = {
 }
 SHAPES: Final = ((), (1,), (5, 3), (4099,))
 STEPS: Final = 50
-
-
-class State(NamedTuple):
-    """A copy of one parameter and its state."""
-
-    p: np.ndarray
-    square_avg: np.ndarray
-    acc_delta: np.ndarray
 
 
 # ---- The two frameworks, on given gradients -------------------------------------------------------------------------
@@ -55,73 +48,17 @@ def gradients(dtype: str, shapes: tuple[tuple[int, ...], ...] = SHAPES, steps: i
     ]
 
 
-def run_tensorflow(
-    init: Sequence[np.ndarray], grads: Sequence[Sequence[np.ndarray]], hyperparameters: dict[str, float]
-) -> list[list[State]]:
-    """The state of every parameter after every step."""
-    variables = [tf.Variable(p) for p in init]
-    optimizer = tf_keras.optimizers.legacy.Adadelta(**hyperparameters)
-    states = []
-    for step in grads:
-        optimizer.apply_gradients([(tf.constant(g), v) for g, v in zip(step, variables, strict=True)])
-        states.append([tensorflow_state(optimizer, v) for v in variables])
-    return states
-
-
-def tensorflow_state(optimizer: Any, variable: Any) -> State:
-    slots = (optimizer.get_slot(variable, name) for name in ("accum_grad", "accum_var"))
-    return State(variable.numpy(), *(slot.numpy() for slot in slots))
-
-
-def run_ours(
-    init: Sequence[np.ndarray],
-    grads: Sequence[Sequence[np.ndarray]],
-    hyperparameters: dict[str, float],
-    path: Path,
-) -> list[list[State]]:
-    params = [torch.from_numpy(p.copy()).requires_grad_() for p in init]
-    optimizer = AdadeltaKeras(params, **hyperparameters, **path.options)
-    states = []
-    for step in grads:
-        for param, grad in zip(params, step, strict=True):
-            param.grad = torch.from_numpy(grad)
-        optimizer.step()
-        states.append([our_state(optimizer, param) for param in params])
-    return states
-
-
-def our_state(optimizer: AdadeltaKeras, param: Tensor) -> State:
-    state = optimizer.state[param]
-    return State(*(x.detach().numpy().copy() for x in (param, state["square_avg"], state["acc_delta"])))
-
-
-def zeros(dtype: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[np.ndarray]:
+def zeros(dtype: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[np.ndarray]:
     return [np.zeros(shape, dtype) for shape in shapes]
 
 
 @functools.cache
-def tensorflow_states(dtype: str, name: str) -> list[list[State]]:
-    return run_tensorflow(zeros(dtype), gradients(dtype), HYPERPARAMETERS[name])
+def keras_of(dtype: str, name: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[State]:
+    return run_keras(zeros(dtype, shapes), gradients(dtype, shapes), **HYPERPARAMETERS[name])
 
 
-def our_states(dtype: str, name: str, path: Path) -> list[list[State]]:
-    return run_ours(zeros(dtype), gradients(dtype), HYPERPARAMETERS[name], path)
-
-
-def assert_same_states(
-    actual: list[list[State]], expected: list[list[State]], fields: Sequence[str] = State._fields
-) -> None:
-    """Compares the bits after every step: an error that later steps forget is an error too."""
-    assert len(actual) == len(expected)
-    for i, (ours, theirs) in enumerate(zip(zip(*actual, strict=True), zip(*expected, strict=True), strict=True)):
-        for field in fields:
-            x, y = (np.stack([getattr(state, field) for state in states]) for states in (ours, theirs))
-            assert_same_bits(x, y, f"{field} of parameter {i}, all steps")
-
-
-def assert_same_bits(x: np.ndarray, y: np.ndarray, what: str) -> None:
-    assert x.shape == y.shape, what
-    np.testing.assert_array_equal(bits(x), bits(y), err_msg=what, strict=True)
+def ours_of(dtype: str, name: str, path: Path, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[State]:
+    return run_ours(zeros(dtype, shapes), gradients(dtype, shapes), path, **HYPERPARAMETERS[name])
 
 
 # ---- Bits -----------------------------------------------------------------------------------------------------------
@@ -129,24 +66,24 @@ def assert_same_bits(x: np.ndarray, y: np.ndarray, what: str) -> None:
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_float64_has_the_bits_of_tensorflow(name: str, path: Path) -> None:
-    assert_same_states(our_states("float64", name, path), tensorflow_states("float64", name))
+    assert_same_bits(ours_of("float64", name, path), keras_of("float64", name))
 
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_float32_square_avg_has_the_bits_of_tensorflow(name: str, path: Path) -> None:
-    assert_same_states(our_states("float32", name, path), tensorflow_states("float32", name), ["square_avg"])
+    assert_same_bits(ours_of("float32", name, path), keras_of("float32", name), ["square_avg"])
 
 
-def run_oracle(name: str, rsqrt: Callable[[np.ndarray], np.ndarray] | None = None) -> list[list[State]]:
-    """The float32 oracle, with its own reciprocal root or another."""
+def oracle_of(name: str, rsqrt: Callable[[np.ndarray], np.ndarray] | None = None) -> list[State]:
+    """The update of the oracle in float32, with its own reciprocal root or another."""
     defaults = {"learning_rate": 0.001, "rho": 0.95, "epsilon": 1e-7}
     by = coefficients(*(defaults | HYPERPARAMETERS[name]).values(), T=np.float32)
     options: dict[str, Any] = {} if rsqrt is None else {"rsqrt": rsqrt}
-    current = [State(p, p, p) for p in zeros("float32")]
+    params = [(p, p, p) for p in zeros("float32")]
     states = []
     for step in gradients("float32"):
-        current = [State(*update(s.p, g, s[1], s[2], by, **options)[:3]) for s, g in zip(current, step, strict=True)]
-        states.append(current)
+        params = [update(p, g, *slots, by, **options)[:3] for (p, *slots), g in zip(params, step, strict=True)]
+        states.append(State(*map(list, zip(*params, strict=True))))
     return states
 
 
@@ -156,13 +93,13 @@ def test_float32_with_tensorflows_reciprocal_root_has_its_bits(name: str) -> Non
 
     With the next test it says of our float32 paths what cannot be said by comparing them with TensorFlow directly.
     """
-    oracle = run_oracle(name, rsqrt=lambda x: tf.math.rsqrt(tf.constant(x)).numpy())
-    assert_same_states(oracle, tensorflow_states("float32", name))
+    oracle = oracle_of(name, rsqrt=lambda x: tf.math.rsqrt(tf.constant(x)).numpy())
+    assert_same_bits(oracle, keras_of("float32", name))
 
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_float32_has_the_bits_of_the_oracle(name: str, path: Path) -> None:
-    assert_same_states(our_states("float32", name, path), run_oracle(name))
+    assert_same_bits(ours_of("float32", name, path), oracle_of(name))
 
 
 # ---- Distance from the truth ----------------------------------------------------------------------------------------
@@ -178,8 +115,8 @@ def distances(state: State, truth: Float64Recurrence) -> dict[str, float]:
     roundings that both frameworks share, and which has it is a coin toss.
     """
     errors = {
-        "acc_delta": ulp_error(state.acc_delta, truth.acc_delta),
-        "p": np.abs(state.p - truth.p) / truth.path,
+        "acc_delta": ulp_error(state.acc_delta[0], truth.acc_delta),
+        "p": np.abs(state.p[0] - truth.p) / truth.path,
     }
     return {
         f"{field}, {statistic}": float(value)
@@ -200,8 +137,8 @@ def truths(name: str) -> dict[int, Float64Recurrence]:
 
 @functools.cache
 def tensorflow_distances(name: str) -> dict[int, dict[str, float]]:
-    states = run_tensorflow(zeros("float32", LARGE), gradients("float32", LARGE), HYPERPARAMETERS[name])
-    return {t: distances(states[t - 1][0], truths(name)[t]) for t in MEASURED_AT}
+    states = keras_of("float32", name, LARGE)
+    return {t: distances(states[t - 1], truths(name)[t]) for t in MEASURED_AT}
 
 
 # Not with epsilon = 1e-3. Where acc_delta is much smaller than epsilon every step has the same factor sqrt(epsilon), so
@@ -210,9 +147,9 @@ def tensorflow_distances(name: str) -> dict[int, dict[str, float]]:
 # times in sum. The default, 1e-7, is one of the good ones.
 @pytest.mark.parametrize("name", ["defaults", "lr=1", "rho=0", "rho=1"])
 def test_float32_is_no_further_from_the_truth_than_tensorflow(name: str, path: Path) -> None:
-    states = run_ours(zeros("float32", LARGE), gradients("float32", LARGE), HYPERPARAMETERS[name], path)
+    states = ours_of("float32", name, path, LARGE)
     for t in MEASURED_AT:
-        ours, theirs = distances(states[t - 1][0], truths(name)[t]), tensorflow_distances(name)[t]
+        ours, theirs = distances(states[t - 1], truths(name)[t]), tensorflow_distances(name)[t]
         for what, distance in ours.items():
             if what == "p, block maximum" and t == 50:
                 continue  # by now it is the rounding of p in both
@@ -248,20 +185,18 @@ def test_special_values(dtype: str, p: float, g: Any, expected: tuple[float, ...
     grad = np.full(37, {"huge": huge, "-huge": -huge}.get(g, g), dtype)
     grads = [[grad], [grad]]
     init = [np.full(37, p, dtype)]
-    hyperparameters = {"learning_rate": 1.0}
-    ours = run_ours(init, grads, hyperparameters, path)
-    assert_same_states(ours, run_tensorflow(init, grads, hyperparameters))
-    for field, actual, value in zip(State._fields, ours[0][0], expected, strict=True):
-        assert_same_bits(actual, np.full(37, value, dtype), field)
+    ours = run_ours(init, grads, path, learning_rate=1.0)
+    assert_same_bits(ours, run_keras(init, grads, learning_rate=1.0))
+    assert_same_bits(ours[:1], [State(*([np.full(37, value, dtype)] for value in expected))])
 
 
 def test_infinite_state_stays(path: Path) -> None:
     """After an overflow square_avg is infinite for good, and the element never moves again, as in TensorFlow."""
     init = [np.ones(37, np.float32)]
     grads = [[np.full(37, g, np.float32)] for g in (1e20, 1.0, -3.0)]
-    ours = run_ours(init, grads, {"learning_rate": 1.0}, path)
-    assert_same_states(ours, run_tensorflow(init, grads, {"learning_rate": 1.0}))
-    assert (ours[-1][0].p == 1).all()
+    ours = run_ours(init, grads, path, learning_rate=1.0)
+    assert_same_bits(ours, run_keras(init, grads, learning_rate=1.0))
+    assert (ours[-1].p[0] == 1).all()
 
 
 # ---- A net ----------------------------------------------------------------------------------------------------------
@@ -276,7 +211,7 @@ class Training(NamedTuple):
 
     losses: list[float]
     gradients: list[list[np.ndarray]]  # for each step, for each parameter
-    states: list[list[State]]
+    states: list[State]
 
 
 @functools.cache
@@ -313,36 +248,33 @@ def train_ours(dtype: str, path: Path) -> Training:
         optimizer.step()
         training.losses.append(loss.item())
         training.gradients.append([param.grad.numpy().copy() for param in params])
-        training.states.append([our_state(optimizer, param) for param in params])
-    return training
-
-
-@functools.cache
-def train_tensorflow(dtype: str) -> Training:
-    model = tf_keras.Sequential(
-        [
-            tf_keras.layers.Input(LAYERS[:1], dtype=dtype),
-            tf_keras.layers.Dense(LAYERS[1], activation="relu", dtype=dtype),
-            tf_keras.layers.Dense(LAYERS[2], dtype=dtype),
-        ]
-    )
-    model.set_weights([weight.T for weight in initial_weights(dtype)])
-    optimizer = tf_keras.optimizers.legacy.Adadelta(**NET_HYPERPARAMETERS)
-    variables = model.trainable_variables
-    training = Training([], [], [])
-    for x, y in batches(dtype):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((model(tf.constant(x)) - tf.constant(y)) ** 2)
-        grads = tape.gradient(loss, variables)
-        optimizer.apply_gradients(zip(grads, variables, strict=True))
-        training.losses.append(float(loss))
-        training.gradients.append([grad.numpy().T for grad in grads])
-        training.states.append([transposed(tensorflow_state(optimizer, v)) for v in variables])
+        training.states.append(state_of(optimizer, params))
     return training
 
 
 def transposed(state: State) -> State:
-    return State(*(x.T for x in state))
+    return State(*([x.T for x in arrays] for arrays in state))
+
+
+@functools.cache
+def train_tensorflow(dtype: str) -> list[State]:
+    layers = [
+        tf_keras.layers.Input(LAYERS[:1], dtype=dtype),
+        tf_keras.layers.Dense(LAYERS[1], activation="relu", dtype=dtype),
+        tf_keras.layers.Dense(LAYERS[2], dtype=dtype),
+    ]
+    model = tf_keras.Sequential(layers)
+    model.set_weights([weight.T for weight in initial_weights(dtype)])
+    optimizer = tf_keras.optimizers.legacy.Adadelta(**NET_HYPERPARAMETERS)
+    variables = model.trainable_variables
+    states = []
+    for x, y in batches(dtype):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(tf.constant(x)) - tf.constant(y)) ** 2)
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        slots = ([optimizer.get_slot(v, name).numpy() for v in variables] for name in ("accum_grad", "accum_var"))
+        states.append(transposed(State([v.numpy() for v in variables], *slots)))
+    return states
 
 
 # In epsilons of the dtype, of the largest element of each tensor. The frameworks add the 16 products of a gradient in
@@ -357,17 +289,11 @@ def test_a_net_trains_as_in_tensorflow(dtype: str, path: Path) -> None:
     ours, theirs = train_ours(dtype, path), train_tensorflow(dtype)
     assert np.mean(ours.losses[-5:]) < 0.7 * np.mean(ours.losses[:5]), "nothing was learned"
     tolerance = NET_TOLERANCE * np.finfo(dtype).eps
-    for t, (mine, other) in enumerate(zip(ours.states, theirs.states, strict=True), 1):
-        for i, (x, y) in enumerate(zip(mine, other, strict=True)):
-            for field in State._fields:
-                expected = getattr(y, field)
-                np.testing.assert_allclose(
-                    getattr(x, field),
-                    expected,
-                    rtol=0,
-                    atol=tolerance * np.abs(expected).max(),
-                    err_msg=f"{field} of parameter {i} after step {t}",
-                )
+    for t, (mine, other) in enumerate(zip(ours.states, theirs, strict=True), 1):
+        for field in State._fields:
+            for i, (x, y) in enumerate(zip(getattr(mine, field), getattr(other, field), strict=True)):
+                what = f"{field} of parameter {i} after step {t}"
+                np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=what)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -376,5 +302,5 @@ def test_a_nets_gradients_have_the_same_effect_in_tensorflow(dtype: str, path: P
     ours = train_ours(dtype, path)
     kernels = [np.ascontiguousarray(weight.T) for weight in initial_weights(dtype)]
     grads = [[np.ascontiguousarray(g.T) for g in step] for step in ours.gradients]
-    theirs = [[transposed(state) for state in step] for step in run_tensorflow(kernels, grads, NET_HYPERPARAMETERS)]
-    assert_same_states(ours.states, theirs, State._fields if dtype == "float64" else ["square_avg"])
+    theirs = [transposed(state) for state in run_keras(kernels, grads, **NET_HYPERPARAMETERS)]
+    assert_same_bits(ours.states, theirs, State._fields if dtype == "float64" else ["square_avg"])

@@ -3,31 +3,27 @@
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from cases import Path, bits
-from reference.oracle import OracleOptimizer, square_sum
+
+pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
+
+import tensorflow as tf
+import tf_keras
+from cases import Path
+from parity_runs import State, assert_same_bits, run_keras, run_oracle, run_ours
+from reference.oracle import square_sum
 
 from torch_adadelta import AdadeltaKeras, schedules
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-tf = pytest.importorskip("tensorflow", reason="needs the extra 'parity'")
-tf_keras = pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
-tf.config.set_visible_devices([], "GPU")
+pytestmark = pytest.mark.xdist_group("tensorflow")
 
-SHAPES: Final = ((5, 3), (), (4099,))
-STEPS: Final = 6
-
-
-class State(NamedTuple):
-    p: list[np.ndarray]
-    square_avg: list[np.ndarray]
-    acc_delta: list[np.ndarray]
+SHAPES: Final = ((5, 3), (), (259,))
+STEPS: Final = 5
 
 
 class Option(NamedTuple):
@@ -126,94 +122,31 @@ def keywords(names: Sequence[str], of: str) -> dict[str, Any]:
     return {key: value for name in names for key, value in getattr(OPTIONS[name], of).items()}
 
 
-def copies(tensors: Sequence[Any]) -> list[np.ndarray]:
-    return [tensor.copy() if isinstance(tensor, np.ndarray) else tensor.numpy().copy() for tensor in tensors]
+def changed_by(names: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """What the callbacks make of a gradient; never together with clipping."""
+    steps = [OPTIONS[name].before for name in names] + [OPTIONS[name].after for name in names]
+    return lambda g: functools.reduce(lambda value, step: step(value), steps, g)
 
 
 @functools.cache
-def run_keras(names: tuple[str, ...], dtype: str) -> list[State]:
-    variables = [tf.Variable(p) for p in init(dtype)]
-    optimizer = tf_keras.optimizers.legacy.Adadelta(**keywords(names, "keras"))
-    states = []
-    for step in gradients(dtype):
-        optimizer.apply_gradients([(tf.constant(g), v) for g, v in zip(step, variables, strict=True) if g is not None])
-        slots = [
-            [
-                np.zeros(v.shape, dtype) if key not in _slots(optimizer, v) else optimizer.get_slot(v, key)
-                for v in variables
-            ]
-            for key in ("accum_grad", "accum_var")
-        ]
-        states.append(State(copies(variables), copies(slots[0]), copies(slots[1])))
-    assert int(optimizer.iterations) == STEPS
-    return states
-
-
-def _slots(optimizer: Any, variable: Any) -> Sequence[str]:
-    try:
-        optimizer.get_slot(variable, "accum_grad")
-    except KeyError:
-        return ()
-    return ("accum_grad", "accum_var")
-
-
-def run_ours(names: tuple[str, ...], dtype: str, path: Path) -> list[State]:
-    params = [torch.from_numpy(p.copy()).requires_grad_() for p in init(dtype)]
-    optimizer = AdadeltaKeras(params, **keywords(names, "ours"), **path.options)
-    states = []
-    for step in gradients(dtype):
-        for param, grad in zip(params, step, strict=True):
-            param.grad = None if grad is None else torch.from_numpy(grad)
-        optimizer.step()
-        _, *slots = optimizer.get_weights()
-        states.append(State(copies([p.detach() for p in params]), slots[: len(params)], slots[len(params) :]))
-    assert optimizer.iterations == STEPS
-    return states
-
-
-def run_oracle(names: tuple[str, ...], dtype: str, *, as_tensorflow: bool = False) -> list[State]:
-    """The oracle; or one that takes from TensorFlow what it does otherwise: its float32 reciprocal root, its sums."""
-    oracle = OracleOptimizer(init(dtype), **keywords(names, "oracle"))
-    if as_tensorflow:
-        oracle.square_sum = lambda g: tf.reduce_sum(tf.constant(g) * tf.constant(g)).numpy()
-        oracle.global_square_sum = lambda gs: (
-            2 * tf.reduce_sum(tf.stack([tf.nn.l2_loss(tf.constant(g)) for g in gs]))
-        ).numpy()
-    if as_tensorflow and dtype == "float32":
-        for one in oracle.oracles:
-            one.rsqrt = lambda x: tf.math.rsqrt(tf.constant(x)).numpy()
-    states = []
-    for step in gradients(dtype):
-        for name in names:
-            step = [None if g is None else OPTIONS[name].before(g) for g in step]
-        for name in names:  # never together with clipping
-            step = [None if g is None else OPTIONS[name].after(g) for g in step]
-        oracle.step(step)
-        o = oracle.oracles
-        states.append(State([x.p for x in o], [x.square_avg for x in o], [x.acc_delta for x in o]))
-    return states
-
-
-def assert_same_bits(actual: list[State], expected: list[State]) -> None:
-    for t, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        for field in State._fields:
-            for i, (x, y) in enumerate(zip(getattr(one, field), getattr(other, field), strict=True)):
-                assert x.shape == y.shape
-                what = f"{field} of parameter {i}, step {t}"
-                np.testing.assert_array_equal(bits(x), bits(y), err_msg=what, strict=True)
+def oracle_of(names: tuple[str, ...], dtype: str) -> list[State]:
+    return run_oracle(init(dtype), gradients(dtype), changed=changed_by(names), **keywords(names, "oracle"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 def test_the_oracle_has_the_bits_of_keras(names: tuple[str, ...], dtype: str) -> None:
     """But for two operations that TensorFlow itself does not fix: float32's reciprocal root, and the order of sums."""
-    assert_same_bits(run_oracle(names, dtype, as_tensorflow=True), run_keras(names, dtype))
+    given = init(dtype), gradients(dtype)
+    oracle = run_oracle(*given, as_tensorflow=True, changed=changed_by(names), **keywords(names, "oracle"))
+    assert_same_bits(oracle, run_keras(*given, **keywords(names, "keras")))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 def test_every_path_has_the_bits_of_the_oracle(names: tuple[str, ...], dtype: str, path: Path) -> None:
-    assert_same_bits(run_ours(names, dtype, path), run_oracle(names, dtype))
+    ours = run_ours(init(dtype), gradients(dtype), path, **keywords(names, "ours"))
+    assert_same_bits(ours, oracle_of(names, dtype))
 
 
 def test_the_fixed_tree_is_nearer_to_the_truth_than_tensorflow() -> None:
@@ -226,10 +159,6 @@ def test_the_fixed_tree_is_nearer_to_the_truth_than_tensorflow() -> None:
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
-
-
-def _apply(optimizer: Any, pairs: Any) -> None:
-    optimizer.apply_gradients(pairs)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""benchmarks/rounding_noise.py, run small: in float32 we are no further from the truth than TensorFlow."""
+"""benchmarks/rounding_noise.py, run small; that we are no further from the truth than TensorFlow, test_live.py has."""
 
 import os
 import sys
@@ -13,6 +13,8 @@ pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import rounding_noise
+
+pytestmark = pytest.mark.xdist_group("tensorflow")
 
 AT: Final = (1, 10, 100)
 OURS: Final = tuple(rounding_noise.our_paths())
@@ -36,28 +38,6 @@ def test_our_paths_have_the_bits_of_the_oracle(results: dict[str, rounding_noise
 def test_square_avg_has_the_bits_of_tensorflow(results: dict[str, rounding_noise.Result], t: int) -> None:
     ours, theirs = results[OURS[0]].states[t].square_avg, results[rounding_noise.TENSORFLOW].states[t].square_avg
     np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32), strict=True)
-
-
-# The maximum is compared as the average maximum of a block of elements, because the single largest of all errors is a
-# coin toss: roundings that both implementations share take that place. Of 16 seeds with 42000 elements each, it was
-# TensorFlow's in 15 for acc_delta at t=1 and in 12 at t=10, and for the path in 11 at t=10; the mean of every kind was
-# larger in all 16, the average block maximum in all of 12 with twice the elements. The seed is fixed, but TensorFlow's
-# roots also depend on the processor. Later than t=10 the largest path errors are the rounding of p, which both share,
-# so only the mean is compared.
-@pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize(
-    ("quantity", "t", "statistic"),
-    [
-        *(("acc_delta", t, statistic) for t in AT for statistic in ("mean", "block_max")),
-        *(("path", t, statistic) for t in (1, 10) for statistic in ("mean", "block_max")),
-        ("path", 100, "mean"),
-    ],
-)
-def test_no_further_from_the_truth_than_tensorflow(
-    results: dict[str, rounding_noise.Result], name: str, quantity: str, t: int, statistic: str
-) -> None:
-    ours, theirs = (getattr(results[who].noise[quantity, t], statistic) for who in (name, rounding_noise.TENSORFLOW))
-    assert ours <= theirs
 
 
 @pytest.mark.parametrize("t", AT)

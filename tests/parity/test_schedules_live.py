@@ -23,9 +23,40 @@ tf.config.set_visible_devices([], "GPU")  # not CUDA_VISIBLE_DEVICES, which woul
 # r2.4 had LinearCosineDecay and its noisy sister in tf.keras.experimental; tf_keras has them in this module only.
 from tf_keras.src.optimizers.schedules import learning_rate_schedule as in_tf_keras  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("tensorflow")
+
 LIBRARIES: Final = {"tf_keras": in_tf_keras, "Keras 3": keras.optimizers.schedules}
 
-STEPS: Final = (*range(130), 199, 200, 299, 300, 301, 999, 1000, 1001, 4095, 8191, 12345, 32767, 10**6, 2**24 + 1)
+# Around the ends of all decays and warm-ups below, and far beyond.
+STEPS: Final = (
+    *(
+        *range(16),
+        21,
+        29,
+        30,
+        31,
+        49,
+        63,
+        69,
+        70,
+        71,
+        99,
+        100,
+        101,
+        109,
+        110,
+        111,
+        123,
+        127,
+        129,
+        199,
+        200,
+        299,
+        300,
+        301,
+    ),
+    *(999, 1000, 1001, 4095, 8191, 12345, 32767, 10**6, 2**24 + 1),
+)
 
 LR: Final = "initial_learning_rate"
 

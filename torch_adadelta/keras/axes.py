@@ -157,7 +157,8 @@ class Axes:
         for path, axes in self._inputs.items():
             flats = [_flat(axis) for axis in axes]
             flat = flats[0]
-            if any(other != flat for other in flats):
+            orders = [other and other._replace(why="") for other in flats]
+            if any(order != orders[0] for order in orders):
                 flat = Flat(f"call of {path} on features in different orders")
             if flat is not None:
                 found[path] = flat

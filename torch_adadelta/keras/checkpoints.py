@@ -353,10 +353,11 @@ def _ungrouped(layers: Iterable[Layer]) -> list[Layer]:
         if layer.class_name is not None or not parts & set(_PARTS.values()) or parts == set(_PARTS.values()):
             found.append(layer)
             continue
-        for part in dict.fromkeys(variable.role.rpartition("/")[0] for variable in layer.variables):
-            inner = [variable for variable in layer.variables if variable.role.rpartition("/")[0] == part]
-            for variable in inner:
-                variable.role = variable.role.rpartition("/")[2]
+        by_part: dict[str, list[Variable]] = {}
+        for variable in layer.variables:
+            part, _, variable.role = variable.role.rpartition("/")
+            by_part.setdefault(part, []).append(variable)
+        for part, inner in by_part.items():
             found.append(Layer(f"{layer.path}/{part}".rstrip("/"), None, {}, inner))
     return found
 
@@ -861,10 +862,11 @@ def _from_bundle(path: Path, bundle: Bundle, config: dict[str, Any] | None, drop
     else:
         generation = KERAS3 if "_trainable_variables" in of_optimizer else NEW
         states: dict[str, Stored] = {}
+        own = {child for _, child in optimizer.children}  # iterations and hyperparameters
         for number in owned:
             node = nodes[number]
             name = _without_number(node.full_name or "")
-            if node.key is None or _is_iteration(name) or name.rpartition("/")[2] == "learning_rate":
+            if number in own or node.key is None or _is_iteration(name) or name.rpartition("/")[2] == "learning_rate":
                 continue
             if name in states:
                 raise KerasFileError(f"its optimizer has {name} twice; name the layers, and save it again")

@@ -111,7 +111,7 @@ class Hdf5:
         return self.get(path) is not None
 
     def datasets(self, path: str = "") -> Iterator[tuple[str, Any]]:
-        """The datasets below a group, with their paths from there, by name.
+        """The datasets below a group, with their paths from there.
 
         Raises:
             KerasFileError: the groups are nested as no model is.
@@ -121,7 +121,7 @@ class Hdf5:
         count = 0
         while todo:
             prefix, group, depth = todo.pop()
-            for name, child in reversed(self._children(group).items()):
+            for name, child in self._children(group).items():
                 count += 1
                 if depth >= _MAX_DEPTH or count > _MAX_OBJECTS:
                     raise KerasFileError(f"its groups are nested {depth} deep and hold {count} objects; it is no model")

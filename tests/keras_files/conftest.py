@@ -1,0 +1,27 @@
+"""What makes tests of small files of our own quick."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Such small tensors are not worth waking another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def probed() -> None:
+    """For tests in which a process looks first whether HDF5 survives a file."""
+
+
+@pytest.fixture(autouse=True)
+def _unprobed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere none does: it takes a fifth of a second, and these files are ours."""
+    if "probed" not in request.fixturenames:
+        monkeypatch.setattr("torch_adadelta.keras.checkpoints.probe", lambda path, data=None: None)

@@ -1,0 +1,527 @@
+"""Which layer of Keras is which module of PyTorch, and what the modules show of flattened maps."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("h5py", reason="needs the extra 'keras'")
+
+from keras_memory import checkpoint_of, layer_of, moved
+from keras_stored import DATA, Net, Weights, assert_is, assert_same_datasets, build, dense, load, sequential, write_h5
+
+from torch_adadelta.keras import KerasFileError, Layout, load_keras, save_keras
+from torch_adadelta.keras.layouts import Unfit
+from torch_adadelta.keras.matching import Flattening, Match, canonical, is_chain, match, units
+
+
+def test_several_possibilities_are_an_error_that_lists_both_sides(tmp_path: Path) -> None:
+    layers = {"first": dense(4, 4, 1), "second": dense(4, 4, 2), "third": dense(4, 1)}
+    path = write_h5(tmp_path / "m.h5", layers)
+    model = Net(b=nn.Linear(4, 4), a=nn.Linear(4, 4), c=nn.Linear(4, 1))
+    with pytest.raises(KerasFileError) as caught:
+        load(path, model)
+    assert str(caught.value).replace(str(tmp_path), "TMP") == (
+        """\
+TMP/m.h5: which layer is which module cannot be told
+Found: third → c
+Left of Keras:
+  first (class unknown): kernel (4, 4), bias (4,)
+  second (class unknown): kernel (4, 4), bias (4,)
+Left of PyTorch:
+  b (Linear): weight (4, 4), bias (4,)
+  a (Linear): weight (4, 4), bias (4,)
+first may be b or a
+second may be b or a
+Give them in mapping={'layer': 'module'}; or pass match='order' if the modules are defined in the order of the layers"""
+    )
+    load(path, model, match="order")
+    assert_is(model.b.weight, layers["first"]["kernel"].T)
+    optimizer = load(path, model, mapping={"first": "a"})
+    assert_is(model.a.weight, layers["first"]["kernel"].T)
+    assert_is(model.b.weight, layers["second"]["kernel"].T)
+    assert_is(optimizer.state[model.b.weight]["square_avg"], layers["second"]["kernel"].T ** 2)
+    assert_is(optimizer.state[model.a.bias]["acc_delta"], layers["first"]["bias"] ** 2 / 2)
+
+
+# ---- Without a file -------------------------------------------------------------------------------------------------
+
+
+def matched(model: nn.Module, layers: dict[str, Any], config: Any = None, **options: Any) -> dict[str, str]:
+    """From weights of Keras to parameters; `layers` has the shapes by class and role, or Dense kernels."""
+    own = []
+    for path, given in layers.items():
+        class_name, weights = given if isinstance(given[1], dict) else ("Dense", {"kernel": given})
+        arrays = {role: np.ones(shape) for role, shape in weights.items()}
+        own.append(layer_of(path, class_name, {}, arrays))
+    checkpoint = checkpoint_of(config, own)
+    found: Match = match(checkpoint, model, **options)
+    return {move.label: move.name for move in found.moves}
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def chain_of(*names: str) -> dict[str, Any]:
+    return sequential(*((name, "Dense", {}) for name in names))
+
+
+TWO = {"one": (4, 4), "two": (4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (("two", "one"), ("one", "two")),
+        (("module.two", "module.one"), ("one", "two")),
+        (("_orig_mod.two", "_orig_mod.one"), ("one", "two")),
+        (("a.one", "b.one"), ("b/one", "a/one")),  # whole paths
+        (("x.two", "y.one"), ("b/one", "c/two")),  # or their last parts
+    ],
+)
+def test_names_decide_if_all_rivals_have_them(names: tuple[str, str], layers: tuple[str, str]) -> None:
+    model = nn.Module()
+    for name in names:
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], linear(4, 4))
+    found = matched(model, dict.fromkeys(layers, (4, 4)))
+    for layer, name in zip(layers, reversed(names), strict=True):
+        assert found[f"{layer}/kernel"] == f"{name}.weight"
+
+
+def test_names_that_some_have_decide_nothing() -> None:
+    with pytest.raises(KerasFileError, match="cannot be told"):
+        matched(Net(two=linear(4, 4), other=linear(4, 4)), TWO)
+    with pytest.raises(KerasFileError, match="by match='names', some names differ"):
+        matched(Net(a=linear(4, 3)), {"one": (4, 3)}, how="names")
+    assert matched(Net(one=linear(4, 3)), {"one": (4, 3)}, how="names") == {"one/kernel": "one.weight"}
+    # A name does not make fit what does not.
+    assert matched(Net(one=linear(3, 4), two=linear(4, 4)), {"two": (3, 4), "one": (4, 4)}) == {
+        "two/kernel": "one.weight", "one/kernel": "two.weight"
+    }  # fmt: skip
+
+
+def test_the_order_decides_between_two_chains_only() -> None:
+    chain = nn.Sequential(linear(4, 4), nn.Sequential(nn.ReLU(), linear(4, 4)))
+    expected = {"one/kernel": "0.weight", "two/kernel": "1.1.weight"}
+    config = sequential(("one", "Dense", {}), ("act", "Activation", {}), ("two", "Dense", {}))
+    assert matched(chain, TWO, config) == matched(chain, dict(reversed(TWO.items())), config) == expected
+    branches = {"class_name": "Functional", "config": {"layers": [
+        {"class_name": "Dense", "config": {"name": name}, "inbound_nodes": [[["in", 0, 0, {}]]]} for name in TWO
+    ]}}  # fmt: skip
+    for model, own in (
+        (Net(x=linear(4, 4), y=linear(4, 4)), config),
+        (chain, branches),
+        (chain, None),
+        (nn.Sequential(linear(4, 4), Net(x=linear(4, 4))), config),
+    ):
+        with pytest.raises(KerasFileError, match="cannot be told"):
+            matched(model, TWO, own)
+        assert next(iter(matched(model, TWO, own, how="order").values())) in ("x.weight", "0.weight")
+
+
+def test_the_order_must_be_known_and_fit() -> None:
+    checkpoint = checkpoint_of(None, [layer_of(name, "Dense", {}, {"kernel": np.ones((4, 4))}) for name in TWO])
+    checkpoint.is_ordered = False
+    with pytest.raises(KerasFileError, match=r"does not hold the order of the layers; pass config=model\.to_json\(\)"):
+        match(checkpoint, Net(x=linear(4, 4), y=linear(4, 4)), how="order")
+    with pytest.raises(KerasFileError, match="match='order', one would be x: kernel would be"):
+        matched(Net(x=linear(4, 4), y=linear(3, 4)), {"one": (3, 4), "two": (4, 4)}, how="order")
+    with pytest.raises(KerasFileError, match=r"Left of Keras:\n  one"):
+        matched(Net(x=linear(4, 4)), TWO, how="order")
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"a": (4, 3)}, r"Left of Keras:\n  two .*\nLeft of PyTorch: nothing"),
+        ({"a": (4, 3), "b": (3, 1), "c": (1, 1)}, r"Left of Keras: nothing\nLeft of PyTorch:\n  c "),
+        ({"a": (4, 3), "b": (3, 1), "c": (3, 1)}, r"two may be b or c"),
+        ({"a": (4, 3), "b": (4, 1)}, r"two fits none of them: kernel would be \(1, 3\), and weight is \(1, 4\)"),
+    ],
+)
+def test_what_is_missing_on_one_side_is_an_error(modules: dict[str, tuple[int, int]], message: str) -> None:
+    with pytest.raises(KerasFileError, match=message):
+        matched(Net(**{name: linear(*shape) for name, shape in modules.items()}), {"one": (4, 3), "two": (3, 1)})
+
+
+def test_layers_that_compete_for_one_module_are_both_named() -> None:
+    with pytest.raises(KerasFileError, match=r"Left of Keras:\n  one .*\n  two .*\nLeft of PyTorch:\n  a "):
+        matched(Net(a=linear(4, 4)), TWO)
+    # Here the names would make a pair that does not fit.
+    norm = {"gamma": (4,), "beta": (4,)}
+    with pytest.raises(KerasFileError, match="which layer is which module cannot be told"):
+        matched(Net(a=nn.GroupNorm(2, 4), b=nn.LayerNorm(4)), {"a": ("LayerNormalization", norm), "b": (None, norm)})
+
+
+def test_a_layer_may_be_left_out() -> None:
+    assert matched(Net(a=linear(4, 3)), {"one": (4, 3), "two": (3, 1)}, mapping={"two": None}) == {
+        "one/kernel": "a.weight"
+    }
+    # What has neither state nor weights that PyTorch knows is not missed.
+    layers = {"one": (4, 3), "odd": ("Discretization", {"bins": (5,)})}
+    assert matched(Net(a=linear(4, 3)), layers) == {"one/kernel": "a.weight"}
+    model = Net(a=linear(4, 3))
+    model.scale = nn.Parameter(torch.ones(2))
+    with pytest.raises(KerasFileError, match="outside of modules that are known: scale"):
+        matched(model, {"one": (4, 3)})
+
+
+def test_kinds_that_the_file_does_not_tell_apart() -> None:
+    """A layer of unknown class fits each module of its shapes."""
+    weights = {"gamma": (4,), "beta": (4,)}
+    for module in (nn.LayerNorm(4), nn.GroupNorm(2, 4)):
+        assert matched(Net(n=module), {"norm": (None, weights)}) == {"norm/gamma": "n.weight", "norm/beta": "n.bias"}
+    with pytest.raises(KerasFileError, match="norm fits none of them: there is no module of its kind left"):
+        matched(Net(n=nn.GroupNorm(2, 4)), {"norm": ("LayerNormalization", weights)})
+    square = {"kernel": (3, 3, 4, 4)}
+    assert matched(Net(c=nn.Conv2d(4, 4, 3, bias=False)), {"conv": (None, square)}) == {"conv/kernel": "c.weight"}
+    assert matched(Net(c=nn.ConvTranspose2d(4, 4, 3, bias=False)), {"conv": (None, square)}) == {
+        "conv/kernel": "c.weight"
+    }
+    # Of one channel, both kinds of convolution lie in the same way.
+    one = {"kernel": (3, 1, 2)}
+    assert matched(Net(c=nn.Conv1d(1, 2, 3, bias=False)), {"conv": (None, one)}) == {"conv/kernel": "c.weight"}
+    with pytest.raises(KerasFileError, match="norm may be a layer_norm or layer_norm, and the file does not say which"):
+        matched(Net(n=nn.LayerNorm(4)), {"norm": (None, {"0": (4,)})}, mapping={"norm": "n"})  # gamma or beta
+
+
+def test_a_fit_is_of_the_module_not_of_its_shapes() -> None:
+    attention = {f"{part}/kernel": (6, 2, 3) for part in ("query", "key", "value")} | {"output/kernel": (2, 3, 6)}
+    for heads, bias_k, message in (
+        (2, False, None),
+        (3, False, "it has 2 heads, and the module 3"),
+        (2, True, "add_bias_kv"),
+    ):
+        model = Net(
+            a=nn.MultiheadAttention(6, heads, bias=False, add_bias_kv=bias_k), b=nn.MultiheadAttention(6, 2, bias=False)
+        )
+        layers = dict.fromkeys(("a", "b"), ("MultiHeadAttention", attention))
+        if message is None:
+            assert matched(model, layers)["a/query/kernel"] == "a.in_proj_weight"
+        else:
+            with pytest.raises(KerasFileError, match=message):
+                matched(model, layers, mapping={"a": "a"})
+    depthwise = {"kernel": (3, 4, 3)}
+    for groups, fits in ((4, True), (2, False)):
+        model = Net(c=nn.Conv1d(4 if fits else 2, 12, 3, groups=groups, bias=False))
+        if fits:
+            assert matched(model, {"d": ("DepthwiseConv1D", depthwise)}) == {"d/kernel": "c.weight"}
+        else:
+            with pytest.raises(KerasFileError, match="it has 4 channels, and the module 2 groups"):
+                matched(model, {"d": ("DepthwiseConv1D", depthwise)})
+
+
+# ---- What the user says ---------------------------------------------------------------------------------------------
+
+
+def test_weights_are_given_explicitly(tmp_path: Path) -> None:
+    kernel = np.arange(24.0).reshape(12, 2)
+    layers = {"one": {"kernel": kernel, "bias": np.ones(2)}, "odd": {"scale": np.ones((2, 3))}}
+    path = write_h5(tmp_path / "m.h5", layers)
+    model = Net(a=nn.Linear(12, 2))
+    model.scale = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+    layout = Layout(view=(4, 3, 2), permutation=(2, 1, 0), shape=(2, 12))
+    mapping = {"one/kernel": ("a.weight", layout), "one/bias": "a.bias", "odd/scale": ("scale", (1, 0))}
+    optimizer = load(path, model, mapping=mapping)
+    assert_is(model.a.weight, kernel.reshape(4, 3, 2).transpose(2, 1, 0).reshape(2, 12))
+    assert_is(model.scale, np.ones((3, 2)))
+    save_keras(tmp_path / "back.h5", optimizer, model, path, mapping=mapping)
+    assert_same_datasets(path, tmp_path / "back.h5")
+    for wrong, message in (
+        ({"one/kernel": "a.weight"}, r"kernel of shape \(12, 2\) would be \(12, 2\), and a.weight is \(2, 12\)"),
+        ({"one/kernel": ("a.weight", (0,))}, "cannot be turned"),
+        ({"one/kernel": ("a.nothing", (1, 0))}, "the model has no parameter of that name"),
+        ({"one/kernel": None}, "the model has no parameter of that name"),
+        ({"one/nothing": "a.weight"}, "has 'one/nothing', and one has kernel, bias"),
+        ({"nothing": "a"}, "no layer and no weight"),
+        ({"one": "b"}, "no module with parameters"),
+        ({"one/bias": "a.bias", "odd/scale": ("scale", (1, 0))}, "some weights of one, and not kernel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(path, model, mapping=wrong)
+
+
+def test_what_is_given_must_fit_and_is_given_once() -> None:
+    model = Net(a=linear(4, 4), b=linear(4, 3))
+    layers = {"one": (4, 4), "two": (4, 3)}
+    with pytest.raises(
+        KerasFileError, match=r"mapping\['one'\]: one does not fit b: kernel would be \(4, 4\), and weight is"
+    ):
+        matched(model, layers, mapping={"one": "b"})
+    # A weight that was given leaves the rest of its module to be frozen.
+    model = Net(a=nn.Linear(4, 4))
+    found = match(checkpoint_of(None, [layer_of("one", "Dense", {}, {"kernel": np.ones((4, 4))})]), model,
+                  {"one/kernel": ("a.weight", (1, 0))})  # fmt: skip
+    assert [name for name, _ in found.neutral] == ["a.bias"]
+
+
+def test_arguments_are_checked() -> None:
+    model, optimizer = build()
+    with pytest.raises(ValueError, match="match must be one of auto, names, order, got 'guess'"):
+        load_keras(DATA / "k3.h5", optimizer, model, match="guess")
+    with pytest.raises(
+        ValueError, match="flatten must be 'channels_first' or 'channels_last', or a dictionary, got 'chw'"
+    ):
+        load_keras(DATA / "k3.h5", optimizer, model, flatten="chw")
+    assert optimizer.iterations == 0
+
+
+# ---- The side of PyTorch --------------------------------------------------------------------------------------------
+
+
+def test_the_modules_of_a_model() -> None:
+    shared = nn.Linear(2, 2)
+    model = Net(
+        stack=nn.GRU(4, 3, num_layers=2, bidirectional=True),
+        attend=nn.MultiheadAttention(4, 2),
+        norm=nn.BatchNorm1d(4),
+        first=shared,
+        again=shared,
+        act=nn.PReLU(),
+    )
+    found, loose = units(model)
+    assert [unit.path for unit in found] == ["stack[0]", "stack[1]", "attend", "norm", "first"]
+    assert set(found[1].tensors) == {
+        f"{kind}{way}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for way in ("", "_reverse")
+    }
+    assert found[1].names["weight_ih_reverse"] == "stack.weight_ih_l1_reverse"
+    assert found[1].tensors["weight_ih_reverse"] is model.stack.weight_ih_l1_reverse
+    assert set(found[2].tensors) == {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
+    assert set(found[3].tensors) == {"weight", "bias", "running_mean", "running_var"}
+    assert str(found[4]) == "first (Linear): weight (2, 2), bias (2,)"
+    assert str(units(nn.Linear(2, 3))[0][0]) == "(the model) (Linear): weight (3, 2), bias (3,)"
+    assert list(loose) == ["act.weight"]
+    # Twelve layers, of which the second is not the eleventh; and a parameter that two modules share.
+    deep, _ = units(Net(rnn=nn.RNN(1, 1, num_layers=12, bias=False)))
+    assert [sorted(unit.names.values()) for unit in deep] == [
+        [f"rnn.weight_hh_l{number}", f"rnn.weight_ih_l{number}"] for number in range(12)
+    ]
+    one, two = nn.PReLU(), nn.PReLU()
+    two.weight = one.weight
+    assert list(units(Net(one=one, two=two))[1]) == ["one.weight"]
+    found = match(
+        checkpoint_of(None, [layer_of("one", "Dense", {}, {"kernel": np.ones((2, 3))})]), Net(a=nn.Linear(2, 3))
+    )
+    assert [name for name, _ in found.neutral] == ["a.bias"]
+
+
+def test_modules_that_are_no_layers_of_keras() -> None:
+    with pytest.raises(ValueError, match="rnn has proj_size=2, which no layer of Keras has"):
+        units(Net(rnn=nn.LSTM(4, 3, proj_size=2)))
+    with pytest.raises(ValueError, match=r"a\.weight is not initialised yet; run the model on a batch first"):
+        units(nn.ModuleDict({"a": nn.LazyLinear(3)}))
+    weighted = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    found, loose = units(nn.ModuleDict({"a": weighted}))
+    assert found == []
+    assert set(loose) == {"a.bias", "a.parametrizations.weight.original0", "a.parametrizations.weight.original1"}
+
+
+def test_which_models_are_chains() -> None:
+    class Mine(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    linears = (nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    assert is_chain(nn.Sequential(*linears))
+    assert is_chain(nn.Sequential(linears[0], nn.Sequential(*linears[1:])))
+    assert not is_chain(Mine(*linears))
+    assert not is_chain(nn.Sequential(linears[0], nn.ModuleList(linears[1:])))
+
+
+# ---- Flattened maps -------------------------------------------------------------------------------------------------
+
+CHANNELS_FIRST = "channels_first"
+
+
+def maps_and(kernel: np.ndarray) -> dict[str, Weights]:
+    rng = np.random.default_rng(0)
+    return {
+        "conv": {"kernel": rng.standard_normal((3, 3, 1, 4)), "bias": np.ones(4)},
+        "dense": {"kernel": kernel, "bias": np.ones(5)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("between", "is_flat"),
+    [
+        ([("flatten", "Flatten", {})], True),
+        ([("pool", "MaxPooling2D", {}), ("flatten", "Flatten", {}), ("drop", "Dropout", {})], True),
+        ([("custom", "Whatever", {})], None),
+        ([("reshape", "Reshape", {"target_shape": [24]})], None),
+        ([("pool", "GlobalAveragePooling2D", {}), ("flatten", "Flatten", {})], False),
+        ([("flatten", "Flatten", {}), ("norm", "Concatenate", {})], None),
+    ],
+)
+def test_flattened_maps_need_a_word(between: list[Any], is_flat: bool | None, tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).standard_normal((2 * 3 * 4, 5))
+    config = sequential(("conv", "Conv2D", {"filters": 4}), *between, ("dense", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", maps_and(kernel), config)
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    if is_flat is not False:
+        with pytest.raises(KerasFileError, match=r"flatten='channels_(first|last)'"):
+            load(path, model)
+    if is_flat:
+        load(path, model, flatten=CHANNELS_FIRST)
+        assert_is(model.dense.weight, kernel.reshape(6, 4, 5).transpose(2, 1, 0).reshape(5, 24))
+        shown = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)).double()
+        load(path, shown)
+        assert_is(shown[3].weight, model.dense.weight.detach().numpy())
+    load(path, model, flatten="channels_last")
+    assert_is(model.dense.weight, kernel.T)
+
+
+def test_without_a_configuration_nothing_says_whether_there_is_a_flatten(tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).standard_normal((2 * 3 * 4, 5))
+    path = write_h5(tmp_path / "m.h5", maps_and(kernel))
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    with pytest.raises(KerasFileError, match="the file does not say whether flattened feature maps come in here"):
+        load(path, model)
+    load(path, model, flatten={"dense": 4})
+    assert_is(model.dense.weight, kernel.reshape(6, 4, 5).transpose(2, 1, 0).reshape(5, 24))
+    load(path, model, flatten={"dense": "channels_last"})
+    assert_is(model.dense.weight, kernel.T)
+    load(path, model, flatten={"conv": "channels_last"})  # of which the others are not
+    assert_is(model.dense.weight, kernel.T)
+    for flatten, message in (
+        ({"dense": 7}, "24 features are no maps of 7 channels: the convolutions in the file have 1 or 4"),
+        (
+            {"dense": CHANNELS_FIRST},
+            "the file does not say how many channels flattened maps have here; give their number",
+        ),
+        (CHANNELS_FIRST, "the file does not say whether"),
+    ):
+        with pytest.raises(KerasFileError, match=message):
+            load(path, model, flatten=flatten)
+    # A model without maps has nothing to flatten.
+    one = write_h5(tmp_path / "d.h5", {"dense": {"kernel": kernel, "bias": np.ones(5)}})
+    load(one, Net(dense=nn.Linear(24, 5)))
+    with pytest.raises(KerasFileError, match="does not say whether"):
+        load(one, Net(dense=nn.Linear(24, 5), pool=nn.MaxPool2d(2)))
+
+
+def test_words_that_say_nothing(tmp_path: Path) -> None:
+    config = sequential(("conv", "Conv2D", {"filters": 4}), ("flatten", "Flatten", {}), ("dense", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", maps_and(np.ones((24, 5))), config)
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    for word in (0, -4, True, "first", (4, None, None), (None, True), 4.0):
+        with pytest.raises(
+            ValueError, match=r"flatten\['dense'\] must be 'channels_first' or 'channels_last', a number of"
+        ):
+            load(path, model, flatten={"dense": word})
+    with pytest.raises(ValueError, match="flatten has 'other', which is no layer with weights; there are conv, dense"):
+        load(path, model, flatten={"other": 4})
+    for flatten, message in (
+        ({"conv": 1}, "flatten has 'conv', and by the configuration it takes no features that are maps in one row"),
+        ({"dense": (4, 5)}, "flatten has 'dense', and by the configuration it gives no features"),
+        ({"dense": 3}, "24 features are no maps of 3 channels: a Flatten of the maps of conv has 4"),
+    ):
+        with pytest.raises(KerasFileError, match=message):
+            load(path, model, flatten=flatten)
+    for flatten in ({"dense": 4}, {"dense": (4, None)}, {"dense": CHANNELS_FIRST}):
+        load(path, model, flatten=flatten)
+
+
+def test_the_order_of_keras_need_not_have_the_channels_last() -> None:
+    """A Reshape of maps with the channels first; the model of PyTorch permutes them to the end."""
+    options = {"filters": 4, "kernel_size": 3, "data_format": CHANNELS_FIRST, "batch_shape": [None, 1, 4, 5]}
+    config = sequential(
+        ("conv", "Conv2D", options), ("flat", "Reshape", {"target_shape": [24]}), ("dense", "Dense", {})
+    )
+    kernel = np.arange(24.0 * 5).reshape(24, 5)
+    layers = [layer_of("conv", "Conv2D", {}, {"kernel": np.ones((3, 3, 1, 4))})]
+    layers.append(layer_of("dense", "Dense", {}, {"kernel": kernel}))
+    model = Net(conv=nn.Conv2d(1, 4, 3, bias=False), dense=linear(24, 5))
+    for flatten, expected in (
+        ("channels_last", kernel.reshape(4, 6, 5).transpose(2, 1, 0)),
+        (CHANNELS_FIRST, kernel.T),
+    ):
+        moved(checkpoint_of(config, layers), model, flatten=flatten)
+        assert_is(model.dense.weight, expected.reshape(5, 24))
+
+
+def test_an_input_whose_format_nobody_says() -> None:
+    config = sequential(
+        ("flat", "Reshape", {"target_shape": [60], "batch_shape": [None, 3, 4, 5]}), ("dense", "Dense", {})
+    )
+    kernel = np.arange(60.0 * 2).reshape(60, 2)
+    layers = [layer_of("dense", "Dense", {}, {"kernel": kernel})]
+    model = Net(dense=linear(60, 2))
+    for flatten in (None, CHANNELS_FIRST):
+        with pytest.raises(KerasFileError, match=r"nothing says which axis|order cannot be told"):
+            moved(checkpoint_of(config, layers), model, flatten=flatten)
+    moved(checkpoint_of(config, layers), model, flatten="channels_last")
+    assert_is(model.dense.weight, kernel.T)
+
+
+def test_without_a_configuration_the_convolutions_say_how_many_channels_there_are() -> None:
+    up = layer_of("up", "Conv2DTranspose", {}, {"kernel": np.ones((2, 2, 5, 3))})
+    dense_layer = layer_of("dense", "Dense", {}, {"kernel": np.arange(24.0).reshape(2, 12)})
+    norm = layer_of("norm", "BatchNormalization", {}, {"moving_mean": np.arange(12.0), "moving_variance": np.ones(12)})
+    model = Net(up=nn.ConvTranspose2d(3, 5, 2, bias=False), dense=linear(2, 12), norm=nn.BatchNorm1d(12, affine=False))
+    checkpoint = checkpoint_of(None, [up, dense_layer, norm])
+    with pytest.raises(
+        KerasFileError, match="12 features are no maps of 5 channels: the convolutions in the file have 3"
+    ):
+        moved(checkpoint, model, flatten={"dense": (None, 5)})
+    with pytest.raises(KerasFileError, match="norm → norm: the file does not say whether"):
+        moved(checkpoint, model, mapping={"norm": "norm"})
+    moved(checkpoint, model, flatten={"dense": (None, 3), "norm": 3})
+    assert_is(model.dense.weight, np.arange(24.0).reshape(2, 4, 3).transpose(2, 1, 0).reshape(12, 2))
+    assert_is(model.norm.running_mean, np.arange(12.0).reshape(4, 3).T.ravel())
+
+
+def test_the_one_kind_of_module_that_a_layer_can_be() -> None:
+    def parameters(class_name: str | None, **shapes: tuple[int, ...]) -> list[tuple[str, str]]:
+        layer = layer_of("layer", class_name, {}, {role: np.ones(shape) for role, shape in shapes.items()})
+        flattening = Flattening(checkpoint_of(None, [layer]), None)
+        return [(piece.role, piece.param) for piece in canonical(layer, flattening)]
+
+    assert parameters("GRU", kernel=(2, 9), recurrent_kernel=(3, 9)) == [
+        ("kernel", "weight_ih_l0"), ("recurrent_kernel", "weight_hh_l0")
+    ]  # fmt: skip
+    assert parameters(None, gamma=(4,), beta=(4,)) == [
+        ("gamma", "weight"),
+        ("beta", "bias"),
+    ]  # of one layout in all kinds
+    assert parameters(None, kernel=(3, 3, 4, 4), bias=(4,)) == [("kernel", "weight"), ("bias", "bias")]
+    for shapes in ({"kernel": (3, 3, 1, 2), "bias": (2,)}, {"odd": (2,)}):
+        with pytest.raises(Unfit, match="no module of PyTorch is known for it"):
+            parameters(None, **shapes)
+
+
+@pytest.mark.parametrize(
+    ("modules", "flattened", "unflattened"),
+    [
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(2, 2)], "2", ""),
+        ([nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Identity(), nn.Linear(2, 2)], "5", ""),
+        ([nn.MaxPool2d(2), nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Linear(2, 2)], "2 3", ""),
+        ([nn.Sequential(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2)), nn.Flatten(), nn.LayerNorm(2)], "2", ""),
+        ([nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(2, 2)], "2", ""),
+        ([nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(1, 2), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), Net(), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Linear(2, 2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.MultiheadAttention(2, 1), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "0"),
+        ([nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Unflatten(-1, (2, 4)), nn.BatchNorm1d(2)], "", "0 1"),
+        ([nn.Linear(2, 8), nn.Unflatten(2, (2, 4)), nn.Conv2d(2, 2, 1)], "", ""),
+        ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), Net(), nn.Conv2d(2, 2, 1)], "", ""),
+        ([nn.Linear(2, 8), nn.Linear(8, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "1"),
+    ],
+    ids=range(17),
+)
+def test_what_a_sequential_shows(modules: list[nn.Module], flattened: str, unflattened: str) -> None:
+    found, _ = units(nn.ModuleDict({"m": nn.Sequential(*modules)}))
+    assert [unit.path.partition(".")[2] for unit in found if unit.is_flattened] == flattened.split()
+    assert [unit.path.partition(".")[2] for unit in found if unit.is_unflattened] == unflattened.split()

@@ -1,0 +1,570 @@
+"""Jobs that move in and out: state, weights, options, notes; and that a refused load leaves nothing behind."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("h5py", reason="needs the extra 'keras'")
+
+import h5py
+from keras_stored import (
+    CLIPPING,
+    DATA,
+    KERNEL,
+    SCHEDULE,
+    Net,
+    assert_is,
+    assert_refused,
+    assert_same_datasets,
+    assert_untouched,
+    attention,
+    build,
+    dense,
+    edited,
+    load,
+    recurrent,
+    replaced,
+    sequential,
+    truth,
+    with_options,
+    without_state,
+    write_h5,
+)
+
+from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.keras import KerasFileError, freeze_second_biases, load_keras, save_keras
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
+
+
+def warnings_of(path: Path, model: nn.Module, **options: Any) -> str:
+    """What a load warns of, without the path."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(path, model, **options)
+    assert len(caught) <= 1
+    return "".join(str(warning.message).removeprefix(f"{path}: ") for warning in caught)
+
+
+# ---- Loading --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_stay_unless_asked_for() -> None:
+    model, optimizer = build(clipnorm=1.0, rho=0.5)
+    before = [param.clone() for param in model.parameters()]
+    report = load_keras(DATA / "tf24.h5", optimizer, model)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert optimizer.rho == 0.949999988079071
+    assert optimizer.clipnorm is None  # the file's configuration has none
+    assert str(report).replace(str(DATA), "DATA") == (
+        """\
+DATA/tf24.h5: .h5 of TensorFlow 2.4 or the legacy class of tf_keras
+iterations: 4
+decay: 0.0
+clipvalue: None
+clipnorm: None
+global_clipnorm: None
+learning_rate: 0.5
+rho: 0.949999988079071
+epsilon: 1e-07
+
+Keras      PyTorch   layout          state
+d1/kernel  0.weight  permute (1, 0)  yes
+d1/bias    0.bias    as it is        yes
+d2/kernel  1.weight  permute (1, 0)  yes
+d2/bias    1.bias    as it is        yes"""
+    )
+
+
+def test_options_can_stay() -> None:
+    model, optimizer = build(learning_rate=0.125, clipnorm=1.0)
+    report = load_keras(DATA / "tf24.h5", optimizer, model, hyperparameters=False)
+    assert (optimizer.learning_rate, optimizer.clipnorm, optimizer.iterations) == (0.125, 1.0, 4)
+    assert report.hyperparameters == {}
+
+
+def test_options_of_the_file_replace_all(tmp_path: Path) -> None:
+    """One norm takes the place of the other, and a schedule that of a number."""
+    path = write_h5(tmp_path / "m.h5", {"a": dense(3, 2)}, learning_rate=SCHEDULE, global_clipnorm=2.0, decay=0.25)
+    model = Net(a=nn.Linear(3, 2))
+    optimizer = AdadeltaKeras(model.parameters(), clipnorm=1.0, clipvalue=3.0)
+    report = load_keras(path, optimizer, model)
+    assert [getattr(optimizer, name) for name in CLIPPING] == [None, None, 2.0]
+    assert (optimizer.decay, optimizer.learning_rate.get_config()) == (0.25, SCHEDULE["config"])
+    assert f"learning_rate: ExponentialDecay {SCHEDULE['config']}\n" in str(report)
+    load_keras(write_h5(path, {"a": dense(3, 2)}, clipnorm=1.0), optimizer, model)
+    assert [getattr(optimizer, name) for name in CLIPPING] == [None, 1.0, None]
+    assert (optimizer.decay, optimizer.learning_rate) == (0.0, 1.0)
+
+    class Mine(schedules.ExponentialDecay):
+        pass
+
+    own = {**SCHEDULE, "class_name": "Mine"}
+    write_h5(path, {"a": dense(3, 2)}, learning_rate=own)
+    with pytest.raises(KerasFileError, match=r"schedule cannot be made.*Pass custom_objects, or hyperparameters=False"):
+        load_keras(path, optimizer, model)
+    load_keras(path, optimizer, model, custom_objects={"Mine": Mine})
+    assert type(optimizer.learning_rate) is Mine
+
+
+def test_transformers_and_clip_options_of_the_file_exclude_each_other(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "m.h5", {"a": dense(3, 2)}, clipnorm=1.0)
+    model = Net(a=nn.Linear(3, 2))
+    optimizer = AdadeltaKeras(model.parameters(), gradient_transformers=[list])
+    with pytest.raises(ValueError, match="clip"):
+        load_keras(path, optimizer, model)
+    assert (optimizer.iterations, optimizer.clipnorm) == (0, None)
+
+
+def test_dtypes_of_parameters() -> None:
+    model, optimizer = build()
+    model.double()
+    model[1].weight.requires_grad_(False)
+    with pytest.raises(KerasFileError, match=r"Keras trained"):
+        load_keras(DATA / "k3.keras", AdadeltaKeras(model[0].parameters()), model)
+    load_keras(DATA / "k3.keras", optimizer, model, weights=True)
+    assert optimizer.state[model[0].weight]["acc_delta"].dtype is torch.float64
+    model, optimizer = build()
+    model.half()
+    with pytest.warns(UserWarning, match="the state of 0.bias, 0.weight, 1.bias, 1.weight was rounded") as caught:
+        load_keras(DATA / "tf24.h5", optimizer, model, weights=True)
+    assert "; 0.weight was rounded to its dtype, torch.float16; " in str(caught[0].message)
+    assert_is(optimizer.state[model[0].weight]["square_avg"], truth("tf24")[1][0].T.astype("f2"))
+
+
+def test_a_loaded_job_is_saved_and_loaded_by_pytorch() -> None:
+    model, optimizer = build()
+    load_keras(DATA / "new.h5", optimizer, model, weights=True)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    _, other = build()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert other.iterations == 4
+    assert all(torch.equal(a["square_avg"], b["square_avg"])
+               for a, b in zip(optimizer.state.values(), other.state.values(), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_statistics_come_with_the_weights(weights: bool, tmp_path: Path) -> None:
+    norm = {"gamma": np.ones(3), "beta": np.zeros(3), "moving_mean": np.arange(3.0), "moving_variance": np.full(3, 2.0)}
+    model = Net(norm=nn.BatchNorm1d(3))
+    load_keras(write_h5(tmp_path / "m.h5", {"norm": norm}), AdadeltaKeras(model.parameters()), model, weights=weights)
+    assert_is(model.norm.running_mean, np.arange(3.0) * weights)
+    assert_is(model.norm.running_var, np.full(3, 1.0 + weights))
+
+
+def test_arguments_are_checked() -> None:
+    model, optimizer = build()
+    path = DATA / "k3.h5"
+    for function in (load_keras, lambda *args: save_keras("out.h5", *args[1:], args[0])):
+        with pytest.raises(TypeError, match="optimizer must be an AdadeltaKeras, got SGD"):
+            function(path, torch.optim.SGD(model.parameters()), model)
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+            function(path, optimizer, {})
+    for own, kind in ((nn.Linear(1, 1, device="meta"), "on meta"), (nn.Linear(1, 1, dtype=torch.complex64), "complex")):
+        with pytest.raises(ValueError, match=f"weight.* is {kind}; load into a plain model first"):
+            load_keras(path, AdadeltaKeras(own.named_parameters()), own)
+
+
+# ---- What the optimizer must have -----------------------------------------------------------------------------------
+
+
+def test_the_optimizer_must_have_what_keras_trained_and_no_more(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "m.h5", {"one": dense(4, 3), "two": dense(3, 1)})
+    model = Net(a=nn.Linear(4, 3), b=nn.Linear(3, 1))
+    optimizer = AdadeltaKeras(model.a.parameters())
+    with pytest.raises(
+        KerasFileError, match=r"Keras trained two/kernel, but b.weight is no parameter of the optimizer"
+    ):
+        load_keras(path, optimizer, model)
+    optimizer = AdadeltaKeras([*model.parameters(), nn.Parameter(torch.ones(5))])
+    with pytest.raises(KerasFileError, match=r"parameter 4 of group 0 of shape \(5,\) is in the optimizer and corresp"):
+        load_keras(path, optimizer, model)
+    assert (optimizer.iterations, len(optimizer.state)) == (0, 0)
+
+
+def test_what_keras_froze_is_frozen(tmp_path: Path) -> None:
+    """Before the first step, so that there is no state; or later, so that there is some."""
+    config = sequential(("one", "Dense", {"trainable": False}), ("two", "Dense", {}))
+    path = write_h5(tmp_path / "later.h5", {"one": dense(4, 3), "two": dense(3, 1)}, config)
+    before = tmp_path / "before.h5"
+    before.write_bytes(path.read_bytes())
+    with h5py.File(before, "r+") as file:
+        without_state("/one/")(file)
+    model = Net(a=nn.Linear(4, 3), b=nn.Linear(3, 1))
+    for own, message in (
+        (path, "Keras does not train one/kernel, but a.weight"),
+        (before, "Keras did not train one/kern"),
+    ):
+        model.requires_grad_(True)
+        with pytest.raises(KerasFileError, match=message):
+            load(own, model)
+        model.a.requires_grad_(False)
+        optimizer = load(own, model)
+        assert set(optimizer.state) == set(model.parameters() if own == path else model.b.parameters())
+
+
+def test_a_second_bias_must_be_frozen_at_zero(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "m.h5", {"lstm": recurrent(3, 2, 4, (8,))})
+    model = Net(rnn=nn.LSTM(3, 2))
+    with pytest.raises(KerasFileError, match=r"rnn.bias_hh_l0 would be trained.*freeze_second_biases\(model\)"):
+        load(path, model)
+    model.rnn.bias_hh_l0.requires_grad_(False)
+    with pytest.raises(KerasFileError, match=r"rnn.bias_hh_l0 is not 0"):
+        load_keras(path, AdadeltaKeras(model.parameters()), model)
+    load(path, model)
+    assert not model.rnn.bias_hh_l0.any()  # set with the weights
+
+
+def test_second_biases_are_frozen() -> None:
+    model = Net(
+        a=nn.LSTM(3, 2, num_layers=2, bidirectional=True),
+        b=nn.RNN(3, 2),
+        c=nn.LSTMCell(3, 2),
+        d=nn.RNNCell(3, 2),
+        e=nn.GRU(3, 2),
+    )
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    assert freeze_second_biases(model) is model
+    for name, param in model.named_parameters():
+        is_second = "bias_hh" in name and not name.startswith("e.")
+        assert (param.requires_grad, param.grad is None, not param.any()) == (not is_second, is_second, is_second), name
+
+
+def test_a_weight_that_keras_does_not_have_must_be_neutral(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "m.h5", {"one": {"kernel": np.ones((3, 2))}, "norm": {"beta": np.ones(5)}}, sequential(
+        ("one", "Dense", {"use_bias": False}), ("norm", "LayerNormalization", {"scale": False})
+    ))  # fmt: skip
+    model = Net(a=nn.Linear(3, 2), n=nn.LayerNorm(5))
+    with pytest.raises(KerasFileError, match=r"a\.bias would be trained. Keras has no such weight. Set it to 0"):
+        load(path, model)
+    model.a.bias.requires_grad_(False)
+    with pytest.raises(KerasFileError, match=r"n\.weight would be trained. Keras has no such weight. Set it to 1"):
+        load(path, model)
+    model.n.weight.requires_grad_(False).fill_(3)
+    with pytest.raises(KerasFileError, match=r"is not [01]\. Keras has no such weight"):
+        load_keras(path, AdadeltaKeras(model.parameters()), model)
+    load(path, model)
+    assert (model.a.bias.any(), bool((model.n.weight == 1).all())) == (False, True)
+
+
+def test_parts_of_one_parameter_are_trained_together(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "m.h5", {"attend": attention()})
+    with h5py.File(path, "r+") as file:
+        without_state("/key/kernel")(file)
+    with pytest.raises(KerasFileError, match=r"Keras trained a part of attend\.in_proj_weight, and froze the rest"):
+        load(path, Net(attend=nn.MultiheadAttention(4, 2)))
+
+
+def test_state_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    for edit, message in (
+        (replaced(KERNEL, -np.ones((3, 2), "f4")), r"square_avg of 0\.weight has negative numbers"),
+        (with_options(rho=2), "Invalid rho"),
+        (with_options(clipnorm=1.0, global_clipnorm=1.0), "Cannot accept both"),
+    ):
+        assert_refused(edited(tmp_path, edit), message)
+
+
+def test_state_of_what_is_frozen_by_now_is_left_out(tmp_path: Path) -> None:
+    """Where the parameter is not in the optimizer; and it stays in the file that is written."""
+    config = sequential(("one", "Dense", {"trainable": False}), ("two", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", {"one": dense(4, 3), "two": dense(3, 1)}, config)
+    model = Net(a=nn.Linear(4, 3), b=nn.Linear(3, 1))
+    model.a.requires_grad_(False)
+    optimizer = AdadeltaKeras(model.b.parameters())
+    load_keras(path, optimizer, model, weights=True)
+    assert set(optimizer.state) == set(model.b.parameters())
+    save_keras(tmp_path / "back.h5", optimizer, model, path)
+    assert_same_datasets(path, tmp_path / "back.h5")
+
+
+# ---- Options that mean something else elsewhere ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "is_newer"), [("tf24.h5", False), ("new.h5", True), ("k3.h5", True)])
+def test_clip_options_that_do_nothing_in_newer_keras(name: str, is_newer: bool, tmp_path: Path) -> None:
+    model, optimizer = build(global_clipnorm=3.0)
+    report = load_keras(edited(tmp_path, with_options(clipvalue=0.0, clipnorm=1.0), name), optimizer, model)
+    assert [getattr(optimizer, key) for key in CLIPPING] == [None if is_newer else 0.0, 1.0, None]
+    assert report.notes == ["clipvalue=0 means no clipping in this Keras, and is left out"] * is_newer
+
+
+def test_an_epsilon_of_zero_is_refused_where_it_stays_zero(tmp_path: Path) -> None:
+    for name in ("new.h5", "k3.h5"):
+        path = edited(tmp_path, with_options(epsilon=0.0), name)
+        assert_refused(path, r"epsilon=0\.0, which stays 0 in this Keras, and means 1e-7 for AdadeltaKeras")
+        model, optimizer = build(epsilon=1e-30, learning_rate=0.5)
+        load_keras(path, optimizer, model, hyperparameters=False)
+        assert (optimizer.iterations, optimizer.epsilon) == (4, 1e-30)
+    model, optimizer = build()
+    load_keras(edited(tmp_path, with_options(epsilon=0)), optimizer, model)
+    assert optimizer.epsilon == 1e-7
+
+
+# ---- What the file does not hold, and differences --------------------------------------------------------------------
+
+OWN: Final = {"clipnorm": 2.0, "learning_rate": 0.125, "rho": 0.5, "epsilon": 1e-3}
+NORMS: Final = "clipnorm=2.0, clipvalue=None, global_clipnorm=None"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("new.weights.h5", f"{NORMS}, learning_rate=0.125, decay=0.0, rho=0.5, epsilon=0.001, and no weight decay"),
+        ("k3.weights.h5", f"{NORMS}, decay=0.0, rho=0.5, epsilon=0.001, and no weight decay"),
+        ("k3.keras", f"{NORMS}, decay=0.0, rho=0.5, epsilon=0.001, and no weight decay"),
+        ("new_tfck2/c-1", f"{NORMS}, decay=0.0, rho=0.5, epsilon=0.001, and no weight decay"),
+        ("tf24_tfck2/c-1", f"{NORMS}, epsilon=0.001"),
+        *((name, None) for name in ("tf24.h5", "new.h5", "new.keras", "k3.h5")),
+    ],
+)
+def test_what_the_file_cannot_confirm_is_told(name: str, options: str | None) -> None:
+    model, optimizer = build(**OWN)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = load_keras(DATA / name, optimizer, model)
+    expected = [] if options is None else [
+        f"not in the file, so that training goes on with what the optimizer has: {options}; see that Keras had the same"
+    ]  # fmt: skip
+    assert report.notes == expected
+    assert str(report).count("\nnote: not in the file") == len(expected)
+    assert [str(warning.message) for warning in caught] == [f"{DATA / name}: {note}" for note in expected]
+    assert caught == [] or caught[0].filename == __file__
+    # Who keeps his own knows.
+    model, optimizer = build(**OWN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_keras(DATA / name, optimizer, model, hyperparameters=False).notes == []
+
+
+def without_rate(file: Any) -> None:
+    """Keras 3 leaves the learning rate away where it is a schedule."""
+    states = file["optimizer/vars"]
+    del states["1"]
+    for number in range(2, 10):
+        states.move(str(number), str(number - 1))
+
+
+def test_a_schedule_that_is_not_in_the_file_is_told(tmp_path: Path) -> None:
+    path = edited(tmp_path, without_rate, "k3.weights.h5")
+    model, optimizer = build(**OWN)
+    with pytest.warns(
+        UserWarning, match=r"learning_rate=0\.125.* see that Keras had the same \(Keras had a schedule\)"
+    ):
+        load_keras(path, optimizer, model)
+    assert_is(optimizer.state[model[0].weight]["square_avg"], truth("k3")[1][0].T)
+
+
+def test_differences_between_the_models_are_told(tmp_path: Path) -> None:
+    norm = {"gamma": np.ones(4), "beta": np.zeros(4), "moving_mean": np.zeros(4), "moving_variance": np.ones(4)}
+    layers = {"norm": norm, "lstm": recurrent(4, 2, 4, (8,)), "embed": {"embeddings": np.ones((5, 4))}}
+
+    def path_with(epsilon: float, momentum: float, activation: Any) -> Path:
+        config = sequential(
+            ("embed", "Embedding", {}),
+            ("norm", "BatchNormalization", {"epsilon": epsilon, "momentum": momentum}),
+            ("lstm", "LSTM", {"activation": "tanh", "recurrent_activation": activation}),
+        )
+        return write_h5(tmp_path / "m.h5", layers, config)
+
+    def model(sparse: bool) -> nn.Module:
+        return freeze_second_biases(
+            Net(norm=nn.BatchNorm1d(4), lstm=nn.LSTM(4, 2), embed=nn.Embedding(5, 4, sparse=sparse))
+        )
+
+    assert warnings_of(path_with(0.001, 0.99, "hard_sigmoid"), model(False)) == (
+        "norm has eps=1e-05, and norm epsilon=0.001; norm has momentum=0.1, and norm momentum=0.99, which is "
+        "momentum=0.01 in PyTorch; lstm has recurrent_activation='hard_sigmoid', and lstm has sigmoid; embed: this Keras "
+        "updates only the rows that a batch uses of an embedding, as sparse=True does"
+    )
+    assert warnings_of(path_with(1e-5, 0.9, {"config": "sigmoid"}), model(True)) == ""
+    assert "'Softsign'" in warnings_of(path_with(1e-5, 0.9, {"class_name": "Softsign"}), model(True))
+
+
+def test_an_rnn_of_another_activation_is_told(tmp_path: Path) -> None:
+    for activation, nonlinearity, expected in (
+        ("relu", "relu", ""), ("tanh", "tanh", ""), ("relu", "tanh", "rnn has activation='relu', and rnn has tanh")
+    ):  # fmt: skip
+        config = sequential(("rnn", "SimpleRNN", {"activation": activation}))
+        path = write_h5(tmp_path / "m.h5", {"rnn": recurrent(3, 2, 1, (2,))}, config)
+        assert warnings_of(path, freeze_second_biases(Net(rnn=nn.RNN(3, 2, nonlinearity=nonlinearity)))) == expected
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_recurrent_layers_that_go_another_way(is_wrapped: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"go_backwards": True, "stateful": True}
+    weights, more = recurrent(3, 2, 4, (8,)), ""
+    if is_wrapped:
+        options = {"layer": {"class_name": "LSTM", "config": options}, "merge_mode": "sum"}
+        weights = {f"{side}_lstm/{k}": v for side in ("forward", "backward") for k, v in weights.items()}
+        more = "; lstm has merge_mode='sum', and rnn concatenates both directions"
+    path = write_h5(
+        tmp_path / "m.h5", {"lstm": weights}, sequential(("lstm", "Bidirectional" if is_wrapped else "LSTM", options))
+    )
+    assert warnings_of(path, freeze_second_biases(Net(rnn=nn.LSTM(3, 2, bidirectional=is_wrapped)))) == (
+        f"lstm has go_backwards=True, and rnn goes forwards; lstm has stateful=True, and rnn begins each batch anew{more}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "backend"), [("3.15.1", "tensorflow"), ("3.15.1", "torch"), ("2.21.0", "tensorflow")]
+)
+def test_repeated_indices_of_an_embedding(version: str, backend: str, tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "m.h5", {"embed": {"embeddings": np.ones((5, 4))}, "one": dense(4, 3)})
+    with h5py.File(path, "r+") as file:
+        file.attrs["keras_version"], file.attrs["backend"] = version, backend
+    model = Net(embed=nn.Embedding(5, 4, sparse=version < "3"), one=nn.Linear(4, 3))
+    assert warnings_of(path, model) == (
+        "embed: Keras 3 on TensorFlow adds the squares of the gradients of rows that a batch uses more than once, where "
+        "AdadeltaKeras squares their sum; with such batches training goes on differently"
+        if (version, backend) == ("3.15.1", "tensorflow")
+        else ""
+    )
+
+
+# ---- Norms ----------------------------------------------------------------------------------------------------------
+
+
+def test_norms_of_parameters_that_are_not_one_to_one(tmp_path: Path) -> None:
+    layers = {"attend": attention(), "gru": recurrent(3, 2, 3, (2, 6)), "one": dense(4, 3)}
+    path = write_h5(tmp_path / "m.h5", layers, clipnorm=1.0)
+
+    def model() -> nn.Module:
+        return Net(attend=nn.MultiheadAttention(4, 2), gru=nn.GRU(3, 2), one=nn.Linear(4, 3))
+
+    rows = [
+        (f"attend/{part}/{role}", f"attend.in_proj_{name}[{first}:{first + 4}]")
+        for first, part in ((0, "query"), (4, "key"), (8, "value"))
+        for role, name in (("kernel", "weight"), ("bias", "bias"))
+    ] + [("gru/bias", "gru.bias_ih_l0 and gru.bias_hh_l0")]
+    ours = model()
+    optimizer = AdadeltaKeras(ours.named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = load_keras(path, optimizer, ours, weights=True)
+    assert report.norm_variables == rows
+    assert (
+        "\nnorm_variables:\n"
+        "  attend/query/kernel → attend.in_proj_weight[0:4]\n  attend/query/bias → attend.in_proj_bias[0:4]\n"
+    ) in str(report)
+
+    # A step clips the gradient of each weight of Keras by its own norm.
+    rng = np.random.default_rng(1)
+    params = dict(ours.named_parameters())
+    grads = {name: rng.standard_normal(param.shape) for name, param in params.items()}
+    for name, param in params.items():
+        param.grad = torch.from_numpy(grads[name])
+    thirds = (slice(0, 4), slice(4, 8), slice(8, 12))
+    pieces = [[(f"attend.in_proj_{name}", own)] for name in ("weight", "bias") for own in thirds]
+    pieces += [[("gru.bias_ih_l0", slice(None)), ("gru.bias_hh_l0", slice(None))]]
+    pieces += [[(name, slice(None))] for name in grads if "in_proj" not in name and "gru.bias" not in name]
+    optimizer.rho = 0.0  # so that square_avg is the square of the clipped gradient
+    optimizer.step()
+    for own in pieces:
+        norm = np.sqrt(sum(np.square(grads[name][where]).sum() for name, where in own))
+        for name, where in own:
+            square_avg = optimizer.state[params[name]]["square_avg"].numpy()[where]
+            np.testing.assert_allclose(square_avg, np.square(grads[name][where] / max(norm, 1.0)), rtol=1e-6)
+
+    # Written back and loaded again, it is the same; and the optimizer's own clipnorm, of which the file knows nothing.
+    save_keras(tmp_path / "back.h5", optimizer, ours, path)
+    other = model()
+    again = AdadeltaKeras(other.parameters(), clipnorm=3.0, norm_variables=[[other.one.weight, other.one.bias]])
+    load_keras(tmp_path / "back.h5", again, other, hyperparameters=False)
+    assert [group["norm_variables"] for group in again.param_groups] == [
+        group["norm_variables"] for group in optimizer.param_groups
+    ]
+    # A bias that is frozen has no part in a norm.
+    other.gru.bias_hh_l0.requires_grad_(False)
+    other.attend.in_proj_weight.requires_grad_(False)
+    assert [label for label, _ in load_keras(path, again, other).norm_variables] == [
+        f"attend/{part}/bias" for part in ("query", "key", "value")
+    ]
+    # Where each process has a part of the parameters, norms are those of parameters, which is told.
+    for options in ({"clipnorm": 3.0}, {}):
+        other = model()
+        part = AdadeltaKeras(other.parameters(), norm_group="world", **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = load_keras(path, part, other, hyperparameters=False)
+        assert (part.norm_variables, report.norm_variables) == (None, [])
+        expected = "; ".join(f"{names} (in Keras {weight})" for weight, names in rows)
+        assert [str(warning.message) for warning in caught] == [
+            f"{path}: clipnorm=3 takes the norm of each parameter, and Keras of each of its weights, which are not the "
+            f"same for {expected}: there gradients are clipped differently, for norm_variables is not for norm_group, nor "
+            "for ZeroRedundancyOptimizer"
+        ] * len(options)
+    for options in ({"clipvalue": 1.0}, {"global_clipnorm": 1.0}, {}):
+        assert warnings_of(write_h5(tmp_path / "n.h5", layers, **options), model()) == ""
+    lstm = write_h5(tmp_path / "l.h5", {"lstm": recurrent(3, 2, 4, (8,))}, clipnorm=1.0)
+    assert warnings_of(lstm, freeze_second_biases(Net(rnn=nn.LSTM(3, 2)))) == ""
+
+
+# ---- All or nothing -------------------------------------------------------------------------------------------------
+
+
+def test_a_load_that_fails_amid_the_writes_leaves_nothing(tmp_path: Path) -> None:
+    """The statistics of the norm share one element, so that writing them fails when all else is set."""
+    norm = {"gamma": np.ones(3), "beta": np.zeros(3), "moving_mean": np.ones(3), "moving_variance": np.ones(3)}
+    layers = {"one": dense(4, 3), "norm": norm}
+    path = write_h5(tmp_path / "m.h5", layers, learning_rate=SCHEDULE, clipnorm=5.0, rho=0.75)
+    model = Net(one=nn.Linear(4, 3), norm=nn.BatchNorm1d(3))
+    model.norm.running_mean = torch.zeros(1, dtype=torch.float64).expand(3)
+    optimizer = AdadeltaKeras(model.one.named_parameters(), learning_rate=0.125, clipvalue=2.0)
+    optimizer.add_param_group({"params": list(model.norm.named_parameters()), "lr": 0.25})
+    optimizer.iterations = 2
+    before = [param.clone() for param in (*model.parameters(), *model.buffers())]
+    state, defaults = optimizer.state_dict(), dict(optimizer.defaults)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        load_keras(path, optimizer, model, weights=True)
+    assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
+    assert optimizer.state_dict() == state
+    assert dict(optimizer.defaults) == defaults
+    assert (optimizer.iterations, optimizer.learning_rate) == (2, 0.125)
+    assert [getattr(optimizer, name) for name in CLIPPING] == [2.0, None, None]
+    # A group that comes later has the learning rate of before, not the schedule.
+    extra = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer.add_param_group({"params": [("extra", extra)]})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.25, 0.125]
+    for param in (*model.parameters(), extra):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.25, 0.125]
+    other = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    other.grad = torch.ones_like(other)
+    AdadeltaKeras([other], learning_rate=0.125, clipvalue=2.0).step()
+    assert torch.equal(extra, other)
+
+
+def test_a_warning_that_is_an_error_leaves_nothing() -> None:
+    model, optimizer = build(learning_rate=0.125)
+    before = [param.clone() for param in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="not in the file"):
+            load_keras(DATA / "k3.weights.h5", optimizer, model, weights=True)
+    assert_untouched(model, optimizer, before)
+
+
+def test_state_of_before_does_not_stay(tmp_path: Path) -> None:
+    """That of a layer that Keras froze before its first step is gone."""
+    config = sequential(("one", "Dense", {"trainable": False}), ("two", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", {"one": dense(4, 3), "two": dense(3, 1)}, config)
+    with h5py.File(path, "r+") as file:
+        without_state("/one/")(file)
+    model = Net(a=nn.Linear(4, 3), b=nn.Linear(3, 1))
+    optimizer = AdadeltaKeras(model.parameters())
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    model.a.requires_grad_(False)
+    load_keras(path, optimizer, model)
+    assert set(optimizer.state) == set(model.b.parameters())
