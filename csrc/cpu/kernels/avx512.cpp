@@ -1,5 +1,5 @@
-// The loops for AVX-512 as every server processor with it has it (F, BW, DQ, VL).
-#include "loops.h"
+// The kernels for AVX-512 as every server processor with it has it (F, BW, DQ, VL).
+#include "kernel_table.h"
 
 #ifdef ADADELTA_CPU_DISPATCH
 #ifndef __clang__
@@ -16,7 +16,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c")
 #endif
 #define ADADELTA_AVX512
-#include "loops_body.h"
+#include "all.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -24,6 +24,6 @@
 #endif
 
 namespace torch_adadelta::cpu {
-const Loops loops_avx512 = kLoops;
+const KernelTable avx512_kernels = kKernels;
 }
 #endif

@@ -1,5 +1,5 @@
-// The loops for AVX-512 with instructions for bfloat16, as processors have it since about 2021 (and some before).
-#include "loops.h"
+// The kernels for AVX-512 with instructions for bfloat16, as processors have it since about 2021 (and some before).
+#include "kernel_table.h"
 
 #ifdef ADADELTA_CPU_DISPATCH
 #ifndef __clang__
@@ -19,7 +19,7 @@
 #endif
 #define ADADELTA_AVX512
 #define ADADELTA_AVX512_BF16
-#include "loops_body.h"
+#include "all.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -27,6 +27,6 @@
 #endif
 
 namespace torch_adadelta::cpu {
-const Loops loops_avx512_bf16 = kLoops;
+const KernelTable avx512_bf16_kernels = kKernels;
 }
 #endif
