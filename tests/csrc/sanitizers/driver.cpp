@@ -431,7 +431,7 @@ std::string sparse() {
         Lists lists;
         lists.add(Place(rows, columns, order), dtype, Place(1, 1, kContiguous), dtype);
         const auto random = noise(3);
-        const auto row = [&](int64_t k) {
+        const auto row = [&, rows = rows](int64_t k) {
           return static_cast<double>(static_cast<int64_t>((random(k) + 1) / 2 * rows));
         };
         const Tensors indices{matrix(Place(1, coo_entries, kContiguous), kInt64, row)};
