@@ -146,8 +146,8 @@ inline SparseEntries read_sparse_entries(
       {params.size(), "params"},
       {indices.size(), "indices"},
       {lists.grads.size(), "values"},
-      {lists.states[0]->size(), kListNames[kFirstState]},
-      {lists.states[1]->size(), kListNames[kFirstState + 1]},
+      {lists.states[0].size(), kListNames[kFirstState]},
+      {lists.states[1].size(), kListNames[kFirstState + 1]},
   });
   check_sizes(sizes, params.size());
   SegmentCursor segments(sizes);
@@ -243,11 +243,7 @@ class SparseLists {
   size_t size() const { return params_.size(); }
 
   SparseEntries read(const std::vector<int64_t>& sizes) const {
-    Lists<TensorList> lists{params_, values_, {}};
-    for (int state = 0; state < kStates; ++state) {
-      lists.states[state] = &states_[state];
-    }
-    return read_sparse_entries(lists, indices_, sizes, device_type_);
+    return read_sparse_entries({params_, values_, states_}, indices_, sizes, device_type_);
   }
 
   // The same, where there are no segments.

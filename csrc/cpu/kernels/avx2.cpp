@@ -2,10 +2,6 @@
 #include "kernel_table.h"
 
 #ifdef ADADELTA_CPU_DISPATCH
-#include <immintrin.h>
-
-#include <torch/headeronly/util/Half.h>
-
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
 #else

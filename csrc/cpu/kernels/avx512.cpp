@@ -1,14 +1,10 @@
 // The kernels for AVX-512 as every server processor with it has it (F, BW, DQ, VL).
-#include "kernel_table.h"
-
-#ifdef ADADELTA_CPU_DISPATCH
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own intrinsics leave undefined on purpose
 #endif
-#include <immintrin.h>
+#include "kernel_table.h"
 
-#include <torch/headeronly/util/Half.h>
-
+#ifdef ADADELTA_CPU_DISPATCH
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), apply_to = function)
 #else

@@ -1,14 +1,10 @@
 // The kernels for AVX-512 with instructions for bfloat16, as processors have it since about 2021 (and some before).
-#include "kernel_table.h"
-
-#ifdef ADADELTA_CPU_DISPATCH
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own intrinsics leave undefined on purpose
 #endif
-#include <immintrin.h>
+#include "kernel_table.h"
 
-#include <torch/headeronly/util/Half.h>
-
+#ifdef ADADELTA_CPU_DISPATCH
 #ifdef __clang__
 #pragma clang attribute push(                                                                          \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,f16c"))), apply_to = function \

@@ -21,13 +21,6 @@ constexpr int64_t kGroup = 32;
 constexpr int64_t kLanes = ADADELTA_LANES;
 
 struct Bfloat16 {
-  // Whether the conversions leave the multipliers time for inverses, even without stages.
-#if defined(ADADELTA_AVX512_BF16)
-  static constexpr bool kSparesDivider = true;
-#else
-  static constexpr bool kSparesDivider = false;
-#endif
-
   static ADADELTA_INLINE float widen(uint16_t item) {
     const uint32_t bits = static_cast<uint32_t>(item) << 16;
     float value;
@@ -78,14 +71,7 @@ struct Bfloat16 {
     _mm512_storeu_si512(to + 16, _mm512_maskz_permutexvar_epi16(kUpperHalves, _mm512_load_si512(kSecond), items));
   }
 
-  // The processor's own rounding, which takes denormal numbers for 0, and keeps what a nan says.
-  static ADADELTA_INLINE __m512i round_normal(__m512 first, __m512 second) {
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
-    __m512i items;
-    __builtin_memcpy(&items, &rounded, sizeof(rounded));
-    return items;
-  }
-
+  // The processor's own rounding takes denormal numbers for 0, and keeps what a nan says.
   static ADADELTA_INLINE void narrow_group(uint16_t* to, const float* from) {
     constexpr int kDenormalOrNan = 0x20 | 0x80 | 0x01;
     alignas(64) static constexpr uint16_t kUppers[kGroup] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
@@ -94,7 +80,8 @@ struct Bfloat16 {
     const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
     const __mmask16 in_first = _mm512_fpclass_ps_mask(first, kDenormalOrNan);
     if (__builtin_expect(_kortestz_mask16_u8(in_first, _mm512_fpclass_ps_mask(second, kDenormalOrNan)), 1)) {
-      _mm512_storeu_si512(to, round_normal(first, second));
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
+      __builtin_memcpy(to, &rounded, sizeof(rounded));
     } else {
       const __m512i uppers = _mm512_load_si512(kUppers);
       _mm512_storeu_si512(to, _mm512_permutex2var_epi16(round(first), uppers, round(second)));
@@ -156,8 +143,6 @@ struct Bfloat16 {
 };
 
 struct Half {
-  static constexpr bool kSparesDivider = false;
-
   static ADADELTA_INLINE float widen(uint16_t item) { return torch::headeronly::detail::fp16_ieee_to_fp32_value(item); }
 
   static ADADELTA_INLINE uint16_t narrow(float value) {

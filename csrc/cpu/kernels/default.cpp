@@ -1,8 +1,4 @@
 // The kernels for the baseline of the architecture: SSE2 on x86-64, NEON on aarch64.
-#include "kernel_table.h"
-
-#include <torch/headeronly/util/Half.h>
-
 #include "all.h"
 
 namespace torch_adadelta::cpu {

@@ -9,6 +9,13 @@
 #include <limits>
 #include <type_traits>
 
+#include <torch/headeronly/util/Half.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ADADELTA_CPU_DISPATCH 1
+#include <immintrin.h>
+#endif
+
 namespace torch_adadelta::cpu {
 
 // Updates `count` elements. Item is what memory holds, T the opmath dtype; the 16-bit formats cross as their bits.
@@ -74,8 +81,7 @@ struct KernelTable {
 };
 
 extern const KernelTable default_kernels;
-#if defined(__x86_64__) && defined(__GNUC__)
-#define ADADELTA_CPU_DISPATCH 1
+#ifdef ADADELTA_CPU_DISPATCH
 extern const KernelTable avx2_kernels;
 extern const KernelTable avx512_kernels;
 extern const KernelTable avx512_bf16_kernels;
