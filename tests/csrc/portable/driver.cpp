@@ -68,9 +68,10 @@ class Random {
   uint64_t state_;
 };
 
-enum Kind { kOrdinary, kDenormals, kExtremes, kKinds };
+enum Kind { kOrdinary, kDenormals, kLarge, kExtremes, kKinds };
 
-// Numbers from 2^-7 to 2; or, among such, denormal ones and zeros; or whatever bits there are, infinities and nan too.
+// Numbers from 2^-7 to 2; or, among such, denormal ones and zeros; or, seldom, the largest; or whatever bits there are,
+// infinities and nan too.
 template <typename F>
 std::vector<typename F::Memory> numbers(int64_t count, Kind kind, bool has_signs, uint64_t seed) {
   Random random(seed);
@@ -81,6 +82,8 @@ std::vector<typename F::Memory> numbers(int64_t count, Kind kind, bool has_signs
     uint64_t bits = (F::kBias - random() % 8) * F::kUnits + mantissa;
     if (kind == kDenormals && choice < 8) {
       bits = choice < 2 ? 0 : choice < 4 ? choice - 1 : mantissa;
+    } else if (kind == kLarge && random() % 64 == 0) {
+      bits = F::kInfinity - 1 - random() % F::kUnits;
     } else if (kind == kExtremes && choice < 12) {
       bits = choice == 0   ? F::kInfinity
              : choice == 1 ? F::kInfinity + 1 + mantissa / 2
