@@ -32,8 +32,6 @@ COMPILE_FLAGS = [
     # Square roots and conditions become vector instructions; neither flag changes a result.
     "-fno-math-errno",
     "-fno-trapping-math",
-    # GCC would add two rows of squares at a time (loops_body.h says why not).
-    "-fno-loop-unroll-and-jam",
     # Every operation is rounded on its own, as in Keras.
     "-ffp-contract=off",
 ]

@@ -19,6 +19,10 @@ constexpr bool is_written(int slot) { return slot != kGrad; }
 // A complex tensor is a real one with a trailing dimension of two.
 enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+// That of the opmath dtype T.
+template <typename T>
+constexpr Dtype kDtypeOf = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+
 constexpr ADADELTA_INLINE int64_t item_size(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat32:

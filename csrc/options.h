@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adadelta.h"
+#include "gradients.h"
 #include "tensor_lists.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -307,11 +308,7 @@ class UpdateArguments {
         grads_(reader.tensors()),
         states_{reader.tensors(), reader.tensors()},
         given_(reader) {
-    Lists<TensorList> lists{params_, grads_, {}};
-    for (int state = 0; state < kStates; ++state) {
-      lists.states[state] = &states_[state];
-    }
-    read_entries(workspace, lists, given_.sizes(), device_type);
+    read_entries(workspace, Lists<TensorList>{params_, grads_, states_}, given_.sizes(), device_type);
     options_ = given_.read({device_type, workspace.device_index}, workspace, params_.size());
   }
   UpdateArguments(const UpdateArguments&) = delete;

@@ -1,6 +1,6 @@
-// Sparse gradients as the ops receive them: the dense parts of COO tensors. A gradient has `count` occurrences; an
-// occurrence names a row of its parameter by a column of `indices` and holds what is to be added to the gradient of
-// that row in `values`. This header reads and checks them, for any device.
+// Sparse gradients as the ops receive them: the dense parts of COO tensors. A gradient has `count` COO entries; one
+// names a row of its parameter by a column of `indices`, and holds in `values` what is to be added to the gradient of
+// that row. This header reads and checks them, for any device.
 //
 // A row of a parameter [s0, s1, …, d0, d1, …] is what an index into its sparse dimensions s0, s1, … selects. Rows are
 // numbered in the order of those dimensions, the last one fastest.
@@ -15,7 +15,7 @@
 
 namespace torch_adadelta {
 
-// The indices of one gradient, [sparse dimensions, occurrences] of int64.
+// The indices of one gradient, [sparse dimensions, COO entries] of int64.
 struct Indices {
   const int64_t* data;
   int64_t dims;
@@ -31,14 +31,14 @@ struct Indices {
     return ((dims - 1) * dim_stride + (count - 1) * count_stride + 1) * static_cast<int64_t>(sizeof(int64_t));
   }
 
-  ADADELTA_INLINE int64_t at(int64_t dim, int64_t occurrence) const {
-    return data[dim * dim_stride + occurrence * count_stride];
+  ADADELTA_INLINE int64_t at(int64_t dim, int64_t coo_entry) const {
+    return data[dim * dim_stride + coo_entry * count_stride];
   }
 };
 
 // One parameter with a sparse gradient, ready to be updated.
 struct SparseEntry {
-  char* data[kTensors];  // that of the gradient: its values, [occurrences, row_numel]
+  char* data[kTensors];  // that of the gradient: its values, [COO entries, row_numel]
   Indices indices;
   Layout sparse_dims;     // of the parameter and its state, with their strides
   Layout row;             // the dimensions of a row, in their order; the last may be the parts of a complex number
@@ -146,8 +146,8 @@ inline SparseEntries read_sparse_entries(
       {params.size(), "params"},
       {indices.size(), "indices"},
       {lists.grads.size(), "values"},
-      {lists.states[0]->size(), kListNames[kFirstState]},
-      {lists.states[1]->size(), kListNames[kFirstState + 1]},
+      {lists.states[0].size(), kListNames[kFirstState]},
+      {lists.states[1].size(), kListNames[kFirstState + 1]},
   });
   check_sizes(sizes, params.size());
   SegmentCursor segments(sizes);
@@ -243,11 +243,7 @@ class SparseLists {
   size_t size() const { return params_.size(); }
 
   SparseEntries read(const std::vector<int64_t>& sizes) const {
-    Lists<TensorList> lists{params_, values_, {}};
-    for (int state = 0; state < kStates; ++state) {
-      lists.states[state] = &states_[state];
-    }
-    return read_sparse_entries(lists, indices_, sizes, device_type_);
+    return read_sparse_entries({params_, values_, states_}, indices_, sizes, device_type_);
   }
 
   // The same, where there are no segments.

@@ -1,20 +1,12 @@
 // Keeps cached accumulators, and gives them their numbers.
 #include "accumulator_cache.h"
 
-#include "parallel.h"
-
 #include <algorithm>
 #include <unordered_map>
 #include <utility>
 
 namespace torch_adadelta::cpu {
 namespace {
-
-// From how many parameters on, of how many elements on the average, it pays to have a second thread look at their
-// accumulators. What PyTorch knows of smaller tensors lies among their elements, which the first thread may just have
-// written.
-constexpr int64_t kMany = 64;
-constexpr int64_t kLarge = 256;
 
 struct Registry {
   std::mutex mutex;
@@ -73,13 +65,11 @@ void drop_accumulators(int64_t number) {
 void CachedTensorInfo::look(const char* name) {
   infos_.clear();
   dimensions_.clear();
-  numel_ = 0;
   std::vector<TensorInfo> infos;
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const TensorInfo& info = infos.emplace_back(tensors_.info(i, name, true));
     dimensions_.insert(dimensions_.end(), info.sizes, info.sizes + info.dim);
     dimensions_.insert(dimensions_.end(), info.strides, info.strides + info.dim);
-    numel_ += info.numel;
   }
   const int64_t* own = dimensions_.data();
   for (TensorInfo& info : infos) {
@@ -104,58 +94,24 @@ bool CachedTensorInfo::are_as_known() const {
 }
 
 AccumulatorCache::AccumulatorCache(ArgumentReader reader)
-    : states_{CachedTensorInfo(reader), CachedTensorInfo(reader)} {
+    : states_{reader.tensors(), reader.tensors()}, known_{CachedTensorInfo(states_[0]), CachedTensorInfo(states_[1])} {
   std::pair<size_t, const char*> lengths[kStates];
   for (int state = 0; state < kStates; ++state) {
-    lengths[state] = {states_[state].tensors().size(), kListNames[kFirstState + state]};
+    lengths[state] = {states_[state].size(), kListNames[kFirstState + state]};
   }
   check_lengths(lengths);
-}
-
-bool AccumulatorCache::is_as_known() const {
-  return std::all_of(states_, states_ + kStates, [](const CachedTensorInfo& state) { return state.are_as_known(); });
 }
 
 const Workspace& AccumulatorCache::read(
     const TensorList& params, const TensorList& grads, const std::vector<int64_t>& sizes
 ) {
   const int32_t cpu = aoti_torch_device_type_cpu();
-  Lists<CachedTensorInfo> known{params, grads, {}};
-  Lists<TensorList> lists{params, grads, {}};
-  for (int state = 0; state < kStates; ++state) {
-    known.states[state] = &states_[state];
-    lists.states[state] = &states_[state].tensors();
-  }
-
-  // Another thread looks at the accumulators, while this one, which gets the first range, reads on as if they had not
-  // changed. What fails meanwhile need not be wrong: PyTorch lets nobody write to a lazy clone in a parallel region,
-  // for that copies it. So it is read again afterwards.
-  bool is_known = false, is_read = false;
-  const int64_t count = static_cast<int64_t>(states_[0].size()), numel = states_[0].numel();
-  if (count >= kMany && numel >= kLarge * count && numel > kGrain && torch::stable::get_num_threads() > 1) {
-    torch::stable::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
-      if (begin == 0) {
-        try {
-          read_entries(workspace_, known, sizes, cpu);
-          is_read = true;
-        } catch (...) {  // it stays unread
-        }
-      }
-      if (end == 2) {
-        is_known = is_as_known();
-      }
-    });
-    if (is_known && is_read) {
-      return workspace_;
-    }
-  }
-
-  if (is_as_known()) {
-    read_entries(workspace_, known, sizes, cpu);
+  if (std::all_of(known_, known_ + kStates, [](const CachedTensorInfo& state) { return state.are_as_known(); })) {
+    read_entries(workspace_, Lists<CachedTensorInfo>{params, grads, known_}, sizes, cpu);
   } else {
-    read_entries(workspace_, lists, sizes, cpu);
+    read_entries(workspace_, Lists<TensorList>{params, grads, states_}, sizes, cpu);
     for (int state = 0; state < kStates; ++state) {
-      states_[state].look(kOwnNames[kFirstState + state]);
+      known_[state].look(kOwnNames[kFirstState + state]);
     }
   }
   return workspace_;

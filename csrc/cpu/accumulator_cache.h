@@ -12,12 +12,10 @@
 
 namespace torch_adadelta::cpu {
 
-// A list of tensors, and what was found when they were last looked at.
+// What was found of the tensors of a list when they were last looked at.
 class CachedTensorInfo {
  public:
-  explicit CachedTensorInfo(ArgumentReader& reader) : tensors_(reader.tensors()) {}
-
-  const TensorList& tensors() const { return tensors_; }
+  explicit CachedTensorInfo(const TensorList& tensors) : tensors_(tensors) {}
 
   // Takes note of what the tensors, which will be written to, are now. `name` as in TensorList::info.
   void look(const char* name);
@@ -31,13 +29,11 @@ class CachedTensorInfo {
   void check_storage(size_t index, const char* name, const TensorInfo& info) const {
     tensors_.check_storage(index, name, info);
   }
-  int64_t numel() const { return numel_; }
 
  private:
-  TensorList tensors_;
+  const TensorList& tensors_;
   std::vector<TensorInfo> infos_;    // of all tensors, or none
   std::vector<int64_t> dimensions_;  // to which they point: the sizes and then the strides of each
-  int64_t numel_ = 0;
 };
 
 class AccumulatorCache {
@@ -51,10 +47,9 @@ class AccumulatorCache {
   const Workspace& read(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& sizes);
 
  private:
-  bool is_as_known() const;
-
   std::mutex mutex_;
-  CachedTensorInfo states_[kStates];
+  TensorList states_[kStates];
+  CachedTensorInfo known_[kStates];
   Workspace workspace_;  // its own, so that optimizers that take turns do not forget each other's memory
 };
 

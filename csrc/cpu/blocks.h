@@ -1,7 +1,7 @@
 // Blocks of elements on their way between memory, of any dtype and layout, and the opmath dtype T.
 #pragma once
 
-#include "loops.h"
+#include "kernels/kernel_table.h"
 
 #include "../tensor_lists.h"
 
@@ -24,7 +24,7 @@ ADADELTA_INLINE void for_each_slot(const Run& run) {
 constexpr int64_t kBlock = 512;
 
 template <typename T>
-void load_contiguous(const Loops& loops, T* to, const char* from, Dtype dtype, int64_t count) {
+void load_contiguous(const KernelTable& kernels, T* to, const char* from, Dtype dtype, int64_t count) {
   const auto* half = reinterpret_cast<const uint16_t*>(from);
   if constexpr (std::is_same_v<T, float>) {
     switch (dtype) {
@@ -32,11 +32,11 @@ void load_contiguous(const Loops& loops, T* to, const char* from, Dtype dtype, i
         std::copy_n(reinterpret_cast<const float*>(from), count, to);
         return;
       case Dtype::kFloat64:
-        return loops.float_from_double(to, reinterpret_cast<const double*>(from), count);
+        return kernels.float_from_double(to, reinterpret_cast<const double*>(from), count);
       case Dtype::kFloat16:
-        return loops.float_from_half(to, half, count);
+        return kernels.float_from_half(to, half, count);
       case Dtype::kBFloat16:
-        return loops.float_from_bfloat16(to, half, count);
+        return kernels.float_from_bfloat16(to, half, count);
     }
   } else {
     float as_float[kBlock];
@@ -45,32 +45,32 @@ void load_contiguous(const Loops& loops, T* to, const char* from, Dtype dtype, i
         std::copy_n(reinterpret_cast<const double*>(from), count, to);
         return;
       case Dtype::kFloat32:
-        return loops.double_from_float(to, reinterpret_cast<const float*>(from), count);
+        return kernels.double_from_float(to, reinterpret_cast<const float*>(from), count);
       case Dtype::kFloat16:
-        loops.float_from_half(as_float, half, count);
+        kernels.float_from_half(as_float, half, count);
         break;
       case Dtype::kBFloat16:
-        loops.float_from_bfloat16(as_float, half, count);
+        kernels.float_from_bfloat16(as_float, half, count);
         break;
     }
-    loops.double_from_float(to, as_float, count);
+    kernels.double_from_float(to, as_float, count);
   }
 }
 
 template <typename T>
-void store_contiguous(const Loops& loops, char* to, Dtype dtype, const T* from, int64_t count) {
+void store_contiguous(const KernelTable& kernels, char* to, Dtype dtype, const T* from, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
     if (dtype == Dtype::kFloat16) {
-      return loops.half_from_float(reinterpret_cast<uint16_t*>(to), from, count);
+      return kernels.half_from_float(reinterpret_cast<uint16_t*>(to), from, count);
     }
     if (dtype == Dtype::kBFloat16) {
-      return loops.bfloat16_from_float(reinterpret_cast<uint16_t*>(to), from, count);
+      return kernels.bfloat16_from_float(reinterpret_cast<uint16_t*>(to), from, count);
     }
   }
   std::copy_n(from, count, reinterpret_cast<T*>(to));
 }
 
-// Collects elements that lie `stride` bytes apart, as they are; their conversion is the contiguous loops' work.
+// Collects elements that lie `stride` bytes apart, as they are; their conversion is the contiguous kernels' work.
 template <typename Item>
 void gather(char* to, const char* from, int64_t stride, int64_t count) {
   auto* items = reinterpret_cast<Item*>(to);
@@ -109,7 +109,7 @@ void for_each_run(const Layout& layout, int64_t begin, int64_t count, const Run&
 
 template <int slot, typename T>
 void load_strided(
-    const Loops& loops, T* to, const char* base, Dtype dtype, const Layout& layout, int64_t begin, int64_t count
+    const KernelTable& kernels, T* to, const char* base, Dtype dtype, const Layout& layout, int64_t begin, int64_t count
 ) {
   alignas(64) char items[kBlock * sizeof(double)];
   const int64_t size = item_size(dtype);
@@ -118,15 +118,21 @@ void load_strided(
     const auto collect = size == 2 ? gather<uint16_t> : size == 4 ? gather<uint32_t> : gather<uint64_t>;
     collect(items + position * size, base + offset, step, length);
   });
-  load_contiguous(loops, to, items, dtype, count);
+  load_contiguous(kernels, to, items, dtype, count);
 }
 
 template <int slot, typename T>
 void store_strided(
-    const Loops& loops, char* base, Dtype dtype, const T* from, const Layout& layout, int64_t begin, int64_t count
+    const KernelTable& kernels,
+    char* base,
+    Dtype dtype,
+    const T* from,
+    const Layout& layout,
+    int64_t begin,
+    int64_t count
 ) {
   alignas(64) char items[kBlock * sizeof(double)];
-  store_contiguous(loops, items, dtype, from, count);
+  store_contiguous(kernels, items, dtype, from, count);
   const int64_t size = item_size(dtype);
   const int64_t step = layout.back().stride[slot];
   for_each_run<slot>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
@@ -138,23 +144,23 @@ void store_strided(
 // The elements [at, at + count) of a tensor, which lie as `layout` says, or one after the other where that is nullptr.
 template <int slot, typename T>
 ADADELTA_INLINE void load_block(
-    const Loops& loops, T* to, const char* base, Dtype dtype, const Layout* layout, int64_t at, int64_t count
+    const KernelTable& kernels, T* to, const char* base, Dtype dtype, const Layout* layout, int64_t at, int64_t count
 ) {
   if (layout == nullptr) {
-    load_contiguous(loops, to, base + at * item_size(dtype), dtype, count);
+    load_contiguous(kernels, to, base + at * item_size(dtype), dtype, count);
   } else {
-    load_strided<slot>(loops, to, base, dtype, *layout, at, count);
+    load_strided<slot>(kernels, to, base, dtype, *layout, at, count);
   }
 }
 
 template <int slot, typename T>
 ADADELTA_INLINE void store_block(
-    const Loops& loops, char* base, Dtype dtype, const T* from, const Layout* layout, int64_t at, int64_t count
+    const KernelTable& kernels, char* base, Dtype dtype, const T* from, const Layout* layout, int64_t at, int64_t count
 ) {
   if (layout == nullptr) {
-    store_contiguous(loops, base + at * item_size(dtype), dtype, from, count);
+    store_contiguous(kernels, base + at * item_size(dtype), dtype, from, count);
   } else {
-    store_strided<slot>(loops, base, dtype, from, *layout, at, count);
+    store_strided<slot>(kernels, base, dtype, from, *layout, at, count);
   }
 }
 

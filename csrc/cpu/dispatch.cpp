@@ -1,5 +1,5 @@
 // The instruction set: the best that the processor has, or another one for tests and benchmarks.
-#include "loops.h"
+#include "kernels/kernel_table.h"
 
 #include "../refusal.h"
 
@@ -39,20 +39,20 @@ int64_t set_cpu_capability(int64_t value) {
 
 }  // namespace
 
-const Loops& current_loops() {
+const KernelTable& current_kernels() {
 #ifdef ADADELTA_CPU_DISPATCH
   switch (capability.load(std::memory_order_relaxed)) {
     case kAvx512Bf16:
-      return loops_avx512_bf16;
+      return avx512_bf16_kernels;
     case kAvx512:
-      return loops_avx512;
+      return avx512_kernels;
     case kAvx2:
-      return loops_avx2;
+      return avx2_kernels;
     default:
       break;
   }
 #endif
-  return loops_default;
+  return default_kernels;
 }
 
 }  // namespace torch_adadelta::cpu

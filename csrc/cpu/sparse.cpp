@@ -1,8 +1,7 @@
-// The update by sparse gradients on the CPU: the occurrences of a gradient are brought into the order of their rows,
-// and all threads go over them. Whoever meets the first occurrence of a row sums up the row's gradient, in the
-// order in which its occurrences were given, and updates the row.
+// The update by sparse gradients on the CPU: the COO entries of a gradient are brought into the order of their rows,
+// and all threads go over them. Whoever meets the first COO entry of a row sums up the row's gradient, in the
+// order in which its COO entries were given, and updates the row.
 #include "blocks.h"
-#include "loops.h"
 #include "parallel.h"
 #include "segments.h"
 
@@ -17,12 +16,12 @@ namespace {
 
 // ---- The order of the rows ------------------------------------------------------------------------------------------
 
-struct Occurrence {
+struct CooEntry {
   int64_t row;
   int64_t position;  // in the gradient
 };
 
-// The first occurrence whose row the parameter does not have, or -1.
+// The first COO entry whose row the parameter does not have, or -1.
 int64_t first_invalid_index(const SparseEntry& entry) {
   int64_t first = entry.indices.count;
   for (int64_t d = 0; d < entry.indices.dims; ++d) {
@@ -37,45 +36,45 @@ int64_t first_invalid_index(const SparseEntry& entry) {
 }
 
 // A stable sort by the row, a byte at a time.
-void sort_by_row(std::vector<Occurrence>& occurrences, int64_t rows) {
-  const auto is_before = [](const Occurrence& x, const Occurrence& y) { return x.row < y.row; };
-  if (std::is_sorted(occurrences.begin(), occurrences.end(), is_before)) {
+void sort_by_row(std::vector<CooEntry>& coo_entries, int64_t rows) {
+  const auto is_before = [](const CooEntry& x, const CooEntry& y) { return x.row < y.row; };
+  if (std::is_sorted(coo_entries.begin(), coo_entries.end(), is_before)) {
     return;
   }
-  std::vector<Occurrence> sorted(occurrences.size());
+  std::vector<CooEntry> sorted(coo_entries.size());
   for (int shift = 0; shift < 64 && (rows - 1) >> shift > 0; shift += 8) {
-    const auto digit = [shift](const Occurrence& x) { return (x.row >> shift) & 0xff; };
+    const auto digit = [shift](const CooEntry& x) { return (x.row >> shift) & 0xff; };
     std::array<size_t, 256> place{};
-    for (const Occurrence& x : occurrences) {
+    for (const CooEntry& x : coo_entries) {
       ++place[digit(x)];
     }
     size_t begin = 0;
     for (size_t& count : place) {
       begin += std::exchange(count, begin);
     }
-    for (const Occurrence& x : occurrences) {
+    for (const CooEntry& x : coo_entries) {
       sorted[place[digit(x)]++] = x;
     }
-    occurrences.swap(sorted);
+    coo_entries.swap(sorted);
   }
 }
 
-std::vector<Occurrence> occurrences_by_row(const SparseEntry& entry) {
-  std::vector<Occurrence> occurrences(entry.indices.count);
+std::vector<CooEntry> coo_entries_by_row(const SparseEntry& entry) {
+  std::vector<CooEntry> coo_entries(entry.indices.count);
   for (int64_t k = 0; k < entry.indices.count; ++k) {
     int64_t row = 0;
     for (int64_t d = 0; d < entry.indices.dims; ++d) {
       row = row * entry.sparse_dims[d].size + entry.indices.at(d, k);
     }
-    occurrences[k] = {row, k};
+    coo_entries[k] = {row, k};
   }
-  sort_by_row(occurrences, entry.rows);
-  return occurrences;
+  sort_by_row(coo_entries, entry.rows);
+  return coo_entries;
 }
 
 // ---- One row --------------------------------------------------------------------------------------------------------
 
-// Where the row that an occurrence names begins, in the parameter and its state.
+// Where the row that a COO entry names begins, in the parameter and its state.
 struct Row {
   char* data[kTensors];
 
@@ -91,29 +90,22 @@ struct Row {
   }
 };
 
-template <typename T>
-auto loops_of(const Loops& loops) {
-  if constexpr (std::is_same_v<T, float>) {
-    return std::pair(loops.add_float, loops.update_row_float);
-  } else {
-    return std::pair(loops.add_double, loops.update_row_double);
-  }
-}
-
-// The elements [begin, end) of the row that the occurrences [first, last) name. T is the opmath dtype.
+// The elements [begin, end) of the row that the COO entries [first, last) name. T is the opmath dtype.
 template <typename T>
 void update_row(
-    const Loops& loops,
+    const KernelTable& kernels,
     const SparseEntry& entry,
-    const Occurrence* first,
-    const Occurrence* last,
+    const CooEntry* first,
+    const CooEntry* last,
     int64_t begin,
     int64_t end,
     const GradientClip<T>& clip,
     const Hyperparameters<T>& h
 ) {
-  constexpr Dtype kT = std::is_same_v<T, float> ? Dtype::kFloat32 : Dtype::kFloat64;
-  const auto [add, update] = loops_of<T>(loops);
+  constexpr Dtype kT = kDtypeOf<T>;
+  constexpr GradientClip<T> kUnclipped = {std::numeric_limits<T>::infinity(), T(1), T(1)};
+  const auto add = kernels.in<T>().add;
+  const auto update = kernels.in<T>().update;
   const Row row(entry, first->position);
   const Layout* layout = entry.contiguous_row ? nullptr : &entry.row;
   alignas(64) T blocks[kTensors][kBlock];
@@ -121,13 +113,13 @@ void update_row(
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
     std::fill_n(grad, count, T(0));
-    for (const Occurrence* occurrence = first; occurrence != last; ++occurrence) {
+    for (const CooEntry* coo_entry = first; coo_entry != last; ++coo_entry) {
       const Dtype dtype = entry.dtype[kGrad];
-      const char* value = entry.data[kGrad] + (occurrence->position * entry.row_numel + at) * item_size(dtype);
+      const char* value = entry.data[kGrad] + (coo_entry->position * entry.row_numel + at) * item_size(dtype);
       if (dtype == kT) {
         add(grad, reinterpret_cast<const T*>(value), count, clip);
       } else {
-        load_contiguous(loops, param, value, dtype, count);
+        load_contiguous(kernels, param, value, dtype, count);
         add(grad, param, count, clip);
       }
     }
@@ -138,19 +130,20 @@ void update_row(
           reinterpret_cast<T*>(row.data[kSquareAvg]) + at,
           reinterpret_cast<T*>(row.data[kAccDelta]) + at,
           count,
+          kUnclipped,
           h
       );
       continue;
     }
     for_each_slot([&](auto slot) {
       if constexpr (is_written(slot)) {
-        load_block<slot>(loops, blocks[slot], row.data[slot], entry.dtype[slot], layout, at, count);
+        load_block<slot>(kernels, blocks[slot], row.data[slot], entry.dtype[slot], layout, at, count);
       }
     });
-    update(param, grad, blocks[kSquareAvg], blocks[kAccDelta], count, h);
+    update(param, grad, blocks[kSquareAvg], blocks[kAccDelta], count, kUnclipped, h);
     for_each_slot([&](auto slot) {
       if constexpr (is_written(slot)) {
-        store_block<slot>(loops, row.data[slot], entry.dtype[slot], blocks[slot], layout, at, count);
+        store_block<slot>(kernels, row.data[slot], entry.dtype[slot], blocks[slot], layout, at, count);
       }
     });
   }
@@ -161,7 +154,7 @@ void update_row(
 // Elements of a row that a thread takes at a time, so that several can work on a long one.
 constexpr int64_t kColumns = 4096;
 
-// No processor expects the rows of a large table. They are asked for so many occurrences ahead, into the second-level
+// No processor expects the rows of a large table. They are asked for so many COO entries ahead, into the second-level
 // cache: the first level would have to wait for them. This takes a third off the time of scattered rows.
 constexpr int64_t kAhead = 8;
 constexpr int64_t kMostBytesAhead = 1024;
@@ -180,10 +173,10 @@ ADADELTA_INLINE void prefetch_row(const SparseEntry& entry, int64_t position, in
   }
 }
 
-// A parameter with its occurrences, by their rows.
+// A parameter with its COO entries, by their rows.
 struct SortedEntry {
   const SparseEntry* entry;
-  std::vector<Occurrence> occurrences;
+  std::vector<CooEntry> coo_entries;
   int64_t end;  // as in for_all_elements
 
   // A row is cut into pieces of so many elements, by whose number threads are called.
@@ -195,11 +188,11 @@ struct SortedEntry {
   }
 };
 
-// The elements [begin, end) of all pieces of one parameter. Who has the first element of an occurrence takes all of
+// The elements [begin, end) of all pieces of one parameter. Who has the first element of a COO entry takes all of
 // them.
 template <typename T>
 void update_range(
-    const Loops& loops,
+    const KernelTable& kernels,
     const SortedEntry& sorted,
     int64_t begin,
     int64_t end,
@@ -207,24 +200,24 @@ void update_range(
     const Hyperparameters<T>& h
 ) {
   const SparseEntry& entry = *sorted.entry;
-  const std::vector<Occurrence>& occurrences = sorted.occurrences;
-  const auto count = static_cast<int64_t>(occurrences.size());
-  const auto is_first = [&](int64_t k) { return k == 0 || occurrences[k].row != occurrences[k - 1].row; };
+  const std::vector<CooEntry>& coo_entries = sorted.coo_entries;
+  const auto count = static_cast<int64_t>(coo_entries.size());
+  const auto is_first = [&](int64_t k) { return k == 0 || coo_entries[k].row != coo_entries[k - 1].row; };
 
-  // The occurrences in [first, last) of which each is the first of its row, at the elements [begin, end).
+  // The COO entries in [first, last) of which each is the first of its row, at the elements [begin, end).
   const auto update_rows = [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
     for (int64_t k = first; k < last; ++k) {
       if (!is_first(k)) {
         continue;
       }
       int64_t stop = k + 1;
-      while (stop < count && occurrences[stop].row == occurrences[k].row) {
+      while (stop < count && coo_entries[stop].row == coo_entries[k].row) {
         ++stop;
       }
       if (stop + kAhead < count) {
-        prefetch_row(entry, occurrences[stop + kAhead].position, begin);
+        prefetch_row(entry, coo_entries[stop + kAhead].position, begin);
       }
-      update_row(loops, entry, &occurrences[k], occurrences.data() + stop, begin, end, clip, h);
+      update_row(kernels, entry, &coo_entries[k], coo_entries.data() + stop, begin, end, clip, h);
     }
   };
   const int64_t columns = sorted.columns();
@@ -254,12 +247,12 @@ class SparseUpdate {
     if (is_skipped(options_)) {
       return;
     }
-    const Loops& loops = current_loops();
+    const KernelTable& kernels = current_kernels();
     for_all_elements(entries_, disjoint_, pieces_, [&](const SortedEntry& sorted, int64_t begin, int64_t end) {
       const SparseEntry& entry = *sorted.entry;
       values_.with_values(
           entry.dtype[kParam], entry.segment, entry.index, [&](const auto& clip, const auto& hyperparameters) {
-            update_range(loops, sorted, begin, end, clip, hyperparameters);
+            update_range(kernels, sorted, begin, end, clip, hyperparameters);
           }
       );
     });
@@ -276,7 +269,7 @@ class SparseUpdate {
     for (const SparseEntry& entry : entries.entries) {
       if (entry.count() > 0) {
         const int64_t start = result.empty() ? 0 : result.back().end;
-        SortedEntry& sorted = result.emplace_back(SortedEntry{&entry, occurrences_by_row(entry), 0});
+        SortedEntry& sorted = result.emplace_back(SortedEntry{&entry, coo_entries_by_row(entry), 0});
         sorted.end = start + sorted.size();
       }
     }

@@ -1,6 +1,6 @@
 // The sums of squares behind the norms on the CPU: one parallel call over the elements of all gradients of a call.
 #include "blocks.h"
-#include "loops.h"
+#include "kernels/kernel_table.h"
 #include "parallel.h"
 
 #include "../options.h"
@@ -18,18 +18,11 @@ namespace {
 
 // The elements [begin, end) of one gradient, which are one chunk at most. T is the opmath dtype.
 template <typename T>
-double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, T limit, T scale) {
-  constexpr bool is_float = std::is_same_v<T, float>;
-  constexpr Dtype kT = is_float ? Dtype::kFloat32 : Dtype::kFloat64;
+double chunk_sum(const KernelTable& kernels, const Gradient& gradient, int64_t begin, int64_t end, T limit, T scale) {
   const int64_t width = gradient.is_complex ? 2 : 1;
   const auto add_squares = [&](double* lanes, const T* grad, int64_t count, int64_t pages_ahead) {
-    if constexpr (is_float) {
-      gradient.is_complex ? loops.add_complex_squares_float(lanes, grad, count, pages_ahead)
-                          : loops.add_squares_float(lanes, grad, count, limit, pages_ahead);
-    } else {
-      gradient.is_complex ? loops.add_complex_squares_double(lanes, grad, count, pages_ahead)
-                          : loops.add_squares_double(lanes, grad, count, limit, pages_ahead);
-    }
+    gradient.is_complex ? kernels.in<T>().add_complex_squares(lanes, grad, count, pages_ahead)
+                        : kernels.in<T>().add_squares(lanes, grad, count, limit, pages_ahead);
   };
 
   alignas(64) double lanes[kSumLanes] = {};
@@ -37,19 +30,19 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
     const int64_t size = item_size(gradient.dtype), count = end - begin;
     const int64_t pages_ahead = pages_ahead_in(gradient.numel * width * size);
     const char* from = gradient.data + begin * width * size;
-    if (gradient.dtype == kT) {
+    if (gradient.dtype == kDtypeOf<T>) {
       add_squares(lanes, reinterpret_cast<const T*>(from), count, pages_ahead);
-      return loops.sum_lanes(lanes);
+      return kernels.sum_lanes(lanes);
     }
-    if constexpr (is_float) {
+    if constexpr (std::is_same_v<T, float>) {
       const auto* half = reinterpret_cast<const uint16_t*>(from);
       if (gradient.dtype == Dtype::kFloat16 && !gradient.is_complex) {
-        loops.add_squares_half(lanes, half, count, limit, pages_ahead);
-        return loops.sum_lanes(lanes);
+        kernels.add_squares_half(lanes, half, count, limit, pages_ahead);
+        return kernels.sum_lanes(lanes);
       }
       if (gradient.dtype == Dtype::kBFloat16) {
-        loops.add_squares_bfloat16(lanes, half, count, limit, pages_ahead);
-        return loops.sum_lanes(lanes);
+        kernels.add_squares_bfloat16(lanes, half, count, limit, pages_ahead);
+        return kernels.sum_lanes(lanes);
       }
     }
   }
@@ -58,33 +51,33 @@ double chunk_sum(const Loops& loops, const Gradient& gradient, int64_t begin, in
   static_assert(kBlock / 2 % kSumLanes == 0, "a block begins at lane 0");
   for (int64_t at = begin; at < end; at += step) {
     const int64_t count = std::min(step, end - at);
-    load_block<kGrad>(loops, block, gradient.data, gradient.dtype, gradient.layout, at * width, count * width);
+    load_block<kGrad>(kernels, block, gradient.data, gradient.dtype, gradient.layout, at * width, count * width);
     if (scale != T(1)) {
       std::for_each(block, block + count * width, [&](T& g) { g = g / scale; });
     }
     add_squares(lanes, block, count, 0);
   }
-  return loops.sum_lanes(lanes);
+  return kernels.sum_lanes(lanes);
 }
 
 // The elements [begin, end) of one gradient, which are one unit at most.
 double unit_sum(
-    const Loops& loops, const Gradient& gradient, int64_t begin, int64_t end, double clipvalue, float scale
+    const KernelTable& kernels, const Gradient& gradient, int64_t begin, int64_t end, double clipvalue, float scale
 ) {
   double chunks[kUnitChunks];
   int64_t count = 0;
   for (; begin < end; begin += kSumChunk) {
     const int64_t stop = std::min(begin + kSumChunk, end);
     chunks[count++] = gradient.in_double
-                          ? chunk_sum<double>(loops, gradient, begin, stop, clipvalue, scale)
-                          : chunk_sum<float>(loops, gradient, begin, stop, static_cast<float>(clipvalue), scale);
+                          ? chunk_sum<double>(kernels, gradient, begin, stop, clipvalue, scale)
+                          : chunk_sum<float>(kernels, gradient, begin, stop, static_cast<float>(clipvalue), scale);
   }
   return pairwise_sum(chunks, count);
 }
 
 // Writes the sum of each gradient to `sums`, at the gradient's index. `units` is room for the sums of all units.
 void sum_squares(const Gradients& lists, double clipvalue, float scale, std::vector<double>& units, double* sums) {
-  const Loops& loops = current_loops();
+  const KernelTable& kernels = current_kernels();
   const auto& gradients = lists.gradients;
   const auto start_of = [](const Gradient& gradient) { return gradient.end - gradient.numel; };
 
@@ -103,7 +96,7 @@ void sum_squares(const Gradients& lists, double clipvalue, float scale, std::vec
       const int64_t stop = std::min(end - start_of(gradient), gradient.numel);
       for (int64_t unit = (skipped + kUnit - 1) / kUnit; unit * kUnit < stop; ++unit) {
         const int64_t unit_end = std::min((unit + 1) * kUnit, gradient.numel);
-        units_of(i)[unit] = unit_sum(loops, gradient, unit * kUnit, unit_end, clipvalue, scale);
+        units_of(i)[unit] = unit_sum(kernels, gradient, unit * kUnit, unit_end, clipvalue, scale);
       }
     }
   };

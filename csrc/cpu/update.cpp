@@ -1,7 +1,6 @@
 // The dense update on the CPU: all threads share the elements of all parameters of a call, as one row.
 #include "accumulator_cache.h"
 #include "blocks.h"
-#include "loops.h"
 #include "parallel.h"
 #include "segments.h"
 
@@ -12,21 +11,12 @@ namespace {
 
 // ---- One parameter --------------------------------------------------------------------------------------------------
 
-template <typename T>
-auto update_loop(const Loops& loops) {
-  if constexpr (std::is_same_v<T, float>) {
-    return loops.update_float;
-  } else {
-    return loops.update_double;
-  }
-}
-
 // The elements [begin, end) of one parameter, in the order of its memory, block by block. T is the opmath dtype.
 //
 // Not inlined, for the buffers would be set up for each small parameter that needs none.
 template <typename T>
 __attribute__((noinline)) void update_by_blocks(
-    const Loops& loops,
+    const KernelTable& kernels,
     const Entry& entry,
     int64_t begin,
     int64_t end,
@@ -37,12 +27,12 @@ __attribute__((noinline)) void update_by_blocks(
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
     for_each_slot([&](auto slot) {
-      load_block<slot>(loops, blocks[slot], entry.data[slot], entry.dtype[slot], entry.layout, at, count);
+      load_block<slot>(kernels, blocks[slot], entry.data[slot], entry.dtype[slot], entry.layout, at, count);
     });
-    update_loop<T>(loops)(blocks[kParam], blocks[kGrad], blocks[kSquareAvg], blocks[kAccDelta], count, clip, h);
+    kernels.in<T>().update(blocks[kParam], blocks[kGrad], blocks[kSquareAvg], blocks[kAccDelta], count, clip, h);
     for_each_slot([&](auto slot) {
       if constexpr (is_written(slot)) {
-        store_block<slot>(loops, entry.data[slot], entry.dtype[slot], blocks[slot], entry.layout, at, count);
+        store_block<slot>(kernels, entry.data[slot], entry.dtype[slot], blocks[slot], entry.layout, at, count);
       }
     });
   }
@@ -51,7 +41,7 @@ __attribute__((noinline)) void update_by_blocks(
 // The same, in place where that is possible.
 template <typename T>
 void update_range(
-    const Loops& loops,
+    const KernelTable& kernels,
     const Entry& entry,
     int64_t begin,
     int64_t end,
@@ -59,7 +49,7 @@ void update_range(
     const Hyperparameters<T>& h
 ) {
   if (entry.layout != nullptr || entry.dtype[kGrad] != entry.dtype[kParam] || entry.grad_aliases_param) {
-    return update_by_blocks(loops, entry, begin, end, clip, h);
+    return update_by_blocks(kernels, entry, begin, end, clip, h);
   }
   const auto update_in_place = [&](auto loop, auto* param) {
     using Item = std::remove_pointer_t<decltype(param)>;
@@ -75,13 +65,13 @@ void update_range(
   };
   if constexpr (std::is_same_v<T, float>) {
     if (entry.dtype[kParam] == Dtype::kFloat16) {
-      return update_in_place(loops.update_half, reinterpret_cast<uint16_t*>(entry.data[kParam]));
+      return update_in_place(kernels.update_half, reinterpret_cast<uint16_t*>(entry.data[kParam]));
     }
     if (entry.dtype[kParam] == Dtype::kBFloat16) {
-      return update_in_place(loops.update_bfloat16, reinterpret_cast<uint16_t*>(entry.data[kParam]));
+      return update_in_place(kernels.update_bfloat16, reinterpret_cast<uint16_t*>(entry.data[kParam]));
     }
   }
-  update_in_place(update_loop<T>(loops), reinterpret_cast<T*>(entry.data[kParam]));
+  update_in_place(kernels.in<T>().update, reinterpret_cast<T*>(entry.data[kParam]));
 }
 
 // ---- The ops --------------------------------------------------------------------------------------------------------
@@ -96,12 +86,12 @@ class Update {
     if (is_skipped(options_)) {
       return;
     }
-    const Loops& loops = current_loops();
+    const KernelTable& kernels = current_kernels();
     for_all_elements(
         workspace_.entries, workspace_.disjoint, pieces_, [&](const Entry& entry, int64_t begin, int64_t end) {
           values_.with_values(
               entry.dtype[kParam], entry.segment, entry.index, [&](const auto& clip, const auto& hyperparameters) {
-                update_range(loops, entry, begin, end, clip, hyperparameters);
+                update_range(kernels, entry, begin, end, clip, hyperparameters);
               }
           );
         }

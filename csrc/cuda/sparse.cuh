@@ -1,8 +1,8 @@
 // The update by sparse gradients on the GPU: kernels, and below them what launches them. `Device` as in update.cuh.
 //
-// The occurrences of a gradient get the numbers of their rows, PyTorch sorts these, stably, and a few threads for each
-// occurrence look whether it is the first of its row. If it is, they sum up the row's gradient, in the order in which
-// its occurrences were given, and update the row. How many rows there are only the device knows, so nobody waits.
+// The COO entries of a gradient get the numbers of their rows, PyTorch sorts these, stably, and a few threads for each
+// COO entry look whether it is the first of its row. If it is, they sum up the row's gradient, in the order in which
+// its COO entries were given, and update the row. How many rows there are only the device knows, so nobody waits.
 #pragma once
 
 #include "../sparse.h"
@@ -15,7 +15,7 @@
 
 namespace torch_adadelta::cuda {
 
-// Small blocks, for a gradient may have few occurrences, and each waits for memory.
+// Small blocks, for a gradient may have few COO entries, and each waits for memory.
 constexpr int kRowThreads = 128;
 
 // The indices of one gradient.
@@ -24,16 +24,16 @@ struct NumberRows {
   int64_t size[kMaxDimensions];  // of the sparse dimensions
   int64_t rows;
   int64_t* numbers;                   // of the rows, `rows` where an index is out of range; or nullptr
-  unsigned long long* first_invalid;  // lowered to the first occurrence whose index is out of range; or nullptr
+  unsigned long long* first_invalid;  // lowered to the first COO entry whose index is out of range; or nullptr
 };
 
-// One parameter and its gradient, whose occurrences are in the order of their rows.
+// One parameter and its gradient, whose COO entries are in the order of their rows.
 struct SparseUpdate {
   GradientOptions options;
   Segment segment;
   const int64_t* numbers;    // of the rows; those that are not of the parameter are last
-  const int64_t* positions;  // of the occurrences in the gradient
-  int64_t count;             // of occurrences
+  const int64_t* positions;  // of the COO entries in the gradient
+  int64_t count;             // of COO entries
   int64_t rows;
   int64_t row_numel;
   int64_t pieces;  // that a row is cut into
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(kThreads) number_rows_kernel(const NumberRows 
 }
 
 // Values that are asked for at a time.
-constexpr int kOccurrencesAhead = 4;
+constexpr int kCooEntriesAhead = 4;
 
 // Which elements of which row a thread works on, if any.
 struct Share {
-  int64_t occurrence;  // the first of the row
+  int64_t coo_entry;  // the first of the row
   int64_t row;
   int64_t column;
   bool has_work;
@@ -85,19 +85,19 @@ struct Share {
   __device__ __forceinline__ Share(const SparseUpdate& update, int width) {
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
     const int64_t group = thread / update.lanes;
-    occurrence = group / update.pieces;
-    column = ((group - occurrence * update.pieces) * update.lanes + thread % update.lanes) * width;
+    coo_entry = group / update.pieces;
+    column = ((group - coo_entry * update.pieces) * update.lanes + thread % update.lanes) * width;
     has_work = false;
-    if (occurrence < update.count && column < update.row_numel && !is_skipped(update.options)) {
-      row = update.numbers[occurrence];
-      has_work = row < update.rows && (occurrence == 0 || update.numbers[occurrence - 1] != row);
+    if (coo_entry < update.count && column < update.row_numel && !is_skipped(update.options)) {
+      row = update.numbers[coo_entry];
+      has_work = row < update.rows && (coo_entry == 0 || update.numbers[coo_entry - 1] != row);
     }
   }
 };
 
-// The sum of what the occurrences of a row have at a column and its neighbours.
+// The sum of what the COO entries of a row have at a column and its neighbours.
 template <int width, typename T, typename Values, typename Pipeline>
-__device__ __forceinline__ void sum_occurrences(
+__device__ __forceinline__ void sum_coo_entries(
     T (&sum)[width], const SparseUpdate& update, const Share& share, const Values& values, const Pipeline& pipeline
 ) {
 #pragma unroll
@@ -105,18 +105,18 @@ __device__ __forceinline__ void sum_occurrences(
     sum[k] = T(0);
   }
   bool goes_on = true;
-  for (int64_t first = share.occurrence; goes_on; first += kOccurrencesAhead) {
-    T ahead[kOccurrencesAhead][width];
-    bool belongs[kOccurrencesAhead];
+  for (int64_t first = share.coo_entry; goes_on; first += kCooEntriesAhead) {
+    T ahead[kCooEntriesAhead][width];
+    bool belongs[kCooEntriesAhead];
 #pragma unroll
-    for (int j = 0; j < kOccurrencesAhead; ++j) {
+    for (int j = 0; j < kCooEntriesAhead; ++j) {
       belongs[j] = first + j < update.count && update.numbers[first + j] == share.row;
       if (belongs[j]) {
         values.load(update.positions[first + j] * update.row_numel + share.column, ahead[j]);
       }
     }
 #pragma unroll
-    for (int j = 0; j < kOccurrencesAhead; ++j) {
+    for (int j = 0; j < kCooEntriesAhead; ++j) {
       if (belongs[j]) {
 #pragma unroll
         for (int k = 0; k < width; ++k) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void sum_occurrences(
         }
       }
     }
-    goes_on = belongs[kOccurrencesAhead - 1];
+    goes_on = belongs[kCooEntriesAhead - 1];
   }
 }
 
@@ -163,10 +163,10 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(Item) == 8 ? 4 : 8) update
   T sum[width];
   if (update.dtype[kGrad] == update.dtype[kParam]) {
     const SameDtype<Item> values{reinterpret_cast<const Item*>(update.data[kGrad])};
-    sum_occurrences(sum, update, share, values, pipeline);
+    sum_coo_entries(sum, update, share, values, pipeline);
   } else {
     const AnyDtype values{update.data[kGrad], update.dtype[kGrad]};
-    sum_occurrences(sum, update, share, values, pipeline);
+    sum_coo_entries(sum, update, share, values, pipeline);
   }
   update_vector<width>(
       reinterpret_cast<Item*>(update.data[kParam]),
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kRowThreads) update_strided_rows_kernel(
   }
   const GradientPipeline<T, false> pipeline(update.options, update.index, update.segment.maximize());
   T sum[1];
-  sum_occurrences(sum, update, share, AnyDtype{update.data[kGrad], update.dtype[kGrad]}, pipeline);
+  sum_coo_entries(sum, update, share, AnyDtype{update.data[kGrad], update.dtype[kGrad]}, pipeline);
   int64_t offsets[kTensors];
   find_offsets(strided.strides, share.row * update.row_numel + share.column, offsets);
   update_item(sum[0], update.data, offsets, update.dtype[kParam], hyperparameters<T>(update.segment));
@@ -234,7 +234,7 @@ void update_rows(const Device& device, const SparseUpdate& update, int width, in
   );
 }
 
-// How a parameter with a sparse gradient is to be updated: the launch without the order of its occurrences.
+// How a parameter with a sparse gradient is to be updated: the launch without the order of its COO entries.
 class SparseLaunch {
  public:
   // Refuses what no launch can take.
@@ -267,7 +267,7 @@ class SparseLaunch {
     check_launch<0, kTensors>(entry.index, std::max(blocks_, number_blocks(entry)), dense_ ? nullptr : &layout_);
   }
 
-  // Brings the occurrences into the order of their rows. Writes to memory of its own only.
+  // Brings the COO entries into the order of their rows. Writes to memory of its own only.
   template <typename Device>
   void sort(const Device& device, const DeviceId& id) {
     const torch::stable::Tensor numbers = new_vector(entry_.indices.count, aoti_torch_dtype_int64(), id);
@@ -315,7 +315,7 @@ class SparseLaunch {
 };
 
 // sparse_adadelta_ in schemas.h. To raise for an index it would have to wait for the device: it leaves such an
-// occurrence out, and first_invalid_indices tells.
+// COO entry out, and first_invalid_indices tells.
 template <typename Device>
 void sparse_adadelta_(StableIValue* stack, uint64_t, uint64_t) {
   std::optional<SparseArguments> arguments;

@@ -1,4 +1,4 @@
-"""What the AVX-512 loops compute in ways of their own, for every float: inverses, roundings to bfloat16, and decays."""
+"""What the AVX-512 kernels compute in ways of their own, for every float: inverses, roundings to bfloat16, and decays."""
 
 import shutil
 import subprocess
@@ -30,9 +30,9 @@ def test_inverses_and_roundings_are_those_of_the_other_instruction_sets(capabili
     kernels.set_cpu_capability(before)
 
     driver = tmp_path / "driver"
-    loops = ROOT / "csrc" / "cpu" / f"loops_{capability.lower()}.cpp"
+    kernels_of_set = ROOT / "csrc" / "cpu" / "kernels" / f"{capability.lower()}.cpp"
     command = [
-        CXX, *compile_flags(), f'-DLOOPS="{loops}"',
+        CXX, *compile_flags(), f'-DKERNELS="{kernels_of_set}"',
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", *FLAGS[capability],
         str(ROOT / "tests" / "csrc" / "exhaustive" / "driver.cpp"), "-o", str(driver),
     ]  # fmt: skip
@@ -42,6 +42,6 @@ def test_inverses_and_roundings_are_those_of_the_other_instruction_sets(capabili
         "bfloat16 of every float: 0",
         "decay: 0",
         "inverse of every root in range: 0",
-        "inverse of every root in range without subnormal numbers: 0",
+        "inverse of every root in range without denormal numbers: 0",
         "inverse from every estimate, 11 billion: 0",
     ]

@@ -47,7 +47,7 @@ def toolchain() -> str:
 def build(folder: Path, *more_flags: str) -> Path:
     """The driver, with the flags that setup.py compiles the kernels with."""
     driver = folder / "driver"
-    sources = ("tests/csrc/instructions/driver.cpp", "csrc/cpu/loops_default.cpp", "csrc/cpu/loops_avx2.cpp")
+    sources = ("tests/csrc/instructions/driver.cpp", "csrc/cpu/kernels/default.cpp", "csrc/cpu/kernels/avx2.cpp")
     command = [
         CXX, *compile_flags(), *more_flags, *(str(ROOT / source) for source in sources), "-o", str(driver),
     ]  # fmt: skip

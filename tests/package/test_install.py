@@ -286,7 +286,7 @@ def test_cross_compiles_for_aarch64(tmp_path: Path) -> None:
         objects.append(str(tmp_path / f"{source.stem}.o"))
         run(str(CROSS_COMPILER), "-fPIC", *compile_flags(), "-c", str(source), "-o", objects[-1])
     run(str(CROSS_COMPILER), "-shared", *objects, "-o", str(tmp_path / "_C.so"))
-    assembly = run(CROSS_COMPILER.replace("g++", "objdump"), "-d", str(tmp_path / "loops_default.o")).stdout
+    assembly = run(CROSS_COMPILER.replace("g++", "objdump"), "-d", str(tmp_path / "default.o")).stdout
     assert re.search(r"fsqrt\s+v\d+\.4s", assembly), "the loops are not vectorised"
     assert not re.search(r"\bfmla\b|\bfmadd\b", assembly), "a multiply-add was fused"
 
@@ -296,7 +296,7 @@ def test_loops_are_vectorised_and_never_fused() -> None:
     """Read from the installed library: square roots of whole registers in each instruction set, and no FMA elsewhere.
 
     The inverses by multiplication, which are exact, take one estimate and four FMAs each, one of which rounds up. A decay
-    of subnormal numbers, which are converted from whole ones, takes one.
+    of denormal numbers, which are converted from whole ones, takes one.
     """
     from torch_adadelta.backends import kernels
 
@@ -319,7 +319,7 @@ def test_loops_are_vectorised_and_never_fused() -> None:
     assert decays > 0
     assert len(fused) == 4 * estimates + decays
     # Without its effect on the result, a compiler may take a request for memory ahead for none. The loops in stages clear
-    # what the processor notes of subnormal numbers.
+    # what the processor notes of denormal numbers.
     functions = assembly.split("\n\n")
     read_ahead = [
         function for function in functions if "vldmxcsr" in function or re.search(r"add_\w*squares\w*>:", function)

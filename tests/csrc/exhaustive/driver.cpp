@@ -1,22 +1,25 @@
-// Compares what the AVX-512 loops compute in ways of their own with what it stands for, bit by bit:
+// Compares what the AVX-512 kernels compute in ways of their own with what it stands for, bit by bit:
 //
 //     driver
 //
-// prints for how many of every root in range, with and without subnormal numbers, inverses by multiplication differ
+// prints for how many of every root in range, with and without denormal numbers, inverses by multiplication differ
 // from the processor's quotients, and for how many of every mantissa with every estimate that the instruction set's
 // specification allows. Powers of 2 only scale a root and its steps, so the mantissas of [1, 2) stand for all; a
 // processor whose estimates differ from this one's gets the same bits. It also prints for how many groups of every
-// float those rounded to bfloat16 differ from numbers rounded one by one, and for how many averages, all subnormal ones
-// among them, a decay without subnormal products differs, with a hundred rho.
+// float those rounded to bfloat16 differ from numbers rounded one by one, and for how many averages, all denormal ones
+// among them, a decay without denormal products differs, with a hundred rho.
 //
-// LOOPS is the file of the instruction set.
-#include LOOPS
+// KERNELS is the file of the instruction set.
+#include KERNELS
 
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 
 namespace {
+
+using namespace torch_adadelta;
+using namespace torch_adadelta::cpu;
 
 constexpr double kEstimateError = 1.0 / (1 << 14);
 
@@ -50,7 +53,7 @@ void every_inverse(const char* name) {
   std::printf("inverse of every root in range%s: %lld\n", name, static_cast<long long>(different));
 }
 
-// With subnormal numbers only: without them no result of arithmetic is one that could be rounded.
+// With denormal numbers only: without them no result of arithmetic is one that could be rounded.
 void every_rounding() {
   // What a group makes of the numbers of its elements tells which of its floats each is rounded from.
   alignas(64) uint16_t places[kGroup], rounded[kGroup], expected[kGroup];
@@ -93,27 +96,27 @@ void every_estimate() {
   );
 }
 
-// Every subnormal number with many rho; with some of them, also half of all floats.
+// Every denormal number with many rho; with some of them, also half of all floats.
 void every_decay() {
   int64_t different = 0;
   const auto compare = [&](float rho, uint64_t first, uint64_t last, uint64_t step) {
     const Hyperparameters<float> h({0, rho});
     for (uint64_t bits = first; bits < last; bits += step) {
       __m512 averages = _mm512_castsi512_ps(sixteen_from(static_cast<uint32_t>(bits))), expected = averages;
-      decay_with_subnormals(averages, h);
+      decay_with_denormals(averages, h);
       decay(expected, h);
       different += count_differences(averages, expected);
     }
   };
-  constexpr uint64_t kFloats = uint64_t(1) << 32, kSubnormals = uint64_t(1) << 23;
+  constexpr uint64_t kFloats = uint64_t(1) << 32, kDenormals = uint64_t(1) << 23;
   for (const float rho : {0.0f, 0x1p-149f, 0x1p-24f, 0.5f, 0.9f, 0.95f, 0x1.fffffep-1f, 1.0f}) {
     compare(rho, 0, kFloats, 32);
-    compare(rho, 0, kSubnormals, 16);
+    compare(rho, 0, kDenormals, 16);
   }
   uint32_t random = 1;
   for (int i = 0; i < 100; ++i) {
     random = random * 1664525 + 1013904223;
-    compare(static_cast<float>(random >> 8) * 0x1p-24f, 0, kSubnormals, 16);
+    compare(static_cast<float>(random >> 8) * 0x1p-24f, 0, kDenormals, 16);
   }
   std::printf("decay: %lld\n", static_cast<long long>(different));
 }
@@ -127,7 +130,7 @@ int main() {
   constexpr unsigned kFlushAndDenormalsAreZero = 0x8040;
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before | kFlushAndDenormalsAreZero);
-  every_inverse(" without subnormal numbers");
+  every_inverse(" without denormal numbers");
   _mm_setcsr(before);
   every_estimate();
 }

@@ -3,7 +3,7 @@
 //     driver SET LOOP COUNT
 //
 // Without arguments it lists, a line each, what can be asked for. It needs no library of PyTorch.
-#include "../../../csrc/cpu/loops.h"
+#include "../../../csrc/cpu/kernels/kernel_table.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -35,7 +35,7 @@ void measure(Run run) {
 }
 
 template <typename Item, typename T>
-Case update(UpdateLoop<Item, T> loop, Item one, const GradientClip<T>& clip) {
+Case update(UpdateKernel<Item, T> loop, Item one, const GradientClip<T>& clip) {
   return [=](int64_t count) {
     std::vector<Item> param(count, one), grad(count, one), square_avg(count, one), acc_delta(count, one);
     const Hyperparameters<T> h({1.0, 0.95, 1e-7, 0});
@@ -44,7 +44,7 @@ Case update(UpdateLoop<Item, T> loop, Item one, const GradientClip<T>& clip) {
 }
 
 template <typename Item, typename T>
-Case squares(SquareLoop<Item, T> loop, Item one) {
+Case squares(SquaresKernel<Item, T> loop, Item one) {
   return [=](int64_t count) {
     alignas(64) double lanes[kSumLanes] = {};
     const std::vector<Item> grad(count, one);
@@ -52,36 +52,37 @@ Case squares(SquareLoop<Item, T> loop, Item one) {
   };
 }
 
-std::vector<std::pair<std::string, Case>> cases(const Loops& loops) {
+std::vector<std::pair<std::string, Case>> cases(const KernelTable& kernels) {
   constexpr double kNone = std::numeric_limits<double>::infinity();
   using Float = GradientClip<float>;
   const auto none = Float::by_factor(kNone, 1.0);
   return {
-      {"update_float", update<float, float>(loops.update_float, 1.0f, none)},
-      {"update_double", update<double, double>(loops.update_double, 1.0, GradientClip<double>::by_factor(kNone, 1.0))},
-      {"update_half", update<uint16_t, float>(loops.update_half, 0x3c00, none)},
-      {"update_bfloat16", update<uint16_t, float>(loops.update_bfloat16, 0x3f80, none)},
-      {"update_float_clipvalue", update<float, float>(loops.update_float, 1.0f, Float::by_factor(0.5, 1.0))},
-      {"update_float_clipnorm", update<float, float>(loops.update_float, 1.0f, Float::by_norm(kNone, 0.5, 4.0))},
-      {"add_squares_float", squares<float, float>(loops.add_squares_float, 1.0f)},
-      {"add_squares_double", squares<double, double>(loops.add_squares_double, 1.0)},
-      {"add_squares_half", squares<uint16_t, float>(loops.add_squares_half, 0x3c00)},
-      {"add_squares_bfloat16", squares<uint16_t, float>(loops.add_squares_bfloat16, 0x3f80)},
+      {"update_float", update<float, float>(kernels.in_float.update, 1.0f, none)},
+      {"update_double",
+       update<double, double>(kernels.in_double.update, 1.0, GradientClip<double>::by_factor(kNone, 1.0))},
+      {"update_half", update<uint16_t, float>(kernels.update_half, 0x3c00, none)},
+      {"update_bfloat16", update<uint16_t, float>(kernels.update_bfloat16, 0x3f80, none)},
+      {"update_float_clipvalue", update<float, float>(kernels.in_float.update, 1.0f, Float::by_factor(0.5, 1.0))},
+      {"update_float_clipnorm", update<float, float>(kernels.in_float.update, 1.0f, Float::by_norm(kNone, 0.5, 4.0))},
+      {"add_squares_float", squares<float, float>(kernels.in_float.add_squares, 1.0f)},
+      {"add_squares_double", squares<double, double>(kernels.in_double.add_squares, 1.0)},
+      {"add_squares_half", squares<uint16_t, float>(kernels.add_squares_half, 0x3c00)},
+      {"add_squares_bfloat16", squares<uint16_t, float>(kernels.add_squares_bfloat16, 0x3f80)},
   };
 }
 
-const std::vector<std::pair<std::string, const Loops&>> sets = {
-    {"default", loops_default},
+const std::vector<std::pair<std::string, const KernelTable&>> sets = {
+    {"default", default_kernels},
 #ifdef ADADELTA_CPU_DISPATCH
-    {"AVX2", loops_avx2},  // valgrind knows no AVX-512
+    {"AVX2", avx2_kernels},  // valgrind knows no AVX-512
 #endif
 };
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const auto& [set, loops] : sets) {
-    for (const auto& [name, run] : cases(loops)) {
+  for (const auto& [set, kernels] : sets) {
+    for (const auto& [name, run] : cases(kernels)) {
       if (argc == 1) {
         std::printf("%s %s\n", set.c_str(), name.c_str());
       } else if (argc == 4 && set == argv[1] && name == argv[2]) {

@@ -427,16 +427,16 @@ std::string sparse() {
   std::string bits;
   for (const Dtype dtype : kReal) {
     for (const Order order : {kContiguous, kTransposed}) {
-      for (const auto& [rows, columns, occurrences] : {std::array{50, 5001, 130}, {40000, 3, 20001}, {7, 1, 0}}) {
+      for (const auto& [rows, columns, coo_entries] : {std::array{50, 5001, 130}, {40000, 3, 20001}, {7, 1, 0}}) {
         Lists lists;
         lists.add(Place(rows, columns, order), dtype, Place(1, 1, kContiguous), dtype);
         const auto random = noise(3);
-        const auto row = [&](int64_t k) {
+        const auto row = [&, rows = rows](int64_t k) {
           return static_cast<double>(static_cast<int64_t>((random(k) + 1) / 2 * rows));
         };
-        const Tensors indices{matrix(Place(1, occurrences, kContiguous), kInt64, row)};
+        const Tensors indices{matrix(Place(1, coo_entries, kContiguous), kInt64, row)};
         const Dtype value_dtype = order == kContiguous ? dtype : kReal[(dtype + 1) % kReal.size()];
-        const Tensors values{matrix(Place(occurrences, columns, kContiguous), value_dtype, noise(4))};
+        const Tensors values{matrix(Place(coo_entries, columns, kContiguous), value_dtype, noise(4))};
         update_sparse(lists, indices, values, 0.25);
         bits += lists.bits();
       }

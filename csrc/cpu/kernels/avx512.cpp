@@ -1,14 +1,10 @@
-// The loops for AVX-512 as every server processor with it has it (F, BW, DQ, VL).
-#include "loops.h"
-
-#ifdef ADADELTA_CPU_DISPATCH
+// The kernels for AVX-512 as every server processor with it has it (F, BW, DQ, VL).
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own intrinsics leave undefined on purpose
 #endif
-#include <immintrin.h>
+#include "kernel_table.h"
 
-#include <torch/headeronly/util/Half.h>
-
+#ifdef ADADELTA_CPU_DISPATCH
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), apply_to = function)
 #else
@@ -16,7 +12,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c")
 #endif
 #define ADADELTA_AVX512
-#include "loops_body.h"
+#include "all.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -24,6 +20,6 @@
 #endif
 
 namespace torch_adadelta::cpu {
-const Loops loops_avx512 = kLoops;
+const KernelTable avx512_kernels = kKernels;
 }
 #endif

@@ -1,11 +1,7 @@
-// The loops for AVX2, with F16C for float16.
-#include "loops.h"
+// The kernels for AVX2, with F16C for float16.
+#include "kernel_table.h"
 
 #ifdef ADADELTA_CPU_DISPATCH
-#include <immintrin.h>
-
-#include <torch/headeronly/util/Half.h>
-
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
 #else
@@ -13,7 +9,7 @@
 #pragma GCC target("avx2,f16c")
 #endif
 #define ADADELTA_AVX2
-#include "loops_body.h"
+#include "all.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -21,6 +17,6 @@
 #endif
 
 namespace torch_adadelta::cpu {
-const Loops loops_avx2 = kLoops;
+const KernelTable avx2_kernels = kKernels;
 }
 #endif

@@ -1,14 +1,10 @@
-// The loops for AVX-512 with instructions for bfloat16, as processors have it since about 2021 (and some before).
-#include "loops.h"
-
-#ifdef ADADELTA_CPU_DISPATCH
+// The kernels for AVX-512 with instructions for bfloat16, as processors have it since about 2021 (and some before).
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC's own intrinsics leave undefined on purpose
 #endif
-#include <immintrin.h>
+#include "kernel_table.h"
 
-#include <torch/headeronly/util/Half.h>
-
+#ifdef ADADELTA_CPU_DISPATCH
 #ifdef __clang__
 #pragma clang attribute push(                                                                          \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,f16c"))), apply_to = function \
@@ -19,7 +15,7 @@
 #endif
 #define ADADELTA_AVX512
 #define ADADELTA_AVX512_BF16
-#include "loops_body.h"
+#include "all.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -27,6 +23,6 @@
 #endif
 
 namespace torch_adadelta::cpu {
-const Loops loops_avx512_bf16 = kLoops;
+const KernelTable avx512_bf16_kernels = kKernels;
 }
 #endif
