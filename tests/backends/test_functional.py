@@ -19,7 +19,6 @@ from cases import (
     assert_same_bits,
     dtype_name,
     gradients,
-    optimizer_with,
     oracle_of,
     randn,
     to_numpy,
@@ -277,30 +276,6 @@ def test_a_parameter_listed_twice_is_updated_twice(path: Path) -> None:
     oracle.step(grad.numpy())
     assert_like_oracle(param, optimizer.state[param], oracle)
     assert optimizer.iterations == 1
-
-
-def test_parameters_that_share_memory_are_updated_in_order(path: Path) -> None:
-    results = []
-    for chosen in (path, PATHS[0]):
-        base = torch.ones(90_000)
-        optimizer = optimizer_with([base[:60_000], base[30_000:]], chosen, learning_rate=1.0)
-        for i, param in enumerate(optimizer.param_groups[0]["params"]):
-            param.grad = gradients((60_000,), torch.float32, steps=1, seed=i)[0]
-        optimizer.step()
-        results.append(base)
-    assert_same_bits(*results)
-
-
-def test_gradient_that_is_the_parameter(path: Path) -> None:
-    """As after `p.grad = p.detach()`: read before it is written."""
-    for dtype in REAL_DTYPES:
-        param = Parameter(torch.arange(-600.0, 600.0).to(dtype))
-        oracle = oracle_of(param, learning_rate=1.0)
-        oracle.step(to_numpy(param.detach().clone()))
-        param.grad = param.detach()
-        optimizer = AdadeltaKeras([param], 1.0, **path.options)
-        optimizer.step()
-        assert_like_oracle(param, optimizer.state[param], oracle)
 
 
 @st.composite
