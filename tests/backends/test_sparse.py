@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import direct
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,6 @@ from cases import (
     dtype_name,
     gradients,
     randn,
-    segment,
     snapshot,
     to_numpy,
 )
@@ -32,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras
-from torch_adadelta.backends import functional, kernels
+from torch_adadelta.backends import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Sparse CSR tensor support")
 needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
@@ -780,148 +778,6 @@ def test_what_does_not_fit_is_refused_by_name(path: Path, spoil: Any, error: str
     with pytest.raises(RuntimeError, match=error):
         optimizer.step()
     assert_unchanged(optimizer, before)
-
-
-# ---- The ops --------------------------------------------------------------------------------------------------------
-
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-HYPERPARAMETERS = (0.75, 0.9375, 1e-7)
-
-
-def lists(*shapes: tuple[tuple[int, ...], int], dtype: torch.dtype = torch.float32, count: int = 7) -> Lists:
-    grads = [occurrences(shape, dtype, count, dims, seed=i) for i, (shape, dims) in enumerate(shapes)]
-    params = [torch.ones(shape, dtype=dtype) for shape, _ in shapes]
-    indices, values = zip(*map(functional.coo_components, grads), strict=True)
-    states = [[torch.zeros(shape, dtype=dtype) for shape, _ in shapes] for _ in range(2)]
-    return params, list(indices), list(values), *states
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=dtype_name)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"clipnorm": 0.5, "square_sums": torch.ones(2, dtype=torch.float64)},
-        {"lr": torch.tensor(0.5), "factor_tensor": torch.tensor(0.5), "found_inf": torch.zeros(1)},
-    ],
-    ids=["plain", "clipnorm", "tensors"],
-)
-def test_opcheck(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    made = lists(((9, 4), 1), ((3, 2, 5), 2), dtype=dtype)
-    options = dict(options)
-    lr = options.pop("lr", HYPERPARAMETERS[0])
-    torch.library.opcheck(
-        torch.ops.torch_adadelta.sparse_adadelta_.default, (*made, *segment(2, lr, *HYPERPARAMETERS[1:])), options
-    )
-    torch.library.opcheck(torch.ops.torch_adadelta.first_invalid_indices.default, made)
-
-
-def _replace(part: int, make: Callable[[Tensor], Tensor]) -> Callable[[Lists], None]:
-    def spoil(made: Lists) -> None:
-        made[part][-1] = make(made[part][-1])
-
-    return spoil
-
-
-BAD_LISTS: list[tuple[Callable[[Lists], Any], str]] = [
-    (
-        lambda made: made[1].pop(),
-        "the call: the lists differ in length: 2 params, 1 indices, 2 values, 2 square_avgs, 2 acc_deltas",
-    ),
-    (_replace(1, lambda x: x.int()), "parameter 1: its indices are not a dense matrix of int64"),
-    (_replace(1, lambda x: x[0]), "parameter 1: its indices are not a dense matrix of int64"),
-    (_replace(1, lambda x: x[:, 1:]), "parameter 1: its indices and values do not make a gradient of its shape"),
-    (
-        _replace(1, lambda x: x.repeat(5, 1)),
-        "parameter 1: its indices and values do not make a gradient of its shape",
-    ),
-    (_replace(2, lambda x: x[:, :1]), "parameter 1: its indices and values do not make a gradient of its shape"),
-    (_replace(2, lambda x: x + 0j), "parameter 1: of its tensors, some are complex and some are real"),
-    (_replace(2, lambda x: x.long()), "parameter 1: its gradient has a dtype that the kernels do not know"),
-    (_replace(3, lambda x: x.double()), "parameter 1: its state has another dtype than the parameter"),
-    (_replace(4, lambda x: x[:1]), "parameter 1: its tensors differ in shape"),
-    (_replace(0, lambda x: x[:1].expand(3, 2, 5)), "parameter 1: it would be written to, but overlaps itself"),
-    (_replace(0, lambda x: x.to("meta")), "a tensor on the meta device has no elements to update"),
-]
-
-
-@needs_library
-@pytest.mark.parametrize(("spoil", "error"), BAD_LISTS)
-@pytest.mark.parametrize("op", ["sparse_adadelta_", "first_invalid_indices"])
-def test_lists_that_do_not_fit_are_refused_unwritten(op: str, spoil: Any, error: str) -> None:
-    made = lists(((9, 4), 1), ((3, 2, 5), 2))
-    spoil(made)
-    before = [[x if x.is_meta else x.clone() for x in tensors] for tensors in made]
-    arguments = (*made, *segment(2, *HYPERPARAMETERS)) if op == "sparse_adadelta_" else made
-    prefix = "" if "meta device" in error else "^torch_adadelta refuses "
-    with pytest.raises(RuntimeError, match=prefix + error):
-        getattr(torch.ops.torch_adadelta, op)(*arguments)
-    for tensors, copies in zip(made, before, strict=True):
-        for tensor, kept in zip(tensors, copies, strict=True):
-            assert tensor is kept or torch.equal(tensor, kept)
-
-
-@needs_library
-def test_the_op_refuses_bad_indices_and_values_that_are_not_contiguous() -> None:
-    made = lists(((9, 4), 1), ((9, 4), 1))
-    made[1][1][0, 5] = 9
-    assert torch.ops.torch_adadelta.first_invalid_indices(*made).tolist() == [-1, 5]
-    with pytest.raises(
-        RuntimeError, match=r"^torch_adadelta refuses parameter 1: index 5 of its gradient is out of range"
-    ):
-        direct.sparse_op(*made, *HYPERPARAMETERS)
-    assert torch.equal(made[0][0], torch.ones(9, 4))
-    made = lists(((9, 4), 1), ((9, 4), 1))
-    made[2][1] = made[2][1].t().contiguous().t()
-    with pytest.raises(
-        RuntimeError, match=r"^torch_adadelta refuses parameter 1: the values of its gradient are not contiguous"
-    ):
-        direct.sparse_op(*made, *HYPERPARAMETERS)
-    assert torch.equal(made[0][0], torch.ones(9, 4))
-
-
-@needs_library
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"clipvalue": -1.0}, "clipvalue must be a number >= 0, got -1"),
-        ({"square_sums": torch.ones(1).double()}, "clipnorm and square_sums must be given together"),
-        ({"found_inf": torch.ones(2)}, "found_inf must be a CPU tensor of one element"),
-        ({"lr": torch.ones(1).long()}, "the lr of segment 0 must have a floating-point dtype"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options: dict[str, Any], error: str) -> None:
-    options = dict(options)
-    lr = options.pop("lr", 1.0)
-    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses the call: {error}"):
-        torch.ops.torch_adadelta.sparse_adadelta_(*lists(((9, 4), 1)), *segment(1, lr, 0.9, 1e-7), **options)
-
-
-@needs_library
-def test_no_tensor_outlives_a_call() -> None:
-    for spoil in (None, BAD_LISTS[3][0], BAD_LISTS[8][0]):
-        made = lists(((9, 4), 1), ((3, 2, 5), 2))
-        if spoil is not None:
-            spoil(made)
-        tensors = [x for part in made for x in part]
-        counts = [sys.getrefcount(x) for x in tensors]
-        uses = [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
-        for _ in range(3):
-            for call in (
-                lambda made=made: torch.ops.torch_adadelta.sparse_adadelta_(*made, *segment(2, *HYPERPARAMETERS)),
-                lambda made=made: torch.ops.torch_adadelta.first_invalid_indices(*made),
-            ):
-                try:
-                    call()
-                except RuntimeError:
-                    assert spoil is not None
-        assert [sys.getrefcount(x) for x in tensors] == counts
-        assert [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors] == uses
-
-
-def test_empty_lists() -> None:
-    direct.sparse_fused([], [], [], [], *HYPERPARAMETERS)
 
 
 def test_autograd_notices_that_the_table_has_changed(path: Path) -> None:

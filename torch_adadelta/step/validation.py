@@ -282,8 +282,7 @@ _OF_ANOTHER: Final = ("", "the gradient of ", "the state square_avg of ", "the s
 def check_memory(batches: list[Batch], names: NameOf) -> None:
     """Raises RuntimeError, naming the parameters, unless the memory that these batches write to is their own."""
     rows = [row for batch in batches for row in zip(*batch.owners, strict=True)]
-    plain = [row for row in rows if not row[0].is_meta and PLAIN_TYPES.issuperset(map(type, row))]
-    check_apart(plain, names)
+    check_apart([row for row in rows if PLAIN_TYPES.issuperset(map(type, row))], names)
 
 
 def memory_range(tensor: Tensor, number: int) -> Range:
@@ -315,7 +314,7 @@ def check_apart(rows: list[Row], names: NameOf) -> None:
     for number, tensor in enumerate(itertools.chain.from_iterable(rows)):
         if functional.is_sparse(tensor):
             tensor = tensor._values()
-        if tensor.numel() > 0:
+        if tensor.numel() > 0 and not tensor.is_meta:
             ranges.append(memory_range(tensor, number))
     ranges.sort()
     if next(_overlapping(ranges), None) is None:
