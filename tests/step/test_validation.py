@@ -197,7 +197,7 @@ def test_it_is_refused_between_a_dense_and_a_sparse_gradient(
     spoil(optimizer.state, params[0], params[-1])
     before = snapshot(optimizer)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="share memory. Use .clone()"):
+        with pytest.raises(RuntimeError, match=r"share memory\. Use \.clone\(\)"):
             optimizer.step()
         assert_unchanged(optimizer, before)
 
@@ -521,7 +521,7 @@ def test_every_batch_but_the_first_fused_one_is_checked() -> None:
         bad = batch(backend, torch.ones(3))
         bad.square_avgs[0] = bad.params[0]
         for order in ([bad], [first, bad], [bad, first]):
-            with pytest.raises(RuntimeError, match="^parameter of 3: it and its state square_avg share memory"):
+            with pytest.raises(RuntimeError, match=r"^parameter of 3: it and its state square_avg share memory\."):
                 validation.check_batches(order, names)
         bad.square_avgs[0] = torch.ones(3).double()
         with pytest.raises(RuntimeError, match=r"^parameter of 3 has dtype .* square_avg has dtype torch\.float64"):
