@@ -173,6 +173,30 @@ def assert_refused(call: Callable[..., Any], lists: Lists, *rest: Any, error: st
             assert tensor is copied or torch.equal(tensor, copied)
 
 
+def assert_repeated_in_order(call: str) -> None:
+    """A parameter that is listed twice is updated twice, however many threads there are."""
+
+    def own(size: int) -> Segments:
+        return segment(size, 1.0, 0.9, 1e-6)
+
+    def make() -> Lists:
+        if call == "sparse":
+            lists = sparse_lists([((300, 200), 1), ((5, 3), 1), ((300, 200), 1)], count=400)
+        else:
+            lists = dense_lists([40_000, 5, 40_000])
+        for part in lists[:1] + lists[-2:]:
+            part[2] = part[0]
+        return lists
+
+    expected = make()
+    for i in range(3):
+        CALLS[call](*(tensors[i : i + 1] for tensors in expected), *own(1))
+    for way in ways((1, 2)):
+        lists = make()
+        CALLS[call](*lists, *own(3))
+        assert_same_lists(lists, expected, way)
+
+
 def storage_uses(tensors: Sequence[Tensor]) -> list[int]:
     """How many hold each tensor's memory."""
     return [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]

@@ -8,7 +8,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import segment
-from op_cases import CALLS, Lists, adadelta, assert_refused, assert_same_lists, dense_lists, needs_library, sparse_lists
+from op_cases import (
+    CALLS,
+    Lists,
+    adadelta,
+    assert_refused,
+    assert_repeated_in_order,
+    assert_same_lists,
+    dense_lists,
+    needs_library,
+    sparse_lists,
+)
 from torch import Tensor
 
 pytestmark = needs_library
@@ -103,6 +113,11 @@ def test_a_parameter_listed_twice_has_all_its_state_twice(call: str, part: int) 
     shared = " and the square_avg of parameter 2| and the acc_delta of parameter 2| and parameter 2"
     with pytest.raises(RuntimeError, match=f"parameter 0: it(s square_avg|s acc_delta|)({shared}){SHARED}"):
         CALLS[call](*lists, *OWN)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_parameter_listed_twice_is_updated_in_order(call: str) -> None:
+    assert_repeated_in_order(call)
 
 
 def test_a_longer_view_of_a_parameter_is_not_the_same_parameter() -> None:

@@ -3,7 +3,7 @@
 import direct
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, assert_same_bits, dtype_name, gradients, randn
+from cases import DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn
 from op_cases import CLIPS, assert_update, lay_out, needs_library
 
 pytestmark = needs_library
@@ -20,6 +20,15 @@ def test_parameters_and_gradients_of_any_layout(layout: str, dtype: torch.dtype,
     generator = torch.Generator().manual_seed(5)
     params = [lay_out(layout, randn(shape, dtype, generator)) for _ in grads]
     assert_update(params, grads, CLIPS[name].for_dtype(dtype))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_gradients_of_another_dtype(dtype: torch.dtype, layout: str) -> None:
+    shape = (5, 3, 1, 37)
+    grads = [lay_out(layout, gradients(shape, other, steps=1)[0]) for other in REAL_DTYPES]
+    params = [lay_out(layout, randn(shape, dtype, torch.Generator().manual_seed(5))) for _ in grads]
+    assert_update(params, grads)
 
 
 def test_many_dimensions() -> None:

@@ -9,16 +9,16 @@ import pytest
 import torch
 from cases import REAL_DTYPES, assert_same_bits, dtype_name, segment
 from op_cases import (
+    CALLS,
     CLIPS,
-    Lists,
     adadelta,
+    assert_repeated_in_order,
     assert_same_lists,
     assert_update,
     dense_lists,
     is_enough_memory,
     needs_library,
     sparse_lists,
-    ways,
 )
 from torch import Tensor
 
@@ -64,29 +64,9 @@ def test_many_small_tensors() -> None:
         assert_same_lists(result, whole)
 
 
-@pytest.mark.parametrize("is_sparse", [False, True])
-def test_a_parameter_listed_twice_is_updated_in_order(is_sparse: bool) -> None:
-    """However many threads there are, and whatever stands in between."""
-
-    def make() -> Lists:
-        if is_sparse:
-            lists = sparse_lists([((300, 700), 1), ((5, 3), 1), ((300, 700), 1)], count=400)
-            for part in (0, 3, 4):
-                lists[part][2] = lists[part][0]
-            return lists
-        lists = dense_lists([100_000, 5, 100_000])
-        for part in (0, 2, 3):
-            lists[part][2] = lists[part][0]
-        return lists
-
-    expected = make()
-    op = adadelta.sparse_adadelta_ if is_sparse else adadelta.adadelta_
-    for i in range(3):
-        op(*(tensors[i : i + 1] for tensors in expected), *segment(1, 1.0, 0.9, 1e-6))
-    for way in ways((1, 2, 3)):
-        lists = make()
-        op(*lists, *segment(3, 1.0, 0.9, 1e-6))
-        assert_same_lists(lists, expected, way)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_parameter_listed_twice_is_updated_in_order(call: str) -> None:
+    assert_repeated_in_order(call)
 
 
 @pytest.mark.parametrize("shape", [(60, 10_000), (3000, 40)], ids=str)
@@ -108,7 +88,7 @@ def test_flushing_of_denormals_is_that_of_the_calling_thread(dtype: torch.dtype)
     """`torch.set_flush_denormal` changes the thread that calls it; the other threads must calculate like it."""
     if not torch.set_flush_denormal(False):
         pytest.skip("this processor cannot flush denormal numbers")
-    count = 2_000_000  # so that a second thread has time to wake up
+    count = 1_000_000  # so that a second thread has time to wake up
     tiny = torch.full((count,), torch.finfo(dtype).tiny / 8, dtype=torch.float64).to(dtype)
     indices = torch.arange(count)[None]
     roots = [torch.full((count,), torch.finfo(dtype).tiny, dtype=torch.float64).sqrt().to(dtype) / 4]

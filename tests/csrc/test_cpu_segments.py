@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import direct
+import numpy as np
 import pytest
 import torch
-from cases import LAYOUTS, REAL_DTYPES, Segments, dtype_name, segment, segments
+from cases import LAYOUTS, REAL_DTYPES, Segments, assert_like_oracle, dtype_name, oracle_of, segment, segments, to_numpy
 from op_cases import CALLS, Lists, assert_same_lists, dense_lists, needs_library, sparse_lists, ways
 
 pytestmark = needs_library
@@ -110,3 +111,31 @@ def test_many_small_tensors_of_many_segments() -> None:
         together = lists()
         CALLS["dense"](*together, *all_of_them)
         assert_same_lists([[torch.cat(tensors)] for tensors in together], expected, way)
+
+
+@pytest.mark.parametrize("tensor_dtype", REAL_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_tensors_in_the_place_of_numbers(dtype: torch.dtype, tensor_dtype: torch.dtype) -> None:
+    """Each is read as it is."""
+    values = [torch.tensor(value, dtype=torch.float64).to(tensor_dtype) for value in (0.7, 0.93, 1e-4)]
+    numbers = [value.item() for value in values]
+    for mask in range(1, 8):
+        chosen = [values[k] if mask >> k & 1 else numbers[k] for k in range(3)]
+        by_number, by_tensor = dense_lists([70], dtype), dense_lists([70], dtype)
+        CALLS["dense"](*by_number, *segment(1, *numbers))
+        CALLS["dense"](*by_tensor, *segment(1, *chosen))
+        assert_same_lists(by_tensor, by_number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_the_values_of_each_segment_are_those_of_the_oracle(dtype: torch.dtype) -> None:
+    lists = dense_lists([40, 50, 60], dtype)
+    rows = [(1.0, 0.95, 1e-7, False), (0.5, 0.875, 1e-3, True), (0.25, 0.5, 0.0625, False)]
+    for i, (lr, rho, epsilon, maximize) in enumerate(rows):
+        by_oracle = oracle_of(lists[0][i], learning_rate=lr, rho=rho, epsilon=epsilon, maximize=maximize)
+        by_oracle.step(to_numpy(lists[1][i]))
+        row = [[tensors[i].clone()] for tensors in lists]
+        CALLS["dense"](
+            *row, *segments(segment(0, 9.0, 0.1, 1.0), segment(1, lr, float(np.float32(rho)), epsilon, maximize))
+        )
+        assert_like_oracle(row[0][0], {"square_avg": row[2][0], "acc_delta": row[3][0]}, by_oracle)

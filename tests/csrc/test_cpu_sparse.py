@@ -23,6 +23,7 @@ from op_cases import (
     Lists,
     adadelta,
     assert_refused,
+    assert_repeated_in_order,
     assert_same_lists,
     inf,
     lay_out,
@@ -112,6 +113,10 @@ def test_runs_of_entries_of_one_row(count: int) -> None:
 def test_rows_that_are_cut(dtype: torch.dtype) -> None:
     """Into pieces of 4096 elements, which threads share."""
     assert_like_the_oracle(lambda: sparse_lists([((3, 9001), 1), ((5,), 1), ((40, 70), 1)], dtype), threads=(1, 2))
+
+
+def test_a_parameter_listed_twice_is_updated_in_order() -> None:
+    assert_repeated_in_order("sparse")
 
 
 def test_indices_of_any_layout() -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import direct
 import pytest
 import torch
-from cases import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn, segment
+from cases import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, dtype_name, gradients, randn, segment
 from op_cases import (
     CALLS,
     CLIPS,
     HYPERPARAMETERS,
     Clip,
-    adadelta,
+    assert_repeated_in_order,
     assert_same_lists,
     assert_update,
     dense_lists,
@@ -136,16 +136,6 @@ def test_empty_lists() -> None:
     direct.check([], [], [], [])
 
 
-@pytest.mark.parametrize("tensor_dtype", REAL_DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
-def test_tensor_hyperparameters(dtype: torch.dtype, tensor_dtype: torch.dtype) -> None:
-    """Each in the place of a number, read as it is."""
-    values = [torch.tensor(value, dtype=torch.float64).to(tensor_dtype) for value in (0.7, 0.93, 1e-4)]
-    numbers = [value.item() for value in values]
-    for mask in range(1, 8):
-        chosen = [values[k] if mask >> k & 1 else numbers[k] for k in range(3)]
-        by_number, by_tensor = dense_lists([70], dtype), dense_lists([70], dtype)
-        adadelta.adadelta_(*by_number, *segment(1, *numbers))
-        adadelta.adadelta_(*by_tensor, *segment(1, *chosen))
-        assert_same_lists(by_tensor, by_number)
-    assert_same_bits(values[0], torch.tensor(0.7, dtype=torch.float64).to(tensor_dtype))
+@pytest.mark.parametrize("call", ["dense", "cached"])
+def test_a_parameter_listed_twice_is_updated_in_order(call: str) -> None:
+    assert_repeated_in_order(call)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import REAL_DTYPES, assert_same_bits, gradients, segment
+from cases import LAYOUTS, REAL_DTYPES, assert_same_bits, gradients, segment
 from emulated import (
     CHUNK,
     HYPERPARAMETERS,
@@ -15,8 +15,9 @@ from emulated import (
     assert_same_update,
     emulated,
     marks,
+    virtual_zeros,
 )
-from op_cases import adadelta, dense_lists
+from op_cases import Lists, adadelta, dense_lists, lay_out, states_of
 
 pytestmark = marks
 
@@ -61,6 +62,30 @@ def test_number_of_segments(count: int, tensors: int, launches: int, name: str) 
     """A launch takes tensors until it has no room for more of them, or for another segment."""
     sizes = [1 + i % 9 for i in range(count * tensors)]
     assert assert_same_update(lambda: dense_lists(sizes), sizes=[tensors] * count, **OPTIONS[name]) == launches
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout: str) -> None:
+    """Dimensions that follow each other in each of the four tensors become one."""
+    shape = (3, 2, 5, 9)
+
+    def make() -> Lists:
+        grads = [lay_out(other, x) for other, x in zip(LAYOUTS, dense_lists([shape] * len(LAYOUTS))[1], strict=True)]
+        params = [lay_out(layout, x) for x in dense_lists([shape] * len(grads))[0]]
+        return [params, grads, *states_of(params)]
+
+    assert_same_update(make)
+
+
+def test_more_blocks_than_a_launch_takes() -> None:
+    """2^31 of them, for values of 2^40 elements of which none exists."""
+    values = virtual_zeros(2**40, torch.bfloat16).view(2**20, 2**20)
+    indices = torch.zeros(1, 2**20, dtype=torch.int64)
+    tables = [torch.zeros(2, 2**20, dtype=torch.bfloat16) for _ in range(3)]
+    lists = [tables[:1], [indices], [values], tables[1:2], tables[2:]]
+    error = "parameter 0: it or its gradient has more elements than one launch can take"
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
+        emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
 
 
 @pytest.mark.slow

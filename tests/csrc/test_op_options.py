@@ -61,7 +61,7 @@ def test_bounds_that_are_not_refused() -> None:
 def test_a_complex_parameter_has_no_order_to_clamp_in(call: str) -> None:
     lists = lists_for(call)
     for part in lists:
-        part[1] = part[1] if part[1].dtype is torch.int64 else part[1].to(torch.complex64)
+        part[1:] = [x if x.dtype is torch.int64 else x.to(torch.complex64) for x in part[1:]]
     error = "parameter 1: clipvalue is 0.5, but it is complex, and has no order to clamp in"
     assert_refused(CALLS[call], lists, *segment(3, 1.0, 0.9, 1e-7), clipvalue=0.5, error=error)
     CALLS[call](*lists, *segment(3, 1.0, 0.9, 1e-7), clipvalue=inf)

@@ -477,6 +477,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("indices", "shape", "message"),
     [
+        ([[7, 5, 0]], (5, 3), "has 5 rows, but its sparse gradient has the index 7 at position 0"),
         ([[0, 5, 7]], (5, 3), "has 5 rows, but its sparse gradient has the index 5 at position 1"),
         ([[0, 1, -1]], (5, 3), "has 5 rows, but its sparse gradient has the index -1 at position 2"),
         ([[0, 4], [0, 3]], (5, 3), r"has shape \(5, 3\), but its sparse gradient has the index \(4, 3\) at position 1"),
