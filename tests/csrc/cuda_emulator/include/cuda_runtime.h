@@ -27,7 +27,7 @@ struct dim3 {
 namespace emulator {
 
 inline cudaError_t next_error = cudaSuccess;  // of a launch
-inline int64_t launches_before_error = 0;      // which succeed
+inline int64_t launches_before_error = 0;     // which succeed
 inline cudaError_t last_error = cudaSuccess;  // which cudaGetLastError has not seen
 inline int (*current_device)() = nullptr;
 
