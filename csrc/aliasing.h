@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <tuple>
 #include <vector>
 
 namespace torch_adadelta {
@@ -51,10 +52,7 @@ class AliasChecker {
       return;
     }
     RowMemory& known = rows_[number];
-    bool same_written = true;
-    for (int slot = 0; slot < kTensors; ++slot) {
-      same_written &= !is_written(slot) || known[slot] == row[slot];
-    }
+    const bool same_written = is_same_parameter(known, row);
     if (same_written && known[kGrad] == row[kGrad]) {
       return;
     }
@@ -66,8 +64,8 @@ class AliasChecker {
   // Whether the call writes to other memory than the one before.
   bool writes_elsewhere() const { return writes_elsewhere_ || count_ != rows_.size(); }
 
-  // Refuses two rows that share memory that they must not. `index_of` gives the index of a row's parameter in the
-  // lists.
+  // Refuses two tensors that share memory, of which one is written to. `index_of` gives the index of a row's parameter
+  // in the lists.
   template <typename IndexOf>
   void finish(IndexOf index_of) {
     if (writes_elsewhere()) {
@@ -84,14 +82,13 @@ class AliasChecker {
     is_known_ = true;
   }
 
-  // Whether no memory that is written to belongs to two rows.
+  // Whether no parameter is listed twice.
   bool disjoint() const { return disjoint_; }
 
  private:
-  // One range that is written to.
+  // One tensor that is written to.
   struct Range {
-    const char* begin;
-    const char* furthest_end;  // of this and all before it
+    MemoryRange memory;
     size_t row;
     int slot;
   };
@@ -102,64 +99,63 @@ class AliasChecker {
     for (size_t row = 0; row < count_; ++row) {
       for (int slot = 0; slot < kTensors; ++slot) {
         if (is_written(slot)) {
-          sorted_.push_back({rows_[row][slot].begin, rows_[row][slot].end, row, slot});
+          sorted_.push_back({rows_[row][slot], row, slot});
         }
       }
     }
-    std::sort(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) { return x.begin < y.begin; });
+    std::sort(sorted_.begin(), sorted_.end(), [](const Range& x, const Range& y) {
+      return std::tie(x.memory.begin, x.row, x.slot) < std::tie(y.memory.begin, y.row, y.slot);
+    });
     disjoint_ = true;
-    for (size_t i = 0; i < sorted_.size(); ++i) {
-      for (size_t j = i + 1; j < sorted_.size() && sorted_[j].begin < sorted_[i].furthest_end; ++j) {
-        disjoint_ = false;
-        const Range &x = sorted_[i], &y = sorted_[j];
-        if (!may_share(x, y)) {
-          const bool in_order = x.row < y.row || (x.row == y.row && x.slot < y.slot);
-          in_order ? refuse_shared(x.row, x.slot, y, index_of) : refuse_shared(y.row, y.slot, x, index_of);
+    for (size_t i = 1; i < sorted_.size(); ++i) {
+      const Range &x = sorted_[i - 1], &y = sorted_[i];
+      if (y.memory.begin < x.memory.end) {
+        if (x.slot != y.slot || !is_same_parameter(rows_[x.row], rows_[y.row])) {
+          const bool in_order = std::tie(x.row, x.slot) < std::tie(y.row, y.slot);
+          refuse_shared(in_order ? x : y, in_order ? y : x, index_of);
         }
+        disjoint_ = false;
       }
     }
-    for (size_t i = 1; i < sorted_.size(); ++i) {
-      sorted_[i].furthest_end = std::max(sorted_[i].furthest_end, sorted_[i - 1].furthest_end);
+  }
+
+  static bool is_same_parameter(const RowMemory& x, const RowMemory& y) {
+    bool same = true;
+    for (int slot = 0; slot < kTensors; ++slot) {
+      same &= !is_written(slot) || x[slot] == y[slot];
     }
+    return same;
   }
 
-  bool may_share(const Range& x, const Range& y) const {
-    const RowMemory &one = rows_[x.row], &other = rows_[y.row];
-    return x.slot == y.slot && (x.slot == kParam || (one[x.slot] == other[x.slot] && one[kParam] == other[kParam]));
-  }
-
+  // Of the sorted ranges each ends before the next begins, or is the same.
   template <typename IndexOf>
   void check_gradient(size_t row, IndexOf index_of) const {
     const MemoryRange& gradient = rows_[row][kGrad];
     if (gradient.begin == gradient.end) {
       return;
     }
-    const auto after = std::lower_bound(
-        sorted_.begin(), sorted_.end(), gradient.end, [](const Range& x, const char* end) { return x.begin < end; }
-    );
-    if (after == sorted_.begin() || (after - 1)->furthest_end <= gradient.begin) {
-      return;
-    }
-    for (size_t other = 0; other < count_; ++other) {
-      for (int slot = 0; slot < kTensors; ++slot) {
-        const MemoryRange& range = rows_[other][slot];
-        const bool overlaps = is_written(slot) && range.begin < gradient.end && gradient.begin < range.end;
-        const bool is_own = other == row || (slot == kParam && range == rows_[row][kParam]);
-        if (overlaps && !is_own) {
-          refuse_shared(row, kGrad, {range.begin, range.end, other, slot}, index_of);
-        }
-      }
+    const auto after =
+        std::lower_bound(sorted_.begin(), sorted_.end(), gradient.end, [](const Range& x, const char* end) {
+          return x.memory.begin < end;
+        });
+    if (after != sorted_.begin() && gradient.begin < (after - 1)->memory.end) {
+      const Range own{gradient, row, kGrad}, &other = *(after - 1);
+      const bool is_after_own = other.row == row && other.slot < kGrad;
+      refuse_shared(is_after_own ? other : own, is_after_own ? own : other, index_of);
     }
   }
 
   template <typename IndexOf>
-  [[noreturn]] void refuse_shared(size_t row, int slot, const Range& other, IndexOf index_of) const {
+  [[noreturn]] void refuse_shared(const Range& x, const Range& y, IndexOf index_of) const {
+    if (x.row == y.row) {
+      refuse(index_of(x.row), kOwnNames[x.slot], " and ", kOwnNames[y.slot], " share memory");
+    }
     refuse(
-        index_of(row),
-        kOwnNames[slot],
+        index_of(x.row),
+        kOwnNames[x.slot],
         " and ",
-        kOtherNames[other.slot],
-        index_of(other.row),
+        kOtherNames[y.slot],
+        index_of(y.row),
         " share memory that would be written to"
     );
   }
@@ -167,7 +163,7 @@ class AliasChecker {
   std::vector<RowMemory> rows_;
   size_t count_ = 0;             // of the rows of this call, the first in rows_
   std::vector<size_t> changed_;  // those that were others in the call before
-  std::vector<Range> sorted_;    // all ranges that are written to, by where they begin
+  std::vector<Range> sorted_;    // all tensors that are written to, by where they begin
   bool is_known_ = false;
   bool writes_elsewhere_ = false;
   bool disjoint_ = true;

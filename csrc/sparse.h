@@ -211,10 +211,6 @@ inline SparseEntries read_sparse_entries(
     }
     if (param.numel > 0) {
       detail::check_no_overlap(tensors, i);
-      detail::check_apart(tensors, i);
-      if (value.numel > 0 && detail::share_memory(param, value)) {
-        refuse(i, "it and its gradient share memory");
-      }
       aliases.add(memory);
       index_of_row.push_back(i);
     }

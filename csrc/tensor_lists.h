@@ -298,8 +298,7 @@ struct Entry {
   const Layout* layout;  // nullptr if dense
   size_t index;          // of the parameter in the lists
   uint32_t segment;
-  Dtype dtype[kTensors];    // the state has that of the parameter
-  bool grad_aliases_param;  // the gradient is the parameter itself: read a block of it before the block is written
+  Dtype dtype[kTensors];  // the state has that of the parameter
 };
 
 // What read_entries finds. Its owner keeps it from call to call: to allocate and free so much at every step costs a
@@ -307,7 +306,7 @@ struct Entry {
 struct Workspace : CallInfo {
   std::vector<Entry> entries;  // empty tensors are left out
   std::deque<Layout> layouts;
-  bool disjoint = true;  // false: some memory belongs to two entries, which must then run in their order
+  bool disjoint = true;  // false: a parameter is listed twice, and the entries must run in their order
 
   AliasChecker aliases;
 
@@ -378,10 +377,6 @@ inline bool overlaps_itself(const TensorInfo& x) {
   return false;
 }
 
-inline bool share_memory(const TensorInfo& x, const TensorInfo& y) {
-  return x.data < y.data + y.bytes && y.data < x.data + x.bytes;
-}
-
 inline Layout dimensions(const TensorRow& tensors) {
   const TensorInfo& param = *tensors[kParam];
   Layout dims;
@@ -447,17 +442,6 @@ inline void check_no_overlap(const TensorRow& tensors, size_t index) {
   }
 }
 
-// … apart from each other, or, but for the parameter, from a gradient that is not empty.
-inline void check_apart(const TensorRow& tensors, size_t index) {
-  for (int slot = kFirstState; slot < kTensors; ++slot) {
-    for (int other = 0; other < slot; ++other) {
-      if (tensors[other]->numel > 0 && share_memory(*tensors[slot], *tensors[other])) {
-        refuse(index, kOwnNames[other], " and ", kOwnNames[slot], " share memory");
-      }
-    }
-  }
-}
-
 }  // namespace detail
 
 // The lists of the tensors of each parameter.
@@ -513,7 +497,7 @@ void read_entries(
     lists.grads.prefetch_after(i);
     std::array<TensorInfo, kTensors> storage;
     const TensorRow tensors = lists.row(i, storage);
-    const TensorInfo &param = *tensors[kParam], &grad = *tensors[kGrad];
+    const TensorInfo& param = *tensors[kParam];
     for (const TensorInfo* tensor : tensors) {
       detail::check_fits(param, *tensor, device_type, i);
     }
@@ -532,12 +516,6 @@ void read_entries(
     if (!dense) {
       detail::check_no_overlap(tensors, i);
     }
-    detail::check_apart(tensors, i);
-    const bool grad_aliases_param = detail::share_memory(grad, param);
-    if (grad_aliases_param &&
-        (grad.data != param.data || grad.dtype != param.dtype || !detail::same_strides(param, grad))) {
-      refuse(i, "its gradient shares memory with the parameter at another place");
-    }
 
     const int64_t numel = param.numel * (param.is_complex ? 2 : 1), end = workspace.numel() + numel;
     Entry& entry = workspace.entries.emplace_back();
@@ -552,7 +530,6 @@ void read_entries(
     entry.layout = dense ? nullptr : &workspace.layouts.emplace_back(detail::dimensions(tensors));
     entry.index = i;
     entry.segment = segments.segment_of(i);
-    entry.grad_aliases_param = grad_aliases_param;
     if (is_on_host) {  // as for prefetch_after: a tenth less
       for (int slot = 0; slot < kTensors; ++slot) {
         __builtin_prefetch(entry.data[slot], 1);

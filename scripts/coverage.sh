@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python3}
 CXX=${CXX:-c++}
 root=$PWD
 folder=$root/build/coverage
-TESTS=${TESTS:-test_*.py step backends csrc/test_ops.py csrc/test_segments.py csrc/test_aliasing.py csrc/test_cpu_*.py conformance keras_files}
+TESTS=${TESTS:-test_*.py step backends csrc/test_op*.py csrc/test_tensor_lists.py csrc/test_aliasing.py csrc/test_cpu_*.py conformance keras_files}
 
 rm -rf "$folder"
 mkdir -p "$folder/package"

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 CXX=${CXX:-c++}
-TESTS=${TESTS:-tests/csrc/test_ops.py tests/csrc/test_cpu_square_sums.py tests/csrc/test_segments.py tests/csrc/test_aliasing.py}
+TESTS=${TESTS:-tests/csrc/test_ops.py tests/csrc/test_op_options.py tests/csrc/test_tensor_lists.py tests/csrc/test_aliasing.py tests/csrc/test_cpu_*.py}
 
 # The flags of the build; what they do to roundings is tested, so it is what must be watched.
 flags=$("$PYTHON" tests/compilers.py)

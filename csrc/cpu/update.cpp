@@ -48,7 +48,7 @@ void update_range(
     const GradientClip<T>& clip,
     const Hyperparameters<T>& h
 ) {
-  if (entry.layout != nullptr || entry.dtype[kGrad] != entry.dtype[kParam] || entry.grad_aliases_param) {
+  if (entry.layout != nullptr || entry.dtype[kGrad] != entry.dtype[kParam]) {
     return update_by_blocks(kernels, entry, begin, end, clip, h);
   }
   const auto update_in_place = [&](auto loop, auto* param) {

@@ -1,69 +1,203 @@
-"""Which memory the tensors of a call may share, as the ops see it; and accumulators that are replaced in a cache."""
+"""csrc/aliasing.h: the memory that the tensors of a call may share, as every op sees it.
 
-from collections.abc import Iterator
-from typing import Any
+That Python's rule and this one agree on drawn tensors is a test of torch_adadelta/step/validation.py.
+"""
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from cases import assert_same_bits, gradients, segment
+from cases import segment
+from op_cases import (
+    CALLS,
+    Lists,
+    adadelta,
+    assert_refused,
+    assert_repeated_in_order,
+    assert_same_lists,
+    dense_lists,
+    needs_library,
+    sparse_lists,
+)
 from torch import Tensor
 
-from torch_adadelta.backends import kernels
+pytestmark = needs_library
 
-pytestmark = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
-
-adadelta: Any = torch.ops.torch_adadelta
-Lists = list[list[Tensor]]
+OWN = segment(3, 1.0, 0.9, 1e-7)
+SHARED = " share memory that would be written to$"
 
 
-def lists_for(params: list[Tensor]) -> Lists:
-    grads = [torch.full(p.shape, 0.5) for p in params]
-    return [params, grads, *([torch.ones(p.shape) for p in params] for _ in range(2))]
+def lists_for(call: str) -> Lists:
+    if call == "sparse":
+        return sparse_lists([((4, 5), 1)] * 3)
+    return dense_lists([(4, 5)] * 3)
 
 
-def refused(lists: Lists, message: str) -> None:
-    before = [[x.clone() for x in tensors] for tensors in lists]
-    with pytest.raises(RuntimeError, match=rf"^torch_adadelta refuses {message}$"):
-        adadelta.adadelta_(*lists, *segment(len(lists[0]), 1.0, 0.9, 1e-7))
-    for tensors, copies in zip(lists, before, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+def overlapping(base: Tensor, begin: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Two tensors, the first from the beginning of the memory, the second from an element on."""
+    return tuple(base[at : at + 19 * stride + 1 : stride].view(4, 5) for at in (0, begin))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_state_and_a_parameter_that_share_their_last_element(stride: int) -> None:
-    base = torch.ones(19 * stride)
-    lists = lists_for([base[: 9 * stride + 1 : stride], torch.ones(10)])
-    lists[2][1] = base[9 * stride :: stride]
-    refused(lists, "parameter 0: it and the square_avg of parameter 1 share memory that would be written to")
-    lists[2][1] = base[9 * stride + 1 :: stride][:9]
-    lists[0][1], lists[1][1], lists[3][1] = (torch.ones(9) for _ in range(3))
-    adadelta.adadelta_(*lists, *segment(2, 1.0, 0.9, 1e-7))
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("one", "other", "error"),
+    [
+        ((0, 0), (0, 1), "parameter 0: it and parameter 1"),
+        ((0, 0), (2, 1), "parameter 0: it and the square_avg of parameter 1"),
+        ((3, 0), (0, 2), "parameter 0: its acc_delta and parameter 2"),
+        ((2, 0), (2, 1), "parameter 0: its square_avg and the square_avg of parameter 1"),
+        ((2, 1), (3, 2), "parameter 1: its square_avg and the acc_delta of parameter 2"),
+        ((1, 1), (0, 0), "parameter 1: its gradient and parameter 0"),
+        ((1, 0), (3, 2), "parameter 0: its gradient and the acc_delta of parameter 2"),
+    ],
+)
+def test_their_last_or_first_element(
+    one: tuple[int, int], other: tuple[int, int], error: str, call: str, stride: int
+) -> None:
+    """Whichever comes first in memory; and none where they only touch."""
+    for is_swapped in (False, True):
+        for begin in (19 * stride, 19 * stride + 1):
+            lists = lists_for(call)
+            first, second = (other, one) if is_swapped else (one, other)
+            parts = (0, 2, 1, 3, 4) if call == "sparse" else (0, 1, 2, 3)
+            slots = [0, 2, 3, 4] if call == "sparse" else list(parts)
+            tensors = overlapping(torch.ones(40 * stride + 40), begin, stride)
+            if call == "sparse" and stride > 1 and 1 in (one[0], other[0]):
+                return  # values must be contiguous
+            if call == "sparse" and 1 in (one[0], other[0]):
+                for which in (one, other):
+                    if which[0] == 1:
+                        lists[1][which[1]] = lists[1][which[1]][:, :4]
+            for (slot, row), tensor in zip((first, second), tensors, strict=True):
+                lists[slots[slot]][row] = tensor
+            if begin == 19 * stride:
+                assert_refused(CALLS[call], lists, *OWN, error=error + SHARED)
+            else:
+                CALLS[call](*lists, *OWN)
 
 
-def test_states_of_two_parameters() -> None:
-    base = torch.ones(19)
-    lists = lists_for([torch.ones(10), torch.ones(10)])
-    lists[2][0], lists[3][1] = base[:10], base[9:]
-    refused(lists, "parameter 0: its square_avg and the acc_delta of parameter 1 share memory that would be written to")
-    lists[2][0], lists[3][1] = base[9:], base[:10]
-    refused(lists, "parameter 0: its square_avg and the acc_delta of parameter 1 share memory that would be written to")
+@pytest.mark.parametrize(
+    ("slot", "other", "error"),
+    [
+        (0, 1, "it and its gradient"),
+        (0, 2, "it and its square_avg"),
+        (0, 3, "it and its acc_delta"),
+        (1, 2, "its gradient and its square_avg"),
+        (1, 3, "its gradient and its acc_delta"),
+        (2, 3, "its square_avg and its acc_delta"),
+    ],
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_two_tensors_of_one_parameter(call: str, slot: int, other: int, error: str) -> None:
+    lists = lists_for(call)
+    slots = [0, 2, 3, 4] if call == "sparse" else [0, 1, 2, 3]
+    base = torch.ones(60)
+    if call == "sparse" and slot == 1:
+        lists[1][1] = lists[1][1][:, :4]
+    if call == "sparse" and other == 1:
+        lists[1][1] = lists[1][1][:, :4]
+    lists[slots[slot]][1], lists[slots[other]][1] = base[:20].view(4, 5), base[19:39].view(4, 5)
+    assert_refused(CALLS[call], lists, *OWN, error=f"parameter 1: {error} share memory$")
 
 
-def test_a_gradient_inside_the_first_of_two_parameters_that_share_memory() -> None:
-    """Behind the end of the second, which begins later: the ends of ranges that are in order need not be."""
-    base = torch.ones(100)
-    lists = lists_for([base, base[10:50], torch.ones(20)])
-    lists[1][2] = base[60:80]
-    refused(lists, "parameter 2: its gradient and parameter 0 share memory that would be written to")
+@pytest.mark.parametrize("part", [0, 2, 3])
+@pytest.mark.parametrize("call", ["dense", "cached"])
+def test_a_parameter_listed_twice_has_all_its_state_twice(call: str, part: int) -> None:
+    """With one of the three another, it is no longer the same parameter."""
+    lists = lists_for(call)
+    for same in (0, 2, 3):
+        lists[same][2] = lists[same][0]
+    CALLS[call](*lists, *OWN)
+    lists[part][2] = torch.ones(4, 5)
+    shared = " and the square_avg of parameter 2| and the acc_delta of parameter 2| and parameter 2"
+    with pytest.raises(RuntimeError, match=f"parameter 0: it(s square_avg|s acc_delta|)({shared}){SHARED}"):
+        CALLS[call](*lists, *OWN)
 
 
-def test_a_gradient_that_is_a_state() -> None:
-    for state, name in ((2, "square_avg"), (3, "acc_delta")):
-        lists = lists_for([torch.ones(4), torch.ones(4)])
-        lists[1][1] = lists[state][1]
-        refused(lists, f"parameter 1: its gradient and its {name} share memory")
-        lists[1][1] = lists[state][0]
-        refused(lists, f"parameter 1: its gradient and the {name} of parameter 0 share memory that would be written to")
+@pytest.mark.parametrize("call", CALLS)
+def test_a_parameter_listed_twice_is_updated_in_order(call: str) -> None:
+    assert_repeated_in_order(call)
+
+
+def test_a_longer_view_of_a_parameter_is_not_the_same_parameter() -> None:
+    memory = [torch.ones(9) for _ in range(3)]
+    lists = [
+        [memory[0][:6], memory[0]],
+        [torch.ones(6), torch.ones(9)],
+        *([x[:6], x.clone()] for x in memory[1:]),
+    ]
+    assert_refused(CALLS["dense"], lists, *segment(2, 1.0, 0.9, 1e-7), error=f"parameter 0: it and parameter 1{SHARED}")
+
+
+def test_what_gradients_may_share() -> None:
+    """All of them one, or some elements, or those that lie between the parameters."""
+    memory = torch.arange(100.0)
+    expected = dense_lists([(4, 5)] * 3)
+    lists = dense_lists([(4, 5)] * 3)
+    grads: list[Callable[[int], Tensor]] = [
+        lambda i: memory[:20].view(4, 5),
+        lambda i: memory[i : i + 20].view(4, 5),
+        lambda i: memory[i : i + 1].expand(4, 5),
+    ]
+    for grad in grads:
+        lists[1] = [grad(i) for i in range(3)]
+        expected[1] = [grad(i).clone() for i in range(3)]
+        CALLS["dense"](*lists, *OWN)
+        CALLS["dense"](*expected, *OWN)
+        for part in (0, 2, 3):
+            assert all(map(torch.equal, lists[part], expected[part]))
+
+
+def test_views_of_one_buffer() -> None:
+    """Parameters, gradients and state in one memory, none of which touch."""
+    memory = torch.rand(12 * 20, generator=torch.Generator().manual_seed(0))
+    lists = [[memory[20 * (4 * i + k) :][:20] for i in range(3)] for k in range(4)]
+    expected = [[x.clone() for x in tensors] for tensors in lists]
+    for made in (lists, expected):
+        CALLS["dense"](*made, *OWN)
+    for tensors, others in zip(lists, expected, strict=True):
+        assert all(map(torch.equal, tensors, others))
+
+
+@pytest.mark.parametrize("call", ["dense", "cached"])
+def test_memory_that_is_known_from_the_call_before(call: str) -> None:
+    """A call compares each tensor's memory with what it was; what was refused is not known to be good."""
+    good, own = dense_lists([(20,)] * 3), OWN
+    number = adadelta.cache_accumulators(*good[2:])
+
+    def update(lists: Lists) -> None:
+        if call == "cached":
+            adadelta.adadelta_.cached(*lists[:2], number, *own)
+        else:
+            adadelta.adadelta_(*lists, *own)
+
+    twin = dense_lists([(20,)] * 3)
+    for part, tensor in ((1, good[2][0]), (1, good[0][0]), (1, good[0][2]), (0, good[0][0]), (0, good[3][1])):
+        for _ in range(2):
+            bad = [list(x) for x in good]
+            bad[part][2] = tensor
+            with pytest.raises(RuntimeError, match="share memory"):
+                update(bad)
+        update(good)
+        adadelta.adadelta_(*twin, *own)
+    own = segment(2, 1.0, 0.9, 1e-7)
+    if call == "dense":  # fewer, and then as many again
+        update([x[:2] for x in good])
+        adadelta.adadelta_(*(x[:2] for x in twin), *own)
+        bad = [list(x) for x in good]
+        bad[2][2] = good[2][1]
+        own = OWN
+        with pytest.raises(RuntimeError, match="share memory"):
+            update(bad)
+    adadelta.drop_accumulators(number)
+    assert_same_lists(good, twin)
+
+
+def test_empty_tensors_share_nothing() -> None:
+    memory = torch.ones(20)
+    lists = [[memory, memory[5:5]], [torch.ones(20), memory[3:3]], *([torch.ones(20), memory[7:7]] for _ in range(2))]
+    CALLS["dense"](*lists, *segment(2, 1.0, 0.9, 1e-7))
 
 
 @pytest.mark.parametrize("stride", [0, 1, 3, 1000])
@@ -75,100 +209,4 @@ def test_the_stride_of_a_dimension_of_one_element_is_no_overlap(stride: int) -> 
     lists, expected = make((8, stride, 2)), make((8, 8, 2))
     for made in (lists, expected):
         adadelta.adadelta_(*made, *segment(1, 1.0, 0.9, 1e-7))
-    for tensors, others in zip(lists, expected, strict=True):
-        assert_same_bits(tensors[0], others[0])
-
-
-# ---- Accumulators in a cache ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def large_lists() -> Lists:
-    """So many, and so large, that a second thread looks at the accumulators."""
-    params = [torch.ones(600) for _ in range(100)]
-    grads = [gradients((600,), torch.float32, steps=1, seed=i)[0] for i in range(100)]
-    return [params, grads, *([torch.zeros(600) for _ in params] for _ in range(2))]
-
-
-def other_memory(x: Tensor) -> None:
-    x.set_(torch.full((600,), 0.25))
-
-
-def grown_memory(x: Tensor) -> None:
-    x.untyped_storage().resize_(4 * 700)
-
-
-def lazy_clone(x: Tensor) -> None:
-    """PyTorch lets no parallel region write to one."""
-    x.set_(torch._lazy_clone(x))
-
-
-def other_strides(x: Tensor) -> None:
-    x.set_(torch.full((1200,), 0.25)[::2])
-
-
-@pytest.mark.parametrize("replace", [other_memory, grown_memory, lazy_clone, other_strides])
-@pytest.mark.parametrize("which", [2, 3])
-@pytest.mark.parametrize("place", [0, 99])
-@pytest.mark.usefixtures("_two_threads")
-def test_accumulators_that_are_replaced_while_they_are_cached(replace: Any, which: int, place: int) -> None:
-    cached, plain = large_lists(), large_lists()
-    number = adadelta.cache_accumulators(*cached[2:])
-    own = segment(100, 1.0, 0.9, 1e-7)
-    for step in range(4):
-        if step == 2:
-            for lists in (cached, plain):
-                replace(lists[which][place])
-        adadelta.adadelta_.cached(*cached[:2], number, *own)
-        adadelta.adadelta_(*plain, *own)
-    adadelta.drop_accumulators(number)
-    for tensors, others in zip(cached, plain, strict=True):
-        for x, y in zip(tensors, others, strict=True):
-            assert_same_bits(x, y)
-
-
-@pytest.mark.usefixtures("_two_threads")
-def test_replaced_accumulators_that_do_not_fit_are_refused_and_then_forgotten() -> None:
-    cached, plain = large_lists(), large_lists()
-    number = adadelta.cache_accumulators(*cached[2:])
-    own = segment(100, 1.0, 0.9, 1e-7)
-    adadelta.adadelta_.cached(*cached[:2], number, *own)
-    adadelta.adadelta_(*plain, *own)
-    right = cached[3][50].clone()
-    for wrong, message in (
-        (torch.ones(599), "its tensors differ in shape"),
-        (cached[2][40], "the acc_delta of parameter 50 share memory"),
-    ):
-        cached[3][50].set_(wrong)
-        with pytest.raises(RuntimeError, match=message):
-            adadelta.adadelta_.cached(*cached[:2], number, *own)
-    cached[3][50].set_(right)
-    adadelta.adadelta_.cached(*cached[:2], number, *own)
-    adadelta.adadelta_(*plain, *own)
-    adadelta.drop_accumulators(number)
-    for tensors, others in zip(cached, plain, strict=True):
-        for x, y in zip(tensors, others, strict=True):
-            assert_same_bits(x, y)
-
-
-def test_caches_that_take_turns() -> None:
-    """Each cache has a workspace of its own."""
-    made = [large_lists() for _ in range(3)]
-    numbers = [adadelta.cache_accumulators(*lists[2:]) for lists in made[:2]]
-    own = segment(100, 1.0, 0.9, 1e-7)
-    for _ in range(3):
-        for lists, number in zip(made, numbers, strict=False):
-            adadelta.adadelta_.cached(*lists[:2], number, *own)
-        adadelta.adadelta_(*made[2], *own)
-    for number in numbers:
-        adadelta.drop_accumulators(number)
-    for lists in made[:2]:
-        for x, y in zip(lists[0], made[2][0], strict=True):
-            assert_same_bits(x, y)
+    assert_same_lists(lists, expected)

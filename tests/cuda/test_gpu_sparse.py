@@ -35,7 +35,7 @@ def coo(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=False, check_invariants=False)
 
 
-def occurrences(shape: tuple[int, ...], dims: int, dtype: torch.dtype, count: int, seed: int) -> Tensor:
+def sparse_gradient(shape: tuple[int, ...], dims: int, dtype: torch.dtype, count: int, seed: int) -> Tensor:
     """Half of them are of the last row."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(size, (count,), generator=generator) for size in shape[:dims]]
@@ -63,7 +63,8 @@ def test_the_bits_of_the_cpu(
     pair = twins([*params, torch.ones(33)], groups=2, cuda=path, **options)
     for step in range(3):
         sparse = [
-            occurrences(shape, dims, dtype, (40, 0, 7)[step], 10 * step + i) for i, (shape, dims) in enumerate(SHAPES)
+            sparse_gradient(shape, dims, dtype, (40, 0, 7)[step], 10 * step + i)
+            for i, (shape, dims) in enumerate(SHAPES)
         ]
         step_both(pair, [*sparse, gradients((33,), torch.float32, 1, seed=step)[0]])
         pair.assert_same(f"at step {step}")
@@ -74,7 +75,7 @@ def test_the_bits_of_the_cpu(
 def test_values_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype, twins: Callable[..., Any]) -> None:
     pair = twins([torch.zeros(60, 12, dtype=dtype)], clipnorm=0.7)
     for step in range(2):
-        grad = occurrences((60, 12), 1, grad_dtype, 100, step)
+        grad = sparse_gradient((60, 12), 1, grad_dtype, 100, step)
         pair.cpu.apply_gradients([(grad, pair.params[0])])
         pair.cuda.apply_gradients([(grad.cuda(), pair.cuda_params[0])])
         pair.assert_same()
@@ -93,14 +94,14 @@ def test_one_row_touched_ten_thousand_times(dtype: torch.dtype, width: int, twin
 
 
 def test_a_large_batch(twins: Callable[..., Any]) -> None:
-    """More occurrences than small sorts take, and more blocks than run at once."""
+    """More COO entries than small sorts take, and more blocks than run at once."""
     pair = twins([torch.zeros(200_000, 32), torch.zeros(1000, 8)], global_clipnorm=0.5)
     for step in range(2):
         step_both(
             pair,
             [
-                occurrences((200_000, 32), 1, torch.float32, 300_000, step),
-                occurrences((1000, 8), 1, torch.float32, 300_000, step),
+                sparse_gradient((200_000, 32), 1, torch.float32, 300_000, step),
+                sparse_gradient((1000, 8), 1, torch.float32, 300_000, step),
             ],
         )
         pair.assert_same(f"at step {step}")
@@ -111,7 +112,7 @@ def test_tables_that_are_not_contiguous(layout: str, twins: Callable[..., Any]) 
     table = torch.zeros(7, 60).t() if layout == "transposed" else torch.zeros(60, 14)[:, ::2]
     pair = twins([table])
     for step in range(2):
-        step_both(pair, [occurrences((60, 7), 1, torch.float32, 100, step)])
+        step_both(pair, [sparse_gradient((60, 7), 1, torch.float32, 100, step)])
         pair.assert_same()
 
 
@@ -135,7 +136,7 @@ def test_grad_scaler(twins: Callable[..., Any]) -> None:
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     scaler.scale(torch.zeros((), device="cuda"))
     for step in range(4):
-        rows, dense = occurrences((60, 12), 1, torch.float32, 30, step), gradients((5,), torch.float32, 1, step)[0]
+        rows, dense = sparse_gradient((60, 12), 1, torch.float32, 30, step), gradients((5,), torch.float32, 1, step)[0]
         scale = scaler.get_scale()
         pair.cuda_params[0].grad, pair.cuda_params[1].grad = rows.cuda() * scale, dense.cuda() * scale
         if step == 1:
@@ -153,9 +154,9 @@ def test_a_step_waits_for_the_device_once(twins: Callable[..., Any]) -> None:
     pair = twins([torch.zeros(60, 12), torch.zeros(33), torch.zeros(500, 4)], groups=2, global_clipnorm=0.5)
     for step in range(3):
         grads: list[Tensor | None] = [
-            occurrences((60, 12), 1, torch.float32, 30, step),
+            sparse_gradient((60, 12), 1, torch.float32, 30, step),
             torch.ones(33),
-            occurrences((500, 4), 1, torch.float32, 30, step),
+            sparse_gradient((500, 4), 1, torch.float32, 30, step),
         ]
         for p, q, grad in zip(pair.params, pair.cuda_params, grads, strict=True):
             assert grad is not None
@@ -179,7 +180,7 @@ def test_a_step_waits_for_the_device_once(twins: Callable[..., Any]) -> None:
 def test_memory_is_bounded_by_what_is_touched(clip: dict[str, float]) -> None:
     param = Parameter(torch.zeros(1_000_000, 64, device="cuda"))
     optimizer = AdadeltaKeras([param], 1.0, fused=True, **clip)  # type: ignore[arg-type]
-    param.grad = occurrences((1_000_000, 64), 1, torch.float32, 1000, 0).cuda()
+    param.grad = sparse_gradient((1_000_000, 64), 1, torch.float32, 1000, 0).cuda()
     optimizer.step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -196,7 +197,7 @@ def test_an_index_out_of_range_changes_nothing(path: dict[str, bool], bad: int) 
     params = [Parameter(torch.ones(60, 4, device="cuda")) for _ in range(2)]
     optimizer = AdadeltaKeras(params, 1.0, **path)  # type: ignore[arg-type]
     for p in params:
-        p.grad = occurrences((60, 4), 1, torch.float32, 30, 0).cuda()
+        p.grad = sparse_gradient((60, 4), 1, torch.float32, 30, 0).cuda()
     optimizer.step()
     params[1].grad._indices()[0, 7:9] = bad  # type: ignore[union-attr]
     before = snapshot_of(optimizer)
@@ -211,7 +212,7 @@ def test_an_index_out_of_range_changes_nothing(path: dict[str, bool], bad: int) 
 def test_a_capture_is_refused() -> None:
     param = Parameter(torch.ones(60, 4, device="cuda"))
     optimizer = AdadeltaKeras([param], fused=True, capturable=True)
-    param.grad = occurrences((60, 4), 1, torch.float32, 30, 0).cuda()
+    param.grad = sparse_gradient((60, 4), 1, torch.float32, 30, 0).cuda()
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
     refused = pytest.raises(RuntimeError, match="has a sparse gradient, whose indices the host must check")

@@ -182,27 +182,20 @@ def test_special_values(dtype: torch.dtype, placed: Callable[..., Tensor]) -> No
             assert_same_update([[param], [grads], [state], [state.clone()]], placed)
 
 
-def test_a_gradient_that_is_the_parameter(placed: Callable[..., Tensor]) -> None:
-    (param,), _, (square_avg,), (acc_delta,) = make_lists([(CHUNK + 5,)], torch.float32, torch.float32)
-    p, q = placed(param, "cpu"), placed(param)
-    a, b = placed(square_avg, "cpu"), placed(square_avg)
-    u, v = placed(acc_delta, "cpu"), placed(acc_delta)
-    direct.fused([p], [p], [a], [u], *VALUES)
-    direct.fused([q], [q], [b], [v], *VALUES)
-    for actual, expected in ((q, p), (b, a), (v, u)):
-        assert_same_bits(actual.cpu(), expected)
-
-
-def test_parameters_that_share_memory_are_updated_in_their_order(placed: Callable[..., Tensor]) -> None:
-    base = randn((300,), torch.float32, torch.Generator().manual_seed(0))
-    views = [(0, 200), (100, 300), (0, 200)]
-    _, grads, square_avgs, acc_deltas = make_lists([(200,)] * 3, torch.float32, torch.float32)
+def test_memory_that_is_shared(placed: Callable[..., Tensor]) -> None:
+    """A parameter listed twice is updated in turn; whatever else shares memory is refused before any write."""
+    lists = make_lists([(300,)] * 3, torch.float32, torch.float32)
     results = []
     for device in ("cpu", "cuda"):
-        memory = placed(base, device)
-        states = [[placed(x, device) for x in tensors] for tensors in (grads, square_avgs, acc_deltas)]
-        direct.fused([memory[i:j] for i, j in views], *states, *VALUES)
-        results.append([memory, *states[1], *states[2]])
+        params, grads, square_avgs, acc_deltas = ([placed(x, device) for x in tensors] for tensors in lists)
+        twice = [[x[0], x[1], x[0]] for x in (params, square_avgs, acc_deltas)]
+        direct.fused(twice[0], grads, *twice[1:], *VALUES)
+        results.append([*params, *square_avgs, *acc_deltas])
+        before = [x.clone() for x in results[-1]]
+        for bad_params, bad_grads in ((params, [*grads[:2], params[2]]), ([*params[:2], params[0]], grads)):
+            with pytest.raises(RuntimeError, match="share memory"):
+                direct.fused(bad_params, bad_grads, square_avgs, acc_deltas, *VALUES)
+        assert all(map(torch.equal, results[-1], before))
     for expected, actual in zip(*results, strict=True):
         assert_same_bits(actual.cpu(), expected)
 

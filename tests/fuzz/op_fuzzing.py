@@ -1,20 +1,23 @@
 """Calls every op of the library with arguments that do not fit; run by test_op_fuzzing.py in a process of its own.
 
-    python op_fuzzing.py SEED COUNT LOG
+    python op_fuzzing.py COUNT LOG
 
 Every call is written to LOG before it is made: if the process dies, the last line says of what. A call may do its work
 or raise an exception that has a message; one that raises must have written nothing, and none may write outside the
-tensors it was given.
+tensors it was given. Hypothesis draws the calls, and makes one that fails as small as it can.
 """
 
 import faulthandler
-import random
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_adadelta.backends import kernels
@@ -52,11 +55,10 @@ def has_its_memory(x: Tensor) -> bool:
 class Caller:
     """Draws arguments, calls, and looks what was written."""
 
-    def __init__(self, seed: int, log: Any) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, random: Random, log: Any) -> None:
+        self.random = random
         self.log = log
-        self.bases: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # base, the tensor in it, their bytes before
-        self.refused = self.done = 0
+        self.bases: list[Tensor] = []
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor with a margin around it, in which a call must write nothing."""
@@ -65,12 +67,8 @@ class Caller:
             count *= size
         base = torch.ones(count + 2 * _MARGIN, dtype=torch.float32).to(dtype)
         tensor = base[_MARGIN : _MARGIN + count].view(shape)
-        self.bases.append((base, tensor, self.bytes(base), self.bytes(tensor)))
+        self.bases.append(base)
         return tensor
-
-    @staticmethod
-    def bytes(tensor: Tensor) -> Tensor:
-        return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()
 
     def spoiled(self, x: Tensor, others: list[Tensor]) -> Any:
         """Something else in the place of a tensor."""
@@ -266,11 +264,11 @@ class Caller:
         op = draw.choice([adadelta.drop_accumulators.default, adadelta.set_cpu_capability.default])
         return name, op, [draw.choice(CACHE_NUMBERS)]
 
-    def call(self) -> None:
-        self.bases.clear()
+    def call(self) -> str:
+        """Whether the call was refused, or done."""
         best = kernels.cpu_capability()
         name, op, arguments = self.arguments()
-        before = [(base, base.view(-1).view(torch.uint8).clone()) for base, *_ in self.bases]
+        before = [(base.view(-1).view(torch.uint8), base.view(-1).view(torch.uint8).clone()) for base in self.bases]
         self.log.write(f"{name} {described(arguments)}\n")
         self.log.flush()
         raised: Exception | None = None
@@ -278,35 +276,42 @@ class Caller:
             op(*arguments)
         except Exception as error:
             raised = error
-        if raised is not None:
-            self.refused += 1
-            assert str(raised).strip(), f"{type(raised)} without a message"
-            for base, was in before:
-                assert torch.equal(base.view(-1).view(torch.uint8), was), f"written, and then: {raised}"
-        else:
-            self.done += 1
-            if name in ("cache", "square_sums", "invalid_indices", "numbers"):
-                for base, was in before:
-                    assert torch.equal(base.view(-1).view(torch.uint8), was), "written by an op that only reads"
-            for base, was in before:
-                margin = _MARGIN * base.element_size()
-                now = base.view(-1).view(torch.uint8)
-                # Of a tensor that was handed over transposed or shifted, the margin may be part.
-                assert torch.equal(now[: margin // 2], was[: margin // 2])
-                assert torch.equal(now[-margin // 2 :], was[-margin // 2 :])
         kernels.set_cpu_capability(best)
+        if raised is not None:
+            assert str(raised).strip(), f"{type(raised)} without a message"
+        if raised is not None or name in ("cache", "square_sums", "invalid_indices", "numbers"):
+            for now, was in before:
+                assert torch.equal(now, was), f"{name} wrote, and then: {raised}"
+        for base, (now, was) in zip(self.bases, before, strict=True):
+            # Of a tensor that was handed over transposed or shifted, the margin may be part.
+            margin = _MARGIN * base.element_size() // 2
+            assert torch.equal(now[:margin], was[:margin])
+            assert torch.equal(now[-margin:], was[-margin:])
+        return "done" if raised is None else "refused"
 
 
 def main() -> None:
-    seed, count, log = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    count, path = int(sys.argv[1]), sys.argv[2]
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
-    with open(log, "w") as file:
-        caller = Caller(seed, file)
-        for _ in range(count):
-            caller.call()
-    print(caller.refused, caller.done)
+    outcomes: Counter[str] = Counter()
+    with open(path, "w") as log:
+
+        @settings(
+            max_examples=count,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.randoms(use_true_random=False))
+        def call(random: Random) -> None:
+            outcomes[Caller(random, log).call()] += 1
+
+        call()
+    print(outcomes["refused"], outcomes["done"])
 
 
 if __name__ == "__main__":

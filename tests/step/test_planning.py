@@ -521,28 +521,6 @@ def test_a_gradient_that_is_its_parameter_transposed_is_refused(path: Path) -> N
         optimizer.step()
 
 
-def test_parameters_of_one_memory_are_updated_in_their_order(path: Path) -> None:
-    """Also where one has a sparse gradient, and another call updates it."""
-    first, second, third = Parameter(torch.zeros(4, 2)), Parameter(torch.ones(3)), Parameter(torch.zeros(4, 2))
-    third.data = first.data
-    optimizer = AdadeltaKeras([first, second, third], 1.0, **path.options)
-    oracles = [oracle_of(torch.zeros(4, 2), learning_rate=1.0) for _ in range(2)]
-    p = np.zeros((4, 2), np.float32)
-    for step in range(3):
-        give([first, second, third], step)
-        assert first.grad is not None
-        assert third.grad is not None
-        for oracle, grad in zip(oracles, (first.grad, third.grad), strict=True):
-            oracle.p = p
-            oracle.step(to_numpy(grad))
-            p = oracle.p
-        first.grad = first.grad.to_sparse(1)
-        optimizer.step()
-    assert_same_bits(first, p)
-    for oracle, param in zip(oracles, (first, third), strict=True):
-        assert_same_bits(optimizer.state[param]["acc_delta"], oracle.acc_delta)
-
-
 @pytest.mark.parametrize("key", ["square_avg", "acc_delta"])
 def test_a_single_shared_element_is_seen(path: Path, key: str) -> None:
     """The last of one and the first of the other."""
@@ -570,21 +548,6 @@ def test_a_single_element_that_a_strided_parameter_shares_is_seen(path: Path) ->
         optimizer.step()
     optimizer.state[params[3]]["square_avg"] = memory[9:].clone().resize_(5).zero_()
     optimizer.step()
-
-
-def test_the_memory_within_that_of_another_is_seen(path: Path) -> None:
-    """A gradient of another within the first of two parameters that share memory, as they may."""
-    optimizer, params = trained(path)
-    memory = torch.zeros(9)
-    with torch.no_grad():
-        params[0].data, params[1].data = memory[:5], memory[4:]
-    params[2].grad = memory[1:2].expand(5)
-    before = snapshot(optimizer)
-    with pytest.raises(
-        RuntimeError, match=r"the gradient of parameter 0 of group 1|its gradient and parameter 0 of group 0"
-    ):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
 
 
 def test_the_stride_of_a_dimension_of_size_one_means_nothing(path: Path) -> None:

@@ -309,7 +309,7 @@ def _members(params: list[Tensor], kinds: list[_Kind]) -> list[list[int]]:
     plain = [param for param in params if type(param) in PLAIN_TYPES and not param.is_meta]
     is_twice = len(set(map(id, params))) < len(params)
     if len(set(kinds)) > 1 and (is_twice or validation.share_memory(plain)):
-        # A parameter that is listed twice, or whose memory another has, is updated in the order of the gradients.
+        # A parameter that is listed twice is updated in the order of the gradients.
         return [list(run) for _, run in groupby(range(len(kinds)), kinds.__getitem__)]
     members: dict[_Kind, list[int]] = {}
     for row, kind in enumerate(kinds):
@@ -428,6 +428,8 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
         state, new_state = _completed(request, rows)
         partition = Partition(request.groups, rows, state)
     batches = [spec.batch(rows, state, request.groups, values) for spec in partition.specs]
+    if not is_cached and len(batches) > 1:  # each op or Python path looks at its own batch only
+        validation.check_memory(batches, request.name_of)
     if not is_cached and rows.order is None:
         partition.keep(batches)
         request.partitions.partition = partition

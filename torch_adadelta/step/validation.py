@@ -1,5 +1,6 @@
 """Every check that names a parameter: what can be trained, what gradient, state and memory it may have."""
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -265,16 +266,15 @@ def check_capture(groups: list[Group], batches: list[Batch], new_state: Iterable
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 #
-# Of the three tensors of a parameter that are written to, none shares memory with another, nor with the gradient, which
-# may be the parameter itself. Between two parameters only the parameters may share memory: they are then updated one
-# after the other, in their order. If they have the very same memory, as one that is listed twice, they may also share
-# their state, and either may be the gradient. The compiled ops look for the same by themselves, in csrc/aliasing.h.
+# No tensor that is written to, a parameter or its state, shares memory with another or with a gradient. Two rows may be
+# the same parameter and state, as of one that is listed twice: they are updated one after the other. The compiled ops
+# check the same in csrc/aliasing.h.
 
 # The device's index, where the memory of a tensor with elements begins and ends, and 4 * the number of its row + the
 # number of the tensor in it.
 Range = tuple[int, int, int, int]
 
-_PARAM, _GRADIENT = 0, 1
+_PARAM, _GRADIENT, _WRITTEN = 0, 1, (0, 2, 3)
 _OWN: Final = ("it", "its gradient", "its state square_avg", "its state acc_delta")
 _OF_ANOTHER: Final = ("", "the gradient of ", "the state square_avg of ", "the state acc_delta of ")
 
@@ -282,8 +282,7 @@ _OF_ANOTHER: Final = ("", "the gradient of ", "the state square_avg of ", "the s
 def check_memory(batches: list[Batch], names: NameOf) -> None:
     """Raises RuntimeError, naming the parameters, unless the memory that these batches write to is their own."""
     rows = [row for batch in batches for row in zip(*batch.owners, strict=True)]
-    plain = [row for row in rows if not row[0].is_meta and PLAIN_TYPES.issuperset(map(type, row))]
-    check_apart(plain, names)
+    check_apart([row for row in rows if PLAIN_TYPES.issuperset(map(type, row))], names)
 
 
 def memory_range(tensor: Tensor, number: int) -> Range:
@@ -295,18 +294,18 @@ def memory_range(tensor: Tensor, number: int) -> Range:
     return tensor.get_device(), begin, begin + (last + 1) * tensor.element_size(), number
 
 
-def overlap(ranges: list[Range]) -> bool:
-    """Whether some memory may belong to two of the ranges, which are sorted by this."""
-    ranges.sort()
-    return any(this[0] == after[0] and after[1] < this[2] for this, after in itertools.pairwise(ranges))
-
-
 def share_memory(params: list[Tensor]) -> bool:
-    """Whether some memory may belong to two of the parameters, which are then updated one after the other.
+    """Whether a parameter is listed twice, and must be updated one time after the other.
 
     A multi-tensor operation would run each parameter's first half before any second half.
     """
-    return overlap([memory_range(param, 0) for param in params if param.numel() > 0])
+    places = [param.data_ptr() for param in params if param.numel() > 0]
+    return len(set(places)) < len(places)
+
+
+def _overlapping(ranges: list[Range]) -> Iterator[tuple[int, int]]:
+    """The numbers of sorted ranges that overlap the next one."""
+    return ((x[3], y[3]) for x, y in itertools.pairwise(ranges) if x[0] == y[0] and y[1] < x[2])
 
 
 def check_apart(rows: list[Row], names: NameOf) -> None:
@@ -315,50 +314,28 @@ def check_apart(rows: list[Row], names: NameOf) -> None:
     for number, tensor in enumerate(itertools.chain.from_iterable(rows)):
         if functional.is_sparse(tensor):
             tensor = tensor._values()
-        if tensor.numel() > 0:
+        if tensor.numel() > 0 and not tensor.is_meta:
             ranges.append(memory_range(tensor, number))
-    if not overlap(ranges):
+    ranges.sort()
+    if next(_overlapping(ranges), None) is None:
         return
-    by_number = {which[3]: which[:3] for which in ranges}
-    shared = [sorted(pair) for pair in _pairs(ranges) if not _may_share(*pair, rows, by_number)]
+    memory = {this[3]: this[:3] for this in ranges}
+    first_row: dict[tuple[Any, ...], int] = {}  # of each parameter, by all memory of it that is written to
+    owner = [
+        first_row.setdefault(tuple(memory.get(4 * row + kind) for kind in _WRITTEN), row) for row in range(len(rows))
+    ]
+    written = [this for this in ranges if this[3] % 4 in _WRITTEN and owner[this[3] // 4] == this[3] // 4]
+    shared = [tuple(sorted(pair)) for pair in _overlapping(written)]
+    for device, begin, end, number in ranges if not shared else ():
+        place = bisect.bisect_left(written, (device, end)) - 1
+        if number % 4 == _GRADIENT and place >= 0 and written[place][0] == device and begin < written[place][2]:
+            shared.append((number, written[place][3]))  # the gradient first, for it is the one to be copied
     if not shared:
         return
-    first, second = min(shared)
-    is_own = first // 4 == second // 4
-    if second % 4 == _GRADIENT and not is_own:  # named first, for it is the one to be copied
-        first, second = second, first
-    name, name_of_second = (names(rows[number // 4][_PARAM]) for number in (first, second))
-    what = _OWN[second % 4] if is_own else f"{_OF_ANOTHER[second % 4]}{name_of_second}"
-    raise RuntimeError(f"{name}: {_OWN[first % 4]} and {what} share memory. Use .clone()")
-
-
-def _pairs(ranges: list[Range]) -> Iterator[tuple[int, int]]:
-    """The numbers of sorted ranges that overlap, but for two gradients, which are only read."""
-    written: list[Range] = []
-    read: list[Range] = []
-    for this in ranges:
-        for others in (written, read):
-            others[:] = [other for other in others if other[0] == this[0] and other[2] > this[1]]
-        is_gradient = this[3] % 4 == _GRADIENT
-        for other in written if is_gradient else itertools.chain(written, read):
-            yield other[3], this[3]
-        (read if is_gradient else written).append(this)
-
-
-def _may_share(one: int, other: int, rows: list[Row], by_number: dict[int, tuple[int, int, int]]) -> bool:
-    kinds = {one % 4, other % 4}
-    if kinds == {_PARAM}:
-        return True
-    param, grad = rows[one // 4][_PARAM], rows[one // 4][_GRADIENT]
-    if one // 4 == other // 4:
-        return (
-            kinds == {_PARAM, _GRADIENT}
-            and by_number[one] == by_number[other]
-            and grad.layout is torch.strided
-            and grad.dtype == param.dtype
-            and grad.stride() == param.stride()
-        )
-    is_same_param = by_number[one - one % 4] == by_number[other - other % 4]
-    if kinds == {_PARAM, _GRADIENT}:
-        return is_same_param
-    return is_same_param and len(kinds) == 1 and by_number[one] == by_number[other]
+    (row, kind), (other, other_kind) = (divmod(number, 4) for number in min(shared))
+    if owner[row] == other:
+        kind, other_kind = sorted((kind, other_kind))
+        what = _OWN[other_kind]
+    else:
+        what = f"{_OF_ANOTHER[other_kind]}{names(rows[other][_PARAM])}"
+    raise RuntimeError(f"{names(rows[row][_PARAM])}: {_OWN[kind]} and {what} share memory. Use .clone()")

@@ -21,8 +21,9 @@ using torch_adadelta::cuda::Device;
 
 int64_t launches() { return emulator::launches; }
 
-// What every launch from now on returns.
-int64_t fail_launches(int64_t error) {
+// What every launch returns after `before` more.
+int64_t fail_launches(int64_t error, int64_t before) {
+  emulator::launches_before_error = before;
   emulator::next_error = static_cast<cudaError_t>(error);
   return cudaGetLastError();
 }
@@ -39,7 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
 
 STABLE_TORCH_LIBRARY(fake_cuda_ops, m) {
   m.def("launches() -> int");
-  m.def("fail_launches(int error) -> int");
+  m.def("fail_launches(int error, int before=0) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fake_cuda_ops, CompositeExplicitAutograd, m) {

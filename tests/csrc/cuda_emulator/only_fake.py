@@ -61,6 +61,16 @@ def test_a_launch_that_fails() -> None:
     assert not optimizer.state
 
 
+def test_a_later_launch_that_fails() -> None:
+    """Something is written by then: it is no refusal, and the step is partial."""
+    optimizer = optimizer_of([torch.float32, torch.float64], "cuda")
+    for _ in range(2):
+        optimizer.step()
+    launcher.fail_launches(INVALID_VALUE, 1)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: invalid argument .*partial"):
+        optimizer.step()
+
+
 def test_a_launch_goes_to_the_device_of_the_tensors_and_its_stream() -> None:
     """The launch compares the stream with the current device; afterwards that is what it was."""
     for current in (0, 1):

@@ -27,6 +27,7 @@ struct dim3 {
 namespace emulator {
 
 inline cudaError_t next_error = cudaSuccess;  // of a launch
+inline int64_t launches_before_error = 0;     // which succeed
 inline cudaError_t last_error = cudaSuccess;  // which cudaGetLastError has not seen
 inline int (*current_device)() = nullptr;
 
@@ -43,7 +44,7 @@ inline cudaError_t cudaLaunchKernel(
       stream != emulator::stream_of(emulator::current_device())) {
     return emulator::last_error = cudaErrorInvalidValue;
   }
-  if (emulator::next_error != cudaSuccess) {
+  if (emulator::next_error != cudaSuccess && emulator::launches_before_error-- <= 0) {
     return emulator::last_error = emulator::next_error;
   }
   const void* parameters = arguments[0];

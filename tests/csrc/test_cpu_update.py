@@ -1,0 +1,141 @@
+"""csrc/cpu/update.cpp and the loops of kernels/update.h: every dtype and gradient option against the NumPy oracle."""
+
+import math
+from typing import Any
+
+import direct
+import pytest
+import torch
+from cases import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, dtype_name, gradients, randn, segment
+from op_cases import (
+    CALLS,
+    CLIPS,
+    HYPERPARAMETERS,
+    Clip,
+    assert_repeated_in_order,
+    assert_same_lists,
+    assert_update,
+    dense_lists,
+    inf,
+    lay_out,
+    nan,
+    needs_library,
+    ways,
+)
+from torch import Tensor
+
+pytestmark = needs_library
+
+# Around the groups and blocks of the loops, empty tensors first and last.
+SIZES = (0, 1, 15, 16, 17, 31, 32, 33, 63, 65, 129, 511, 512, 513, 1025, 5000, 0)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_every_size_in_one_call(dtype: torch.dtype, name: str) -> None:
+    params, grads, *_ = dense_lists(SIZES, dtype)
+    assert_update(params, grads, CLIPS[name].for_dtype(dtype))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("dtype", [*REAL_DTYPES, torch.complex64], ids=dtype_name)
+def test_parts_of_a_large_tensor(dtype: torch.dtype, layout: str) -> None:
+    """Which two threads take, and which begin anywhere in it."""
+    shapes = [(1, 1, 1, 3), (3, 1, 5, 4001)]
+    params, grads, *_ = dense_lists(shapes, dtype)
+    assert_update([lay_out(layout, x) for x in params], grads, threads=(2,))
+    assert_update(
+        [x.clone() for x in params], [x.to(torch.promote_types(dtype, torch.float64)) for x in grads], threads=(2,)
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "clipnorm", "clipvalue-factor"])
+@pytest.mark.parametrize("dtypes", [REAL_DTYPES, COMPLEX_DTYPES], ids=["real", "complex"])
+def test_gradients_of_another_dtype(dtypes: tuple[torch.dtype, ...], name: str) -> None:
+    for dtype in dtypes:
+        params, grads, *_ = dense_lists([700, 700, 700, 700], dtype, dtypes)
+        assert_update(params, grads, CLIPS[name].for_dtype(dtype), dtype_name(dtype))
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_special_values(dtype: torch.dtype, name: str) -> None:
+    special = [inf, -inf, nan, 1e20, -1e20, 1e200, 0.0, -0.0, 1e-30, 1e-45, 0.3, -0.3]
+    grads = [torch.tensor(special), *(torch.tensor([value, 1.0, -3.0]) for value in special), torch.zeros(40)]
+    grads = [grad.double().to(dtype) for grad in grads]
+    clip = CLIPS[name]
+    zero = clip._replace(
+        clipvalue=0.0 if clip.clipvalue < inf else inf, clipnorm=None if clip.clipnorm is None else 0.0, factor=0.0
+    )
+    for chosen in (clip, zero):
+        assert_update([torch.ones_like(grad) for grad in grads], grads, chosen, str(chosen))
+
+
+@pytest.mark.parametrize("factor", [nan, inf, 0.0, -0.0, 1.0, -1.0, 1e300])
+def test_any_factor_as_number_and_as_tensor(factor: float) -> None:
+    grad = gradients((300,), torch.float32, steps=1)[0]
+    assert_update([torch.ones(300)], [grad], Clip(factor=factor))
+    by_number, by_tensor = ([[torch.ones(300)], [grad], [torch.ones(300)], [torch.ones(300)]] for _ in range(2))
+    direct.fused(*by_number, *HYPERPARAMETERS, factor=factor)
+    direct.fused(*by_tensor, *HYPERPARAMETERS, factor=torch.tensor(factor, dtype=torch.float64))
+    assert_same_lists(by_number, by_tensor)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, -0.0, 1.0, inf, nan])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=dtype_name)
+def test_nothing_is_written_if_found_inf_is_not_zero(dtype: torch.dtype, layout: str, found_inf: float) -> None:
+    """Whatever the gradient holds; and if it is zero, the step is what it would be without."""
+    shape = (5, 3, 2, 40)
+    params = [lay_out(layout, randn(shape, dtype, torch.Generator().manual_seed(k))) for k in range(2)]
+    grads = [gradients(shape, dtype, steps=1, seed=k)[0] for k in range(2)]
+    grads[0][1, 2, 1, 7] = inf if found_inf else 0.3
+    given = {"found_inf": torch.tensor([found_inf]), "grad_scale": torch.full((1, 1), 3.0)}
+    for way in ways():
+        lists, expected = (
+            [[x.clone() for x in params], grads, *([x.abs().to(dtype) for x in params] for _ in range(2))]
+            for _ in range(2)
+        )
+        if found_inf == 0:
+            direct.fused(*expected, *HYPERPARAMETERS, grad_scale=torch.tensor(3.0))  # type: ignore[arg-type]
+        direct.fused(*lists, *HYPERPARAMETERS, **given)  # type: ignore[arg-type]
+        assert_same_lists(lists, expected, way)
+    assert given["found_inf"].view(torch.int32).equal(torch.tensor([found_inf]).view(torch.int32))
+    assert given["grad_scale"].item() == 3.0
+
+
+def test_spelled_out() -> None:
+    """So that the oracle does not vouch for itself: with rho = 0, square_avg is the square of the clipped gradient."""
+    three, four = torch.tensor([3.0, -4.0, nan]), torch.tensor([1.0, 1.0, 0.0])
+
+    def square_avg(grad: Tensor, **options: Any) -> list[float]:
+        lists = [[torch.ones(3)], [grad], [torch.zeros(3)], [torch.zeros(3)]]
+        direct.fused(*lists, 1.0, 0.0, 1e-6, **options)
+        return lists[2][0].tolist()
+
+    sums = torch.tensor([25.0], dtype=torch.float64)
+    assert square_avg(three, clipvalue=2.0)[:2] == [4.0, 4.0]
+    assert math.isnan(square_avg(three, clipvalue=2.0)[2])
+    assert square_avg(four, clipnorm=2.5, square_sums=sums) == [0.25, 0.25, 0.0]
+    assert square_avg(four, clipnorm=10.0, square_sums=sums) == [1.0, 1.0, 0.0]
+    assert square_avg(four, factor=4.0) == [16.0, 16.0, 0.0]
+    assert square_avg(four * 8, clipvalue=6.0, factor=0.5, maximize=True) == [9.0, 9.0, 0.0]
+    assert math.isnan(square_avg(four, clipnorm=2.5, square_sums=sums * nan)[0])
+    assert square_avg(four, clipnorm=2.5, square_sums=sums * inf) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("call", ["dense", "cached"])
+def test_check_only_writes_nothing(call: str) -> None:
+    lists, expected = dense_lists([5, 700]), dense_lists([5, 700])
+    CALLS[call](*lists, *segment(2, *HYPERPARAMETERS), check_only=True)
+    assert_same_lists(lists, expected)
+
+
+def test_empty_lists() -> None:
+    direct.fused([], [], [], [], *HYPERPARAMETERS)
+    direct.check([], [], [], [])
+
+
+@pytest.mark.parametrize("call", ["dense", "cached"])
+def test_a_parameter_listed_twice_is_updated_in_order(call: str) -> None:
+    assert_repeated_in_order(call)

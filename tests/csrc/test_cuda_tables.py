@@ -1,0 +1,122 @@
+"""csrc/cuda/tables.h, emulated: how many tensors, segments and elements a launch takes."""
+
+import pytest
+import torch
+from cases import LAYOUTS, REAL_DTYPES, assert_same_bits, gradients, segment
+from emulated import (
+    CHUNK,
+    HYPERPARAMETERS,
+    LARGE_SEGMENTS,
+    LARGE_TABLE,
+    OPTIONS,
+    SMALL_SEGMENTS,
+    SMALL_TABLE,
+    assert_same_square_sums,
+    assert_same_update,
+    emulated,
+    marks,
+    virtual_zeros,
+)
+from op_cases import Lists, adadelta, dense_lists, lay_out, states_of
+
+pytestmark = marks
+
+
+def test_their_sizes() -> None:
+    assert (emulated.small_table(), emulated.large_table(), emulated.chunk()) == (SMALL_TABLE, LARGE_TABLE, CHUNK)
+    assert (emulated.small_segments(), emulated.large_segments()) == (SMALL_SEGMENTS, LARGE_SEGMENTS)
+
+
+@pytest.mark.parametrize(
+    ("count", "launches", "name"),
+    [
+        (SMALL_TABLE - 1, 1, "plain"),
+        (SMALL_TABLE, 1, "plain"),
+        (SMALL_TABLE, 1, "clipnorm"),
+        (SMALL_TABLE + 1, 1, "plain"),
+        (SMALL_TABLE + 1, 1, "clipnorm"),
+        (LARGE_TABLE, 1, "clipnorm"),
+        (LARGE_TABLE + 1, 2, "plain"),
+        (LARGE_TABLE + SMALL_TABLE + 1, 2, "clipnorm"),
+    ],
+)
+def test_number_of_tensors(count: int, launches: int, name: str) -> None:
+    """With an empty tensor before each, which takes no place in a table."""
+    sizes = [size for i in range(count) for size in (0, 1 + i % 9)]
+    assert assert_same_update(lambda: dense_lists(sizes, torch.float32, REAL_DTYPES), **OPTIONS[name]) == launches
+
+
+@pytest.mark.parametrize("name", ["plain", "clipnorm"])
+@pytest.mark.parametrize(
+    ("count", "tensors", "launches"),
+    [
+        (SMALL_SEGMENTS, 1, 1),
+        (SMALL_SEGMENTS + 1, 1, 1),
+        (LARGE_SEGMENTS, 1, 1),
+        (LARGE_SEGMENTS + 1, 1, 2),
+        (LARGE_SEGMENTS, 15, 2),
+        (3 * LARGE_SEGMENTS, 1, 3),
+    ],
+)
+def test_number_of_segments(count: int, tensors: int, launches: int, name: str) -> None:
+    """A launch takes tensors until it has no room for more of them, or for another segment."""
+    sizes = [1 + i % 9 for i in range(count * tensors)]
+    assert assert_same_update(lambda: dense_lists(sizes), sizes=[tensors] * count, **OPTIONS[name]) == launches
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout: str) -> None:
+    """Dimensions that follow each other in each of the four tensors become one."""
+    shape = (3, 2, 5, 9)
+
+    def make() -> Lists:
+        grads = [lay_out(other, x) for other, x in zip(LAYOUTS, dense_lists([shape] * len(LAYOUTS))[1], strict=True)]
+        params = [lay_out(layout, x) for x in dense_lists([shape] * len(grads))[0]]
+        return [params, grads, *states_of(params)]
+
+    assert_same_update(make)
+
+
+def test_more_blocks_than_a_launch_takes() -> None:
+    """2^31 of them, for values of 2^40 elements of which none exists."""
+    values = virtual_zeros(2**40, torch.bfloat16).view(2**20, 2**20)
+    indices = torch.zeros(1, 2**20, dtype=torch.int64)
+    tables = [torch.zeros(2, 2**20, dtype=torch.bfloat16) for _ in range(3)]
+    lists = [tables[:1], [indices], [values], tables[1:2], tables[2:]]
+    error = "parameter 0: it or its gradient has more elements than one launch can take"
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
+        emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
+
+
+@pytest.mark.slow
+def test_tens_of_thousands_of_tensors() -> None:
+    sizes = [i % 4 for i in range(20_000)]
+    memory = [gradients((sum(sizes),), torch.float32, steps=1, seed=k)[0].abs() for k in range(4)]
+    results = []
+    for op in (adadelta, emulated):
+        lists = [list(x.clone().split(sizes)) for x in memory]
+        before = emulated.launches()
+        op.adadelta_(*lists, *segment(len(sizes), *HYPERPARAMETERS))
+        assert emulated.launches() - before == (-(-15_000 // LARGE_TABLE) if op is emulated else 0)
+        results.append([torch.cat(tensors) for tensors in lists])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "launches"), [(0, 0), (SMALL_TABLE, 1), (SMALL_TABLE + 1, 1), (LARGE_TABLE, 1), (LARGE_TABLE + 1, 2)]
+)
+def test_number_of_gradients(count: int, launches: int) -> None:
+    sizes = [0] + [size for i in range(count) for size in (1 + i % 9, 0)]
+    grads = [gradients((size,), torch.float32, steps=1, seed=i)[0] for i, size in enumerate(sizes)]
+    assert assert_same_square_sums(grads, grads) == launches
+
+
+@pytest.mark.parametrize(("count", "launches"), [(SMALL_TABLE + 1, 2), (LARGE_TABLE, 2), (LARGE_TABLE + 1, 4)])
+def test_number_of_gradients_of_several_units(count: int, launches: int) -> None:
+    """Only their two first and last units are summed, and those of ones that are added up in two launches."""
+    grads = [torch.zeros(65537)] * count
+    emulated.set_edge_blocks(1)
+    before = emulated.launches()
+    emulated.grad_square_sums(grads, grads)
+    assert emulated.launches() - before == launches

@@ -1,0 +1,203 @@
+"""csrc/cuda/update.cuh, emulated: every dtype and gradient option, and what a call launches."""
+
+from typing import Any
+
+import emulated as emulator
+import pytest
+import torch
+from cases import (
+    COMPLEX_DTYPES,
+    DTYPES,
+    LAYOUTS,
+    REAL_DTYPES,
+    dtype_name,
+    gradients,
+    randn,
+    segment,
+)
+from emulated import CHUNK, HYPERPARAMETERS, OPTIONS, assert_same_update, emulated, options_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import Lists, dense_lists, inf, lay_out, nan, states_of, storage_uses
+
+pytestmark = emulator.marks
+
+# Around the vectors of 2, 4 and 8 elements and their rounds of 512 threads.
+SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 511, 512, 513, 1025, 2047, 2049, 4095, 4097, 0)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_every_size_in_one_launch(dtype: torch.dtype, name: str) -> None:
+    """Empty tensors first and last."""
+    assert assert_same_update(lambda: dense_lists(SIZES, dtype), **options_for(dtype, name)) == 1
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_around_chunks(dtype: torch.dtype) -> None:
+    sizes = [CHUNK - 1, CHUNK, CHUNK + 1, 3, 2 * CHUNK, 2 * CHUNK + 5, 3 * CHUNK - 8]
+    assert assert_same_update(lambda: dense_lists(sizes, dtype), (0, 1), **OPTIONS["clipvalue-clipnorm"]) == 1
+
+
+@pytest.mark.parametrize("name", ["plain", "clipvalue-clipnorm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_gradients_of_another_dtype(dtype: torch.dtype, name: str) -> None:
+    grad_dtypes = COMPLEX_DTYPES if dtype.is_complex else REAL_DTYPES
+    sizes = [n for n in (1, 7, 8, 700, 2051) for _ in grad_dtypes]
+    assert assert_same_update(lambda: dense_lists(sizes, dtype, grad_dtypes), **options_for(dtype, name)) == 1
+
+
+def test_parameters_of_every_dtype_in_one_call() -> None:
+    """A launch for each; those of one follow each other in no table of another."""
+
+    def make() -> Lists:
+        made = [dense_lists([5, 0, 700, 20_000], dtype, REAL_DTYPES) for dtype in REAL_DTYPES]
+        return [[made[k % 4][part][k // 4] for k in range(16)] for part in range(4)]
+
+    assert assert_same_update(make, **OPTIONS["clipvalue-clipnorm"]) == 4
+    assert assert_same_update(make) == 4
+
+
+def test_neighbours_are_not_written() -> None:
+    """Parameters and state that share their storages, as views of flat buffers do."""
+    sizes = [4, 3, 8, 1, 515, 7, 2048, 5]
+
+    def make() -> Lists:
+        flat = [torch.randn(sum(sizes), generator=torch.Generator().manual_seed(k)).square() for k in range(4)]
+        return [list(x.split(sizes)) for x in flat]
+
+    assert assert_same_update(make, **OPTIONS["clipnorm"]) == 1
+
+
+def test_a_parameter_listed_twice_is_updated_in_turn() -> None:
+    """One launch for each entry, of the same and of another layout."""
+
+    def make() -> Lists:
+        lists = dense_lists([6000, (10, 40), 6000])
+        lists[0][1] = lists[0][1].t().contiguous().t()
+        for part in (0, 2, 3):
+            lists[part][2] = lists[part][0]
+        return lists
+
+    assert assert_same_update(make) == 3
+    assert assert_same_update(make, sizes=[1, 1, 1], **OPTIONS["clipnorm"]) == 3
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_special_values(dtype: torch.dtype, name: str) -> None:
+    special = [inf, -inf, nan, 1e20, -1e20, 1e200, 0.0, -0.0, 1e-30, 1e-45, 1e-310, 6e-8, 65504.0, 65520.0, 0.3, -0.3]
+
+    def make() -> Lists:
+        grads = [torch.tensor(special * 3), *(torch.tensor([value, 1.0, -3.0]) for value in special), torch.zeros(40)]
+        grads = [torch.tensor(x.tolist(), dtype=torch.float64).to(dtype) for x in grads]
+        params = [torch.tensor(special * 3, dtype=torch.float64).to(dtype)[: len(x)].clone() for x in grads]
+        return [params, grads, *states_of(params)]
+
+    assert_same_update(make, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("tensor_dtype", REAL_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_tensor_hyperparameters(dtype: torch.dtype, tensor_dtype: torch.dtype) -> None:
+    *tensors, factor = [torch.tensor(value, dtype=torch.float64).to(tensor_dtype) for value in (0.7, 0.93, 1e-4, -0.37)]
+    for options in ({}, {"factor_tensor": factor}):
+        assert_same_update(lambda: dense_lists([5, 700], dtype), hyperparameters=tuple(tensors), **options)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, -0.0, 1.0, nan])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_nothing_is_written_if_found_inf_is_not_zero(layout: str, found_inf: float) -> None:
+    def make() -> Lists:
+        param = lay_out(layout, torch.ones(2, 3, 4, 50))
+        return [[param], [torch.full((2, 3, 4, 50), inf)], *states_of([param])]
+
+    assert_same_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor([[2.0]]))
+    lists = make()
+    emulated.adadelta_(*lists, *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
+    assert torch.equal(lists[0][0], torch.ones(2, 3, 4, 50)) == (found_inf != 0)
+    assert torch.equal(lists[2][0], torch.zeros(2, 3, 4, 50)) == (found_inf != 0)
+
+
+@pytest.mark.parametrize("name", ["plain", "clipvalue-clipnorm", "scale"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_several_segments(dtype: torch.dtype, name: str) -> None:
+    """In one launch; empty segments, and a segment of empty tensors only, take no place."""
+    sizes = [0, 3, 1, 0, len(SIZES) - 5, 1, 0]
+    assert assert_same_update(lambda: dense_lists(SIZES, dtype), sizes=sizes, **options_for(dtype, name)) == 1
+
+
+def test_segments_of_every_dtype_and_layout() -> None:
+    shape = (3, 2, 5, 9)
+
+    def make() -> Lists:
+        kinds = [(dtype, layout) for dtype in REAL_DTYPES for layout in ("contiguous", "sliced")]
+        params = [lay_out(layout, randn(shape, dtype, torch.Generator().manual_seed(1))) for dtype, layout in kinds * 2]
+        return [params, [gradients(shape, p.dtype, steps=1)[0] for p in params], *states_of(params)]
+
+    for name in ("plain", "clipvalue-clipnorm"):
+        assert assert_same_update(make, sizes=[3, 0, 6, 7], **OPTIONS[name]) == 4 + 8
+
+
+def test_what_launches_nothing() -> None:
+    lists = dense_lists([5, 700])
+    before = emulated.launches()
+    emulated.adadelta_(*lists, *segment(2, *HYPERPARAMETERS), check_only=True)
+    assert emulated.launches() == before
+    assert not any(x.any() for states in lists[2:] for x in states)
+    assert assert_same_update(lambda: dense_lists([0, 0, 0])) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tensors=st.lists(
+        st.tuples(
+            st.sampled_from(REAL_DTYPES),
+            st.sampled_from(REAL_DTYPES),
+            st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 70)),
+            st.sampled_from(sorted(LAYOUTS)),
+            st.sampled_from(sorted(LAYOUTS)),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    name=st.sampled_from(sorted(OPTIONS)),
+    seed=st.integers(0, 1000),
+)
+def test_any_lists(tensors: list[tuple[Any, ...]], name: str, seed: int) -> None:
+    def make() -> Lists:
+        params, grads = [], []
+        for i, (dtype, grad_dtype, shape, layout, grad_layout) in enumerate(tensors):
+            params.append(lay_out(layout, randn(shape, dtype, torch.Generator().manual_seed(i))))
+            grads.append(lay_out(grad_layout, gradients(shape, grad_dtype, steps=1, seed=i)[0]))
+        return [params, grads, *states_of(params)]
+
+    assert_same_update(make, seeds=(seed,), **OPTIONS[name])
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_lists_that_do_not_fit_are_refused_unwritten(part: int) -> None:
+    lists = dense_lists([5, 4])
+    lists[part][1] = torch.ones(3)
+    before = emulated.launches()
+    for check_only in (True, False):
+        with pytest.raises(RuntimeError, match=r"^torch_adadelta refuses parameter 1: its tensors differ in shape"):
+            emulated.adadelta_(*lists, *segment(2, *HYPERPARAMETERS), check_only=check_only)
+    assert emulated.launches() == before
+
+
+@pytest.mark.parametrize("factor", [1.0, nan])
+def test_no_tensor_outlives_a_call(factor: float) -> None:
+    lists = dense_lists([5, 70_000])
+    scalars = [torch.ones(1) for _ in range(5)]
+    *tensors, grad_scale, found_inf = scalars
+    everything = [x for part in lists for x in part] + scalars
+    before = storage_uses(everything)
+    sums = emulated.grad_square_sums(*lists[:2], grad_scale=grad_scale)
+    options = {"grad_scale": grad_scale, "found_inf": found_inf, "factor": factor}
+    try:
+        emulated.adadelta_(*lists, *segment(2, *tensors), clipnorm=1.0, square_sums=sums, **options)
+    except RuntimeError:
+        assert factor != 1
+    assert storage_uses([sums]) == storage_uses([torch.ones(1)])
+    assert storage_uses(everything) == before

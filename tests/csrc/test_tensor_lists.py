@@ -1,0 +1,153 @@
+"""csrc/tensor_lists.h: what the ops refuse of lists of dense tensors, unwritten; and tensors without their memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import segment
+from op_cases import Lists, adadelta, assert_refused, dense_lists, needs_library, with_cache
+from torch import Tensor
+
+pytestmark = needs_library
+
+OWN = segment(3, 1.0, 0.9, 1e-7)
+CALLS = {"dense": adadelta.adadelta_, "cached": with_cache}
+
+
+def replaced(part: int, make: Callable[[Tensor], Tensor]) -> Callable[[Lists], None]:
+    """Another tensor in the place of the last parameter's, or its gradient or state."""
+
+    def spoil(made: Lists) -> None:
+        made[part][-1] = make(made[part][-1])
+
+    return spoil
+
+
+DIFFERENT_SHAPE = "parameter 2: its tensors differ in shape"
+OVERLAPS = "would be written to, but overlaps itself in memory"
+BAD_LISTS: list[tuple[Callable[[Lists], Any], str]] = [
+    (lambda made: made[2].pop(), "the call: the lists differ in length: 3 params, 3 grads, 2 square_avgs, 3 acc_deltas"),
+    (lambda made: made[0].pop(), "the call: the lists differ in length: 2 params, 3 grads, 3 square_avgs, 3 acc_deltas"),
+    (lambda made: made[1].append(made[1][0]), "the call: the lists differ in length: 3 params, 4 grads"),
+    *((replaced(part, lambda x: torch.ones(4, 3)), DIFFERENT_SHAPE) for part in range(4)),
+    *((replaced(part, lambda x: torch.ones(12)), DIFFERENT_SHAPE) for part in range(4)),
+    (replaced(3, Tensor.double), "parameter 2: its state has another dtype than the parameter"),
+    (replaced(2, Tensor.half), "parameter 2: its state has another dtype than the parameter"),
+    (replaced(1, Tensor.long), "parameter 2: its gradient has a dtype that the kernels do not know"),
+    (replaced(0, Tensor.bool), "parameter 2: it has a dtype that the kernels do not know"),
+    (replaced(2, Tensor.int), "parameter 2: its square_avg has a dtype that the kernels do not know"),
+    *(
+        (replaced(part, lambda x: x.to(torch.complex64)), "parameter 2: of its tensors, some are complex and some are")
+        for part in range(4)
+    ),
+    (replaced(0, lambda x: torch.ones(1).expand(3, 4)), f"parameter 2: it {OVERLAPS}"),
+    (replaced(2, lambda x: torch.ones(3, 1).expand(3, 4)), f"parameter 2: its square_avg {OVERLAPS}"),
+    (replaced(3, lambda x: torch.ones(4).expand(3, 4)), f"parameter 2: its acc_delta {OVERLAPS}"),
+    (replaced(0, lambda x: torch.ones(6).unfold(0, 4, 1)), f"parameter 2: it {OVERLAPS}"),
+    (replaced(0, lambda x: torch.ones(11).as_strided((3, 4), (3, 1))), f"parameter 2: it {OVERLAPS}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "error"), BAD_LISTS)
+def test_lists_that_do_not_fit_are_refused_unwritten(spoil: Any, error: str) -> None:
+    made = dense_lists([(5,), (2, 2), (3, 4)])
+    spoil(made)
+    assert_refused(adadelta.adadelta_, made, *OWN, error=error)
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_is_written_if_the_last_parameter_is_refused(call: str, part: int) -> None:
+    made = dense_lists([(5,), (2, 2), (3, 4)])
+    made[part][-1] = torch.ones(3, 3, 3)
+    assert_refused(CALLS[call], made, *OWN, error=DIFFERENT_SHAPE)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to("meta"), lambda x: x.to_sparse()], ids=["meta", "sparse"])
+@pytest.mark.parametrize("part", range(4))
+def test_what_the_dispatcher_has_no_kernel_for(part: int, make: Callable[[Tensor], Tensor]) -> None:
+    made = dense_lists([(5,), (2, 2), (3, 4)])
+    made[part][-1] = make(made[part][-1])
+    before = [x.clone() for x in (made[0][0], made[2][0], made[3][0])]
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"on the meta device has no elements|adadelta_"):
+        adadelta.adadelta_(*made, *OWN)
+    assert all(map(torch.equal, (made[0][0], made[2][0], made[3][0]), before))
+
+
+# ---- Tensors without their memory -----------------------------------------------------------------------------------
+
+
+def freed(x: Tensor) -> None:
+    x.untyped_storage().resize_(0)
+
+
+def shortened(x: Tensor) -> None:
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() - 1)
+
+
+def at_an_offset(count: int) -> Tensor:
+    return torch.ones(count + 100)[100:]
+
+
+NAMES = ["it", "its gradient", "its square_avg", "its acc_delta"]
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+@pytest.mark.parametrize("check_only", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "which"), [(spoil, which) for spoil in (freed, shortened) for which in range(4) if (spoil, which) != (shortened, 1)]
+)  # fmt: skip
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_tensors_without_their_memory(
+    is_cached: bool, spoil: Callable[[Tensor], None], which: int, check_only: bool, calls_before: int
+) -> None:
+    """As FSDP leaves parameters between uses; the second call of a kind is looked at less closely than the first.
+
+    Not looked for: a gradient that is shorter. Nothing is written to it, and to ask for its storage costs each step.
+    """
+    lists = [[torch.ones(4), at_an_offset(5)] for _ in range(4)]
+    params, grads, *states = lists
+    number = adadelta.cache_accumulators(*states)
+
+    def call(check_only: bool = False) -> None:
+        own = segment(2, 1.0, 0.9, 1e-7)
+        if is_cached:
+            adadelta.adadelta_.cached(params, grads, number, *own, check_only=check_only)
+        else:
+            adadelta.adadelta_(*lists, *own, check_only=check_only)
+
+    for _ in range(calls_before):
+        call()
+    spoil(lists[which][1])
+    before = [tensors[0].clone() for tensors in lists]
+    message = rf"parameter 1: {NAMES[which]} (has no|reaches beyond its) memory: its storage was resized"
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {message}"):
+        call(check_only)
+    for tensors, was in zip(lists, before, strict=True):
+        assert torch.equal(tensors[0], was)
+
+
+# ---- Tensors that are accepted --------------------------------------------------------------------------------------
+
+
+def test_a_tensor_of_any_layout_that_does_not_overlap() -> None:
+    """Its strides may leave gaps, and be those of a permutation; a stride too small by one is an overlap."""
+    for shape, strides, fits in (
+        ((3, 4), (4, 1), True),
+        ((3, 4), (1, 3), True),
+        ((3, 4), (5, 1), True),
+        ((3, 4), (1, 2), False),
+        ((3, 4), (3, 1), False),
+        ((2, 3, 4), (12, 4, 1), True),
+        ((2, 3, 4), (1, 8, 2), True),
+        ((2, 3, 4), (4, 8, 1), True),
+        ((2, 3, 4), (3, 8, 1), False),
+        ((2, 1, 4), (4, 0, 1), True),
+    ):
+        param = torch.ones(100).as_strided(shape, strides)
+        lists = [[param], *([torch.ones(shape)] for _ in range(3))]
+        if fits:
+            adadelta.adadelta_(*lists, *segment(1, 1.0, 0.9, 1e-7))
+        else:
+            assert_refused(adadelta.adadelta_, lists, *segment(1, 1.0, 0.9, 1e-7), error=f"parameter 0: it {OVERLAPS}")

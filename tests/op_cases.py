@@ -1,0 +1,318 @@
+"""What tests of the compiled ops share: lists of tensors, the ways to run an op, and the oracle of a clipped update."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import direct
+import numpy as np
+import pytest
+import torch
+from cases import (
+    LAYOUTS,
+    Segments,
+    assert_like_oracle,
+    assert_same_bits,
+    gradients,
+    oracle_of,
+    randn,
+    segment,
+    segments,
+    to_numpy,
+)
+from reference import oracle
+from torch import Tensor
+
+from torch_adadelta.backends import kernels
+
+needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+
+adadelta: Any = torch.ops.torch_adadelta
+inf, nan = torch.inf, torch.nan
+
+# Of parameters, gradients, square_avgs and acc_deltas; or of parameters, indices, values, square_avgs and acc_deltas.
+Lists = list[list[Tensor]]
+
+HYPERPARAMETERS = (1.0, float(np.float32(0.9)), 1e-6)
+
+
+def capabilities() -> list[str]:
+    """The instruction sets up to the one in use, the plainest first."""
+    return list(kernels.CPU_CAPABILITIES[: kernels.CPU_CAPABILITIES.index(kernels.cpu_capability()) + 1])
+
+
+def ways(threads: Sequence[int] = (1,)) -> Iterator[str]:
+    """Goes through the instruction sets and numbers of threads."""
+    before = kernels.cpu_capability(), torch.get_num_threads()
+    try:
+        for name in capabilities():
+            kernels.set_cpu_capability(name)
+            for count in threads:
+                torch.set_num_threads(count)
+                yield f"{name}, {count} threads"
+    finally:
+        kernels.set_cpu_capability(before[0])
+        torch.set_num_threads(before[1])
+
+
+# ---- Lists ----------------------------------------------------------------------------------------------------------
+
+
+def whole_memory(x: Tensor) -> Tensor:
+    """All that a tensor's storage holds, so that a write beside the tensor shows."""
+    count = x.untyped_storage().nbytes() // x.element_size()
+    return x.detach().as_strided((count,), (1,), 0)
+
+
+def lay_out(layout: str, x: Tensor) -> Tensor:
+    """The same values in memory of one of LAYOUTS, whose gaps are zero."""
+    result = LAYOUTS[layout](x)
+    values = result.clone()
+    whole_memory(result).zero_()
+    return result.copy_(values)
+
+
+def states_of(params: list[Tensor]) -> Lists:
+    """Zeros beside each parameter, where the parameter itself has its elements, and 1 in the gaps of its memory."""
+
+    def state(param: Tensor) -> Tensor:
+        memory = torch.ones_like(whole_memory(param))
+        return memory.as_strided(param.shape, param.stride(), param.storage_offset()).zero_()
+
+    return [[state(param) for param in params] for _ in range(2)]
+
+
+def dense_lists(
+    shapes: Sequence[Any], dtype: torch.dtype = torch.float32, grad_dtypes: Sequence[torch.dtype] = ()
+) -> Lists:
+    """Parameters of these shapes, or numbers of elements, whose gradients have these dtypes in turn."""
+    shapes = [(shape,) if isinstance(shape, int) else shape for shape in shapes]
+    dtypes = grad_dtypes or (dtype,)
+    params = [randn(shape, dtype, torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    grads = [gradients(shape, dtypes[i % len(dtypes)], steps=1, seed=i)[0] for i, shape in enumerate(shapes)]
+    return [params, grads, *states_of(params)]
+
+
+def sparse_lists(
+    tables: Sequence[tuple[tuple[int, ...], int]],
+    dtype: torch.dtype = torch.float32,
+    value_dtypes: Sequence[torch.dtype] = (),
+    count: int = 23,
+) -> Lists:
+    """Tables of these shapes and numbers of sparse dimensions; half of the COO entries are of the last row."""
+    made: Lists = [[], [], []]
+    dtypes = value_dtypes or (dtype,)
+    for i, (shape, dims) in enumerate(tables):
+        generator = torch.Generator().manual_seed(i)
+        rows = [torch.randint(size, (count,), generator=generator) for size in shape[:dims]]
+        indices = torch.stack(rows) if rows else torch.zeros(0, count, dtype=torch.int64)
+        indices[:, ::2] = torch.tensor(shape[:dims], dtype=torch.int64)[:, None] - 1
+        values = gradients((count, *shape[dims:]), dtypes[i % len(dtypes)], steps=1, seed=i)[0]
+        for part, x in zip(made, (randn(shape, dtype, generator), indices, values), strict=True):
+            part.append(x)
+    return [*made, *states_of(made[0])]
+
+
+# Rows of one element, of no vector's and of many vectors' length; several pieces; several and no sparse dimensions.
+TABLES = (
+    ((9, 5), 1), ((7, 64), 1), ((40,), 1), ((3, 2, 6), 2), ((3, 4), 2), ((5, 8), 0), ((), 0), ((4, 132), 1),
+    ((3, 1030), 1), ((2, 0), 1),
+)  # fmt: skip
+
+
+def several(sizes: Sequence[int], maximize: bool = False) -> Segments:
+    """Segments that differ, some by a Tensor."""
+    rates = [torch.tensor(0.01 * i) if i % 3 == 2 else 0.75 - 0.01 * i for i in range(len(sizes))]
+    return segments(
+        *(segment(size, rates[i], 0.9 - 0.001 * i, 1e-6, maximize != (i % 2 == 1)) for i, size in enumerate(sizes))
+    )
+
+
+def with_cache(params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest: Any, **options: Any) -> None:
+    """adadelta_, on accumulators that are cached for this call."""
+    number = adadelta.cache_accumulators(square_avgs, acc_deltas)
+    try:
+        adadelta.adadelta_.cached(params, grads, number, *rest, **options)
+    finally:
+        adadelta.drop_accumulators(number)
+
+
+# The ops that write, by name.
+CALLS: dict[str, Callable[..., None]] = (
+    {"dense": adadelta.adadelta_, "cached": with_cache, "sparse": adadelta.sparse_adadelta_}
+    if kernels.is_loaded
+    else dict.fromkeys(("dense", "cached", "sparse"), with_cache)
+)
+
+
+def lists_for(call: str) -> Lists:
+    """Three parameters."""
+    if call == "sparse":
+        return sparse_lists([((5, 2), 1), ((2, 2), 0), ((3, 4), 2)])
+    return dense_lists([(5,), (2, 2), (3, 4)])
+
+
+def assert_same_lists(actual: Lists, expected: Lists, what: str = "") -> None:
+    """Bit by bit, with the memory around each tensor."""
+    for part, (tensors, others) in enumerate(zip(actual, expected, strict=True)):
+        for i, (x, y) in enumerate(zip(tensors, others, strict=True)):
+            if x.dtype is torch.int64:
+                assert torch.equal(x, y)
+            else:
+                assert_same_bits(whole_memory(x), whole_memory(y), f"list {part}, tensor {i} {what}")
+
+
+def assert_refused(call: Callable[..., Any], lists: Lists, *rest: Any, error: str, **options: Any) -> None:
+    """With the prefix by which a caller knows a refusal, and nothing is written."""
+    before = [[x if x.is_meta or x.is_sparse else x.clone() for x in tensors] for tensors in lists]
+    for check_only in (True, False):
+        with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
+            call(*lists, *rest, **options, check_only=check_only)
+    for tensors, copies in zip(lists, before, strict=True):
+        for tensor, copied in zip(tensors, copies, strict=True):
+            assert tensor is copied or torch.equal(tensor, copied)
+
+
+def assert_repeated_in_order(call: str) -> None:
+    """A parameter that is listed twice is updated twice, however many threads there are."""
+
+    def own(size: int) -> Segments:
+        return segment(size, 1.0, 0.9, 1e-6)
+
+    def make() -> Lists:
+        if call == "sparse":
+            lists = sparse_lists([((300, 200), 1), ((5, 3), 1), ((300, 200), 1)], count=400)
+        else:
+            lists = dense_lists([40_000, 5, 40_000])
+        for part in lists[:1] + lists[-2:]:
+            part[2] = part[0]
+        return lists
+
+    expected = make()
+    for i in range(3):
+        CALLS[call](*(tensors[i : i + 1] for tensors in expected), *own(1))
+    for way in ways((1, 2)):
+        lists = make()
+        CALLS[call](*lists, *own(3))
+        assert_same_lists(lists, expected, way)
+
+
+def storage_uses(tensors: Sequence[Tensor]) -> list[int]:
+    """How many hold each tensor's memory."""
+    return [torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
+
+
+# ---- The oracle -----------------------------------------------------------------------------------------------------
+
+
+def opmath_of(param: Tensor, in_double: bool = False) -> Any:
+    return np.float64 if in_double or param.dtype in (torch.float64, torch.complex128) else np.float32
+
+
+def in_memory_order(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with its dimensions in the order in which the memory of the parameter has them."""
+    order = sorted(range(param.dim()), key=lambda d: 0 if param.shape[d] == 1 else -param.stride(d))
+    return grad.permute(order)
+
+
+def clipped(grad: Tensor, T: Any, clipvalue: float = inf, scale: float = 1.0) -> np.ndarray[Any, Any]:
+    """The gradient in T, or in complex T, divided by the scale and clamped."""
+    values = to_numpy(grad)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.iscomplexobj(values):
+            return oracle.as_complex(oracle.as_real(values).astype(T) / T(scale))
+        return oracle.clip_by_value(values.astype(T) / T(scale), clipvalue)
+
+
+def square_sum(
+    param: Tensor, grad: Tensor, clipvalue: float = inf, in_double: bool = False, scale: float = 1.0
+) -> float:
+    values = clipped(in_memory_order(param, grad), opmath_of(param, in_double), clipvalue, scale)
+    return oracle.square_sum(values)
+
+
+class Clip(NamedTuple):
+    """The gradient options of a call, and what the oracle makes of them."""
+
+    clipvalue: float = inf
+    clipnorm: float | None = None
+    factor: float = 1.0
+    maximize: bool = False
+    scale: float = 1.0
+
+    def for_dtype(self, dtype: torch.dtype) -> "Clip":
+        return self._replace(clipvalue=inf) if dtype.is_complex else self
+
+    def options(self, params: list[Tensor], grads: list[Tensor]) -> dict[str, Any]:
+        options: dict[str, Any] = {"maximize": self.maximize, "clipvalue": self.clipvalue}
+        scaled = {} if self.scale == 1.0 else {"grad_scale": torch.tensor(self.scale)}
+        options |= scaled
+        if self.clipnorm is None:
+            return options | {"factor": self.factor}
+        sums = direct.square_sums(params, grads, self.clipvalue, **scaled)
+        return options | {"clipnorm": self.clipnorm, "square_sums": sums}
+
+    def apply(self, param: Tensor, grad: Tensor) -> np.ndarray[Any, Any]:
+        T = opmath_of(param)
+        scale = float(np.float32(self.scale))
+        g = clipped(grad, T, self.clipvalue, scale)
+        if self.clipnorm is not None:
+            return oracle.clip_by_norm(g, self.clipnorm, square_sum(param, grad, self.clipvalue, scale=scale))
+        reals = oracle.as_real(g) if np.iscomplexobj(g) else g
+        with np.errstate(all="ignore"):
+            reals = reals * T(self.factor)
+        return oracle.as_complex(reals) if np.iscomplexobj(g) else reals
+
+
+CLIPS = {
+    "plain": Clip(),
+    "clipvalue": Clip(clipvalue=0.3),
+    "clipnorm": Clip(clipnorm=0.7),
+    "clipnorm-not-reached": Clip(clipnorm=1e7),
+    "factor": Clip(factor=0.37),
+    "clipvalue-clipnorm": Clip(clipvalue=0.3, clipnorm=0.7, maximize=True),
+    "clipvalue-factor": Clip(clipvalue=0.3, factor=0.37, maximize=True),
+    "maximize": Clip(maximize=True),
+    # No power of two: to multiply by the inverse would show.
+    "scale": Clip(scale=3.0),
+    "scale-clipvalue-factor": Clip(scale=0.3, clipvalue=0.3, factor=0.37),
+    "scale-clipnorm": Clip(scale=3.0, clipnorm=0.7, maximize=True),
+}
+
+
+def assert_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    clip: Clip = CLIPS["plain"],
+    what: str = "",
+    threads: Sequence[int] = (1,),
+) -> None:
+    """Two steps on every instruction set, the second with state that is not zero, as the oracle has them."""
+    oracles = [oracle_of(p, learning_rate=1.0, rho=0.9, epsilon=1e-6, maximize=clip.maximize) for p in params]
+    for param, grad, by_oracle in zip(params, grads, oracles, strict=True):
+        clipped_grad = clip.apply(param, grad)
+        by_oracle.step(clipped_grad)
+        by_oracle.step(clipped_grad)
+    initial = [param.clone() for param in params]
+    for way in ways(threads):
+        for param, values in zip(params, initial, strict=True):
+            param.copy_(values)
+        states = states_of(params)
+        gaps = [whole_memory(x).clone() for x in (*params, *states[0], *states[1])]
+        for _ in range(2):
+            direct.fused(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads))
+        for i, (param, *state, by_oracle) in enumerate(zip(params, *states, oracles, strict=True)):
+            named = dict(zip(("square_avg", "acc_delta"), state, strict=True))
+            assert_like_oracle(param, named, by_oracle, f"{what} {i} {way}")
+        for x, gap in zip((*params, *states[0], *states[1]), gaps, strict=True):
+            if x.numel() < gap.numel():
+                now = whole_memory(x).clone()
+                for memory in (now, gap):
+                    memory.as_strided(x.shape, x.stride(), x.storage_offset()).zero_()
+                assert_same_bits(now, gap, f"what lies between the elements {way}")
+
+
+def is_enough_memory(gigabytes: float) -> bool:
+    with open("/proc/meminfo") as file:
+        available = next((int(line.split()[1]) for line in file if line.startswith("MemAvailable")), math.inf)
+    return available > gigabytes * 2**20
