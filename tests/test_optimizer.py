@@ -543,11 +543,11 @@ class TestChoices(expecttest.TestCase):
     def test_differentiable(self) -> None:
         self.assertExpectedInline(
             self.message(fused=True, differentiable=True),
-            """`fused` and `differentiable` cannot both be True: autograd records the for-loop only; leave `fused` None""",
+            """`fused` and `differentiable` cannot both be True: autograd records single-tensor operations only; leave `fused` None""",
         )
         self.assertExpectedInline(
             self.message(foreach=True, differentiable=True),
-            """`foreach` and `differentiable` cannot both be True: autograd records the for-loop only; leave `foreach` None""",
+            """`foreach` and `differentiable` cannot both be True: autograd records single-tensor operations only; leave `foreach` None""",
         )
 
     @needs_library

@@ -517,7 +517,7 @@ FORM: Final = (
         (
             lambda p: [[(p[2], 0, 1)]],
             "parameter 0 of group 1 ('t'): it has rows that lie between each other in memory (shape (3, 4), strides (1, "
-            "3)), and norm_variables parts them. Use .contiguous()",
+            "3)), and norm_variables splits them. Use .contiguous()",
         ),
     ],
 )  # fmt: skip

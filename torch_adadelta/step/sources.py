@@ -196,12 +196,12 @@ class Sources:
             group["callables"] = group["callables"] if group["callables"] == named else named
             self.snapshots.append(GroupSnapshot(group, group["schedule"], group["callables"]))
 
-    def follow(self, groups: list[Group], callbacks: Callbacks) -> None:
+    def sync(self, groups: list[Group], callbacks: Callbacks) -> None:
         """Comes in line with groups that were removed, or written to past the methods of the optimizer."""
         if self._are_current(groups):
             return
         known = {id(was.group): (was, sources) for was, sources in zip(self.snapshots, self.of_groups, strict=True)}
-        followed: list[dict[str, Source]] = []
+        synced: list[dict[str, Source]] = []
         for group in groups:
             if id(group) not in known:
                 raise RuntimeError("param_groups was changed from outside; use add_param_group")
@@ -210,8 +210,8 @@ class Sources:
                 callbacks.check_known([group])
                 sources = bind_group(group, sources, group["iterations"])
                 group["iterations"] = options.iterations_for(group, group["iterations"])
-            followed.append(sources)
-        self.of_groups = followed
+            synced.append(sources)
+        self.of_groups = synced
         self.update_metadata(groups, callbacks)
 
     def _are_current(self, groups: list[Group]) -> bool:
@@ -249,7 +249,10 @@ class GroupWrite(NamedTuple):
 
 @dataclass(slots=True)
 class StepValues:
-    """The hyperparameters of one step. Each schedule and callable is called once, a schedule once for each T."""
+    """The hyperparameters of one step.
+
+    Each callable is called once, a schedule once for each T and device of `iterations`.
+    """
 
     groups: list[Group]
     sources: list[dict[str, Source]]
@@ -268,7 +271,7 @@ class StepValues:
         values: list[Value] = []
         for option in HYPERPARAMETERS:
             source = sources.get(option.key)
-            value = group[option.key] if source is None else self._taken(group, option, source, T)
+            value = group[option.key] if source is None else self._taken(index, option, source, T)
             is_scheduled = source is not None and source.is_schedule
             values.append(value if is_scheduled else options.in_step(option, value, group["differentiable"]))
         if group["decay"]:
@@ -276,11 +279,15 @@ class StepValues:
         self.known[index, T] = tuple(values)
         return self.known[index, T]
 
-    def _taken(self, group: Group, option: Option, source: Source, T: torch.dtype) -> Any:
+    def _taken(self, index: int, option: Option, source: Source, T: torch.dtype) -> Any:
         """What a source gives now."""
-        key = (id(source.given), T) if source.is_schedule else id(source.given)
+        group = self.groups[index]
+        iterations = group["iterations"]
+        # Groups that differ in `capturable` or device each get what their own `iterations` give.
+        device = iterations.device if isinstance(iterations, Tensor) else None
+        key = (id(source.given), T, device) if source.is_schedule else id(source.given)
         if key not in self._called:
-            self._called[key] = at_step(source.given, group["iterations"], T) if source.is_schedule else source.given()
+            self._called[key] = at_step(source.given, iterations, T) if source.is_schedule else source.given()
         value = self._called[key]
         if not source.is_schedule:
             value = options.canonicalize(option, value)
@@ -289,7 +296,8 @@ class StepValues:
                 f"{source} gives {source.name} as a Python number, which a CUDA graph would repeat for ever. Give a "
                 f"Tensor on the device for {source.name}, and fill it between replays"
             )
-        self.writes.append(GroupWrite(group, option.key, value, source))
+        if (index, torch.float64) not in self.known:  # of two T the group keeps the wider, whichever comes first
+            self.writes.append(GroupWrite(group, option.key, value, source))
         return value
 
 
