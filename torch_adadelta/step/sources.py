@@ -27,6 +27,9 @@ _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
 class Source:
     """A schedule or callable that the user gave for a hyperparameter, and what it gave to the group last."""
 
+    # What is being written to the group. An interrupt before `record` must not make it look like somebody else's.
+    pending: Any = None
+
     def __init__(self, name: str, given: Callable[..., Any], current: Any) -> None:
         self.name = name
         self.given = given
@@ -35,14 +38,15 @@ class Source:
 
     def record(self, value: Any) -> None:
         """Remembers what is in the param group now."""
-        self._written, self._version = value, _version(value)
+        self._written, self._version, self.pending = value, _version(value), None
 
     def is_overwritten(self, value: Any) -> bool:
         """Whether `value`, found in the param group, is not what was written there last."""
         if isinstance(value, Tensor):
             # A callable may return a Tensor that the user fills. That of a schedule is nobody else's to fill.
-            return value is not self._written or (self.is_schedule and _version(value) != self._version)
-        return isinstance(self._written, Tensor) or value != self._written
+            is_filled = self.is_schedule and _version(value) != self._version
+            return value is not self.pending and (value is not self._written or is_filled)
+        return not any(value == own for own in (self._written, self.pending) if not isinstance(own, Tensor))
 
     def __str__(self) -> str:
         return f"the {'schedule' if self.is_schedule else 'callable'} {self.given!r}"
@@ -353,5 +357,6 @@ def decayed(lr: Value, decay: float | Tensor, iterations: int | Tensor, T: torch
 def write(writes: Iterable[GroupWrite]) -> None:
     """Leaves in the groups what schedules and callables gave."""
     for group, key, value, source in writes:
+        source.pending = value
         group[key] = value
         source.record(value)
