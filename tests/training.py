@@ -1,10 +1,12 @@
 """Optimizers that have taken some steps, what a step writes of them, and the comparison of two of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from cases import REAL_DTYPES, Path, assert_same_bits, gradients, randn
+from cases import REAL_DTYPES, Path, assert_same_bits, dtype_name, gradients, randn, to_numpy
+from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -73,3 +75,24 @@ def assert_same_training(one: torch.optim.Optimizer, other: torch.optim.Optimize
             assert_same_bits(tensor, other.state[q][key], f"{key} of parameter {index} {what}")
     counts = [[int(group["iterations"]) for group in each.param_groups] for each in (one, other)]
     assert counts[0] == counts[1], what
+
+
+def oracle_of_all(params: Sequence[Tensor], **options: Any) -> OracleOptimizer:
+    """The oracle of an optimizer of these parameters."""
+    dtypes = [dtype_name(p.dtype) for p in params]
+    # NumPy keeps the strides, and with them the order in which squares are summed.
+    return OracleOptimizer([to_numpy(p) for p in params], **{"learning_rate": 1.0, "dtypes": dtypes, **options})
+
+
+def numpy_or_none(grads: Iterable[Tensor | None]) -> list[np.ndarray | None]:
+    return [None if g is None else to_numpy(g) for g in grads]
+
+
+def assert_like_oracles(optimizer: AdadeltaKeras, expected: OracleOptimizer, what: str = "") -> None:
+    """All parameters and both accumulators, bit by bit."""
+    for index, (param, one) in enumerate(zip(params_of(optimizer), expected.oracles, strict=True)):
+        state = optimizer.state.get(param) or dict.fromkeys(("square_avg", "acc_delta"), torch.zeros_like(param))
+        assert_same_bits(state["square_avg"], one.square_avg, f"square_avg of parameter {index} {what}")
+        assert_same_bits(state["acc_delta"], one.acc_delta, f"acc_delta of parameter {index} {what}")
+        assert_same_bits(param, one.p, f"parameter {index} {what}")
+    assert optimizer.iterations == expected.iterations
