@@ -61,6 +61,7 @@ def made(
     steps_before: int = 2,
     sparse: bool = False,
     found_inf: bool = False,
+    others: bool = False,
     **options: Any,
 ) -> AdadeltaKeras:
     """An optimizer of a group for each backend, which has taken steps and has gradients for another one."""
@@ -74,6 +75,8 @@ def made(
         give_gradients(optimizer, step, sparse)
         optimizer.step()
     give_gradients(optimizer, steps_before, sparse)
+    for param in params_of(optimizer) if others else ():
+        optimizer.state[param]["slow"] = torch.full((3, 2), 0.5)
     if found_inf:
         optimizer.found_inf = torch.zeros(1)
     return optimizer
@@ -177,6 +180,7 @@ class Fault(TorchDispatchMode):
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no state yet": {"steps_before": 0},
+    "state of others": {"others": True, "steps_before": 0},
     "clipnorm": {"clipnorm": 0.5},
     "global_clipnorm": {"global_clipnorm": 0.5, "steps_before": 0},
     "sources": {"learning_rate": schedules.ExponentialDecay(1.0, 10, 0.9), "rho": lambda: 0.9, "decay": 0.5},
