@@ -1,7 +1,9 @@
 """Threads and processes: optimizers that share nothing do not disturb each other; after a fork; beside DataLoader."""
 
 import multiprocessing
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +16,7 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
 STEPS = 60
 
@@ -34,7 +37,7 @@ def trained(options: dict[str, bool], seed: int, sizes: tuple[int, ...] = (3, 40
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad * (step % 7)
         if step == STEPS // 2:
-            optimizer.load_state_dict(optimizer.state_dict())  # other state to hold
+            optimizer.load_state_dict(optimizer.state_dict())  # other state to cache
         optimizer.step()
     return [x.detach() for p in params for x in (p, *optimizer.state[p].values())]
 
@@ -121,3 +124,31 @@ def test_workers_of_a_data_loader_change_nothing(path: Path) -> None:
         return [x.detach() for p in model.parameters() for x in (p, *optimizer.state[p].values())]
 
     assert_equal(train(2), train(0))
+
+
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+def test_lists_may_be_emptied_while_an_update_runs() -> None:
+    """By another thread: what the update works on stays alive."""
+    code = """
+        from concurrent.futures import ThreadPoolExecutor
+        import torch
+        from torch_adadelta.backends import kernels
+
+        numel = 2**25
+        square_avgs, acc_deltas = [torch.zeros(numel)], [torch.zeros(numel)]
+        state = kernels.AccumulatorCache(square_avgs, acc_deltas)
+        update_op = torch.ops.torch_adadelta.adadelta_.cached
+        with ThreadPoolExecutor(1) as executor:
+            for _ in range(5):
+                before = square_avgs[0][0].clone()
+                params, grads = [torch.ones(numel)], [torch.ones(numel)]
+                segment = [1], [1.0, 0.95, 1e-7, 0.0], []
+                update = executor.submit(update_op, params, grads, state.number, *segment)
+                while not update.done() and square_avgs[0][0] == before:
+                    pass  # until it has begun to write
+                params.clear()
+                grads.clear()
+                update.result()
+        assert square_avgs[0].min() == square_avgs[0].max() > 0
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
