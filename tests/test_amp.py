@@ -20,6 +20,7 @@ from cases import (
 from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.nn import Parameter
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.backends import kernels

@@ -14,6 +14,7 @@ import torch
 from cases import Path, assert_like_oracle, assert_same_bits, assert_unchanged, oracle_of, snapshot
 from torch.nn import Parameter
 from training import advance, assert_same_training, stepped
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras
 

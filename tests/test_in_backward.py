@@ -11,6 +11,7 @@ import torch.distributed as dist
 from cases import Path, assert_same_bits
 from processes import Processes
 from torch import Tensor, nn
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, in_backward, schedules, step_in_backward
 from torch_adadelta.backends import kernels

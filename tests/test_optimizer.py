@@ -23,6 +23,7 @@ from cases import (
 from torch import nn
 from torch.nn import Parameter
 from training import advance, assert_same_training, params_of, stepped, trained
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, options, schedules
 from torch_adadelta.step import norm_variables, selection, validation

@@ -12,6 +12,7 @@ import torch
 from cases import Path, assert_like_oracle, assert_unchanged, gradients, oracle_of, snapshot, to_numpy
 from torch.nn import Parameter
 from training import assert_like_oracles, give_gradients, numpy_or_none, oracle_of_all
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, options
 from torch_adadelta.backends import opmath

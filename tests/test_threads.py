@@ -14,6 +14,7 @@ from cases import Path, assert_same_bits, gradients
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.data import DataLoader, TensorDataset
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.backends import kernels

@@ -4,13 +4,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from cases import REAL_DTYPES, Path, assert_same_bits, dtype_name, gradients, randn, to_numpy
+from cases import PATHS, REAL_DTYPES, Path, assert_same_bits, dtype_name, gradients, randn, to_numpy
 from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
+
+
+@pytest.fixture(params=[*PATHS[:2], PATHS[2]._replace(name="fused", capability=None)], ids=lambda path: path.name)
+def path(request: pytest.FixtureRequest) -> Path:
+    """Each backend, for modules whose tests concern no instruction set: imported there, it replaces that of conftest."""
+    chosen: Path = request.param
+    if chosen.name == "fused" and not kernels.is_loaded:
+        pytest.skip("the compiled library is not installed")
+    return chosen
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Any]:

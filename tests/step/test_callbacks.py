@@ -11,6 +11,7 @@ from reference import oracle
 from torch import Tensor
 from torch.nn import Parameter
 from training import assert_like_oracles, assert_same_training, give_gradients, oracle_of_all, trained
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras
 

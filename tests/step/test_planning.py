@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import advance, assert_same_training, oracle_of_all, trained
 from training import give_gradients as give
+from training import path as path
 from training import tensors_of as everything
 
 from torch_adadelta import AdadeltaKeras, schedules

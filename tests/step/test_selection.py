@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import Path, assert_like_oracle, assert_unchanged, oracle_of, snapshot
 from torch.nn import Parameter
+from training import path as path
 from training import stepped
 
 from torch_adadelta import AdadeltaKeras

@@ -13,6 +13,7 @@ from cases import Path, assert_same_bits, assert_unchanged, snapshot
 from torch import Tensor
 from torch.nn import Parameter
 from training import advance, assert_same_training, give_gradients, oracle_of_all, trained
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.schedules import ExponentialDecay, LearningRateSchedule
