@@ -250,26 +250,6 @@ class TestMessages(expecttest.TestCase):
         )
 
 
-def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
-    """A step remembers numbers by identity."""
-    param = Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = AdadeltaKeras([param], 0.5)
-    group = optimizer.param_groups[0]
-    for lr in (0.1, 0.1, float("0.1"), np.float64(0.1), 0.1, torch.tensor(0.1, dtype=torch.float64), 0.1):
-        oracle = oracle_of(param, learning_rate=lr if not isinstance(lr, torch.Tensor) else np.float64(0.1))
-        optimizer.state.clear()
-        group["lr"] = lr
-        param.grad = torch.ones(1, dtype=torch.float64)
-        optimizer.step()
-        oracle.step(np.ones(1))
-        assert_like_oracle(param, optimizer.state[param], oracle, repr(lr))
-    for key, value in (("lr", math.nan), ("rho", None), ("epsilon", math.inf)):
-        before, group[key] = group[key], value
-        with pytest.raises((TypeError, ValueError)):
-            optimizer.step()
-        group[key] = before
-
-
 # ---- Options of the whole optimizer ----------------------------------------------------------------------------------
 
 

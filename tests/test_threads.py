@@ -19,7 +19,7 @@ from training import path as path
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.backends import kernels
 
-STEPS = 60
+STEPS = 21
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +29,17 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def trained(options: dict[str, bool], seed: int, sizes: tuple[int, ...] = (3, 40, 500)) -> list[Tensor]:
+def trained(
+    options: dict[str, bool], seed: int, sizes: tuple[int, ...] = (3, 40, 500), steps: int = STEPS
+) -> list[Tensor]:
     """Parameters and state after some steps, each with gradients, clipping and state of its own."""
     params = [Parameter(torch.zeros(size)) for size in sizes]
     optimizer = AdadeltaKeras(params, 1.0, global_clipnorm=0.5 if seed % 2 else None, **options)
     grads = [gradients((size,), torch.float32, 1, seed)[0] for size in sizes]
-    for step in range(STEPS):
+    for step in range(steps):
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad * (step % 7)
-        if step == STEPS // 2:
+        if step == steps // 2:
             optimizer.load_state_dict(optimizer.state_dict())  # other state to cache
         optimizer.step()
     return [x.detach() for p in params for x in (p, *optimizer.state[p].values())]
@@ -83,7 +85,7 @@ def test_optimizers_in_several_threads(path: Path) -> None:
 
 def _train_into(connection: Any, options: dict[str, bool]) -> None:
     torch.set_num_threads(1)  # OpenMP's threads did not come along
-    connection.send([x.numpy() for x in trained(options, 1, (3, 100_000))])
+    connection.send([x.numpy() for x in trained(options, 1, (3, 100_000), 6)])
     connection.close()
 
 
@@ -91,7 +93,7 @@ def _train_into(connection: Any, options: dict[str, bool]) -> None:
 def test_a_fork_after_use_goes_on_with_one_thread(path: Path) -> None:
     """As in a worker of DataLoader, or a server that forks."""
     torch.set_num_threads(2)
-    expected = trained(path.options, 1, (3, 100_000))
+    expected = trained(path.options, 1, (3, 100_000), 6)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_train_into, args=(theirs, path.options), daemon=True)
@@ -104,7 +106,7 @@ def test_a_fork_after_use_goes_on_with_one_thread(path: Path) -> None:
         process.kill()
         process.join()
     assert_equal([torch.from_numpy(x) for x in result], expected)
-    assert_equal(trained(path.options, 1, (3, 100_000)), expected)
+    assert_equal(trained(path.options, 1, (3, 100_000), 6), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning", "ignore:This DataLoader will create")

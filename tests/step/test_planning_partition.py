@@ -1,6 +1,8 @@
 """The partition that is kept from step to step: what it must notice, and that it is kept."""
 
+import copy
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,7 @@ from cases import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
-from training import advance, assert_same_training, groups_of_two, trained
+from training import advance, assert_same_training, groups_of_two, params_of, trained
 from training import give_gradients as give
 from training import path as path
 
@@ -185,6 +187,42 @@ def test_a_parameter_in_place_of_another_is_noticed(path: Path) -> None:
     optimizer.step()
     oracle.step(np.ones(5))
     assert_like_oracle(new, optimizer.state[new], oracle)
+
+
+@pytest.mark.parametrize(
+    "options", [{"decay": 0.3}, {"learning_rate": schedules.ExponentialDecay(1.0, 1, 0.3)}], ids=str
+)
+def test_a_dtype_that_changes_in_place_is_noticed(path: Path, options: dict[str, Any]) -> None:
+    """A schedule and `decay` are computed in the opmath dtype; multi-tensor operations take parameters of one dtype."""
+    optimizer, params = trained(path, **options)
+    for tensor in (params[1], *optimizer.state[params[1]].values()):
+        tensor.data = tensor.data.double()
+    other = copy.deepcopy(optimizer)
+    for each in (optimizer, other):
+        for param in params_of(each):
+            param.grad = None
+        advance(each, 2, seed=5)
+    assert_same_training(optimizer, other)
+
+
+def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
+    """A step remembers numbers by identity."""
+    param = Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = AdadeltaKeras([param], 0.5)
+    group = optimizer.param_groups[0]
+    for lr in (0.1, 0.1, float("0.1"), np.float64(0.1), 0.1, torch.tensor(0.1, dtype=torch.float64), 0.1):
+        oracle = oracle_of(param, learning_rate=lr if not isinstance(lr, torch.Tensor) else np.float64(0.1))
+        optimizer.state.clear()
+        group["lr"] = lr
+        param.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+        oracle.step(np.ones(1))
+        assert_like_oracle(param, optimizer.state[param], oracle, repr(lr))
+    for key, value in (("lr", math.nan), ("rho", None), ("epsilon", math.inf)):
+        before, group[key] = group[key], value
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.step()
+        group[key] = before
 
 
 @pytest.mark.parametrize("numel", [16, 2**22 + 1], ids=["small", "large"])
