@@ -1,6 +1,5 @@
 """The aggregator and the transformers: what they are given, how often, and what is made of what they return."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -224,42 +223,6 @@ def test_callbacks_cannot_change_the_gradients_of_the_user(path: Path) -> None:
     assert param.grad.tolist() == [1, 1, 1]
     assert table.grad._indices().tolist() == [[1, 3]]
     assert (table.grad._values() == 1).all()
-
-
-@pytest.mark.parametrize("how", ["load_state_dict", "replaced", "cleared", "maximize"])
-def test_what_a_callback_does_to_the_optimizer_counts(path: Path, how: str) -> None:
-    """It may load a checkpoint, replace state, or write to groups: the update goes by what is there then."""
-    calls = 0
-
-    def callback(pairs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            disturb(optimizer, params)
-        return pairs
-
-    def disturb(each: AdadeltaKeras, own: list[Parameter]) -> None:
-        if how == "load_state_dict":
-            each.load_state_dict(saved)
-        elif how == "replaced":
-            each.state[own[0]]["acc_delta"] = torch.full((5,), 0.25)
-        elif how == "cleared":
-            each.state.clear()
-        else:
-            each.param_groups[1]["maximize"] = True
-
-    optimizer, params = trained(path, gradient_transformers=[callback])
-    expected, others = trained(path, gradient_transformers=[lambda pairs: pairs])
-    saved = copy.deepcopy(expected.state_dict())
-    if how == "load_state_dict":
-        for group in saved["param_groups"]:
-            group["iterations"] = 7
-    disturb(expected, others)
-    optimizer.step()
-    expected.step()
-    assert calls == 3
-    assert_same_training(optimizer, expected)
-    assert optimizer.iterations == expected.iterations == (8 if how == "load_state_dict" else 3)
 
 
 def test_a_clip_option_beside_transformers_is_noticed(path: Path) -> None:

@@ -43,7 +43,6 @@ from torch_adadelta import AdadeltaKeras, step_in_backward
 from torch_adadelta.backends import kernels
 
 Rows = Sequence[Sequence[tuple[int, int, int]]]
-
 SHAPES: Final = [(6, 3), (4,), (2, 3, 4), (), (0, 2), (300, 17), (5, 2)]
 
 # Rows of one parameter, a part of one beside the whole of another, and pieces of three in an order of their own. What is
@@ -515,7 +514,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing() -> None:
 
 
 def test_gradients_that_do_not_fit_change_nothing(path: Path) -> None:
-    """Sparse ones, and those of another shape, with a partition that was made for others, too."""
     for steps in (0, 2):
         optimizer, params = small(path)
         for step in range(steps):

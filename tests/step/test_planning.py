@@ -82,8 +82,14 @@ def test_devices_may_differ_in_a_group(path: Path) -> None:
 
 
 def test_explicit_gradients_in_any_order_and_of_any_part(path: Path) -> None:
-    """They leave the partition of the last step as it is, and read no `.grad`."""
-    optimizer, params = trained(path, steps=0, global_clipnorm=0.5)
+    """They leave the partition of the last step as it is, and read no `.grad`. Callbacks see them in their order."""
+    seen: list[list[Any]] = []
+
+    def aggregator(pairs: Any) -> Any:
+        seen.append([param for _, param in pairs])
+        return pairs
+
+    optimizer, params = trained(path, steps=0, global_clipnorm=0.5, gradient_aggregator=aggregator)
     expected = oracle_of_all(params, global_clipnorm=0.5)
     for step, order in enumerate([None, [3, 1, 0, 2], None, [2], [1, 3], None, [0, 1, 2, 3]]):
         grads = give(params, step)
@@ -93,6 +99,10 @@ def test_explicit_gradients_in_any_order_and_of_any_part(path: Path) -> None:
         else:
             optimizer.apply_gradients([(grads[i] * 2, params[i]) for i in order])
             grads = [2 * grad for grad in grads]
+        if optimizer.gradient_aggregator is not None:
+            assert [id(param) for param in seen[-1]] == [id(params[i]) for i in order]
+        if step == 4:
+            optimizer.gradient_aggregator = None
         clipped = expected.clip([(i, to_numpy(grads[i])) for i in order])
         for i, grad in zip(order, clipped, strict=True):
             expected.oracles[i].learning_rate = 1.0
@@ -100,6 +110,42 @@ def test_explicit_gradients_in_any_order_and_of_any_part(path: Path) -> None:
     for param, oracle in zip(params, expected.oracles, strict=True):
         assert_like_oracle(param, optimizer.state[param], oracle)
     assert optimizer.iterations == 7
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "replaced", "cleared", "maximize"])
+def test_what_a_callback_does_to_the_optimizer_counts(path: Path, how: str) -> None:
+    """It may load a checkpoint, replace state, or write to groups: the update goes by what is there then."""
+    calls = 0
+
+    def callback(pairs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            disturb(optimizer, params)
+        return pairs
+
+    def disturb(each: AdadeltaKeras, own: list[Parameter]) -> None:
+        if how == "load_state_dict":
+            each.load_state_dict(saved)
+        elif how == "replaced":
+            each.state[own[0]]["acc_delta"] = torch.full((5,), 0.25)
+        elif how == "cleared":
+            each.state.clear()
+        else:
+            each.param_groups[1]["maximize"] = True
+
+    optimizer, params = trained(path, gradient_transformers=[callback])
+    expected, others = trained(path, gradient_transformers=[lambda pairs: pairs])
+    saved = copy.deepcopy(expected.state_dict())
+    if how == "load_state_dict":
+        for group in saved["param_groups"]:
+            group["iterations"] = 7
+    disturb(expected, others)
+    optimizer.step()
+    expected.step()
+    assert calls == 3
+    assert_same_training(optimizer, expected)
+    assert optimizer.iterations == expected.iterations == (8 if how == "load_state_dict" else 3)
 
 
 def test_state_is_made_without_a_step_for_a_checkpoint_to_be_loaded_into(path: Path) -> None:

@@ -189,8 +189,23 @@ def test_a_parameter_in_place_of_another_is_noticed(path: Path) -> None:
     assert_like_oracle(new, optimizer.state[new], oracle)
 
 
+@pytest.mark.parametrize("clip", [{}, {"clipnorm": 0.5}], ids=["unclipped", "clipnorm"])
+def test_a_gradient_that_becomes_sparse_or_dense_is_noticed(path: Path, clip: dict[str, Any]) -> None:
+    """As an optimizer without a partition has it."""
+    optimizer, params = trained(path, **clip)
+    for step, sparse in enumerate([[0], [3], [0, 1, 2, 3], [0, 1, 2, 3], [], [1, 2], [0, 3]]):
+        other = copy.deepcopy(optimizer)
+        for each in (params, params_of(other)):
+            give(each, step)
+            for i in sparse:
+                each[i].grad = each[i].grad.to_sparse()
+        optimizer.step()
+        other.step()
+        assert_same_training(optimizer, other, step)
+
+
 @pytest.mark.parametrize(
-    "options", [{"decay": 0.3}, {"learning_rate": schedules.ExponentialDecay(1.0, 1, 0.3)}], ids=str
+    "options", [{"decay": 0.3}, {"learning_rate": schedules.ExponentialDecay(1.0, 1, 0.3)}], ids=["decay", "schedule"]
 )
 def test_a_dtype_that_changes_in_place_is_noticed(path: Path, options: dict[str, Any]) -> None:
     """A schedule and `decay` are computed in the opmath dtype; multi-tensor operations take parameters of one dtype."""
