@@ -269,6 +269,7 @@ class AdadeltaKeras(KerasInterface):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self._sync_groups()
         self._sources.update_metadata(self.param_groups, self._callbacks)
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN_ATTRIBUTES}}
 
@@ -403,6 +404,7 @@ class AdadeltaKeras(KerasInterface):
 
     def _set_callbacks(self, callbacks: Callbacks) -> None:
         callbacks.check_clip_options(self.param_groups[0])
+        self._sync_groups()
         self._callbacks = callbacks
         self._sources.update_metadata(self.param_groups, self._callbacks)
 

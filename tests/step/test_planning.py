@@ -148,6 +148,57 @@ def test_what_a_callback_does_to_the_optimizer_counts(path: Path, how: str) -> N
     assert optimizer.iterations == expected.iterations == (8 if how == "load_state_dict" else 3)
 
 
+def test_parameters_of_every_dtype_in_each_group(path: Path) -> None:
+    """In batches of their own where they must be; schedules and `decay` are computed in the opmath dtype of each."""
+    optimizer = stepped(path, steps=0, decay=0.3)
+    params = params_of(optimizer)
+    expected = oracle_of_all(params, decay=0.3)
+    for step in range(3):
+        grads = give(params, step)
+        clipped = expected.clip([(i, to_numpy(grad)) for i, grad in enumerate(grads)])
+        for i, (oracle, grad) in enumerate(zip(expected.oracles, clipped, strict=True)):
+            expected.learning_rate = 0.5 if i < 4 else 1.0
+            oracle.learning_rate = expected.learning_rate_at(step, oracle.format.T)
+            oracle.step(grad)
+        optimizer.step()
+        for i, (param, oracle) in enumerate(zip(params, expected.oracles, strict=True)):
+            assert_like_oracle(param, optimizer.state[param], oracle, f"{i} at step {step}")
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"clipnorm": -1.0}, r"Expected clipnorm >= 0, received: -1\.0"),
+        ({"clipnorm": 1.0, "global_clipnorm": 1.0}, "Cannot accept both `clipnorm` and `global_clipnorm`"),
+        ({"decay": torch.tensor([0.5, 0.5])}, "decay must be a number"),
+        ({"norm_variables": ((0, 0, 0, 6),)}, r"has 5 rows, and norm_variables the rows \[0, 6\)"),
+    ],
+    ids=["range", "both norms", "Tensor", "norm_variables"],
+)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_is_written_to_groups_is_checked_before_the_step(
+    path: Path, values: dict[str, Any], error: str, steps: int
+) -> None:
+    optimizer, _ = trained(path, steps)
+    before_any = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group.update(values)
+    params, state = [p.detach().clone() for p in params_of(optimizer)], copy.deepcopy(list(optimizer.state.values()))
+    with pytest.raises((TypeError, ValueError), match=error):
+        optimizer.step()
+    for param, was in zip(params_of(optimizer), params, strict=True):
+        assert_same_bits(param, was)
+    assert str(list(optimizer.state.values())) == str(state)
+    for group, was in zip(optimizer.param_groups, before_any, strict=True):
+        group.update(was)
+    optimizer.param_groups[1]["clipvalue"] = 0.5
+    with pytest.raises(
+        ValueError, match="clipvalue belongs to the whole optimizer, but group 0 has None and group 1 has"
+    ):
+        optimizer.step()
+    assert optimizer.iterations == steps
+
+
 def test_state_is_made_without_a_step_for_a_checkpoint_to_be_loaded_into(path: Path) -> None:
     """As distributed checkpointing does: lr 0, which nobody but it can have written under a schedule; zero gradients."""
     for schedule, lr, grad, makes_state_only in (
@@ -172,6 +223,7 @@ def test_state_is_made_without_a_step_for_a_checkpoint_to_be_loaded_into(path: P
         param.grad = torch.zeros(3)
         if spoil == "state":
             optimizer.step()
+            other.grad = torch.zeros(2)  # so that there is no partition for it
         if spoil == "gradient":
             param.grad[1] = 1.0
         for group in optimizer.param_groups[: 1 if spoil == "lr" else 2]:
