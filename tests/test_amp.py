@@ -141,22 +141,6 @@ def test_the_scale_divides_in_the_arithmetic_type(dtype: torch.dtype, clip: dict
     assert_same_bits(optimizer.state[param]["acc_delta"], oracle.oracles[0].acc_delta)
 
 
-@needs_library
-def test_callbacks_see_unscaled_gradients() -> None:
-    seen = []
-
-    def look(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        seen.append(pairs[0][0].tolist())
-        return pairs
-
-    param = Parameter(torch.zeros(2))
-    optimizer = AdadeltaKeras([param], 1.0, fused=True, gradient_transformers=[look])
-    param.grad = torch.tensor([8.0, -16.0])
-    scaler_of(8.0).step(optimizer)
-    assert seen == [[1.0, -2.0]]
-    assert param.grad.tolist() == [8.0, -16.0]
-
-
 def test_the_python_paths_leave_it_to_the_scaler(path: Path) -> None:
     optimizer = make(**path.options)
     assert optimizer._step_supports_amp_scaling == bool(path.options.get("fused"))

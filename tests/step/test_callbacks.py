@@ -13,6 +13,7 @@ from training import assert_like_oracles, assert_same_training, give_gradients, 
 from training import path as path
 
 from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -78,6 +79,43 @@ def test_the_aggregator_comes_before_clipping(path: Path, clip: dict[str, Any]) 
     assert_like_oracles(optimizer, expected)
 
 
+def test_the_aggregator_comes_first_and_transformers_in_their_order(path: Path) -> None:
+    seen: list[float] = []
+
+    def added(number: float) -> Callable[[Pairs], Pairs]:
+        return lambda pairs: [(grad + number, param) for grad, param in pairs]
+
+    def look(pairs: Pairs) -> Pairs:
+        seen.append(pairs[0][0].item())
+        return pairs
+
+    param = Parameter(torch.zeros(1))
+    transformers = [look, doubled, look, added(3), look]
+    optimizer = AdadeltaKeras([param], gradient_aggregator=added(1), gradient_transformers=transformers, **path.options)
+    param.grad = torch.ones(1)
+    optimizer.step()
+    assert seen == [2.0, 4.0, 7.0]
+    optimizer.apply_gradients([(torch.ones(1), param)], experimental_aggregate_gradients=False)
+    assert seen[3:] == [1.0, 2.0, 5.0]
+
+
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+def test_callbacks_see_unscaled_gradients() -> None:
+    seen = []
+
+    def look(pairs: Pairs) -> Pairs:
+        seen.append(pairs[0][0].tolist())
+        return pairs
+
+    param = Parameter(torch.zeros(2))
+    optimizer = AdadeltaKeras([param], 1.0, fused=True, gradient_transformers=[look])
+    param.grad = torch.tensor([8.0, -16.0])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([8.0]), torch.tensor([0.0])
+    optimizer.step()
+    assert seen == [[1.0, -2.0]]
+    assert param.grad.tolist() == [8.0, -16.0]
+
+
 def test_maximize_comes_last(path: Path) -> None:
     param = Parameter(torch.zeros(3))
     seen = []
@@ -114,6 +152,11 @@ def test_maximize_comes_last(path: Path) -> None:
             lambda pairs: [(g[:1], p) for g, p in pairs],
             ValueError,
             r"a gradient of shape \(1,\) for parameter 0 of group",
+        ),
+        (
+            lambda pairs: [(g.to_mkldnn(), p) for g, p in pairs],
+            ValueError,
+            "a gradient of layout torch._mkldnn for param",
         ),
         (lambda pairs: [(g.to("meta"), p) for g, p in pairs], ValueError, "a gradient of device meta for parameter 0"),
         (lambda pairs: [(g.long(), p) for g, p in pairs], ValueError, "a gradient of torch.int64 for parameter 0"),

@@ -379,14 +379,18 @@ def test_a_new_group_gets_the_sources_of_the_optimizer(path: Path) -> None:
 def test_a_group_that_is_restored_under_a_schedule(path: Path) -> None:
     optimizer, params = trained(path)
     optimizer.learning_rate = ExponentialDecay(1.0, 2, 0.5)
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(5))], "rho": lambda: 0.75})
     optimizer.step()
     saved = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     give_gradients(params, 3)
     optimizer.step()
     for group, was in zip(optimizer.param_groups, saved, strict=True):
         group.update(was)
+    for param in optimizer.param_groups[2]["params"]:
+        param.grad = torch.ones(5)
     optimizer.step()
     assert optimizer.iterations == 4
+    assert optimizer.param_groups[2]["rho"] == 0.75  # of its own callable
     optimizer.param_groups[0] = dict(optimizer.param_groups[0])
     with pytest.raises(RuntimeError, match="param_groups was changed from outside"):
         optimizer.step()
