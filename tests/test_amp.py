@@ -11,10 +11,8 @@ from cases import (
     STEP_OPTIONS,
     Path,
     assert_same_bits,
-    assert_unchanged,
     dtype_name,
     gradients,
-    snapshot,
     to_numpy,
 )
 from reference.oracle import OracleOptimizer
@@ -151,17 +149,6 @@ def test_the_python_paths_leave_it_to_the_scaler(path: Path) -> None:
         set_gradients(plain, 1.0, step)
         plain.step()
     assert_same_training(optimizer, plain)
-
-
-@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
-def test_what_only_the_fused_update_can_do_is_refused_elsewhere(name: str) -> None:
-    optimizer = make(foreach=False)
-    set_gradients(optimizer, 1.0, 0)
-    setattr(optimizer, name, torch.tensor([1.0]))
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=f"{name} need the fused update; pass fused=True"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
 
 
 @needs_library

@@ -1,6 +1,7 @@
 """The torch.optim contract: groups, state, closures, flags, derivatives, and what the constructor refuses."""
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -22,7 +23,7 @@ from cases import (
 )
 from torch import nn
 from torch.nn import Parameter
-from training import advance, assert_same_training, params_of, stepped, trained
+from training import advance, assert_same_training, give_gradients, params_of, stepped, trained
 from training import path as path
 
 from torch_adadelta import AdadeltaKeras, options, schedules
@@ -231,6 +232,75 @@ def test_an_interrupt_while_a_group_is_added(monkeypatch: pytest.MonkeyPatch, pa
             assert optimizer.iterations == 3
             optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "rho": lambda: 0.5})
             advance(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("learning_rate", "lr", 0.5),
+        ("lr", "lr", torch.tensor(0.25)),
+        ("rho", "rho", 0.5),
+        ("epsilon", "epsilon", 1e-5),
+        ("decay", "decay", 0.5),
+        ("clipvalue", "clipvalue", 0.5),
+        ("clipnorm", "clipnorm", 0.5),
+        ("global_clipnorm", "global_clipnorm", 0.5),
+    ],
+)
+def test_a_property_sets_all_groups_and_those_to_come(name: str, key: str, value: Any) -> None:
+    """A number for the learning rate replaces a schedule, and one for rho a callable."""
+    params = [Parameter(torch.ones(2)) for _ in range(3)]
+    own = {"params": params[:1], "lr": 7.0, "rho": 0.25, "epsilon": 1e-3}
+    schedule = schedules.ExponentialDecay(1.0, 2, 0.5)
+    optimizer = AdadeltaKeras([own, {"params": params[1:2]}], schedule, lambda: 0.75)
+    advance(optimizer, 1)
+    setattr(optimizer, name, value)
+    assert getattr(optimizer, name) == value
+    optimizer.add_param_group({"params": params[2:]})
+    advance(optimizer, 2)
+    assert [group[key] for group in optimizer.param_groups] == [value] * 3
+    assert optimizer.param_groups[0]["lr"] == (value if key == "lr" else 7.0)
+    names = [[name for name in ("rho",) if name in group["callables"]] for group in optimizer.param_groups]
+    assert names == ([[]] * 3 if key == "rho" else [[], ["rho"], ["rho"]])
+    assert [group["schedule"] is not None for group in optimizer.param_groups] == [False, key != "lr", key != "lr"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"clipnorm": -1.0}, "Expected clipnorm >= 0, received: -1.0"),
+        ({"clipnorm": 1.0}, "Cannot accept both"),
+        ({"decay": math.nan}, "Invalid decay: nan"),
+        ({"gradient_transformers": [list]}, "`global_clipnorm` cannot be set when"),
+        ({"clipvalue": 1.0}, "parameter 0 of group 1 has dtype torch.complex64, and clipvalue=1.0 is for real"),
+    ],
+)
+def test_a_refused_assignment_changes_nothing(change: dict[str, Any], error: str) -> None:
+    optimizer = AdadeltaKeras(
+        [{"params": [torch.zeros(2)]}, {"params": [torch.zeros(2, dtype=torch.complex64)]}], global_clipnorm=1.0
+    )
+    before = snapshot(optimizer)
+    ((key, value),) = change.items()
+    with pytest.raises((ValueError, TypeError), match=error):
+        setattr(optimizer, key, value)
+    assert_unchanged(optimizer, before)
+    assert optimizer.gradient_transformers == []
+
+
+def test_options_belong_to_the_whole_optimizer(path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="clipnorm belongs to the whole optimizer, which has None; a param group cannot"
+    ):
+        AdadeltaKeras([{"params": [torch.zeros(2)], "clipnorm": 1.0}], **path.options)
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(2))]
+    optimizer = AdadeltaKeras([{"params": params[:1]}, {"params": params[1:]}], **path.options)
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.param_groups[1]["clipnorm"] = 1.0
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"group 0 has None and group 1 has 1.0\. Set optimizer\.clipnorm"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
 
 
 def test_a_group_is_restored_on_error(path: Path) -> None:

@@ -93,18 +93,6 @@ def test_lr_is_an_alias_that_wins() -> None:
     assert "learning_rate" not in optimizer.param_groups[2]
 
 
-def test_assignment_reaches_every_group_and_later_ones() -> None:
-    optimizer = AdadeltaKeras(
-        [{"params": [Parameter(torch.zeros(1))], "lr": 7.0}, {"params": [Parameter(torch.ones(1))]}]
-    )
-    optimizer.learning_rate, optimizer.rho, optimizer.epsilon = 0.1, 0.5, 1e-3
-    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))]})
-    for group in optimizer.param_groups:
-        assert (group["lr"], group["rho"], group["epsilon"]) == (0.1, 0.5, 1e-3)
-    optimizer.lr = 0.2
-    assert optimizer.learning_rate == 0.2
-
-
 def test_torch_schedulers_reach_numbers_and_tensors(path: Path) -> None:
     for learning_rate in (1.0, torch.tensor(1.0)):
         param = Parameter(torch.zeros(9))
@@ -346,44 +334,6 @@ gradient_transformers must be callables, got 1""",
             AdadeltaKeras([torch.zeros(2)], momentum=0.9)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"clipnorm": -1.0}, "Expected clipnorm >= 0, received: -1.0"),
-        ({"clipnorm": 1.0}, "Cannot accept both"),
-        ({"decay": math.nan}, "Invalid decay: nan"),
-        ({"gradient_transformers": [list]}, "`global_clipnorm` cannot be set when"),
-        ({"clipvalue": 1.0}, "parameter 0 of group 1 has dtype torch.complex64, and clipvalue=1.0 is for real"),
-    ],
-)
-def test_a_refused_assignment_changes_nothing(change: dict[str, Any], error: str) -> None:
-    optimizer = AdadeltaKeras(
-        [{"params": [torch.zeros(2)]}, {"params": [torch.zeros(2, dtype=torch.complex64)]}], global_clipnorm=1.0
-    )
-    before = snapshot(optimizer)
-    ((key, value),) = change.items()
-    with pytest.raises((ValueError, TypeError), match=error):
-        setattr(optimizer, key, value)
-    assert_unchanged(optimizer, before)
-    assert optimizer.gradient_transformers == []
-
-
-def test_options_belong_to_the_whole_optimizer(path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="clipnorm belongs to the whole optimizer, which has None; a param group cannot"
-    ):
-        AdadeltaKeras([{"params": [torch.zeros(2)], "clipnorm": 1.0}], **path.options)
-    params = [Parameter(torch.ones(2)), Parameter(torch.ones(2))]
-    optimizer = AdadeltaKeras([{"params": params[:1]}, {"params": params[1:]}], **path.options)
-    give_gradients(params, 0)
-    optimizer.step()
-    optimizer.param_groups[1]["clipnorm"] = 1.0
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"group 0 has None and group 1 has 1.0\. Set optimizer\.clipnorm"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
-
-
 def test_clipvalue_in_a_group_of_complex_parameters_is_refused(path: Path) -> None:
     param = Parameter(torch.ones(2, dtype=torch.complex64))
     optimizer = AdadeltaKeras([param], **path.options)
@@ -420,3 +370,18 @@ def test_lr_wins_with_a_warning_that_names_both_values() -> None:
         AdadeltaKeras([param], lr=0.1)
         AdadeltaKeras([param], learning_rate=0.1, lr=0.1)
         AdadeltaKeras([{"params": [param], "learning_rate": 0.2}])
+
+
+@pytest.mark.parametrize(
+    ("values", "agrees"),
+    [((0.5, 0.5), True), ((None, None), True), ((0.5, None), False), ((0.5, 0.25), False), ((1.0, True), False)],
+)
+@pytest.mark.parametrize("key", ["decay", "clipvalue", "clipnorm", "global_clipnorm"])
+def test_groups_agree_on_what_belongs_to_the_whole_optimizer(key: str, values: tuple[Any, Any], agrees: bool) -> None:
+    """True is no number, though it equals one."""
+    groups = [{**dict.fromkeys(option.key for option in options.NUMBERS), key: value} for value in values]
+    if agrees:
+        options.check_agreement(groups)
+        return
+    with pytest.raises(ValueError, match=rf"{key} belongs to the whole optimizer, but group 0 has .* and group 1 has"):
+        options.check_agreement(groups)

@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DTYPES, LAYOUTS, PATHS, REAL_DTYPES, Path, assert_same_bits, dtype_name, gradients, randn, to_numpy
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    PATHS,
+    REAL_DTYPES,
+    Path,
+    assert_same_bits,
+    assert_unchanged,
+    dtype_name,
+    gradients,
+    randn,
+    snapshot,
+    to_numpy,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Processes
@@ -259,6 +272,17 @@ def test_gradients_are_divided_by_the_scale_before_they_are_clipped(
         if step != 1:
             plain.step()
         assert_same_training(scaled, plain, step)
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_what_only_the_fused_update_can_do_is_refused_elsewhere(name: str) -> None:
+    optimizer = AdadeltaKeras([Parameter(torch.ones(3))], foreach=False)
+    give_gradients(optimizer.param_groups[0]["params"], 0)
+    setattr(optimizer, name, torch.tensor([1.0]))
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=f"{name} need the fused update; pass fused=True"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
 
 
 def test_clipping_keeps_a_scheduled_step_on_one_device(path: Path) -> None:
