@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(options: dict[str, Any], 
 @needs_library
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("clip", [{}, {"clipvalue": 0.5}, {"clipnorm": 0.7}, {"global_clipnorm": 0.9}], ids=str)
-def test_the_scale_divides_in_the_arithmetic_type(dtype: torch.dtype, clip: dict[str, float]) -> None:
+def test_the_scale_divides_in_the_opmath_dtype(dtype: torch.dtype, clip: dict[str, float]) -> None:
     """Not a product with the rounded inverse, which a scale of 3 would betray."""
     param = Parameter(torch.zeros(700, dtype=dtype))
     optimizer = AdadeltaKeras([param], 1.0, fused=True, **clip)  # type: ignore[arg-type]

@@ -385,3 +385,30 @@ def test_groups_agree_on_what_belongs_to_the_whole_optimizer(key: str, values: t
         return
     with pytest.raises(ValueError, match=rf"{key} belongs to the whole optimizer, but group 0 has .* and group 1 has"):
         options.check_agreement(groups)
+
+
+def test_what_is_saved_of_numpy_scalars() -> None:
+    """A number; a Tensor where that would be rounded when it is loaded."""
+    rho, decay, epsilon = (options.BY_NAME[name] for name in ("rho", "decay", "epsilon"))
+    saved = options.as_saved(rho, np.float64(0.95))
+    assert (saved.dtype, saved.item()) == (torch.float64, 0.95)
+    for option, value in ((decay, np.float32(0.25)), (rho, np.float64(0.5)), (epsilon, np.float64(1e-7))):
+        saved = options.as_saved(option, value)
+        assert type(saved) is float
+        assert saved == value
+    tensor = torch.tensor(0.95, dtype=torch.float64)
+    assert options.as_saved(rho, tensor) is tensor
+    assert options.as_saved(rho, 0.95) == 0.95
+
+
+def test_iterations_are_an_int_or_a_tensor_of_the_group() -> None:
+    count = torch.tensor(3)
+    for value in (3, np.int64(3), count):
+        assert options.iterations_for({"capturable": False, "params": []}, value) == 3
+        kept = options.iterations_for({"capturable": True, "params": [torch.zeros(1)]}, value)
+        assert isinstance(kept, torch.Tensor)
+        assert (kept.dtype, kept.shape, kept.item()) == (torch.int64, (), 3)
+        assert kept is not count
+    for value, error in ((1.5, TypeError), (True, TypeError), ("1", TypeError), (-1, ValueError), (2**63, ValueError)):
+        with pytest.raises(error, match="iterations must be"):
+            options.iterations_for({"capturable": False, "params": []}, value)
