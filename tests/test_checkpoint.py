@@ -137,6 +137,7 @@ def test_the_keys_of_others_survive_in_weights(path: Path) -> None:
 
 def test_what_is_loaded_is_copied(path: Path) -> None:
     optimizer = after_two_steps(path)
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["slow"] = torch.ones(3)
     saved = optimizer.state_dict()
     other = AdadeltaKeras([Parameter(torch.zeros(3))], 1.0, **path.options)
     other.load_state_dict(saved)
@@ -144,7 +145,8 @@ def test_what_is_loaded_is_copied(path: Path) -> None:
     (param,) = other.param_groups[0]["params"]
     param.grad = torch.ones(3)
     other.step()
-    for key in ("square_avg", "acc_delta"):
+    other.state[param]["slow"].zero_()
+    for key in ("square_avg", "acc_delta", "slow"):
         assert_same_bits(saved["state"][0][key], before["state"][0][key], key)
         assert (other.state[param][key] != before["state"][0][key]).all()
 
@@ -250,14 +252,29 @@ def test_loading_casts_the_state_to_the_parameter(path: Path, source: torch.dtyp
 
 def test_an_older_checkpoint_gets_what_it_lacks(path: Path) -> None:
     optimizer = stepped(path)
+    optimizer.norm_variables = [optimizer.param_groups[0]["params"][:2]]
+    given = str(optimizer.norm_variables)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
+        del group["norm_variables"]
         for key in ("iterations", "maximize", "foreach", "fused", "capturable", "differentiable", "optimizer_name"):
             del group[key]
     optimizer.load_state_dict(saved)
     assert optimizer.iterations == 0
     assert optimizer.name == "Adadelta"
+    assert str(optimizer.norm_variables) == given
     advance(optimizer)
+
+
+def test_a_clipvalue_is_not_loaded_for_complex_parameters() -> None:
+    saved = AdadeltaKeras([Parameter(torch.ones(2))], clipvalue=0.5).state_dict()
+    optimizer = AdadeltaKeras([Parameter(torch.ones(2, dtype=torch.complex64))])
+    before = snapshot(optimizer)
+    with pytest.raises(
+        ValueError, match=r"parameter 0 of group 0 has dtype torch\.complex64, and clipvalue=0\.5 is for"
+    ):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -302,6 +319,14 @@ def test_torch_adadelta_checkpoint(path: Path, capturable: bool) -> None:
         (
             lambda saved: saved["state"][7].update(square_avg=torch.zeros(4)),
             r"parameter 3 of group 1 has shape \(5, 3\)",
+        ),
+        (
+            lambda saved: saved["state"][7].update(acc_delta=torch.zeros(3, 5)),
+            r"parameter 3 of group 1 has shape \(5, 3\), but the state acc_delta to load is \(3, 5\)",
+        ),
+        (
+            lambda saved: saved["param_groups"][1].update(clipnorm=0.5),
+            r"clipnorm belongs to the whole optimizer, but group 0 has None and group 1 has 0\.5",
         ),
         (
             lambda saved: saved["state"][7].pop("acc_delta"),
