@@ -139,6 +139,8 @@ def test_a_pass_of_autograd_grad_is_no_step() -> None:
 def test_a_failed_pass_is_not_counted() -> None:
     training = Training({"lr": schedules.ExponentialDecay(1.0, 2, 0.5)})
     step_in_backward(training.optimizer)
+    training.loss(0).backward()
+    written = [group["lr"] for group in training.optimizer.param_groups]
     bias = training.model[0].bias
 
     def fail(grad: Tensor) -> None:
@@ -146,11 +148,13 @@ def test_a_failed_pass_is_not_counted() -> None:
 
     handle = bias.register_hook(fail)
     with pytest.raises(RuntimeError, match="of the user's own"):
-        training.loss(0).backward()
-    assert training.optimizer.iterations == 0
+        training.loss(1).backward()
+    assert training.optimizer.iterations == 1
+    assert [group["lr"] for group in training.optimizer.param_groups] == written
     handle.remove()
     training.loss(1).backward()
-    assert training.optimizer.iterations == 1
+    assert training.optimizer.iterations == 2
+    assert [group["lr"] for group in training.optimizer.param_groups] != written
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -181,6 +185,27 @@ def test_what_is_set_later_is_refused_before_the_first_write(option: str) -> Non
     setattr(training.optimizer, option, 1.0)
     before = [t.clone() for t in training.everything()]
     with pytest.raises(ValueError, match=f"step_in_backward: {option}=1.0 cannot be applied"):
+        training.loss(1).backward()
+    for actual, expected in zip(training.everything(), before, strict=True):
+        assert_same_bits(actual, expected)
+    assert training.optimizer.iterations == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("decay", 0.5, r"decay belongs to the whole optimizer, but group 0 has 0\.0 and group 1 has 0\.5"),
+        ("rho", 2.0, r"Invalid rho: 2\.0"),
+        ("lr", 7.0, "its learning_rate is given by the schedule .* which would overwrite that"),
+    ],
+)
+def test_what_is_written_to_a_group_is_checked_before_the_first_write(key: str, value: float, error: str) -> None:
+    training = Training({"lr": schedules.ExponentialDecay(1.0, 2, 0.5)})
+    step_in_backward(training.optimizer)
+    training.loss(0).backward()
+    training.optimizer.param_groups[1][key] = value
+    before = [t.clone() for t in training.everything()]
+    with pytest.raises((ValueError, RuntimeError), match=error):
         training.loss(1).backward()
     for actual, expected in zip(training.everything(), before, strict=True):
         assert_same_bits(actual, expected)
