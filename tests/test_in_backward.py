@@ -11,6 +11,8 @@ import torch.distributed as dist
 from cases import Path, assert_same_bits
 from processes import Processes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from training import path as path
 
 from torch_adadelta import AdadeltaKeras, in_backward, schedules, step_in_backward
@@ -175,6 +177,20 @@ def test_what_needs_all_gradients_is_refused(options: dict[str, Any], message: s
     training = Training(options)
     with pytest.raises(ValueError, match=f"step_in_backward: .*{message}"):
         step_in_backward(training.optimizer)
+
+
+def test_a_choice_that_cannot_run_and_a_dtensor_are_refused() -> None:
+    training = Training({})
+    training.optimizer.param_groups[1].update(fused=True, foreach=True)
+    with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot both be True"):
+        step_in_backward(training.optimizer)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        param = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(ValueError, match="step_in_backward: parameter 0 of group 0 is a DTensor"):
+            step_in_backward(AdadeltaKeras([param]))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
