@@ -10,7 +10,6 @@ says how many.
 """
 
 import copy
-import gc
 import io
 import os
 import pickle
@@ -48,6 +47,7 @@ SHAPES = ((3,), (), (0,), (1,), (4, 3), (2, 3, 2), (37,), (5, 1, 4))
 RATES = (1.0, 0.001, 0.1, 0.0)
 RHOS = (0.95, 0.5, 0.0, 1.0)
 EPSILONS = (1e-7, 1e-3, 1.0)
+NUMBERS: dict[str, tuple[Any, ...]] = {"decay": (0.0, 0.5, 1e-3), "iterations": (0, 1, 2**40)}
 CLIPS: tuple[dict[str, float], ...] = (
     {},
     {"clipvalue": 0.5},
@@ -329,17 +329,10 @@ class OptimizerStateMachine(RuleBasedStateMachine):
             replica.optimizer.norm_variables = given
         self.expected.norm_variables = [list(pieces.values())] if pieces else []
 
-    @rule(decay=st.sampled_from([0.0, 0.5, 1e-3]))
-    def set_decay(self, decay: float) -> None:
-        for replica in self.replicas:
-            replica.optimizer.decay = decay
-        self.expected.decay = decay
-
-    @rule(iterations=st.sampled_from([0, 1, 2**40]))
-    def set_iterations(self, iterations: int) -> None:
-        for replica in self.replicas:
-            replica.optimizer.iterations = iterations
-        self.expected.iterations = iterations
+    @rule(name_and_value=st.sampled_from([(n, x) for n, xs in NUMBERS.items() for x in xs]))
+    def set_number(self, name_and_value: tuple[str, Any]) -> None:
+        for each in (*(replica.optimizer for replica in self.replicas), self.expected):
+            setattr(each, *name_and_value)
 
     @rule()
     def load_into_itself(self) -> None:
@@ -432,22 +425,18 @@ class OptimizerStateMachine(RuleBasedStateMachine):
             self.refused(replica, "but its state")
             state[key] = good
 
-    @rule()
-    def clear_state(self) -> None:
+    @rule(index=some_param, how=st.sampled_from(["pop", "empty", "all"]))
+    def clear_state(self, index: int, how: str) -> None:
+        number = self.number(index)
         for replica in self.replicas:
-            replica.optimizer.state.clear()
-        for index in range(len(self.has_state)):
-            self.forget_state(index)
-
-    @rule(index=some_param, how=st.sampled_from(["pop", "empty"]))
-    def clear_one_state(self, index: int, how: str) -> None:
-        index = self.number(index)
-        for replica in self.replicas:
-            if how == "pop":
-                replica.optimizer.state.pop(replica.params[index], None)
+            if how == "all":
+                replica.optimizer.state.clear()
+            elif how == "pop":
+                replica.optimizer.state.pop(replica.params[number], None)
             else:
-                replica.optimizer.state[replica.params[index]] = {}
-        self.forget_state(index)
+                replica.optimizer.state[replica.params[number]] = {}
+        for cleared in range(len(self.has_state)) if how == "all" else [number]:
+            self.forget_state(cleared)
 
     @rule(
         index=some_param,
@@ -562,10 +551,6 @@ class OptimizerStateMachine(RuleBasedStateMachine):
         for index in (i for group in self.groups for i in group["params"]):
             self.has_state[index] = True
             self.set_oracle(index)
-
-    @rule()
-    def collect_garbage(self) -> None:
-        gc.collect(0)
 
     # ---- What must hold after each of them --------------------------------------------------------------------------
 

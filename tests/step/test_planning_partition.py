@@ -262,9 +262,9 @@ def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
     param = Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = AdadeltaKeras([param], 0.5)
     group = optimizer.param_groups[0]
+    oracle = oracle_of(param, learning_rate=0.5)
     for lr in (0.1, 0.1, float("0.1"), np.float64(0.1), 0.1, torch.tensor(0.1, dtype=torch.float64), 0.1):
-        oracle = oracle_of(param, learning_rate=lr if not isinstance(lr, torch.Tensor) else np.float64(0.1))
-        optimizer.state.clear()
+        oracle.learning_rate = lr if not isinstance(lr, torch.Tensor) else np.float64(0.1)
         group["lr"] = lr
         param.grad = torch.ones(1, dtype=torch.float64)
         optimizer.step()
