@@ -11,6 +11,9 @@ import torch.distributed as dist
 from cases import Path, assert_same_bits
 from processes import Processes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, in_backward, schedules, step_in_backward
 from torch_adadelta.backends import kernels
@@ -138,6 +141,8 @@ def test_a_pass_of_autograd_grad_is_no_step() -> None:
 def test_a_failed_pass_is_not_counted() -> None:
     training = Training({"lr": schedules.ExponentialDecay(1.0, 2, 0.5)})
     step_in_backward(training.optimizer)
+    training.loss(0).backward()
+    written = [group["lr"] for group in training.optimizer.param_groups]
     bias = training.model[0].bias
 
     def fail(grad: Tensor) -> None:
@@ -145,11 +150,13 @@ def test_a_failed_pass_is_not_counted() -> None:
 
     handle = bias.register_hook(fail)
     with pytest.raises(RuntimeError, match="of the user's own"):
-        training.loss(0).backward()
-    assert training.optimizer.iterations == 0
+        training.loss(1).backward()
+    assert training.optimizer.iterations == 1
+    assert [group["lr"] for group in training.optimizer.param_groups] == written
     handle.remove()
     training.loss(1).backward()
-    assert training.optimizer.iterations == 1
+    assert training.optimizer.iterations == 2
+    assert [group["lr"] for group in training.optimizer.param_groups] != written
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -172,6 +179,20 @@ def test_what_needs_all_gradients_is_refused(options: dict[str, Any], message: s
         step_in_backward(training.optimizer)
 
 
+def test_a_choice_that_cannot_run_and_a_dtensor_are_refused() -> None:
+    training = Training({})
+    training.optimizer.param_groups[1].update(fused=True, foreach=True)
+    with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot both be True"):
+        step_in_backward(training.optimizer)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        param = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(ValueError, match="step_in_backward: parameter 0 of group 0 is a DTensor"):
+            step_in_backward(AdadeltaKeras([param]))
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
 def test_what_is_set_later_is_refused_before_the_first_write(option: str) -> None:
     training = Training({})
@@ -180,6 +201,27 @@ def test_what_is_set_later_is_refused_before_the_first_write(option: str) -> Non
     setattr(training.optimizer, option, 1.0)
     before = [t.clone() for t in training.everything()]
     with pytest.raises(ValueError, match=f"step_in_backward: {option}=1.0 cannot be applied"):
+        training.loss(1).backward()
+    for actual, expected in zip(training.everything(), before, strict=True):
+        assert_same_bits(actual, expected)
+    assert training.optimizer.iterations == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("decay", 0.5, r"decay belongs to the whole optimizer, but group 0 has 0\.0 and group 1 has 0\.5"),
+        ("rho", 2.0, r"Invalid rho: 2\.0"),
+        ("lr", 7.0, "its learning_rate is given by the schedule .* which would overwrite that"),
+    ],
+)
+def test_what_is_written_to_a_group_is_checked_before_the_first_write(key: str, value: float, error: str) -> None:
+    training = Training({"lr": schedules.ExponentialDecay(1.0, 2, 0.5)})
+    step_in_backward(training.optimizer)
+    training.loss(0).backward()
+    training.optimizer.param_groups[1][key] = value
+    before = [t.clone() for t in training.everything()]
+    with pytest.raises((ValueError, RuntimeError), match=error):
         training.loss(1).backward()
     for actual, expected in zip(training.everything(), before, strict=True):
         assert_same_bits(actual, expected)

@@ -1,19 +1,22 @@
 """What the user gave, and the value of a step: rounding, Tensors, ranges, and the words of a refusal."""
 
+import itertools
 import math
+import warnings
 from typing import Any
 
 import expecttest
 import numpy as np
 import pytest
 import torch
-from cases import Path, assert_like_oracle, gradients, oracle_of, to_numpy
+from cases import Path, assert_like_oracle, assert_unchanged, gradients, oracle_of, snapshot, to_numpy
 from torch.nn import Parameter
+from training import assert_like_oracles, give_gradients, numpy_or_none, oracle_of_all
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, options
 from torch_adadelta.backends import opmath
 from torch_adadelta.options import HYPERPARAMETERS
-from torch_adadelta.step.sources import decayed
 
 
 def for_step(*values: Any) -> tuple[Any, ...]:
@@ -56,7 +59,7 @@ def test_what_carries_its_own_precision_keeps_it(path: Path, dtype: torch.dtype,
     assert_like_oracle(param, optimizer.state[param], oracle)
 
 
-def test_one_minus_rho_is_subtracted_in_the_arithmetic_type() -> None:
+def test_one_minus_rho_is_subtracted_in_the_opmath_dtype() -> None:
     rho = float(np.float32(0.95))
     assert opmath.one_minus(rho, torch.float32) == float(np.float32(1) - np.float32(0.95)) != 0.05
     assert opmath.one_minus(rho, torch.float64) == 1 - rho
@@ -88,18 +91,6 @@ def test_lr_is_an_alias_that_wins() -> None:
     optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "learning_rate": 2.0})
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 3.0, 2.0]
     assert "learning_rate" not in optimizer.param_groups[2]
-
-
-def test_assignment_reaches_every_group_and_later_ones() -> None:
-    optimizer = AdadeltaKeras(
-        [{"params": [Parameter(torch.zeros(1))], "lr": 7.0}, {"params": [Parameter(torch.ones(1))]}]
-    )
-    optimizer.learning_rate, optimizer.rho, optimizer.epsilon = 0.1, 0.5, 1e-3
-    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))]})
-    for group in optimizer.param_groups:
-        assert (group["lr"], group["rho"], group["epsilon"]) == (0.1, 0.5, 1e-3)
-    optimizer.lr = 0.2
-    assert optimizer.learning_rate == 0.2
 
 
 def test_torch_schedulers_reach_numbers_and_tensors(path: Path) -> None:
@@ -247,31 +238,177 @@ class TestMessages(expecttest.TestCase):
         )
 
 
-@pytest.mark.parametrize("T", [np.float32, np.float64])
-@pytest.mark.parametrize("iterations", [7, torch.tensor(7)], ids=["int", "Tensor"])
-def test_decay_is_cast_to_T_before_it_is_multiplied(T: Any, iterations: Any) -> None:
-    """A NumPy float64 is rounded once to float32, then the product: not the product of the float64 alone."""
-    dtype = torch.float32 if T is np.float32 else torch.float64
-    for decay in np.random.default_rng(0).uniform(0, 1, 300):
-        expected = T(0.5) / (T(1) + T(decay) * T(7))
-        assert float(decayed(0.5, decay, iterations, dtype)) == expected
+# ---- Options of the whole optimizer ----------------------------------------------------------------------------------
 
 
-def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
-    """A step remembers numbers by identity."""
-    param = Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = AdadeltaKeras([param], 0.5)
-    group = optimizer.param_groups[0]
-    for lr in (0.1, 0.1, float("0.1"), np.float64(0.1), 0.1, torch.tensor(0.1, dtype=torch.float64), 0.1):
-        oracle = oracle_of(param, learning_rate=lr if not isinstance(lr, torch.Tensor) else np.float64(0.1))
-        optimizer.state.clear()
-        group["lr"] = lr
-        param.grad = torch.ones(1, dtype=torch.float64)
+def test_options_can_be_set_and_read(path: Path) -> None:
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(2))]
+    optimizer = AdadeltaKeras([{"params": params[:1]}, {"params": params[1:]}], 1.0, **path.options)
+    expected = oracle_of_all(params)
+    assert (optimizer.clipvalue, optimizer.clipnorm, optimizer.global_clipnorm, optimizer.decay) == (None,) * 3 + (0.0,)
+    changes: list[dict[str, Any]] = [
+        {"clipvalue": 0.5},
+        {"clipnorm": 2.0},
+        {"clipvalue": None},
+        {"clipnorm": None, "global_clipnorm": 1.5},
+        {"decay": 0.7},
+        {"global_clipnorm": None},
+    ]
+    for step, change in enumerate(changes):
+        for key, value in change.items():
+            setattr(optimizer, key, value)
+            setattr(expected, key, value)
+            assert getattr(optimizer, key) == value
+            assert [group[key] for group in optimizer.param_groups] == [value, value]
+        grads = give_gradients(params, step)
         optimizer.step()
-        oracle.step(np.ones(1))
-        assert_like_oracle(param, optimizer.state[param], oracle, repr(lr))
-    for key, value in (("lr", math.nan), ("rho", None), ("epsilon", math.inf)):
-        before, group[key] = group[key], value
-        with pytest.raises((TypeError, ValueError)):
-            optimizer.step()
-        group[key] = before
+        expected.step(numpy_or_none(grads))
+        assert_like_oracles(optimizer, expected, f"after {change}")
+
+
+class TestRefusedOptions(expecttest.TestCase):
+    def refused(self, error: type[Exception], **options: Any) -> str:
+        dtype = options.pop("dtype", torch.float32)
+        with pytest.raises(error) as caught:
+            AdadeltaKeras([torch.zeros(2, dtype=dtype)], **options)
+        return str(caught.value)
+
+    def test_negative_numbers(self) -> None:
+        for key in ("clipvalue", "clipnorm", "global_clipnorm", "decay"):
+            assert self.refused(ValueError, **{key: -1.0}) == f"Expected {key} >= 0, received: -1.0"
+
+    def test_numbers_that_are_none(self) -> None:
+        messages = [
+            self.refused(ValueError, clipvalue=math.nan),
+            self.refused(ValueError, clipnorm=math.inf),
+            self.refused(ValueError, global_clipnorm=1e39),
+            self.refused(ValueError, decay=math.inf),
+            self.refused(TypeError, decay=None),
+            self.refused(TypeError, clipnorm="1"),
+            self.refused(TypeError, clipvalue=True),
+            self.refused(TypeError, clipvalue=torch.tensor(1.0)),
+        ]
+        self.assertExpectedInline(
+            "\n".join(messages),
+            """\
+Invalid clipvalue: nan; it must be a number >= 0
+Invalid clipnorm: inf; it must be a finite number >= 0 that fits float32
+Invalid global_clipnorm: 1e+39; it must be a finite number >= 0 that fits float32
+Invalid decay: inf; it must be a finite number >= 0 that fits float32
+decay must be a number, got None of type NoneType
+clipnorm must be a number, got '1' of type str
+clipvalue must be a number, got True of type bool
+clipvalue must be a number, got a Tensor; use .item()""",
+        )
+
+    def test_options_that_exclude_each_other(self) -> None:
+        messages = [
+            self.refused(ValueError, clipnorm=1.0, global_clipnorm=2.0),
+            self.refused(ValueError, clipvalue=1.0, gradient_transformers=[list]),
+            self.refused(ValueError, clipvalue=1.0, dtype=torch.complex64),
+        ]
+        self.assertExpectedInline(
+            "\n".join(messages),
+            """\
+Cannot accept both `clipnorm` and `global_clipnorm`. Received: `clipnorm`=1.0, `global_clipnorm`=2.0.
+`clipvalue` cannot be set when `gradient_transformers` is set. Instead, use the `gradient_transformers` to specify clipping and other transformations. Received: clipvalue=1.0
+parameter 0 of group 0 has dtype torch.complex64, and clipvalue=1.0 is for real numbers; use clipnorm or global_clipnorm""",
+        )
+
+    def test_callbacks_that_are_none(self) -> None:
+        messages = [
+            self.refused(TypeError, gradient_aggregator=1),
+            self.refused(TypeError, gradient_transformers=list),
+            self.refused(TypeError, gradient_transformers=[1]),
+        ]
+        self.assertExpectedInline(
+            "\n".join(messages),
+            """\
+gradient_aggregator must be callable, got 1
+gradient_transformers must be a list of callables, got <class 'list'>
+gradient_transformers must be callables, got 1""",
+        )
+
+    def test_an_unknown_keyword_is_named(self) -> None:
+        with pytest.raises(TypeError, match="momentum"):
+            AdadeltaKeras([torch.zeros(2)], momentum=0.9)  # type: ignore[call-arg]
+
+
+def test_clipvalue_in_a_group_of_complex_parameters_is_refused(path: Path) -> None:
+    param = Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = AdadeltaKeras([param], **path.options)
+    optimizer.param_groups[0]["clipvalue"] = 1.0
+    param.grad = torch.full((2,), 5 + 5j)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"clipvalue=1\.0 is for real numbers"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+def test_options_of_the_wrong_type() -> None:
+    for name, value in itertools.product(("maximize", "capturable", "differentiable"), (None, 1, "yes")):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+            AdadeltaKeras([Parameter(torch.ones(1))], **{name: value})
+    for name, value in itertools.product(("foreach", "fused"), (1, "yes")):
+        with pytest.raises(TypeError, match=f"{name} must be True, False or None, got"):
+            AdadeltaKeras([Parameter(torch.ones(1))], **{name: value})
+    with pytest.raises(TypeError, match="name must be a str"):
+        AdadeltaKeras([Parameter(torch.ones(1))], 0.1, 0.9, 1e-7, 5)  # type: ignore[arg-type]
+
+
+def test_lr_wins_with_a_warning_that_names_both_values() -> None:
+    param = Parameter(torch.zeros(1))
+    with pytest.warns(UserWarning, match=r"lr=0\.1 is used, not learning_rate=0\.5"):
+        optimizer = AdadeltaKeras([param], learning_rate=0.5, lr=0.1)
+    assert optimizer.learning_rate == 0.1
+    with pytest.warns(UserWarning, match=r"lr=0\.1 is used, not learning_rate=0\.2"):
+        optimizer = AdadeltaKeras([{"params": [param], "lr": 0.1, "learning_rate": 0.2}])
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert "learning_rate" not in optimizer.param_groups[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdadeltaKeras([param], lr=0.1)
+        AdadeltaKeras([param], learning_rate=0.1, lr=0.1)
+        AdadeltaKeras([{"params": [param], "learning_rate": 0.2}])
+
+
+@pytest.mark.parametrize(
+    ("values", "agrees"),
+    [((0.5, 0.5), True), ((None, None), True), ((0.5, None), False), ((0.5, 0.25), False), ((1.0, True), False)],
+)
+@pytest.mark.parametrize("key", ["decay", "clipvalue", "clipnorm", "global_clipnorm"])
+def test_groups_agree_on_what_belongs_to_the_whole_optimizer(key: str, values: tuple[Any, Any], agrees: bool) -> None:
+    """True is no number, though it equals one."""
+    groups = [{**dict.fromkeys(option.key for option in options.NUMBERS), key: value} for value in values]
+    if agrees:
+        options.check_agreement(groups)
+        return
+    with pytest.raises(ValueError, match=rf"{key} belongs to the whole optimizer, but group 0 has .* and group 1 has"):
+        options.check_agreement(groups)
+
+
+def test_what_is_saved_of_numpy_scalars() -> None:
+    """A number; a Tensor where that would be rounded when it is loaded."""
+    rho, decay, epsilon = (options.BY_NAME[name] for name in ("rho", "decay", "epsilon"))
+    saved = options.as_saved(rho, np.float64(0.95))
+    assert (saved.dtype, saved.item()) == (torch.float64, 0.95)
+    for option, value in ((decay, np.float32(0.25)), (rho, np.float64(0.5)), (epsilon, np.float64(1e-7))):
+        saved = options.as_saved(option, value)
+        assert type(saved) is float
+        assert saved == value
+    tensor = torch.tensor(0.95, dtype=torch.float64)
+    assert options.as_saved(rho, tensor) is tensor
+    assert options.as_saved(rho, 0.95) == 0.95
+
+
+def test_iterations_are_an_int_or_a_tensor_of_the_group() -> None:
+    count = torch.tensor(3)
+    for value in (3, np.int64(3), count):
+        assert options.iterations_for({"capturable": False, "params": []}, value) == 3
+        kept = options.iterations_for({"capturable": True, "params": [torch.zeros(1)]}, value)
+        assert isinstance(kept, torch.Tensor)
+        assert (kept.dtype, kept.shape, kept.item()) == (torch.int64, (), 3)
+        assert kept is not count
+    for value, error in ((1.5, TypeError), (True, TypeError), ("1", TypeError), (-1, ValueError), (2**63, ValueError)):
+        with pytest.raises(error, match="iterations must be"):
+            options.iterations_for({"capturable": False, "params": []}, value)

@@ -1,7 +1,9 @@
 """Threads and processes: optimizers that share nothing do not disturb each other; after a fork; beside DataLoader."""
 
 import multiprocessing
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +14,12 @@ from cases import Path, assert_same_bits, gradients
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.data import DataLoader, TensorDataset
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends import kernels
 
-STEPS = 60
+STEPS = 21
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +29,18 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def trained(options: dict[str, bool], seed: int, sizes: tuple[int, ...] = (3, 40, 500)) -> list[Tensor]:
+def trained(
+    options: dict[str, bool], seed: int, sizes: tuple[int, ...] = (3, 40, 500), steps: int = STEPS
+) -> list[Tensor]:
     """Parameters and state after some steps, each with gradients, clipping and state of its own."""
     params = [Parameter(torch.zeros(size)) for size in sizes]
     optimizer = AdadeltaKeras(params, 1.0, global_clipnorm=0.5 if seed % 2 else None, **options)
     grads = [gradients((size,), torch.float32, 1, seed)[0] for size in sizes]
-    for step in range(STEPS):
+    for step in range(steps):
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad * (step % 7)
-        if step == STEPS // 2:
-            optimizer.load_state_dict(optimizer.state_dict())  # other state to hold
+        if step == steps // 2:
+            optimizer.load_state_dict(optimizer.state_dict())  # other state to cache
         optimizer.step()
     return [x.detach() for p in params for x in (p, *optimizer.state[p].values())]
 
@@ -79,7 +85,7 @@ def test_optimizers_in_several_threads(path: Path) -> None:
 
 def _train_into(connection: Any, options: dict[str, bool]) -> None:
     torch.set_num_threads(1)  # OpenMP's threads did not come along
-    connection.send([x.numpy() for x in trained(options, 1, (3, 100_000))])
+    connection.send([x.numpy() for x in trained(options, 1, (3, 100_000), 6)])
     connection.close()
 
 
@@ -87,7 +93,7 @@ def _train_into(connection: Any, options: dict[str, bool]) -> None:
 def test_a_fork_after_use_goes_on_with_one_thread(path: Path) -> None:
     """As in a worker of DataLoader, or a server that forks."""
     torch.set_num_threads(2)
-    expected = trained(path.options, 1, (3, 100_000))
+    expected = trained(path.options, 1, (3, 100_000), 6)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_train_into, args=(theirs, path.options), daemon=True)
@@ -100,7 +106,7 @@ def test_a_fork_after_use_goes_on_with_one_thread(path: Path) -> None:
         process.kill()
         process.join()
     assert_equal([torch.from_numpy(x) for x in result], expected)
-    assert_equal(trained(path.options, 1, (3, 100_000)), expected)
+    assert_equal(trained(path.options, 1, (3, 100_000), 6), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning", "ignore:This DataLoader will create")
@@ -121,3 +127,31 @@ def test_workers_of_a_data_loader_change_nothing(path: Path) -> None:
         return [x.detach() for p in model.parameters() for x in (p, *optimizer.state[p].values())]
 
     assert_equal(train(2), train(0))
+
+
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+def test_lists_may_be_emptied_while_an_update_runs() -> None:
+    """By another thread: what the update works on stays alive."""
+    code = """
+        from concurrent.futures import ThreadPoolExecutor
+        import torch
+        from torch_adadelta.backends import kernels
+
+        numel = 2**25
+        square_avgs, acc_deltas = [torch.zeros(numel)], [torch.zeros(numel)]
+        state = kernels.AccumulatorCache(square_avgs, acc_deltas)
+        update_op = torch.ops.torch_adadelta.adadelta_.cached
+        with ThreadPoolExecutor(1) as executor:
+            for _ in range(5):
+                before = square_avgs[0][0].clone()
+                params, grads = [torch.ones(numel)], [torch.ones(numel)]
+                segment = [1], [1.0, 0.95, 1e-7, 0.0], []
+                update = executor.submit(update_op, params, grads, state.number, *segment)
+                while not update.done() and square_avgs[0][0] == before:
+                    pass  # until it has begun to write
+                params.clear()
+                grads.clear()
+                update.result()
+        assert square_avgs[0].min() == square_avgs[0].max() > 0
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -85,10 +85,11 @@ class AdadeltaKeras(KerasInterface):
         norm_variables: for `clipnorm`, the variables of Keras that are not one to one with parameters: lists of pieces
             that have one norm together, each a parameter or (parameter, first row, row behind the last).
         maximize: ascend instead of descend.
-        foreach: True for PyTorch's multi-tensor operations, False for the for-loop, None for the best that applies.
+        foreach: True for PyTorch's multi-tensor operations, False for single-tensor operations, None for the best that
+            applies.
         fused: True for the compiled kernel, False to do without it, None to use it where it applies.
         capturable: keep ``iterations`` on the parameters' device, so that ``step()`` can be captured in a CUDA graph.
-        differentiable: let autograd record ``step()``, which then runs the for-loop.
+        differentiable: let autograd record ``step()``, which then runs single-tensor operations.
 
     A sparse gradient (``torch.sparse_coo``, as of ``nn.Embedding(..., sparse=True)``) updates the rows that occur in
     it, and leaves all others of the parameter and its state as they are.
@@ -178,7 +179,7 @@ class AdadeltaKeras(KerasInterface):
 
         Raises what the constructor raises, and then leaves the optimizer as it was.
         """
-        self._follow_groups()  # some may have been removed
+        self._sync_groups()  # some may have been removed
         sources: dict[str, Source] = {}
         if isinstance(param_group, dict):
             param_group = dict(param_group)  # a callable in the user's own must stay there
@@ -192,7 +193,7 @@ class AdadeltaKeras(KerasInterface):
             for index, param in enumerate(group["params"]):
                 validation.check_param(partial(validation.name_in, self.param_groups, count, index), param)
             validation.check_not_complex(self.param_groups, first=count)
-            norm_variables.check(self.param_groups, self._norm_group is not None or self._is_made_by_zero)
+            norm_variables.canonicalize(self.param_groups, self._norm_group is not None or self._is_made_by_zero)
             selection.check_params(group)
             self._sources.update_metadata(self.param_groups, self._callbacks, first=count)
         except BaseException:
@@ -227,8 +228,8 @@ class AdadeltaKeras(KerasInterface):
             group["iterations"] = first["iterations"]
         return bind_group(group, self._sources.defaults, group.setdefault("iterations", 0))
 
-    def _follow_groups(self) -> None:
-        self._sources.follow(self.param_groups, self._callbacks)
+    def _sync_groups(self) -> None:
+        self._sources.sync(self.param_groups, self._callbacks)
 
     def _name_of(self, param: Tensor) -> str:
         return validation.name_of(self.param_groups, param)
@@ -241,7 +242,7 @@ class AdadeltaKeras(KerasInterface):
         A schedule is in it as its configuration. Of callables, the aggregator and the transformers it holds the names:
         the optimizer that loads it must have been given them.
         """
-        self._follow_groups()
+        self._sync_groups()
         self._sources.update_metadata(self.param_groups, self._callbacks)
         state_dict = super().state_dict()
         checkpoint.save_groups(state_dict.get("param_groups", ()))  # a hook may have returned something else
@@ -268,6 +269,7 @@ class AdadeltaKeras(KerasInterface):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self._sync_groups()
         self._sources.update_metadata(self.param_groups, self._callbacks)
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN_ATTRIBUTES}}
 
@@ -284,7 +286,9 @@ class AdadeltaKeras(KerasInterface):
                 checkpoint.convert_torch_adadelta(groups, params, previous)
             known["_callbacks"].check_known(groups)
             sources.of_groups = checkpoint.restore_groups(groups, known["defaults"], sources, previous)
-            norm_variables.check(groups, known.get("_norm_group") is not None or known.get("_is_made_by_zero", False))
+            norm_variables.canonicalize(
+                groups, known.get("_norm_group") is not None or known.get("_is_made_by_zero", False)
+            )
             for group in groups[:1]:
                 known["_callbacks"].check_clip_options(group)
         for group_index, group in enumerate(groups):
@@ -320,7 +324,7 @@ class AdadeltaKeras(KerasInterface):
     # ---- Options ------------------------------------------------------------------------------------------------
 
     def _get(self, option: Option) -> Any:
-        self._follow_groups()
+        self._sync_groups()
         source = self._sources.of_groups[0].get(option.key)
         return self.param_groups[0][option.key] if source is None else source.given
 
@@ -331,7 +335,7 @@ class AdadeltaKeras(KerasInterface):
             self._set_number(option, value)
 
     def _set_hyperparameter(self, option: Option, value: Any) -> None:
-        self._follow_groups()
+        self._sync_groups()
         bound: list[tuple[dict[str, Any], dict[str, Source], dict[str, Any], Source | None]] = []
         all_sources = (self._sources.defaults, *self._sources.of_groups)
         for group, sources in zip((self.defaults, *self.param_groups), all_sources, strict=True):
@@ -400,6 +404,7 @@ class AdadeltaKeras(KerasInterface):
 
     def _set_callbacks(self, callbacks: Callbacks) -> None:
         callbacks.check_clip_options(self.param_groups[0])
+        self._sync_groups()
         self._callbacks = callbacks
         self._sources.update_metadata(self.param_groups, self._callbacks)
 
@@ -481,7 +486,7 @@ class AdadeltaKeras(KerasInterface):
             torch._C._set_grad_enabled(grad_enabled)
 
     def step_request(self) -> StepRequest:
-        """All that a step depends on, for the rooms of `step/`."""
+        """All that a step depends on, for `step/`."""
         return StepRequest(
             self.param_groups,
             self.state,

@@ -248,10 +248,11 @@ def check_agreement(groups: list[dict[str, Any]]) -> None:
     """Raises ValueError if param groups differ in what belongs to the whole optimizer."""
     for index, group in enumerate(groups):
         for option in NUMBERS:
-            if group[option.key] != groups[0][option.key]:
+            value, first = group[option.key], groups[0][option.key]
+            if value != first or isinstance(value, bool) != isinstance(first, bool):  # True == 1.0
                 raise ValueError(
-                    f"{option.name} belongs to the whole optimizer, but group 0 has {groups[0][option.key]!r} and "
-                    f"group {index} has {group[option.key]!r}. Set optimizer.{option.name}"
+                    f"{option.name} belongs to the whole optimizer, but group 0 has {first!r} and group {index} has "
+                    f"{value!r}. Set optimizer.{option.name}"
                 )
 
 

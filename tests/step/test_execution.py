@@ -1,203 +1,253 @@
-"""Faults amid a step: what was interrupted says what it has done, and training can go on."""
+"""Exception safety: a step that is interrupted has done nothing, or all of it, or says that it is partial.
 
+And whatever came of it, no cache is stale: the optimizer goes on as one that has none.
+"""
+
+import copy
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path as FilePath
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from cases import Path, assert_same_bits, assert_unchanged, gradients, snapshot
+from cases import assert_same_bits, assert_unchanged, gradients, snapshot
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import torch_adadelta
 from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.backends import kernels
+from torch_adadelta.step import execution, planning, sources
+from torch_adadelta.step.sources import Source
 
-PACKAGE = str(FilePath(torch_adadelta.__file__).parent)
 PARTIAL = "the step is partial"
+
+SINGLE, MULTI, FUSED = {"foreach": False}, {"foreach": True}, {"fused": True}
+BACKENDS: dict[str, list[dict[str, bool]]] = {
+    "single_tensor": [SINGLE, SINGLE],
+    "multi_tensor": [MULTI, MULTI],
+    **({"fused": [FUSED, FUSED], "all": [FUSED, SINGLE, MULTI]} if kernels.is_loaded else {}),
+}
 
 
 def identity(pairs: Any) -> Any:
     return pairs
 
 
-# ---- An exception at every line ---------------------------------------------------------------------------------------
-
-SCENARIOS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "two groups": {"groups": 2},
-    "no state yet": {"steps_before": 0},
-    "clipnorm": {"clipnorm": 0.5},
-    "global_clipnorm": {"global_clipnorm": 0.5, "groups": 2},
-    "sources": {
-        "learning_rate": schedules.ExponentialDecay(1.0, 10, 0.9),
-        "rho": lambda: 0.9,
-        "decay": 0.5,
-        "groups": 2,
-    },
-    "callbacks": {"gradient_aggregator": identity, "gradient_transformers": [identity], "steps_before": 0},
-    "sparse": {"sparse": True},
-}
-
-OF_EACH_KIND: dict[type[BaseException], tuple[str, ...]] = dict.fromkeys(
-    (TimeoutError, RuntimeError), ("plain", "no state yet")
-)
+def params_of(optimizer: AdadeltaKeras) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def made(path: Path, groups: int = 1, steps_before: int = 2, sparse: bool = False, **options: Any) -> AdadeltaKeras:
-    """An optimizer that has taken steps, and has gradients for another one."""
-    param_groups = [{"params": [Parameter(torch.ones(4, 3)) for _ in range(2)]} for _ in range(groups)]
-    optimizer = AdadeltaKeras(param_groups, **{"learning_rate": 1.0, **options}, **path.options)
-    for step in range(steps_before + 1):
-        if step > 0:
-            optimizer.step()
-        give_gradients(optimizer, step, sparse)
-    return optimizer
+@functools.cache
+def gradient(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return gradients(shape, dtype, 1, seed)[0]
 
 
 def give_gradients(optimizer: AdadeltaKeras, seed: int, sparse: bool = False) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, param in enumerate(params):
-        grad = gradients((4, 3), torch.float32, 1, 10 * seed + i)[0]
-        param.grad = grad.to_sparse(1) if sparse and i == 1 else grad
+    for i, param in enumerate(params_of(optimizer)):
+        grad = gradient(param.shape, param.dtype, 10 * seed + i)
+        param.grad = grad.to_sparse(1) if sparse and i == 0 else grad
 
 
-def everything(optimizer: AdadeltaKeras) -> list[Tensor]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [x for p in params for x in (p, *optimizer.state.get(p, {}).values())]
+def made(
+    backends: list[dict[str, bool]],
+    steps_before: int = 2,
+    sparse: bool = False,
+    found_inf: bool = False,
+    others: bool = False,
+    **options: Any,
+) -> AdadeltaKeras:
+    """An optimizer of a group for each backend, which has taken steps and has gradients for another one."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float32)
+    groups = [
+        {"params": [Parameter(torch.ones(3, 2, dtype=dtype))], **backend}
+        for backend, dtype in zip(backends, dtypes, strict=False)
+    ]
+    optimizer = AdadeltaKeras(groups, **{"learning_rate": 1.0, **options})
+    for step in range(steps_before):
+        give_gradients(optimizer, step, sparse)
+        optimizer.step()
+    give_gradients(optimizer, steps_before, sparse)
+    for param in params_of(optimizer) if others else ():
+        optimizer.state[param]["slow"] = torch.full((3, 2), 0.5)
+    if found_inf:
+        optimizer.found_inf = torch.zeros(1)
+    return optimizer
+
+
+def tensors_of(optimizer: AdadeltaKeras) -> list[Tensor]:
+    return [x for p in params_of(optimizer) for x in (p.detach(), *optimizer.state.get(p, {}).values())]
+
+
+def numbers_of(optimizer: AdadeltaKeras) -> list[Any]:
+    """What a step writes to groups."""
+    return [(int(group["iterations"]), float(group["lr"]), float(group["rho"])) for group in optimizer.param_groups]
+
+
+def holds(optimizer: AdadeltaKeras, values: list[Tensor]) -> bool:
+    ours = tensors_of(optimizer)
+    return len(ours) == len(values) and all(map(torch.equal, ours, values))
 
 
 def is_like(optimizer: AdadeltaKeras, other: AdadeltaKeras) -> bool:
-    ours, theirs = everything(optimizer), everything(other)
-    return (
-        len(ours) == len(theirs)
-        and all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
-        and [group["iterations"] for group in optimizer.param_groups]
-        == [group["iterations"] for group in other.param_groups]
+    return holds(optimizer, tensors_of(other)) and numbers_of(optimizer) == numbers_of(other)
+
+
+# ---- An exception at every boundary ---------------------------------------------------------------------------------
+
+
+class TickingState(dict[Any, Any]):
+    """A state that another thread interrupts where parameters are added."""
+
+    tick: Callable[[], None]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tick()
+        super().__setitem__(key, value)
+        self.tick()
+
+    def __deepcopy__(self, memo: Any) -> dict[Any, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+
+class Fault(TorchDispatchMode):
+    """Raises at boundary number `at` of a step: before a PyTorch op, before or after a call of one of `CALLS`.
+
+    A dispatch mode keeps the library from updating its cached accumulators, so that ops are watched only if wanted.
+    """
+
+    KERNELS = ("adadelta_", "_adadelta_cached", "_sparse_adadelta")
+    CALLS: tuple[tuple[Any, str], ...] = (
+        *((kernels, name) for name in (*KERNELS, "grad_square_sums", "_first_invalid_indices", "_cache_accumulators")),
+        *((planning, name) for name in ("gather", "new_state_of", "Partition", "set_gradient_options", "StepPlan")),
+        *((execution, name) for name in ("apply", "add_state", "run", "count_unless")),
+        *((sources, name) for name in ("at_step", "write")),
+        (Source, "record"),
     )
 
-
-class Fault:
-    """Raises at line number `at` that the package runs, and counts them."""
-
-    def __init__(self, at: int, error: BaseException | None = None) -> None:
-        self.at, self.error = at, error
+    def __init__(self, at: int, error: BaseException, watches_ops: bool) -> None:
+        super().__init__()
+        self.at, self.error, self.watches_ops = at, error, watches_ops
         self.count = 0
-        self.was_planning = self.was_restoring = False
+        self.may_write = False  # the boundary is that of a call that writes to parameters
 
-    def __enter__(self) -> "Fault":
-        self._before = sys.gettrace()
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        sys.settrace(self._before)
-
-    def _call(self, frame: FrameType, event: str, _: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    def _line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event != "line":
-            return self._line
+    def tick(self, may_write: bool = False) -> None:
         self.count += 1
-        if self.count - 1 == self.at and self.error is not None:
-            sys.settrace(None)
-            names = {f.f_code.co_name for f in self._stack(frame)}
-            self.was_planning = bool(names & {"plan", "assemble"})
-            self.was_restoring = frame.f_code.co_name == "_take_step" and torch.is_grad_enabled() is False
+        if self.count - 1 == self.at:
+            self.may_write = may_write
             raise self.error
-        return self._line
 
-    @staticmethod
-    def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-        while frame is not None:
-            yield frame
-            frame = frame.f_back
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.watches_ops and func._schema.name != "torch_adadelta::drop_accumulators":  # which finalizers call
+            self.tick(func._schema.is_mutable)
+        return func(*args, **(kwargs or {}))
+
+    def step(self, optimizer: AdadeltaKeras) -> None:
+        optimizer.state, was = TickingState(optimizer.state), optimizer.state  # type: ignore[assignment]
+        optimizer.state.tick = self.tick  # type: ignore[attr-defined]
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                for owner, name in self.CALLS:
+                    if hasattr(owner, name):
+                        patch.setattr(owner, name, self.ticking(name, getattr(owner, name)))
+                if self.watches_ops:
+                    with self:
+                        optimizer.step()
+                else:
+                    optimizer.step()
+        finally:
+            was.clear()
+            was.update(optimizer.state)
+            optimizer.state = was
+
+    def ticking(self, name: str, real: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.tick(name in self.KERNELS)
+            result = real(*args, **kwargs)
+            self.tick(name in self.KERNELS)
+            return result
+
+        return called
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError, RuntimeError], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_an_exception_at_any_line_of_a_step(path: Path, name: str, kind: type[BaseException]) -> None:
-    """It has done nothing, all, or says that it is partial; before the first write it has done nothing.
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no state yet": {"steps_before": 0},
+    "state of others": {"others": True, "steps_before": 0},
+    "clipnorm": {"clipnorm": 0.5},
+    "global_clipnorm": {"global_clipnorm": 0.5, "steps_before": 0},
+    "sources": {"learning_rate": schedules.ExponentialDecay(1.0, 10, 0.9), "rho": lambda: 0.9, "decay": 0.5},
+    "callbacks": {"gradient_aggregator": identity, "gradient_transformers": [identity], "steps_before": 0},
+    "sparse": {"sparse": True},
+    "sparse, no state yet": {"sparse": True, "steps_before": 0},
+    "capturable": {"capturable": True, "learning_rate": schedules.ExponentialDecay(1.0, 10, 0.9)},
+    "found_inf": {"found_inf": True},
+}
 
-    KeyboardInterrupt is what Ctrl-C raises, the others what a signal handler may: Exceptions, like a refusal, and
-    RuntimeError is what an op raises.
-    """
-    if path.capability not in (None, "default"):
-        pytest.skip("the lines are those of the default instruction set")
-    if path.name == "multi_tensor" or name not in OF_EACH_KIND.get(kind, SCENARIOS):
-        pytest.skip("the optimizer's lines are the same")
-    options = SCENARIOS[name]
-    untouched, complete, after = (made(path, **options) for _ in range(3))
+
+CASES = [
+    (backend, scenario, watches_ops)
+    for watches_ops, scenarios in ((False, SCENARIOS), (True, ("no state yet", "sparse, no state yet", "capturable")))
+    for scenario in scenarios
+    for backend in (BACKENDS if scenario != "found_inf" else ("fused",))  # which alone takes it
+    if backend in BACKENDS
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "scenario", "watches_ops"), CASES, ids=[f"{b}-{s}-{'ops' if w else 'calls'}" for b, s, w in CASES]
+)
+def test_an_exception_at_any_boundary_of_a_step(backend: str, scenario: str, watches_ops: bool) -> None:
+    """KeyboardInterrupt is what Ctrl-C raises; RuntimeError, what an op raises."""
+    backends, options = BACKENDS[backend], SCENARIOS[scenario]
+    complete = made(backends, **options)
     complete.step()
-    for seed in (0, 77):
-        if seed:
-            give_gradients(after, seed, "sparse" in options)
-        after.step()
     outcomes = set()
     for at in itertools.count():
-        optimizer = made(path, **options)
-        before = snapshot(optimizer)
-        raised = None
+        optimizer = made(backends, **options)
+        before, was, numbers = snapshot(optimizer), [x.clone() for x in tensors_of(optimizer)], numbers_of(optimizer)
+        error = (KeyboardInterrupt, RuntimeError)[at % 2]("enough")
+        fault = Fault(at, error, watches_ops)
+        raised: BaseException | None = None
         try:
-            with Fault(at, kind("enough")) as fault:
-                optimizer.step()
-        except kind as error:
-            raised = error
+            fault.step(optimizer)
+        except (KeyboardInterrupt, RuntimeError) as caught:
+            raised = caught
         if raised is None:
             assert fault.count <= at, "the exception was swallowed"
+            assert is_like(optimizer, complete)
             break
-        if not torch.is_grad_enabled():
-            torch.set_grad_enabled(True)
-            assert fault.was_restoring  # no signal is handled where it begins; a trace function can raise there
-        if PARTIAL in str(raised):
-            assert not fault.was_planning
-            outcomes.add("partial")
-            continue
-        if is_like(optimizer, complete):
-            outcomes.add("complete")
-        else:
-            assert is_like(optimizer, untouched)
+        assert raised is error
+        assert torch.is_grad_enabled()
+        is_partial = PARTIAL in str(error)
+        if holds(optimizer, was) and not (is_partial and fault.may_write):
+            assert not is_partial
             assert_unchanged(optimizer, before)
             outcomes.add("nothing")
             optimizer.step()
-        # Whatever the fault left in the optimizer itself, training goes on as if there had been none.
-        give_gradients(optimizer, 77, "sparse" in options)
-        optimizer.step()
-        assert is_like(optimizer, after)
-    assert outcomes == {"nothing", "partial", "complete"}
-
-
-def test_an_interrupt_while_a_group_is_added(path: Path) -> None:
-    def new_group() -> dict[str, Any]:
-        return {"params": [Parameter(torch.ones(2))], "rho": lambda: 0.5}
-
-    optimizer = made(path)
-    with Fault(-1) as counter:
-        optimizer.add_param_group(new_group())
-    added = 0
-    for at in range(counter.count):
-        optimizer = made(path)
-        before = snapshot(optimizer)
-        with pytest.raises(KeyboardInterrupt), Fault(at, KeyboardInterrupt()):
-            optimizer.add_param_group(new_group())
-        if len(optimizer.param_groups) == 2:
-            added += 1
+            assert is_like(optimizer, complete)
         else:
-            assert_unchanged(optimizer, before)
-        optimizer.step()
-        assert optimizer.iterations == 3
-    assert added <= 1
+            assert is_partial or is_like(optimizer, complete)
+            if not holds(optimizer, tensors_of(complete)):
+                assert numbers_of(optimizer) == numbers
+            outcomes.add("partial" if is_partial else "complete")
+        # Whatever was left in the optimizer, training goes on as that of a copy, which has no cache.
+        other = copy.deepcopy(optimizer)
+        for each in (optimizer, other):
+            give_gradients(each, 77, bool(options.get("sparse")))
+            each.step()
+        assert is_like(optimizer, other)
+    assert outcomes >= {"nothing", "partial"}
 
 
-def test_an_error_with_a_text_of_its_own_says_in_a_note_that_the_step_is_partial(path: Path) -> None:
+def test_an_error_with_a_text_of_its_own_says_in_a_note_that_the_step_is_partial() -> None:
     class Late(Exception):
         def __str__(self) -> str:
             return "late"
@@ -206,7 +256,7 @@ def test_an_error_with_a_text_of_its_own_says_in_a_note_that_the_step_is_partial
         def __setitem__(self, key: str, value: Any) -> None:
             raise Late
 
-    optimizer = made(path)
+    optimizer = made([SINGLE])
     optimizer.param_groups[0] = Group(optimizer.param_groups[0])
     with pytest.raises(Late) as raised:
         optimizer.step()
@@ -214,7 +264,61 @@ def test_an_error_with_a_text_of_its_own_says_in_a_note_that_the_step_is_partial
         assert any(PARTIAL in note for note in raised.value.__notes__)
 
 
-# ---- An exception in every callback -----------------------------------------------------------------------------------
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(
+    ("backends", "sparse", "place", "name"),
+    [
+        ([FUSED, FUSED], False, 0, "parameter 0 of group 0"),
+        ([FUSED], True, 0, "parameter 0 of group 0"),
+        ([FUSED, FUSED], True, 1, "parameter 0 of group 0"),
+        ([SINGLE, FUSED], False, 1, "parameter 0 of group 1"),
+        ([MULTI, SINGLE, FUSED], False, 2, "parameter 0 of group 2"),
+    ],
+    ids=["first", "first, sparse", "second, sparse", "second", "third"],
+)
+def test_a_batch_that_its_op_refuses_after_it_was_checked(
+    monkeypatch: pytest.MonkeyPatch,
+    backends: list[dict[str, bool]],
+    sparse: bool,
+    place: int,
+    name: str,
+    steps_before: int,
+) -> None:
+    """Another thread has changed its state: the first batch leaves nothing behind, a later one a partial step."""
+    optimizer = made(backends, steps_before, sparse)
+    before, was = snapshot(optimizer), [x.clone() for x in tensors_of(optimizer)]
+    spoiled: list[tuple[Tensor, Tensor]] = []
+    real, numbers = execution.run, itertools.count()
+
+    def run(batch: Any) -> Any:
+        if next(numbers) == place:
+            tensor = batch.square_avgs[0]
+            spoiled.append((tensor, tensor.data))
+            tensor.data = torch.zeros(7, dtype=tensor.dtype)
+        return real(batch)
+
+    monkeypatch.setattr(execution, "run", run)
+    with pytest.raises(RuntimeError, match=rf"{name} has shape \(3, 2\), but its state square_avg") as raised:
+        optimizer.step()
+    for tensor, data in spoiled:
+        tensor.data = data
+    assert (PARTIAL in str(raised.value)) == (place > 0)
+    if place == 0:
+        assert_unchanged(optimizer, before)
+    else:
+        assert optimizer.iterations == steps_before
+        assert not holds(optimizer, was)
+    monkeypatch.undo()
+    other = copy.deepcopy(optimizer)
+    for each in (optimizer, other):
+        give_gradients(each, 77, sparse)
+        each.step()
+    assert is_like(optimizer, other)
+    assert optimizer.iterations == steps_before + 1
+
+
+# ---- An exception in every callback ---------------------------------------------------------------------------------
 
 
 class Enough(Exception):
@@ -250,11 +354,12 @@ CALLBACKS: dict[str, Callable[[AdadeltaKeras], None]] = {
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_exception_in_a_callback_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, path: Path, name: str, steps_before: int
+    monkeypatch: pytest.MonkeyPatch, backend: str, name: str, steps_before: int
 ) -> None:
     monkeypatch.setattr(FailingSchedule, "fails", False)
-    optimizer = made(path, groups=2, steps_before=steps_before)
+    optimizer = made(BACKENDS[backend], steps_before)
     CALLBACKS[name](optimizer)
     before = snapshot(optimizer)
     with pytest.raises(Enough, match=r"^enough$"):
@@ -263,8 +368,8 @@ def test_an_exception_in_a_callback_changes_nothing(
     assert torch.is_grad_enabled()
 
 
-def test_an_exception_in_the_closure_or_after_the_step(path: Path) -> None:
-    optimizer, other = made(path), made(path)
+def test_an_exception_in_the_closure_or_after_the_step() -> None:
+    optimizer, other = made([SINGLE]), made([SINGLE])
     before = snapshot(optimizer)
     with pytest.raises(Enough):
         optimizer.step(fail)
@@ -276,7 +381,7 @@ def test_an_exception_in_the_closure_or_after_the_step(path: Path) -> None:
     assert is_like(optimizer, other)  # the hook comes after the step
 
 
-# ---- No memory --------------------------------------------------------------------------------------------------------
+# ---- No memory ------------------------------------------------------------------------------------------------------
 
 NO_MEMORY = """
 import resource
@@ -289,38 +394,6 @@ def limit(megabytes):
     most = pages * resource.getpagesize() + megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
-options = eval(sys.argv[1])
-torch.set_num_threads(1)
-small, large = (torch.nn.Parameter(torch.zeros(n)) for n in (10, 2**25))
-optimizer = AdadeltaKeras([small, large], 1.0, **options)
-small.grad, large.grad = torch.ones(10), torch.zeros(2**25)  # zeros take no memory before they are written to
-limit(200)
-try:
-    optimizer.step()
-except (MemoryError, RuntimeError) as error:
-    print(f"{type(error).__name__}: {error}")
-print(len(optimizer.state), optimizer.iterations, small.sum().item())
-large.grad = None
-optimizer.step()
-print(len(optimizer.state), optimizer.iterations, small.sum().item() < 0)
-"""
-
-
-def test_no_memory_for_the_state_changes_nothing(path: Path) -> None:
-    if path.capability not in (None, "default"):
-        pytest.skip("state is made before an instruction set matters")
-    command = [sys.executable, "-c", NO_MEMORY, repr(path.options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    refused, unchanged, after = done.stdout.strip().split("\n")
-    assert "allocate memory" in refused or "MemoryError" in refused
-    assert PARTIAL not in refused
-    assert unchanged == "0 0 0.0"
-    assert after == "1 1 True"
-
-
-NO_MEMORY_AMID = (
-    NO_MEMORY.partition("options =")[0]
-    + """
 options, numels, steps_before, megabytes = map(eval, sys.argv[1:])
 torch.set_num_threads(1)
 params = [torch.nn.Parameter(torch.zeros(numel)) for numel in numels]
@@ -341,36 +414,29 @@ except (MemoryError, RuntimeError) as error:
     print(f"{type(error).__name__}: {error}")
 print(optimizer.iterations == steps_before, [x != y for x, y in zip(written(), before)])
 """
-)
 
 
-@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "numels", "megabytes", "changed"),
+    ("options", "numels", "steps_before", "megabytes", "changed"),
     [
-        # The for-loop computes all of a parameter before it writes to it, and goes on to the next.
-        ("single_tensor", [10, 2**24], 40, [True, False]),
-        ("single_tensor", [2**24, 10], 40, [False, False]),
-        # foreach updates all averages before anything else; one temporary fits, and a root takes more.
-        ("multi_tensor", [10, 2**24], 40, [False, False]),
-        ("multi_tensor", [10, 2**24], 100, [True, True]),
+        # State is made before anything else.
+        ({}, [10, 2**24], 0, 40, [False, False]),
+        # single_tensor computes all of a parameter before it writes to it, and goes on to the next.
+        (SINGLE, [10, 2**24], 1, 40, [True, False]),
+        (SINGLE, [2**24, 10], 1, 40, [False, False]),
+        # multi_tensor updates all averages before anything else; one temporary fits, and a root takes more.
+        (MULTI, [10, 2**24], 1, 40, [False, False]),
+        (MULTI, [10, 2**24], 1, 100, [True, True]),
     ],
 )
-def test_no_memory_amid_the_updates(
-    path: Path, name: str, numels: list[int], megabytes: int, changed: list[bool], steps_before: int
+def test_no_memory(
+    options: dict[str, bool], numels: list[int], steps_before: int, megabytes: int, changed: list[bool]
 ) -> None:
-    """An update in Python needs more than parameters and state have. Either the step says that it is partial, or it has
-    done nothing; the fused update needs nothing.
-    """
-    if path.name != name:
-        pytest.skip("of another path")
-    if steps_before == 0:
-        megabytes += 2 * 64  # for the state
-        is_partial = any(changed)
-        changed = [is_partial] * 2  # there is state, where there was none
-    arguments = [path.options, numels, steps_before, megabytes]
+    """Either the step says that it is partial, or it has done nothing; the fused update needs none but for state."""
+    arguments = [options, numels, steps_before, megabytes]
     done = subprocess.run(
-        [sys.executable, "-c", NO_MEMORY_AMID, *map(repr, arguments)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", NO_MEMORY, *map(repr, arguments)], capture_output=True, text=True, check=True
     )
     refused, after = done.stdout.strip().split("\n")
     assert "allocate memory" in refused or "MemoryError" in refused
@@ -378,7 +444,7 @@ def test_no_memory_amid_the_updates(
     assert after == f"True {changed}"
 
 
-# ---- Killed while it writes a checkpoint ------------------------------------------------------------------------------
+# ---- Killed while it writes a checkpoint ----------------------------------------------------------------------------
 
 STEPS = 60
 
@@ -435,6 +501,7 @@ def train(folder: str, kill_at_step: int, kill_at_byte: int) -> None:
         new.replace(checkpoint)
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_while_it_writes_a_checkpoint(tmp_path: FilePath) -> None:
     """It ends with the same bits as if nobody had killed it."""
     context = multiprocessing.get_context("forkserver")

@@ -48,6 +48,7 @@ def apply(plan: StepPlan) -> Refusal | None:
             sources.write(plan.writes)
     except BaseException as error:
         if has_written or any(batch.has_begun for batch in plan.batches):
+            level_counts(request.groups)
             mark_partial(error)
         else:
             remove_state(request.state, plan.new_state)
@@ -103,6 +104,22 @@ def count_unless(found_inf: Tensor, groups: list[Group]) -> None:
             group["iterations"] = torch.full((), group["iterations"], dtype=torch.int64, device=found_inf.device)
         counts = found_inf.reshape(()) == 0
         group["iterations"] += counts.to(group["iterations"].device, non_blocking=group["iterations"].is_cuda)
+
+
+def level_counts(groups: list[Group]) -> None:
+    """Lets groups agree on the number of steps, should they have been interrupted amid their counting.
+
+    Groups that disagree could be saved, but not loaded. A device is not looked at, for that may be what failed.
+    """
+    counts = [group["iterations"] for group in groups]
+    if any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts):
+        return
+    least = min(map(int, counts), default=0)
+    for group, count in zip(groups, counts, strict=True):
+        if isinstance(count, Tensor):
+            count.fill_(least)
+        elif count != least:
+            group["iterations"] = least
 
 
 def mark_partial(error: BaseException) -> None:

@@ -118,26 +118,37 @@ def _pieces(groups: list[Group]) -> list[Piece]:
 def set_in(groups: list[Group], given: Any, is_part: bool) -> None:
     """Has groups hold what `keys_of` makes of `given`; raises what that and `check` raise, and then changes nothing."""
     trial = [{**group, KEY: key} for group, key in zip(groups, keys_of(groups, given), strict=True)]
-    check(trial, is_part)
-    for group, checked in zip(groups, trial, strict=True):
-        group[KEY] = checked[KEY]
+    for group, key in zip(groups, check(trial, is_part), strict=True):
+        group[KEY] = key
+
+
+def canonicalize(groups: list[Group], is_part: bool) -> None:
+    """Brings what groups hold to the form in which it is kept: a checkpoint may have made lists of tuples.
+
+    Raises what `check` raises, and then changes nothing.
+    """
+    for group, key in zip(groups, check(groups, is_part), strict=True):
+        if KEY in group:
+            group[KEY] = key
 
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def check(groups: list[Group], is_part: bool) -> None:
-    """Raises TypeError or ValueError, naming the parameter, unless the pieces that groups hold can have norms.
+def check(groups: list[Group], is_part: bool) -> list[tuple[SavedPiece, ...] | None]:
+    """The pieces of each group, in the form in which they are kept. Writes nothing.
 
-    Brings them to the form in which they are kept: a checkpoint may have made lists of tuples.
+    Raises TypeError or ValueError, naming the parameter, if they cannot have norms.
 
     Args:
         groups: those of the optimizer.
         is_part: whether other processes have other parameters.
     """
+    keys: list[tuple[SavedPiece, ...] | None] = []
     for group_index, group in enumerate(groups):
-        held = group.get(KEY)
-        if not held:
+        keys.append(None)
+        saved = group.get(KEY)
+        if not saved:
             continue
         if is_part:
             raise ValueError(
@@ -145,7 +156,7 @@ def check(groups: list[Group], is_part: bool) -> None:
                 "ZeroRedundancyOptimizer. Set optimizer.norm_variables to None to clip each parameter by itself"
             )
         name_in = partial(validation.name_in, groups, group_index)
-        canonical = tuple(sorted(_checked(piece, group, group_index) for piece in held))
+        canonical = tuple(sorted(_checked(piece, group, group_index) for piece in saved))
         of_param: dict[int, list[SavedPiece]] = {}
         for piece in canonical:
             of_param.setdefault(piece[1], []).append(piece)
@@ -155,8 +166,8 @@ def check(groups: list[Group], is_part: bool) -> None:
             if sum(other is param for other in group["params"]) > 1:
                 raise ValueError(f"{name_in(index)} is listed twice in its group; norm_variables takes it once")
             _check_rows(partial(name_in, index), param, sorted(piece[2:] for piece in pieces))
-        if canonical != held:
-            group[KEY] = canonical
+        keys[-1] = canonical
+    return keys
 
 
 def _checked(piece: Any, group: Group, group_index: int) -> SavedPiece:
@@ -195,17 +206,17 @@ def _check_rows(name: Callable[[], str], param: Tensor, rows: Sequence[tuple[int
                 "each row once"
             )
     if rows[0] != (0, count):
-        _check_parted(name, "it", param)
+        _check_can_be_split(name, "it", param)
 
 
-def _check_parted(name: Callable[[], str], what: str, tensor: Tensor) -> None:
+def _check_can_be_split(name: Callable[[], str], what: str, tensor: Tensor) -> None:
     """Raises ValueError if the rows of a tensor lie between each other, which the kernels take for shared memory."""
     sizes, strides = tensor.shape[1:], tensor.stride()[1:]
     extent = 1 + sum(stride * (size - 1) for size, stride in zip(sizes, strides, strict=True))
     if tensor.numel() and tensor.stride(0) < extent:
         raise ValueError(
             f"{name()}: {what} has rows that lie between each other in memory (shape {tuple(tensor.shape)}, strides "
-            f"{tensor.stride()}), and norm_variables parts them. Use .contiguous()"
+            f"{tensor.stride()}), and norm_variables splits them. Use .contiguous()"
         )
 
 
@@ -252,12 +263,12 @@ def split(
                 rows.append((row, piece if len(own) > 1 else None))
             if not own:
                 rows.append((row, None))
-        result.append(batch if len(rows) == len(batch.params) else _parted(batch, rows))
+        result.append(batch if len(rows) == len(batch.params) else _batch_of_pieces(batch, rows))
     joint = [[place[1:] for place in sorted(where)] for where in places.values() if len(where) > 1]
-    return result, partial(_joined, joint)
+    return result, partial(_add_up, joint)
 
 
-def _check_row(batch: Batch, row: int, is_parted: bool, name_of: validation.NameOf) -> None:
+def _check_row(batch: Batch, row: int, is_split: bool, name_of: validation.NameOf) -> None:
     param, grad, *state = (column[row] for column in batch.owners)
     name = partial(name_of, param)
     validation.check_row(name, (param, grad, state[0], state[1]), batch.is_differentiable)
@@ -265,12 +276,12 @@ def _check_row(batch: Batch, row: int, is_parted: bool, name_of: validation.Name
         raise RuntimeError(
             f"{name()} has a sparse gradient, which norm_variables has no norm for. Use .to_dense(), or leave it out"
         )
-    if is_parted:
+    if is_split:
         for what, tensor in zip(("it", "its square_avg", "its acc_delta"), (param, *state), strict=True):
-            _check_parted(name, what, tensor)
+            _check_can_be_split(name, what, tensor)
 
 
-def _parted(batch: Batch, rows: list[tuple[int, Piece | None]]) -> Batch:
+def _batch_of_pieces(batch: Batch, rows: list[tuple[int, Piece | None]]) -> Batch:
     """A batch of pieces. The library's cache holds whole accumulators, and is not for them."""
     with recording(batch.is_differentiable):
         params, grads, square_avgs, acc_deltas = (
@@ -296,7 +307,7 @@ def _parted(batch: Batch, rows: list[tuple[int, Piece | None]]) -> Batch:
     )
 
 
-def _joined(joint: list[list[tuple[int, int]]], square_sums: list[Tensor]) -> list[Tensor]:
+def _add_up(joint: list[list[tuple[int, int]]], square_sums: list[Tensor]) -> list[Tensor]:
     """The sums of squares of whole variables, in the place of those of their pieces, which are added in their order."""
     result = list(square_sums)
     for number in {number for places in joint for number, _ in places}:

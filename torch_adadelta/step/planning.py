@@ -92,7 +92,7 @@ class Rows(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a step knows before its parameters are parted."""
+    """What a step knows before its parameters are partitioned."""
 
     rows: Rows
     values: StepValues
@@ -275,7 +275,7 @@ class PartitionCache:
         return PartitionCache, ()
 
 
-# ---- How rows are parted into batches -------------------------------------------------------------------------------
+# ---- How rows are partitioned into batches --------------------------------------------------------------------------
 
 
 class _Kind(NamedTuple):
@@ -384,7 +384,7 @@ def plan(request: StepRequest) -> StepPlan | None:
             _, new_state = _completed(request, rows)
             return StepPlan(request, [], new_state, [], counts=False)
     if any(request.sources.of_groups):
-        request.sources.follow(request.groups, request.callbacks)
+        request.sources.sync(request.groups, request.callbacks)
         request.sources.check_not_overwritten(request.groups, request.has_scheduler)
     if request.callbacks.aggregator is not None or request.callbacks.transformers:
         request.callbacks.check_clip_options(request.groups[0])  # one may have been appended to the list
@@ -456,7 +456,7 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
 def check_groups(request: StepRequest) -> None:
     """Raises what is wrong with the options, which somebody may have written to the groups."""
     groups = request.groups
-    request.sources.follow(groups, request.callbacks)
+    request.sources.sync(groups, request.callbacks)
     options.check_agreement(groups)
     options.canonicalize_numbers(dict(groups[0]))
     validation.check_not_complex(groups)
@@ -494,7 +494,9 @@ def _run_callbacks(request: StepRequest, rows: Rows) -> Rows:
 
 def _clipping(request: StepRequest, rows: Rows) -> tuple[Clipping, bool]:
     """What is to be done to the gradients, and whether other processes of `norm_group` have some."""
-    clipvalue, clipnorm, global_clipnorm = (request.groups[0][key] for key in options.CLIP_OPTIONS)
+    clipvalue, clipnorm, global_clipnorm = _get_clip_options(request.groups[0])
+    if any(isinstance(value, bool) for group in request.groups for value in _get_clip_options(group)):
+        check_groups(request)  # which refuses it; to the partition of the last step True is 1.0
     has_callbacks = request.callbacks.aggregator is not None or bool(request.callbacks.transformers)
     grad_scale = None if has_callbacks else request.grad_scale
     if request.is_part:

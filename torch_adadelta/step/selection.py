@@ -29,7 +29,7 @@ def check_choice(group: dict[str, Any]) -> None:
     for name in ("fused", "foreach"):
         if group[name] and group["differentiable"]:
             raise RuntimeError(
-                f"`{name}` and `differentiable` cannot both be True: autograd records the for-loop only; "
+                f"`{name}` and `differentiable` cannot both be True: autograd records single-tensor operations only; "
                 f"leave `{name}` None"
             )
     if fused and not kernels.is_loaded:
@@ -54,7 +54,7 @@ def by_device(params: list[Tensor]) -> dict[Any, list[Tensor]]:
 def select_backend(group: dict[str, Any], params: list[Tensor]) -> tuple[Backend, bool]:
     """The backend for parameters of one device, and whether it updates the local tensors of DTensors among them.
 
-    As in torch.optim, `foreach=False` without a word about `fused` means the for-loop.
+    As in torch.optim, `foreach=False` without a word about `fused` means single-tensor operations.
 
     Raises:
         RuntimeError: an explicit choice cannot run, with the reason.

@@ -27,6 +27,9 @@ _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
 class Source:
     """A schedule or callable that the user gave for a hyperparameter, and what it gave to the group last."""
 
+    # What is being written to the group. An interrupt before `record` must not make it look like somebody else's.
+    pending: Any = None
+
     def __init__(self, name: str, given: Callable[..., Any], current: Any) -> None:
         self.name = name
         self.given = given
@@ -35,14 +38,15 @@ class Source:
 
     def record(self, value: Any) -> None:
         """Remembers what is in the param group now."""
-        self._written, self._version = value, _version(value)
+        self._written, self._version, self.pending = value, _version(value), None
 
     def is_overwritten(self, value: Any) -> bool:
         """Whether `value`, found in the param group, is not what was written there last."""
         if isinstance(value, Tensor):
             # A callable may return a Tensor that the user fills. That of a schedule is nobody else's to fill.
-            return value is not self._written or (self.is_schedule and _version(value) != self._version)
-        return isinstance(self._written, Tensor) or value != self._written
+            is_filled = self.is_schedule and _version(value) != self._version
+            return value is not self.pending and (value is not self._written or is_filled)
+        return not any(value == own for own in (self._written, self.pending) if not isinstance(own, Tensor))
 
     def __str__(self) -> str:
         return f"the {'schedule' if self.is_schedule else 'callable'} {self.given!r}"
@@ -196,12 +200,12 @@ class Sources:
             group["callables"] = group["callables"] if group["callables"] == named else named
             self.snapshots.append(GroupSnapshot(group, group["schedule"], group["callables"]))
 
-    def follow(self, groups: list[Group], callbacks: Callbacks) -> None:
+    def sync(self, groups: list[Group], callbacks: Callbacks) -> None:
         """Comes in line with groups that were removed, or written to past the methods of the optimizer."""
         if self._are_current(groups):
             return
         known = {id(was.group): (was, sources) for was, sources in zip(self.snapshots, self.of_groups, strict=True)}
-        followed: list[dict[str, Source]] = []
+        synced: list[dict[str, Source]] = []
         for group in groups:
             if id(group) not in known:
                 raise RuntimeError("param_groups was changed from outside; use add_param_group")
@@ -210,8 +214,8 @@ class Sources:
                 callbacks.check_known([group])
                 sources = bind_group(group, sources, group["iterations"])
                 group["iterations"] = options.iterations_for(group, group["iterations"])
-            followed.append(sources)
-        self.of_groups = followed
+            synced.append(sources)
+        self.of_groups = synced
         self.update_metadata(groups, callbacks)
 
     def _are_current(self, groups: list[Group]) -> bool:
@@ -249,7 +253,10 @@ class GroupWrite(NamedTuple):
 
 @dataclass(slots=True)
 class StepValues:
-    """The hyperparameters of one step. Each schedule and callable is called once, a schedule once for each T."""
+    """The hyperparameters of one step.
+
+    Each callable is called once, a schedule once for each T and device of `iterations`.
+    """
 
     groups: list[Group]
     sources: list[dict[str, Source]]
@@ -268,7 +275,7 @@ class StepValues:
         values: list[Value] = []
         for option in HYPERPARAMETERS:
             source = sources.get(option.key)
-            value = group[option.key] if source is None else self._taken(group, option, source, T)
+            value = group[option.key] if source is None else self._taken(index, option, source, T)
             is_scheduled = source is not None and source.is_schedule
             values.append(value if is_scheduled else options.in_step(option, value, group["differentiable"]))
         if group["decay"]:
@@ -276,11 +283,15 @@ class StepValues:
         self.known[index, T] = tuple(values)
         return self.known[index, T]
 
-    def _taken(self, group: Group, option: Option, source: Source, T: torch.dtype) -> Any:
+    def _taken(self, index: int, option: Option, source: Source, T: torch.dtype) -> Any:
         """What a source gives now."""
-        key = (id(source.given), T) if source.is_schedule else id(source.given)
+        group = self.groups[index]
+        iterations = group["iterations"]
+        # Groups that differ in `capturable` or device each get what their own `iterations` give.
+        device = iterations.device if isinstance(iterations, Tensor) else None
+        key = (id(source.given), T, device) if source.is_schedule else id(source.given)
         if key not in self._called:
-            self._called[key] = at_step(source.given, group["iterations"], T) if source.is_schedule else source.given()
+            self._called[key] = at_step(source.given, iterations, T) if source.is_schedule else source.given()
         value = self._called[key]
         if not source.is_schedule:
             value = options.canonicalize(option, value)
@@ -289,7 +300,8 @@ class StepValues:
                 f"{source} gives {source.name} as a Python number, which a CUDA graph would repeat for ever. Give a "
                 f"Tensor on the device for {source.name}, and fill it between replays"
             )
-        self.writes.append(GroupWrite(group, option.key, value, source))
+        if (index, torch.float64) not in self.known:  # of two T the group keeps the wider, whichever comes first
+            self.writes.append(GroupWrite(group, option.key, value, source))
         return value
 
 
@@ -345,5 +357,6 @@ def decayed(lr: Value, decay: float | Tensor, iterations: int | Tensor, T: torch
 def write(writes: Iterable[GroupWrite]) -> None:
     """Leaves in the groups what schedules and callables gave."""
     for group, key, value, source in writes:
+        source.pending = value
         group[key] = value
         source.record(value)
