@@ -128,7 +128,7 @@ std::vector<std::pair<std::string, GradientClip<T>>> clips() {
 
 // lr, rho, epsilon, maximize: usual ones, and those for which the inverse of a root or a decay is special.
 constexpr double kHyperparameterSets[][kHyperparameters] = {
-    {1, 0.95, 1e-7, 0}, {0.001, 0.5, 1e-30, 0}, {1, 0.9, 0, 0}, {1e30, 1, 1e38, 0}, {1, 0, 1e-7, 0}, {1, 1.25, 1e-7, 0}
+    {1, 0.95, 1e-7, 0}, {0.001, 0.5, 1e-30, 0}, {1, 0.9, 0, 0}, {1e30, 1, 8e37, 0}, {1, 0, 1e-7, 0}, {1, 1.25, 1e-7, 0}
 };
 
 template <typename F, typename T>
