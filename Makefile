@@ -8,7 +8,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-CPP_FILES = $(shell find csrc tests/csrc/cuda_emulator tests/csrc/instructions tests/csrc/exhaustive tests/csrc/sanitizers -type f \
+CPP_FILES = $(shell find csrc tests/csrc -type f \
   -not -name "*.json" -not -name "*.py") benchmarks/handover.c
 
 # A stamp for each PyTorch, with the package itself, compiled and editable; and one for each set of extras besides, which
@@ -34,10 +34,10 @@ test-slow: $(FOR_TEST)
 # What `test` installs, and no more.
 prepare-test: $(FOR_TEST)
 
-# What takes hours: LIVES drawn lives of an optimizer (see tests/fuzz/test_optimizer_stateful.py), each time others; a million steps.
-LIVES ?= 100000
+# What takes hours: the state machine of tests/fuzz/test_optimizer_stateful.py, with other EXAMPLES each time; a million steps.
+EXAMPLES ?= 100000
 nightly: $(INSTALLED)-test
-	TORCH_ADADELTA_LIVES=$(LIVES) $(VENV)/bin/python -m pytest tests/fuzz/test_optimizer_stateful.py
+	TORCH_ADADELTA_EXAMPLES=$(EXAMPLES) $(VENV)/bin/python -m pytest -k stateful_long tests/fuzz/test_optimizer_stateful.py
 	$(VENV)/bin/python scripts/long_run.py
 
 # Some 14 minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.

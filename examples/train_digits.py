@@ -193,7 +193,11 @@ def report(result: Result) -> None:
     for run in (result.keras, result.torch):
         table.add_row(run.name, f"{run.rho:g}", f"{run.epsilon:.0e}", f"{run.accuracy:.2%}", f"{run.step_us:.0f} µs")
     Console().print(table)
-    path = f"fused kernel ({kernels.cpu_capability()})" if kernels.is_loaded else "for-loop (no compiled library)"
+    path = (
+        f"fused kernel ({kernels.cpu_capability()})"
+        if kernels.is_loaded
+        else "single-tensor operations (no compiled library)"
+    )
     print(f"AdadeltaKeras: {path}. torch {torch.__version__}, threads: {result.threads}.")
 
 

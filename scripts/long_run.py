@@ -16,7 +16,7 @@ import torch
 
 from torch_adadelta import AdadeltaKeras
 
-PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}, "default": {}}
+PATHS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single_tensor": {"foreach": False}, "default": {}}
 MOST_GROWTH = 2 * 2**20
 
 

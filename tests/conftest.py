@@ -11,7 +11,7 @@ from torch_adadelta.backends import kernels
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.name)
 def path(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Each way to compute a step: the for-loop, foreach, and the fused kernel on each instruction set."""
+    """Each way to compute a step: single-tensor and multi-tensor operations, and the fused kernel on each instruction set."""
     chosen: Path = request.param
     if chosen.capability is None:
         yield chosen

@@ -182,10 +182,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_repository_layout_has_every_file() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    for folder in ("torch_adadelta", "torch_adadelta/keras", "csrc", "csrc/cpu", "csrc/cuda"):
+    for folder in ("torch_adadelta", "torch_adadelta/keras", "csrc", "csrc/cpu"):
         for path in (ROOT / folder).iterdir():
-            is_ours = path.suffix in (".py", ".h", ".cpp", ".cuh") and path.name not in ("__init__.py", "__main__.py")
-            if is_ours and not path.name.startswith("loops") and folder != "csrc/cuda":
+            if path.suffix in (".py", ".h", ".cpp") and path.name not in ("__init__.py", "__main__.py"):
                 assert f"`{path.name}`" in page, path
     for path in [*(ROOT / "tests").iterdir(), *(ROOT / "csrc").iterdir(), *(ROOT / "torch_adadelta").iterdir()]:
         if path.is_dir() and not path.name.startswith((".", "__")):
@@ -194,6 +193,41 @@ def test_the_repository_layout_has_every_file() -> None:
     there_are = [str(path) for folder in folders for path in (ROOT / folder).rglob("*.*")]
     for name in re.findall(r"`([\w/]+\.(?:py|h|cpp|cuh|sh))`", page):
         assert any(path.endswith(f"/{name}") for path in there_are), f"there is no {name}"
+
+
+# Source files whose tests have another name: most have no behaviour of their own.
+_TESTS_ELSEWHERE: Final = {
+    "torch_adadelta/compatibility.py": "package/test_install.py",
+    "torch_adadelta/version.py": "package/test_install.py",
+    "torch_adadelta/__main__.py": "package/test_install.py",
+    "torch_adadelta/keras/__main__.py": "keras_files/test_keras_main.py",
+    "csrc/adadelta.h": "csrc/test_cpu_update.py",
+    "csrc/dtypes.h": "csrc/test_cpu_blocks.py",
+    "csrc/gradients.h": "csrc/test_cpu_square_sums.py",
+    "csrc/gil.h": "csrc/test_ops.py",
+    "csrc/refusal.h": "csrc/test_tensor_lists.py",
+    "csrc/schemas.h": "csrc/test_ops.py",
+    "csrc/cpu/kernels/all.h": "csrc/test_cpu_dispatch.py",
+    "csrc/cpu/kernels/kernel_table.h": "csrc/test_cpu_dispatch.py",
+    "csrc/cpu/kernels/default.cpp": "csrc/test_cpu_dispatch.py",
+    "csrc/cpu/kernels/avx2.cpp": "csrc/test_cpu_dispatch.py",
+    "csrc/cpu/kernels/avx512.cpp": "csrc/test_cpu_update_avx512.py",
+    "csrc/cpu/kernels/avx512_bf16.cpp": "csrc/test_cpu_convert.py",
+    "csrc/cuda/adadelta.cu": "csrc/test_cuda_build.py",
+}
+
+
+def test_each_source_file_has_tests_of_its_name() -> None:
+    tests = ROOT / "tests"
+    sources = [path for folder in ("torch_adadelta", "csrc") for path in (ROOT / folder).rglob("*.*")]
+    for path in sources:
+        name = str(path.relative_to(ROOT))
+        if path.suffix not in (".py", ".h", ".cpp", ".cu", ".cuh") or path.name == "__init__.py":
+            continue
+        kind = "".join(f"{part}_" for part in ("cpu", "cuda") if part in path.parts)
+        elsewhere = _TESTS_ELSEWHERE.get(name)
+        found = [tests / elsewhere] if elsewhere else list(tests.rglob(f"test_{kind or '*'}{path.stem}*.py"))
+        assert any(test.exists() for test in found), f"{name} has no tests of its name"
 
 
 def test_troubleshooting_knows_what_the_diagnostics_print() -> None:

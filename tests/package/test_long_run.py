@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SCRIPT.exists(), reason="
 
 @pytest.mark.parametrize(
     ("path", "steps", "renew"),
-    [("fused", 20_000, 0), ("fused", 10_000, 1), ("foreach", 10_000, 0), ("for-loop", 10_000, 0)],
+    [("fused", 20_000, 0), ("fused", 10_000, 1), ("foreach", 10_000, 0), ("single_tensor", 10_000, 0)],
 )
 def test_memory_does_not_grow(path: str, steps: int, renew: int) -> None:
     """By 2 MB at most: 105 bytes a step of 20,000, and 210 of 10,000, less than a tensor takes."""
