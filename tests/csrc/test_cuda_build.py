@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
     pytest.mark.skipif(NVCC is None, reason="no nvcc, the compiler of the CUDA toolkit"),
 ]

@@ -10,6 +10,7 @@ from compilers import CXX, ROOT, compile_flags
 from torch_adadelta.backends import kernels
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
     pytest.mark.skipif(shutil.which(CXX) is None, reason=f"there is no C++ compiler ({CXX})"),
 ]

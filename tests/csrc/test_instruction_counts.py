@@ -30,6 +30,7 @@ LENGTHS = (4096, 19)
 MOST_GROWTH = 0.05
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
     pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed"),
     pytest.mark.skipif(shutil.which(CXX) is None, reason=f"there is no C++ compiler ({CXX})"),
