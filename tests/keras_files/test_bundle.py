@@ -212,10 +212,12 @@ def test_those_of_tensorflow_are_read() -> None:
 
 
 def test_which_checkpoint_a_path_means(tmp_path: Path) -> None:
-    for name in ("c-1.index", "c-2.index", "saved/variables/variables.index", "outside.index"):
+    for name in ("c-1.index", "c-2.index", "saved/variables/variables.index", "outside.index", "w.01.index", "m.index"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert find_prefix(tmp_path / "c-1") == find_prefix(tmp_path / "c-1.index") == tmp_path / "c-1"
+    assert find_prefix(tmp_path / "w.01") == find_prefix(tmp_path / "w.01.index") == tmp_path / "w.01"
+    assert find_prefix(tmp_path / "m.h5") is None
     assert find_prefix(tmp_path / "saved") == tmp_path / "saved/variables/variables"
     for missing in ("c-3", "c-3.index", "nothing", "."):
         assert find_prefix(tmp_path / missing) is None

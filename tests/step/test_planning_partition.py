@@ -3,7 +3,7 @@
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from cases import Path, assert_like_oracle, assert_same_bits, assert_unchanged, oracle_of, snapshot
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from training import advance, assert_same_training, params_of, trained
@@ -240,21 +240,39 @@ def test_what_replaces_state_is_used(path: Path, numel: int) -> None:
     assert (optimizer.state[param]["square_avg"] == float(expected)).all()
 
 
-def test_large_state_that_is_distributed_otherwise_is_noticed() -> None:
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """One process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        numel = 2**22 + 1
-        param = Parameter(distribute_tensor(torch.zeros(numel), mesh, [Shard(0)]))
-        optimizer = AdadeltaKeras([param], 1.0)
-        for _ in range(2):
-            param.grad = distribute_tensor(torch.ones(numel), mesh, [Shard(0)])
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_local_tensors_that_are_replaced_are_noticed(mesh: DeviceMesh) -> None:
+    plain, ours = Parameter(torch.zeros(4)), Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    optimizers = [AdadeltaKeras([param], 1.0) for param in (plain, ours)]
+    for step in range(4):
+        plain.grad, ours.grad = torch.ones(4), distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+        for key in ("square_avg", "acc_delta") if step == 2 else ():
+            optimizers[0].state[plain][key].fill_(0.25)
+            optimizers[1].state[ours][key]._local_tensor = torch.full((4,), 0.25)
+        for optimizer in optimizers:
             optimizer.step()
-        optimizer.state[param]["acc_delta"] = distribute_tensor(torch.zeros(numel), mesh, [Replicate()])
-        with pytest.raises(RuntimeError, match="its state acc_delta are distributed in different ways"):
-            optimizer.step()
-    finally:
-        dist.destroy_process_group()
+    assert torch.equal(ours.to_local(), plain)  # type: ignore[attr-defined]
+    for key, state in optimizers[0].state[plain].items():
+        assert torch.equal(optimizers[1].state[ours][key].to_local(), state), key
+
+
+def test_large_state_that_is_distributed_otherwise_is_noticed(mesh: DeviceMesh) -> None:
+    numel = 2**22 + 1
+    param = Parameter(distribute_tensor(torch.zeros(numel), mesh, [Shard(0)]))
+    optimizer = AdadeltaKeras([param], 1.0)
+    for _ in range(2):
+        param.grad = distribute_tensor(torch.ones(numel), mesh, [Shard(0)])
+        optimizer.step()
+    optimizer.state[param]["acc_delta"] = distribute_tensor(torch.zeros(numel), mesh, [Replicate()])
+    with pytest.raises(RuntimeError, match="its state acc_delta are distributed in different ways"):
+        optimizer.step()
 
 
 def test_the_values_of_the_last_step_are_not_those_of_another() -> None:
