@@ -117,6 +117,33 @@ def test_flushing_of_denormals_is_that_of_the_calling_thread(dtype: torch.dtype)
             assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("call", ["dense", "sparse", "square_sums"])
+def test_other_threads_keep_denormals_after_a_call_that_flushed_them(call: str) -> None:
+    """They are PyTorch's, and go on with what it computes."""
+    count = 1_000_000
+    params, grads, square_avgs, acc_deltas = ([torch.ones(count)] for _ in range(4))
+
+    def tiny_is_kept() -> bool:
+        return bool((torch.full((count,), 1e-40) * 1.0 != 0).all())
+
+    with threads(2):
+        if not torch.set_flush_denormal(False):
+            pytest.skip("this processor cannot flush denormal numbers")
+        assert tiny_is_kept()  # and the threads were there before
+        torch.set_flush_denormal(True)
+        try:
+            if call == "dense":
+                direct.fused(params, grads, square_avgs, acc_deltas, 1.0, 0.95, 1e-7)
+            elif call == "sparse":
+                indices = [torch.arange(count)[None]]
+                direct.sparse_op(params, indices, grads, square_avgs, acc_deltas, 1.0, 0.95, 1e-7)
+            else:
+                direct.square_sums(grads, grads)
+        finally:
+            torch.set_flush_denormal(False)
+        assert tiny_is_kept()
+
+
 @pytest.mark.slow
 def test_more_elements_than_an_int32_counts() -> None:
     """2**31 + 3 of them, in one 16-bit parameter; the last ones as in a short one."""

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import torch
 from cases import LAYOUTS, REAL_DTYPES, Segments, assert_like_oracle, dtype_name, oracle_of, segment, segments, to_numpy
-from op_cases import CALLS, Lists, assert_same_lists, dense_lists, needs_library, sparse_lists, ways
+from op_cases import (
+    CALLS,
+    HYPERPARAMETERS,
+    Clip,
+    Lists,
+    assert_same_lists,
+    dense_lists,
+    needs_library,
+    sparse_lists,
+    ways,
+)
+from reference.oracle import SparseGradient
 
 pytestmark = needs_library
 
@@ -139,3 +150,20 @@ def test_the_values_of_each_segment_are_those_of_the_oracle(dtype: torch.dtype) 
             *row, *segments(segment(0, 9.0, 0.1, 1.0), segment(1, lr, float(np.float32(rho)), epsilon, maximize))
         )
         assert_like_oracle(row[0][0], {"square_avg": row[2][0], "acc_delta": row[3][0]}, by_oracle)
+
+
+@pytest.mark.parametrize("is_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("call", ["dense", "sparse"])
+def test_a_factor_of_float64_is_that_of_the_oracle(call: str, is_tensor: bool) -> None:
+    """One that no float32 holds, for parameters of float64."""
+    factor = {"factor_tensor": torch.tensor(0.37, dtype=torch.float64)} if is_tensor else {"factor": 0.37}
+    lists = make(call, torch.float64)
+    params, grads = lists[0], lists[2 if call == "sparse" else 1]
+    oracles = [oracle_of(p, learning_rate=1.0, rho=0.9, epsilon=1e-6) for p in params]
+    for _ in range(2):
+        CALLS[call](*lists, *segment(len(params), *HYPERPARAMETERS), **factor)
+    for i, (param, square_avg, acc_delta, by_oracle) in enumerate(zip(params, *lists[-2:], oracles, strict=True)):
+        grad = Clip(factor=0.37).apply(param, grads[i])
+        for _ in range(2):
+            by_oracle.step(SparseGradient(lists[1][i].numpy(), grad) if call == "sparse" else grad)
+        assert_like_oracle(param, {"square_avg": square_avg, "acc_delta": acc_delta}, by_oracle, str(i))

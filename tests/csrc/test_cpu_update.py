@@ -1,6 +1,8 @@
 """csrc/cpu/update.cpp and the loops of kernels/update.h: every dtype and gradient option against the NumPy oracle."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import direct
@@ -12,6 +14,7 @@ from op_cases import (
     CLIPS,
     HYPERPARAMETERS,
     Clip,
+    Lists,
     assert_repeated_in_order,
     assert_same_lists,
     assert_update,
@@ -139,3 +142,22 @@ def test_empty_lists() -> None:
 @pytest.mark.parametrize("call", ["dense", "cached"])
 def test_a_parameter_listed_twice_is_updated_in_order(call: str) -> None:
     assert_repeated_in_order(call)
+
+
+def test_threads_update_lists_of_their_own_at_once() -> None:
+    """Without the interpreter's lock: what one call works on is not that of another."""
+    together = Barrier(2, timeout=60)
+
+    def updated(count: int, *, at_once: bool) -> Lists:
+        lists = dense_lists([1 + i % 70 for i in range(count)])
+        if at_once:
+            together.wait()
+        for _ in range(100):
+            CALLS["dense"](*lists, *segment(count, *HYPERPARAMETERS))
+        return lists
+
+    expected = [updated(count, at_once=False) for count in (300, 200)]
+    with ThreadPoolExecutor(2) as executor:
+        results = [executor.submit(updated, count, at_once=True) for count in (300, 200)]
+        for result, lists in zip(results, expected, strict=True):
+            assert_same_lists(result.result(), lists)

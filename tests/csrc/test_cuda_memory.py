@@ -87,6 +87,21 @@ def test_many_dimensions() -> None:
     assert_same_update(make, **OPTIONS["clipnorm"])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_tensors_in_the_place_of_numbers_are_read_in_float64(layout: str) -> None:
+    """For parameters of float64, values that no float32 holds."""
+    values = tuple(torch.tensor(x, dtype=torch.float64) for x in (0.7, 0.93, 1e-4))
+    factor = torch.tensor(0.37, dtype=torch.float64)
+
+    def make() -> Lists:
+        params, grads, *_ = dense_lists([(5, 3, 1, 37), (3, 2, 5, 9)], torch.float64)
+        params = [lay_out(layout, param) for param in params]
+        return [params, grads, *states_of(params)]
+
+    assert_same_update(make, hyperparameters=values)
+    assert_same_update(make, hyperparameters=values, factor_tensor=factor)
+
+
 def test_expanded_gradients() -> None:
     def make() -> Lists:
         params = [torch.ones(300, 70), torch.ones(70)]

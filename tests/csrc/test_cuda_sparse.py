@@ -94,6 +94,22 @@ def test_tensors_that_are_not_aligned(dtype: torch.dtype, shifted: int) -> None:
     assert_same_sparse_update(make)
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_values_of_another_dtype_that_are_not_aligned(dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+    """As vectors of their own dtype are not, beside a table that is."""
+    for shifted in (1, 2):
+
+        def make(shifted: int = shifted) -> Lists:
+            made = sparse_lists([((9, 8), 1), ((3, 64), 1)], dtype, (value_dtype,))
+            made[2][:] = [
+                torch.zeros(x.numel() + shifted, dtype=x.dtype)[shifted:].view(x.shape).copy_(x) for x in made[2]
+            ]
+            return made
+
+        assert_same_sparse_update(make)
+
+
 def test_a_parameter_listed_twice_is_updated_in_turn() -> None:
     def make() -> Lists:
         params, indices, values, square_avgs, acc_deltas = sparse_lists([((9, 5), 1)] * 3)

@@ -77,6 +77,17 @@ def test_strides(layout: str) -> None:
     assert_same_update(make)
 
 
+def test_more_dimensions_than_a_table_takes() -> None:
+    """64, of which the parts of a complex number are one. By strides like these, no two dimensions become one."""
+    shape = (2, *[1] * 62, 3)
+    strides = (6, *(7 + d % 2 * 4 for d in range(62)), 2)
+    param = torch.ones(200, dtype=torch.complex64).as_strided(shape, strides)
+    values = torch.ones(1, *shape[1:], dtype=torch.complex64)
+    lists = [[param], [torch.tensor([[1]])], [values], [torch.zeros_like(param)], [torch.zeros_like(param)]]
+    with pytest.raises(RuntimeError, match=r"^torch_adadelta refuses parameter 0: .*more than 64 dimensions"):
+        emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
+
+
 def test_more_blocks_than_a_launch_takes() -> None:
     """2^31 of them, for values of 2^40 elements of which none exists."""
     values = virtual_zeros(2**40, torch.bfloat16).view(2**20, 2**20)
