@@ -57,6 +57,44 @@ def test_fsdp2_trains_as_one_process_does(processes: Processes) -> None:
             assert are_dtensors
 
 
+PLACEMENTS = ([Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()], [Replicate(), Replicate()])
+
+
+def train_on_two_dimensions(options: dict[str, Any]) -> Any:
+    """Parameters that are sharded over one or both dimensions of a mesh of 2 × 2 processes, as in HSDP."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        nn.Parameter(distribute_tensor(torch.randn(4, 6, generator=generator), mesh, placements))
+        for placements in PLACEMENTS
+    ]
+    plain = [nn.Parameter(param.full_tensor().detach().clone()) for param in params]  # type: ignore[attr-defined]
+    optimizers = [AdadeltaKeras(some, 1.0, **options) for some in (params, plain)]
+    for _ in range(2):
+        for param, same, placements in zip(params, plain, PLACEMENTS, strict=True):
+            same.grad = torch.randn(4, 6, generator=generator)
+            param.grad = distribute_tensor(same.grad, mesh, placements)
+        for optimizer in optimizers:
+            optimizer.step()
+    return [
+        (full(ours).detach(), expected.detach())
+        for param, same in zip(params, plain, strict=True)
+        for ours, expected in (
+            (param, same),
+            *zip(optimizers[0].state[param].values(), optimizers[1].state[same].values(), strict=True),
+        )
+    ]
+
+
+@pytest.mark.parametrize("options", [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}], ids=str)
+def test_a_mesh_of_two_dimensions(options: dict[str, float]) -> None:
+    four = Processes(4)
+    for pairs in four.run(train_on_two_dimensions, options):
+        for ours, expected in pairs:
+            assert_same_bits(ours, expected)
+    assert set(four.close()) <= {0}
+
+
 def test_the_choice_for_dtensors_is_that_for_plain_tensors() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

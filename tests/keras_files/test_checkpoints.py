@@ -129,6 +129,15 @@ def test_layers_come_in_the_order_of_the_model() -> None:
     assert (order(config=renamed), order(config=renamed, is_ordered=False)) == (paths, None)
 
 
+@pytest.mark.parametrize("name", ["k3.keras", "k3.h5", "new.keras", "new.h5"])
+def test_a_configuration_that_is_given_takes_the_place_of_that_in_the_file(name: str) -> None:
+    with opened(DATA / name) as checkpoint:
+        given = sequential(*((layer.path, layer.class_name, {"mark": 1}) for layer in checkpoint.layers))
+        assert not any("mark" in layer.config for layer in checkpoint.layers)
+    with opened(DATA / name, given) as checkpoint:
+        assert all("mark" in layer.config for layer in checkpoint.layers)
+
+
 def test_an_array_of_another_shape_than_it_said_is_damage() -> None:
     stored = Stored("x", (2,), np.dtype("f4"), lambda: np.zeros(3))
     with pytest.raises(KerasFileError, match=r"m: x has shape \(3,\), not \(2,\)"):

@@ -1,6 +1,7 @@
 """`python -m torch_adadelta.keras`: what it shows of a file, and what it writes of it."""
 
 import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -114,7 +115,13 @@ def test_convert_writes_tensors(suffix: str, tmp_path: Path) -> None:
     before = out.read_bytes()
     assert main(["convert", str(DATA / "legacy.keras"), str(out)]) == 1
     assert out.read_bytes() == before
-    assert out.stat().st_mode & 0o444 == 0o444
+    before_mask = os.umask(0o027)
+    try:
+        out.unlink()
+        assert main(["convert", str(DATA / "new.keras"), str(out)]) == 0
+        assert out.stat().st_mode & 0o777 == 0o640
+    finally:
+        assert os.umask(before_mask) == 0o027
 
 
 def test_without_safetensors_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,22 @@ def test_callbacks_see_sparse_gradients_in_T_and_may_overwrite_them(path: Path, 
         assert_optimizer_like_oracle(optimizer, expected)
 
 
+def test_callbacks_see_whether_a_gradient_is_coalesced(path: Path) -> None:
+    """As Keras' users know it: `indices()` and `values()` are for coalesced gradients only."""
+    seen: list[Tensor] = []
+
+    def look(pairs: Any) -> Any:
+        seen.extend((pairs[0][0].indices(), pairs[0][0].values()))
+        return pairs
+
+    param = Parameter(torch.zeros(6, 4, dtype=torch.bfloat16))
+    optimizer = AdadeltaKeras([param], 1.0, gradient_transformers=[look], **path.options)
+    param.grad = coo_gradient((6, 4), torch.bfloat16, 9, seed=0).coalesce()
+    optimizer.step()
+    assert torch.equal(seen[0], param.grad.indices())
+    assert torch.equal(seen[1], param.grad.values().float())
+
+
 def test_callbacks_may_return_another_kind(path: Path) -> None:
     """A dense gradient for a sparse one, and the other way round."""
     params = [Parameter(torch.zeros(6, 4)), Parameter(torch.zeros(6, 4))]

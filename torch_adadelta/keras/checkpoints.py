@@ -110,8 +110,8 @@ def opened(
     Args:
         path: an ``.h5``, ``.keras`` or ``.weights.h5`` file; or the prefix, the index or the directory of a TensorFlow
             checkpoint; or a SavedModel.
-        config: for files without it, the configuration of the model: what ``model.to_json()`` returned, a file that
-            holds it, or the dictionary.
+        config: the configuration of the model, for files without it, or instead of theirs: what ``model.to_json()``
+            returned, a file that holds it, or the dictionary.
         drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
         state_order: the names of the weights in the order of the optimizer, for files that number its state.
 
@@ -211,7 +211,7 @@ def _read(
         closers.insert(0, hdf5)
         if hdf5.has("model_weights"):
             _refuse_order(state_order)
-            return _from_h5(path, hdf5, drop)
+            return _from_h5(path, hdf5, config, drop)
         if hdf5.attribute_list("", "layer_names") is not None:
             raise KerasFileError(
                 "it holds weights only, as save_weights writes them in .h5. Save with model.save('model.h5'), which "
@@ -469,13 +469,12 @@ _NO_STATE: Final = (
 # ---- .h5 ------------------------------------------------------------------------------------------------------------
 
 
-def _from_h5(path: Path, hdf5: Hdf5, drop: Collection[str]) -> Checkpoint:
-    model = None
-    text = hdf5.root_text("model_config")
+def _from_h5(path: Path, hdf5: Hdf5, config: dict[str, Any] | None, drop: Collection[str]) -> Checkpoint:
+    text = hdf5.root_text("model_config") if config is None else None
     if text is not None:
         config = configs.parsed(text, "model_config")
         configs.refuse_lambdas(config, "its model", drop)
-        model = ModelConfig(config)
+    model = None if config is None else ModelConfig(config)
     names: list[tuple[str | None, str, Stored]] = []
     for top in hdf5.attribute_list("model_weights", "layer_names") or []:
         for name in hdf5.attribute_list(f"model_weights/{top}", "weight_names") or []:

@@ -130,8 +130,8 @@ def load_keras(
             these for each layer, or the number of channels of the maps that the layer takes in one row, or a pair of
             either for what it takes and what it gives (``{"dense": (None, 32)}`` before a reshape to maps). Need not be
             given where an ``nn.Sequential`` shows it by an ``nn.Flatten`` or ``nn.Unflatten``.
-        config: the configuration of the model, for files without it: what ``model.to_json()`` returned, a file that
-            holds that, or the dictionary.
+        config: the configuration of the model, for files without it, or instead of theirs: what ``model.to_json()``
+            returned, a file that holds that, or the dictionary.
         drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
         state_order: for a ``.keras`` or ``.weights.h5`` file, whose state has numbers instead of names, the names of
             the weights in the order of the optimizer. Needed only where the error asks for it: where the configuration,
