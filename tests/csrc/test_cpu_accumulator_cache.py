@@ -23,7 +23,7 @@ def _two_threads() -> Iterator[None]:
 
 
 def lists_of(count: int) -> Lists:
-    """100 of them are so many, and so large, that a second thread looks at the accumulators."""
+    """100 of them are work for two threads."""
     lists = dense_lists([600] * count)
     for state in lists[2:]:
         state[:] = [torch.zeros(600) for _ in state]
@@ -124,6 +124,23 @@ def test_caches_that_take_turns() -> None:
     adadelta.adadelta_(*made[2], *own)
     adadelta.drop_accumulators(numbers[1])
     assert_same_lists(made[1], made[2])
+
+
+def test_a_number_is_never_given_twice() -> None:
+    made = [lists_of(3) for _ in range(4)]
+    own = segment(3, *HYPERPARAMETERS)
+    numbers = [adadelta.cache_accumulators(*lists[2:]) for lists in made[:2]]
+    adadelta.drop_accumulators(numbers[0])
+    numbers.append(adadelta.cache_accumulators(*made[2][2:]))
+    assert len(set(numbers)) == 3
+    for lists, number in zip(made[1:3], numbers[1:], strict=True):
+        adadelta.adadelta_.cached(*lists[:2], number, *own)
+    adadelta.drop_accumulators(numbers[2])
+    adadelta.adadelta_(*made[3], *own)
+    for lists in made[1:3]:
+        assert_same_lists(lists, made[3])
+    adadelta.adadelta_.cached(*made[1][:2], numbers[1], *own)
+    adadelta.drop_accumulators(numbers[1])
 
 
 @pytest.mark.parametrize("count", [4, 100])
