@@ -4,23 +4,12 @@ import io
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from cases import PATHS, Path, assert_same_bits, gradients
+from cases import assert_same_bits, gradients
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras
-from torch_adadelta.backends import kernels
 from torch_adadelta.schedules import ExponentialDecay, LearningRateSchedule
-
-
-@pytest.fixture(params=[*PATHS[:2], PATHS[2]._replace(name="fused", capability=None)], ids=lambda path: path.name)
-def path(request: pytest.FixtureRequest) -> Path:
-    """Each backend, for modules whose tests concern no instruction set: imported there, it replaces that of conftest."""
-    chosen: Path = request.param
-    if chosen.name == "fused" and not kernels.is_loaded:
-        pytest.skip("the compiled library is not installed")
-    return chosen
 
 
 def make_params(*shapes: tuple[int, ...]) -> list[Parameter]:

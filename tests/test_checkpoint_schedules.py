@@ -15,8 +15,8 @@ from keras_training import (
     make_params,
     saved,
 )
-from keras_training import path as path
 from torch.nn import Parameter
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.schedules import ExponentialDecay, PolynomialDecay

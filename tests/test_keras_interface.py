@@ -11,10 +11,10 @@ import pytest
 import torch
 from cases import DTYPES, Path, assert_same_bits, assert_unchanged, dtype_name, randn, snapshot, to_numpy
 from keras_training import EVERYTHING, Halving, advance, assert_same_training, make_params, saved, set_gradients
-from keras_training import path as path
 from reference.oracle import OracleOptimizer
 from torch import Tensor
 from torch.nn import Parameter
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.schedules import ExponentialDecay

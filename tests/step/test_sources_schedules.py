@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import Path, assert_same_bits, dtype_name, to_numpy
 from keras_training import Halving, advance, assert_same_training, make_params, set_gradients
-from keras_training import path as path
 from reference.oracle import OracleOptimizer
 from torch.nn import Parameter
+from training import path as path
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.schedules import ExponentialDecay

@@ -64,7 +64,7 @@ def run(batch: Batch) -> Refusal | None:
             return refusal
     elif batch.is_sparse:
         functional.sparse_single_tensor(batch)
-    elif batch.backend is Backend.MULTI_TENSOR and not validation.share_memory(batch.params):
+    elif batch.backend is Backend.MULTI_TENSOR and not validation.is_listed_twice(batch.params):
         functional.multi_tensor(batch)
     else:
         with recording(batch.is_differentiable):

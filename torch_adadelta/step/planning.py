@@ -308,7 +308,7 @@ def _members(params: list[Tensor], kinds: list[_Kind]) -> list[list[int]]:
     """The rows of each batch."""
     plain = [param for param in params if type(param) in PLAIN_TYPES and not param.is_meta]
     is_twice = len(set(map(id, params))) < len(params)
-    if len(set(kinds)) > 1 and (is_twice or validation.share_memory(plain)):
+    if len(set(kinds)) > 1 and (is_twice or validation.is_listed_twice(plain)):
         # A parameter that is listed twice is updated in the order of the gradients.
         return [list(run) for _, run in groupby(range(len(kinds)), kinds.__getitem__)]
     members: dict[_Kind, list[int]] = {}

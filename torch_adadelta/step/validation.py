@@ -294,7 +294,7 @@ def memory_range(tensor: Tensor, number: int) -> Range:
     return tensor.get_device(), begin, begin + (last + 1) * tensor.element_size(), number
 
 
-def share_memory(params: list[Tensor]) -> bool:
+def is_listed_twice(params: list[Tensor]) -> bool:
     """Whether a parameter is listed twice, and must be updated one time after the other.
 
     A multi-tensor operation would run each parameter's first half before any second half.

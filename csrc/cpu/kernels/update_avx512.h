@@ -9,9 +9,8 @@
 //   instead of 0.81. Cold no difference.
 // - Decays without products of denormal numbers, where there are some: 0.72 ns instead of 5.4. To decay so always would
 //   take a quarter longer, so the loop asks the processor whether it met some, which costs nothing.
-// - Memory ahead (read_ahead in kernel_table.h): no difference in cache; 16,777,216 elements take 2.8 ns instead
-// of 3.2,
-//   1.4 instead of 1.5, 1.0 instead of 1.4.
+// - Memory ahead (read_ahead in kernel_table.h): no difference in cache; 16,777,216 elements take 2.8 ns instead of
+//   3.2, 1.4 instead of 1.5, 1.0 instead of 1.4.
 #pragma once
 
 #include "convert.h"
