@@ -102,6 +102,13 @@ def test_the_objects_of_each_generation(generation: str, tmp_path: Path) -> None
         assert [layer.path for layer in checkpoint.layers] == paths
 
 
+def test_the_legacy_class_keeps_its_decay_beside_the_learning_rate(tmp_path: Path) -> None:
+    objects = Objects(LEGACY, ["dense/kernel"])
+    objects.optimizer["children"].append(("decay", objects.add("Adadelta/decay", np.array(0.25, "f4"))))
+    with opened(objects.write(tmp_path)) as checkpoint:
+        assert checkpoint.hyperparameters == {"learning_rate": 0.5, "rho": 0.75, "decay": 0.25}
+
+
 def test_keras_3_has_what_is_frozen_behind_what_is_trained(tmp_path: Path) -> None:
     objects = Objects(KERAS3, ["dense/kernel"])
     objects.model["children"].insert(0, ("frozen", objects.add("frozen/kernel", np.ones((2, 2), "f4"))))

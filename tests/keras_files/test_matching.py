@@ -128,6 +128,26 @@ def test_the_order_decides_between_two_chains_only() -> None:
         assert next(iter(matched(model, TWO, own, how="order").values())) in ("x.weight", "0.weight")
 
 
+def attention(heads: int) -> tuple[str, dict[str, Any]]:
+    shapes = {f"{part}/kernel": (4, heads, 4 // heads) for part in ("query", "key", "value")}
+    return "MultiHeadAttention", shapes | {"output/kernel": (heads, 4 // heads, 4)}
+
+
+def test_modules_of_the_same_shapes_need_not_fit_the_same_layers() -> None:
+    convolutions = {
+        "deep": nn.Conv2d(4, 4, 3, groups=4, bias=False),
+        "plain": nn.Conv2d(1, 4, 3, bias=False),  # which the other's weight fits
+    }
+    layers = {"plain": ("Conv2D", {"kernel": (3, 3, 1, 4)}), "deep": ("DepthwiseConv2D", {"kernel": (3, 3, 4, 1)})}
+    for names in (("plain", "deep"), ("deep", "plain")):
+        found = matched(Net(**{name: convolutions[name] for name in names}), layers)
+        assert found == {"plain/kernel": "plain.weight", "deep/kernel": "deep.weight"}
+    model = Net(**{f"m{heads}": nn.MultiheadAttention(4, heads, bias=False) for heads in (2, 1, 4)})
+    found = matched(model, {f"k{heads}": attention(heads) for heads in (1, 4, 2)})
+    for heads in (1, 2, 4):
+        assert found[f"k{heads}/query/kernel"] == f"m{heads}.in_proj_weight"
+
+
 def test_the_order_must_be_known_and_fit() -> None:
     checkpoint = checkpoint_of(None, [layer_of(name, "Dense", {}, {"kernel": np.ones((4, 4))}) for name in TWO])
     checkpoint.is_ordered = False
