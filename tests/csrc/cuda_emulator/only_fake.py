@@ -6,7 +6,7 @@ from typing import Any
 import direct
 import pytest
 import torch
-from cases import assert_unchanged, snapshot
+from cases import assert_unchanged, segment, snapshot
 from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras
@@ -89,3 +89,17 @@ def test_what_a_step_launches() -> None:
         before = launcher.launches()
         direct.fused(params, *([torch.ones(3, device="cuda") for _ in params] for _ in range(3)), 1.0, 0.95, 1e-7)
         assert launcher.launches() - before == launches
+
+
+def test_all_sparse_gradients_are_sorted_before_a_row_is_written() -> None:
+    """Two launches number the rows of two gradients; the third is the first that writes."""
+    tensors = [[torch.ones(4, 2, device="cuda") for _ in range(2)] for _ in range(3)]
+    indices = [torch.tensor([[0, 3]], device="cuda") for _ in range(2)]
+    values = [torch.ones(2, 2, device="cuda") for _ in range(2)]
+    for failing in range(3):
+        launcher.fail_launches(INVALID_VALUE, failing)
+        with pytest.raises(RuntimeError, match=r"CUDA error: invalid argument"):
+            torch.ops.torch_adadelta.sparse_adadelta_(
+                tensors[0], indices, values, *tensors[1:], *segment(2, 1.0, 0.95, 1e-7)
+            )
+        assert all((tensor.cpu() == 1.0).all() for some in tensors for tensor in some)
