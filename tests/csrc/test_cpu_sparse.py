@@ -247,7 +247,7 @@ def test_the_first_index_out_of_range() -> None:
     lists = sparse_lists([((9, 5), 1), ((4, 3, 2), 2), ((9, 5), 1), ((2, 3), 0), ((9, 0), 1)], count=1500)
     assert adadelta.first_invalid_indices(*lists).tolist() == [-1] * 5
     lists[1][0][0, [1499, 700, 701]] = torch.tensor([9, -1, 2**62])
-    lists[1][1][1, 1200] = 3
+    lists[1][1][:, 1200] = torch.tensor([1, 3])  # which would be row [2, 0]
     lists[1][1][0, 1201] = -(2**63)
     lists[1][2][0, 0] = 9
     lists[1][4][0, 3] = 9

@@ -20,6 +20,8 @@ from cases import (
 from op_cases import inf, nan, needs_library, square_sum, storage_uses, ways
 from torch import Tensor
 
+from torch_adadelta.backends import kernels
+
 pytestmark = needs_library
 
 # Around the row of 128 lanes, the chunk of 4096, the unit of 65536 elements that a thread sums, and of several units.
@@ -168,3 +170,12 @@ def test_what_is_refused(params: list[Tensor], grads: list[Tensor], options: dic
 def test_a_sum_that_nobody_holds_is_freed() -> None:
     result = direct.square_sums([TWO], [TWO])
     assert storage_uses([result]) == storage_uses([torch.ones(1)])
+
+
+def test_a_call_does_not_remember_the_one_before() -> None:
+    """Clipping is for real numbers, and the lists of a call are kept for the next one."""
+    for dtype, clipvalue in ((torch.complex64, None), (torch.float32, 0.5)):
+        ones = [torch.ones(3, dtype=dtype)]
+        sums = kernels.square_sums(ones, ones, clipvalue)
+        assert isinstance(sums, torch.Tensor)
+        assert sums.tolist() == [3.0 if clipvalue is None else 0.75]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, REAL_DTYPES, assert_same_bits, gradients, segment
+from cases import LAYOUTS, REAL_DTYPES, assert_same_bits, gradients, randn, segment
 from emulated import (
     CHUNK,
     HYPERPARAMETERS,
@@ -18,6 +18,7 @@ from emulated import (
     virtual_zeros,
 )
 from op_cases import Lists, adadelta, dense_lists, lay_out, states_of
+from torch import Tensor
 
 pytestmark = marks
 
@@ -75,6 +76,16 @@ def test_strides(layout: str) -> None:
         return [params, grads, *states_of(params)]
 
     assert_same_update(make)
+
+
+def test_columns_of_a_square_matrix() -> None:
+    """Its rows are as far apart as it has rows, but do not follow each other."""
+
+    def columns(seed: int) -> Tensor:
+        return randn((5, 5), torch.float32, torch.Generator().manual_seed(seed))[:, :3]
+
+    assert_same_update(lambda: [[columns(0)], [columns(1)], *states_of([columns(0)])])
+    assert_same_square_sums([torch.ones(5, 3)], [columns(1)])
 
 
 def test_more_dimensions_than_a_table_takes() -> None:

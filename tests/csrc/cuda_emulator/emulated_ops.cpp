@@ -15,6 +15,13 @@ struct EmulatedDevice {
 
   template <typename Parameters>
   void launch(void (*kernel)(const Parameters&), int64_t blocks, unsigned threads, const Parameters& parameters) const {
+    if constexpr (requires { parameters.unit_count; }) {  // sums of units: those that no block wrote are zero
+      for (int i = 0; emulator::edge_blocks != 0 && i < parameters.count; ++i) {
+        double* units = parameters.units[i];
+        const int64_t end = parameters.unit_count[i] - emulator::edge_blocks;
+        std::fill(units + std::min(emulator::edge_blocks, end), units + end, 0.0);
+      }
+    }
     emulator::launch<const Parameters&>(kernel, blocks, threads, parameters);
   }
 };

@@ -59,6 +59,7 @@ def test_a_launch_that_fails() -> None:
     with pytest.raises(RuntimeError, match=r"^CUDA error: invalid argument$"):
         optimizer.step()
     assert not optimizer.state
+    assert launcher.fail_launches(0) == 0, "the error was left for others to find"
 
 
 def test_a_later_launch_that_fails() -> None:
@@ -69,6 +70,7 @@ def test_a_later_launch_that_fails() -> None:
     launcher.fail_launches(INVALID_VALUE, 1)
     with pytest.raises(RuntimeError, match=r"^CUDA error: invalid argument .*partial"):
         optimizer.step()
+    assert launcher.fail_launches(0) == 0, "the error was left for others to find"
 
 
 def test_a_launch_goes_to_the_device_of_the_tensors_and_its_stream() -> None:
