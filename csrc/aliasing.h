@@ -16,9 +16,13 @@
 namespace torch_adadelta {
 
 // How messages about a parameter call its tensors, and how those about another parameter do.
-constexpr const char* kOwnNames[kTensors] = {"it", "its gradient", "its square_avg", "its acc_delta"};
+constexpr const char* kOwnNames[kTensors] = {"it", "its gradient", "its square_avg", "its acc_delta", "its average"};
 constexpr const char* kOtherNames[kTensors] = {
-    "parameter ", "the gradient of parameter ", "the square_avg of parameter ", "the acc_delta of parameter "
+    "parameter ",
+    "the gradient of parameter ",
+    "the square_avg of parameter ",
+    "the acc_delta of parameter ",
+    "the average of parameter "
 };
 
 struct MemoryRange {
@@ -27,7 +31,7 @@ struct MemoryRange {
   bool operator==(const MemoryRange& other) const { return begin == other.begin && end == other.end; }
 };
 
-// The memory of one parameter's tensors, of which only the gradient may be empty.
+// The memory of one parameter's tensors, of which only the gradient and the average may be empty.
 using RowMemory = std::array<MemoryRange, kTensors>;
 
 // The memory of all parameters of a call. Step after step it is the same, and what was found before still holds.
@@ -98,7 +102,7 @@ class AliasChecker {
     sorted_.clear();
     for (size_t row = 0; row < count_; ++row) {
       for (int slot = 0; slot < kTensors; ++slot) {
-        if (is_written(slot)) {
+        if (is_written(slot) && rows_[row][slot].begin != rows_[row][slot].end) {
           sorted_.push_back({rows_[row][slot], row, slot});
         }
       }

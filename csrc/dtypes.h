@@ -8,11 +8,11 @@
 namespace torch_adadelta {
 
 // The tensors that belong to a parameter, in the order in which the schemas list them.
-enum Slot : int { kParam, kGrad, kSquareAvg, kAccDelta, kTensors };
+enum Slot : int { kParam, kGrad, kSquareAvg, kAccDelta, kAverage, kTensors };
 
-// From here on they are the state.
+// The accumulators are the state that each parameter has. The average comes after it, where there is one.
 constexpr int kFirstState = kSquareAvg;
-constexpr int kStates = kTensors - kFirstState;
+constexpr int kStates = kAverage - kFirstState;
 
 constexpr bool is_written(int slot) { return slot != kGrad; }
 

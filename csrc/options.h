@@ -26,11 +26,42 @@ struct Scalar {
   bool is_tensor = false;
 };
 
-// The hyperparameters of consecutive parameters.
-struct Segment {
-  Scalar values[kHyperparameters];
+// The hyperparameters of consecutive parameters, packed: a launch on the GPU has room for so many bytes.
+class Segment {
+ public:
+  ADADELTA_INLINE Scalar operator[](int which) const {
+    Scalar result;
+    result.dtype = dtypes_[which];
+    result.is_tensor = is_tensor_[which];
+    if (result.is_tensor) {
+      result.data = values_[which].data;
+    } else {
+      result.number = values_[which].number;
+    }
+    return result;
+  }
 
-  ADADELTA_INLINE bool maximize() const { return values[kMaximize].number != 0; }
+  void set(size_t which, const Scalar& value) {
+    dtypes_[which] = value.dtype;
+    is_tensor_[which] = value.is_tensor;
+    if (value.is_tensor) {
+      values_[which].data = value.data;
+    } else {
+      values_[which].number = value.number;
+    }
+  }
+
+  ADADELTA_INLINE bool maximize() const { return values_[kMaximize].number != 0; }
+
+ private:
+  union Value {
+    double number;
+    const void* data;
+  };
+
+  Value values_[kHyperparameters];
+  Dtype dtypes_[kHyperparameters];
+  bool is_tensor_[kHyperparameters];
 };
 
 // What becomes of the gradients, and with what. Complete already in itself: a kernel can take it by value.
@@ -40,12 +71,13 @@ struct GradientOptions {
   const double* square_sums = nullptr;  // of each parameter's gradient; nullptr without clipnorm
   Scalar factor = {{1}};
   const float* grad_scale = nullptr;  // what the gradients are divided by first; nullptr without
+  double loss_scale_factor = 1;       // what they are divided by then
   const float* found_inf = nullptr;   // nothing is written if it is not zero; nullptr without
 
   // Whether gradients are taken as they are, or negated.
   bool is_plain() const {
     return clipvalue == std::numeric_limits<double>::infinity() && square_sums == nullptr && !factor.is_tensor &&
-           factor.number == 1 && grad_scale == nullptr;
+           factor.number == 1 && grad_scale == nullptr && loss_scale_factor == 1;
   }
 };
 
@@ -62,7 +94,7 @@ ADADELTA_INLINE GradientClip<T> clip_of(const GradientOptions& options, size_t i
                         ? GradientClip<T>::by_norm(options.clipvalue, options.clipnorm, options.square_sums[index])
                         : GradientClip<T>::by_factor(options.clipvalue, factor);
   const T scale = options.grad_scale != nullptr ? static_cast<T>(*options.grad_scale) : T(1);
-  return clip.scaled_by(scale).negated_if(maximize);
+  return clip.scaled_by(scale, static_cast<T>(options.loss_scale_factor)).negated_if(maximize);
 }
 
 struct UpdateOptions {
@@ -193,7 +225,9 @@ inline void check_clipvalue(double clipvalue, const CallInfo& info) {
 
 }  // namespace detail
 
-constexpr const char* kHyperparameterNames[kHyperparameters] = {"lr", "rho", "epsilon", "maximize"};
+constexpr const char* kHyperparameterNames[kHyperparameters] = {
+    "lr", "rho", "epsilon", "maximize", "weight_decay", "is_decoupled", "ema_momentum", "overwrites"
+};
 
 // The hyperparameters and options of an update, which the schemas of its ops have in common.
 class OptionArguments {
@@ -208,6 +242,7 @@ class OptionArguments {
         factor_number_(reader.number()),
         factor_(reader.optional_tensor()),
         grad_scale_(reader.optional_tensor()),
+        loss_scale_factor_(reader.number()),
         found_inf_(reader.optional_tensor()),
         check_only_(reader.boolean()) {}
   OptionArguments(const OptionArguments&) = delete;
@@ -225,6 +260,7 @@ class OptionArguments {
     gradient.clipnorm = clipnorm_.value_or(0);
     gradient.factor = detail::scalar(factor_number_, factor_, device, "factor_tensor");
     gradient.grad_scale = detail::float_data(grad_scale_, "grad_scale", device);
+    gradient.loss_scale_factor = loss_scale_factor_;
     gradient.found_inf = detail::float_data(found_inf_, "found_inf", device);
     detail::check_clipvalue(gradient.clipvalue, info);
     check_clipnorm(device, param_count);
@@ -255,11 +291,11 @@ class OptionArguments {
       const char* name = kHyperparameterNames[which];
       static const OptionalTensor none;
       const OptionalTensor& tensor = tensors_.empty() ? none : tensors_[k];
-      if (which == kMaximize && (tensor.has_value() || (numbers_[k] != 0 && numbers_[k] != 1))) {
+      const bool is_flag = which == kMaximize || which == kIsDecoupled || which == kOverwrites;
+      if (is_flag && (tensor.has_value() || (numbers_[k] != 0 && numbers_[k] != 1))) {
         refuse_call("the ", name, " of segment ", segment, " must be 0 or 1, and no tensor");
       }
-      segments[segment].values[which] =
-          detail::scalar(numbers_[k], tensor, device, "the ", name, " of segment ", segment);
+      segments[segment].set(which, detail::scalar(numbers_[k], tensor, device, "the ", name, " of segment ", segment));
     }
   }
 
@@ -295,7 +331,9 @@ class OptionArguments {
   std::optional<double> clipvalue_, clipnorm_;
   OptionalTensor square_sums_;
   double factor_number_;
-  OptionalTensor factor_, grad_scale_, found_inf_;
+  OptionalTensor factor_, grad_scale_;
+  double loss_scale_factor_;
+  OptionalTensor found_inf_;
   bool check_only_;
 };
 
@@ -307,8 +345,9 @@ class UpdateArguments {
         params_(reader.tensors()),
         grads_(reader.tensors()),
         states_{reader.tensors(), reader.tensors()},
+        averages_(reader.tensors()),
         given_(reader) {
-    read_entries(workspace, Lists<TensorList>{params_, grads_, states_}, given_.sizes(), device_type);
+    read_entries(workspace, Lists<TensorList>{params_, grads_, states_, &averages_}, given_.sizes(), device_type);
     options_ = given_.read({device_type, workspace.device_index}, workspace, params_.size());
   }
   UpdateArguments(const UpdateArguments&) = delete;
@@ -324,6 +363,7 @@ class UpdateArguments {
   std::optional<HeldGil> gil_;  // before what is destroyed while it is held
   TensorList params_, grads_;
   TensorList states_[kStates];
+  TensorList averages_;
   OptionArguments given_;
   UpdateOptions options_;
 };
@@ -336,7 +376,8 @@ class SquareSumArguments {
         grads_(reader.tensors()),
         clipvalue_(reader.optional_number().value_or(std::numeric_limits<double>::infinity())),
         in_double_(reader.boolean()),
-        grad_scale_(reader.optional_tensor()) {
+        grad_scale_(reader.optional_tensor()),
+        loss_scale_factor_(reader.number()) {
     read_gradients(gradients, params_, grads_, in_double_, device_type);
     device_ = {device_type, gradients.device_index};
     grad_scale_data_ = detail::float_data(grad_scale_, "grad_scale", device_);
@@ -348,6 +389,7 @@ class SquareSumArguments {
 
   double clipvalue() const { return clipvalue_; }
   const float* grad_scale() const { return grad_scale_data_; }
+  double loss_scale_factor() const { return loss_scale_factor_; }
 
   // Uninitialised numbers beside the parameters.
   torch::stable::Tensor new_doubles(int64_t count) const {
@@ -362,6 +404,7 @@ class SquareSumArguments {
   double clipvalue_;
   bool in_double_;
   OptionalTensor grad_scale_;
+  double loss_scale_factor_;
   DeviceId device_;
   const float* grad_scale_data_;
 };

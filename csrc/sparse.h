@@ -36,16 +36,19 @@ struct Indices {
   }
 };
 
+// The tensors that an update by a sparse gradient takes: all but the average.
+constexpr int kSparseTensors = kAverage;
+
 // One parameter with a sparse gradient, ready to be updated.
 struct SparseEntry {
-  char* data[kTensors];  // that of the gradient: its values, [COO entries, row_numel]
+  char* data[kSparseTensors];  // that of the gradient: its values, [COO entries, row_numel]
   Indices indices;
-  Layout sparse_dims;     // of the parameter and its state, with their strides
-  Layout row;             // the dimensions of a row, in their order; the last may be the parts of a complex number
-  int64_t rows;           // of the parameter
-  int64_t row_numel;      // of real numbers
-  bool contiguous_row;    // in the parameter and its state
-  Dtype dtype[kTensors];  // the state has that of the parameter
+  Layout sparse_dims;   // of the parameter and its state, with their strides
+  Layout row;           // the dimensions of a row, in their order; the last may be the parts of a complex number
+  int64_t rows;         // of the parameter
+  int64_t row_numel;    // of real numbers
+  bool contiguous_row;  // in the parameter and its state
+  Dtype dtype[kSparseTensors];  // the state has that of the parameter
   bool contiguous_values;
   uint32_t segment;
   size_t index;  // of the parameter in the lists
@@ -124,7 +127,7 @@ inline bool is_contiguous(const Layout& layout, Dtype dtype) {
     if (dim->size == 1) {
       continue;
     }
-    for (int slot = 0; slot < kTensors; ++slot) {
+    for (int slot = 0; slot < kSparseTensors; ++slot) {
       if (is_written(slot) && dim->stride[slot] != expected) {
         return false;
       }
@@ -162,7 +165,7 @@ inline SparseEntries read_sparse_entries(
     const TensorInfo &param = *tensors[kParam], &value = *tensors[kGrad];
     lists.check_storage(i);
     lists.grads.check_storage(i, kOwnNames[kGrad], value);
-    for (int slot = 0; slot < kTensors; ++slot) {
+    for (int slot = 0; slot < kSparseTensors; ++slot) {
       if (is_written(slot)) {
         detail::check_fits(param, *tensors[slot], device_type, i);
         if (param.numel > 0) {
@@ -192,19 +195,19 @@ inline SparseEntries read_sparse_entries(
       (d < sparse_dims ? entry.rows : entry.row_numel) *= param.sizes[d];
       Dimension& dim = (d < sparse_dims ? entry.sparse_dims : entry.row).emplace_back();
       dim.size = param.sizes[d];
-      for (int slot = 0; slot < kTensors; ++slot) {
+      for (int slot = 0; slot < kSparseTensors; ++slot) {
         dim.stride[slot] = is_written(slot) ? tensors[slot]->strides[d] * element_size(param) : 0;
       }
     }
     if (param.is_complex) {
       Dimension& dim = entry.row.emplace_back();
       dim.size = 2;
-      std::fill_n(dim.stride, kTensors, item_size(param.dtype));
+      std::fill_n(dim.stride, kSparseTensors, item_size(param.dtype));
       entry.row_numel *= 2;
     }
     entry.contiguous_row = detail::is_contiguous(entry.row, param.dtype);
-    RowMemory memory;
-    for (int slot = 0; slot < kTensors; ++slot) {
+    RowMemory memory{};
+    for (int slot = 0; slot < kSparseTensors; ++slot) {
       entry.data[slot] = tensors[slot]->data;
       entry.dtype[slot] = tensors[slot]->dtype;
       memory[slot] = memory_of(*tensors[slot]);
@@ -269,6 +272,12 @@ class SparseArguments {
     for (const SparseEntry& entry : entries_.entries) {
       if (!entry.contiguous_values) {
         refuse(entry.index, "the values of its gradient are not contiguous");
+      }
+    }
+    for (const Segment& segment : options_.segments) {
+      const Scalar weight_decay = segment[kWeightDecay];
+      if (weight_decay.is_tensor || weight_decay.number != 0) {
+        refuse_call("weight_decay is for whole parameters, not for the rows of sparse gradients");
       }
     }
   }

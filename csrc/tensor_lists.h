@@ -25,7 +25,7 @@
 
 namespace torch_adadelta {
 
-constexpr const char* kListNames[kTensors] = {"params", "grads", "square_avgs", "acc_deltas"};
+constexpr const char* kListNames[kTensors] = {"params", "grads", "square_avgs", "acc_deltas", "averages"};
 
 // What PyTorch knows of one tensor. Pointers into its sizes and strides stay valid as long as the tensor lives.
 struct TensorInfo {
@@ -210,15 +210,15 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// Refuses lists of which one has not as many tensors as the first.
+// Refuses lists, the first `used` of these, of which one has not as many tensors as the first.
 template <size_t count>
-void check_lengths(const std::pair<size_t, const char*> (&lists)[count]) {
-  if (std::all_of(lists, lists + count, [&](const auto& list) { return list.first == lists[0].first; })) {
+void check_lengths(const std::pair<size_t, const char*> (&lists)[count], size_t used = count) {
+  if (std::all_of(lists, lists + used, [&](const auto& list) { return list.first == lists[0].first; })) {
     return;
   }
   std::ostringstream lengths;
-  for (const auto& [size, name] : lists) {
-    lengths << (name == lists[0].second ? ": " : ", ") << size << ' ' << name;
+  for (size_t i = 0; i < used; ++i) {
+    lengths << (i == 0 ? ": " : ", ") << lists[i].first << ' ' << lists[i].second;
   }
   refuse_call("the lists differ in length", lengths.str());
 }
@@ -292,13 +292,13 @@ using Layout = std::vector<Dimension>;
 // One parameter, ready to be updated. If it is dense, all its tensors hold element i at index i of their memory;
 // otherwise `layout` leads from an index to each address.
 struct Entry {
-  char* data[kTensors];
+  char* data[kTensors];  // that of the average is nullptr where there is none
   int64_t numel;         // of real numbers
   int64_t end;           // where its elements end in the concatenation of all entries
   const Layout* layout;  // nullptr if dense
   size_t index;          // of the parameter in the lists
   uint32_t segment;
-  Dtype dtype[kTensors];  // the state has that of the parameter
+  Dtype dtype[kTensors];  // the state has that of the parameter, the average T
 };
 
 // What read_entries finds. Its owner keeps it from call to call: to allocate and free so much at every step costs a
@@ -320,7 +320,7 @@ struct Workspace : CallInfo {
   }
 };
 
-// The tensors of one parameter.
+// The tensors of one parameter, nullptr for an average that there is not.
 using TensorRow = std::array<const TensorInfo*, kTensors>;
 
 namespace detail {
@@ -384,14 +384,15 @@ inline Layout dimensions(const TensorRow& tensors) {
     Dimension& dim = dims.emplace_back();
     dim.size = param.sizes[d];
     for (int slot = 0; slot < kTensors; ++slot) {
-      dim.stride[slot] = tensors[slot]->strides[d] * element_size(*tensors[slot]);
+      const TensorInfo* tensor = tensors[slot];
+      dim.stride[slot] = tensor == nullptr ? 0 : tensor->strides[d] * element_size(*tensor);
     }
   }
   if (param.is_complex) {
     Dimension& dim = dims.emplace_back();
     dim.size = 2;
     for (int slot = 0; slot < kTensors; ++slot) {
-      dim.stride[slot] = item_size(tensors[slot]->dtype);
+      dim.stride[slot] = tensors[slot] == nullptr ? 0 : item_size(tensors[slot]->dtype);
     }
   }
   return dims;
@@ -424,19 +425,24 @@ inline void check_fits(const TensorInfo& param, const TensorInfo& tensor, int32_
 
 // The following look at the tensors that are written to: the parameter and its state. They refuse those that are not …
 
-// … of one dtype.
+// … of the dtype that the parameter asks for.
 inline void check_state_dtype(const TensorRow& tensors, size_t index) {
-  for (int slot = kFirstState; slot < kTensors; ++slot) {
-    if (tensors[slot]->dtype != tensors[kParam]->dtype) {
+  const Dtype own = tensors[kParam]->dtype;
+  for (int slot = kFirstState; slot < kFirstState + kStates; ++slot) {
+    if (tensors[slot]->dtype != own) {
       refuse(index, "its state has another dtype than the parameter");
     }
+  }
+  const Dtype opmath = own == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  if (tensors[kAverage] != nullptr && tensors[kAverage]->dtype != opmath) {
+    refuse(index, "its average has another dtype than that in which the parameter is updated");
   }
 }
 
 // … such that each element has a place of its own.
 inline void check_no_overlap(const TensorRow& tensors, size_t index) {
   for (int slot = 0; slot < kTensors; ++slot) {
-    if (is_written(slot) && overlaps_itself(*tensors[slot])) {
+    if (is_written(slot) && tensors[slot] != nullptr && overlaps_itself(*tensors[slot])) {
       refuse(index, kOwnNames[slot], " would be written to, but overlaps itself in memory");
     }
   }
@@ -449,12 +455,19 @@ template <typename StateList>
 struct Lists {
   const TensorList& params;
   const TensorList& grads;
-  const StateList* states;  // kStates of them
+  const StateList* states;               // kStates of them
+  const TensorList* averages = nullptr;  // nullptr or empty: none
+
+  bool has_averages() const { return averages != nullptr && averages->size() > 0; }
 
   TensorRow row(size_t index, std::array<TensorInfo, kTensors>& storage) const {
     TensorRow tensors{&params.info(index, kParam, storage[kParam]), &grads.info(index, kGrad, storage[kGrad])};
-    for (int slot = kFirstState; slot < kTensors; ++slot) {
-      tensors[slot] = &states[slot - kFirstState].info(index, static_cast<Slot>(slot), storage[slot]);
+    for (int state = 0; state < kStates; ++state) {
+      const int slot = kFirstState + state;
+      tensors[slot] = &states[state].info(index, static_cast<Slot>(slot), storage[slot]);
+    }
+    if (has_averages()) {
+      tensors[kAverage] = &averages->info(index, kAverage, storage[kAverage]);
     }
     return tensors;
   }
@@ -463,10 +476,13 @@ struct Lists {
     std::pair<size_t, const char*> lengths[kTensors] = {
         {params.size(), kListNames[kParam]}, {grads.size(), kListNames[kGrad]}
     };
-    for (int slot = kFirstState; slot < kTensors; ++slot) {
-      lengths[slot] = {states[slot - kFirstState].size(), kListNames[slot]};
+    for (int state = 0; state < kStates; ++state) {
+      lengths[kFirstState + state] = {states[state].size(), kListNames[kFirstState + state]};
     }
-    torch_adadelta::check_lengths(lengths);
+    if (has_averages()) {
+      lengths[kAverage] = {averages->size(), kListNames[kAverage]};
+    }
+    torch_adadelta::check_lengths(lengths, has_averages() ? kTensors : kAverage);
   }
 
   // Of what is written to.
@@ -474,8 +490,12 @@ struct Lists {
     std::array<TensorInfo, kTensors> storage;
     const TensorRow tensors = row(index, storage);
     params.check_storage(index, kOwnNames[kParam], *tensors[kParam]);
-    for (int slot = kFirstState; slot < kTensors; ++slot) {
-      states[slot - kFirstState].check_storage(index, kOwnNames[slot], *tensors[slot]);
+    for (int state = 0; state < kStates; ++state) {
+      const int slot = kFirstState + state;
+      states[state].check_storage(index, kOwnNames[slot], *tensors[slot]);
+    }
+    if (has_averages()) {
+      averages->check_storage(index, kOwnNames[kAverage], *tensors[kAverage]);
     }
   }
 };
@@ -499,7 +519,9 @@ void read_entries(
     const TensorRow tensors = lists.row(i, storage);
     const TensorInfo& param = *tensors[kParam];
     for (const TensorInfo* tensor : tensors) {
-      detail::check_fits(param, *tensor, device_type, i);
+      if (tensor != nullptr) {
+        detail::check_fits(param, *tensor, device_type, i);
+      }
     }
     workspace.add(param, i);
     detail::check_state_dtype(tensors, i);
@@ -509,7 +531,7 @@ void read_entries(
 
     bool dense = true;
     for (const TensorInfo* tensor : tensors) {
-      dense = dense && detail::same_strides(param, *tensor);
+      dense = dense && (tensor == nullptr || detail::same_strides(param, *tensor));
     }
     dense = dense && (detail::is_contiguous(param) ||
                       (param.bytes == param.numel * element_size(param) && !detail::overlaps_itself(param)));
@@ -518,12 +540,14 @@ void read_entries(
     }
 
     const int64_t numel = param.numel * (param.is_complex ? 2 : 1), end = workspace.numel() + numel;
-    Entry& entry = workspace.entries.emplace_back();
-    RowMemory memory;
+    Entry& entry = workspace.entries.emplace_back();  // of zeros
+    RowMemory memory{};
     for (int slot = 0; slot < kTensors; ++slot) {
-      entry.data[slot] = tensors[slot]->data;
-      entry.dtype[slot] = tensors[slot]->dtype;
-      memory[slot] = memory_of(*tensors[slot]);
+      if (tensors[slot] != nullptr) {
+        entry.data[slot] = tensors[slot]->data;
+        entry.dtype[slot] = tensors[slot]->dtype;
+        memory[slot] = memory_of(*tensors[slot]);
+      }
     }
     entry.numel = numel;
     entry.end = end;
@@ -532,7 +556,9 @@ void read_entries(
     entry.segment = segments.segment_of(i);
     if (is_on_host) {  // as for prefetch_after: a tenth less
       for (int slot = 0; slot < kTensors; ++slot) {
-        __builtin_prefetch(entry.data[slot], 1);
+        if (tensors[slot] != nullptr) {
+          __builtin_prefetch(entry.data[slot], 1);
+        }
       }
     }
     workspace.aliases.add(memory);

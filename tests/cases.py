@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.backends import kernels
+from torch_adadelta.backends.batch import Segment
 
 REAL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX_DTYPES = (torch.complex64, torch.complex128, torch.complex32)
@@ -125,12 +126,11 @@ def coo_gradient(
 Segments = tuple[list[int], list[float], list[Tensor | None]]
 
 
-def segment(count: int, lr: Any, rho: Any, epsilon: Any, maximize: bool = False) -> Segments:
-    """What the ops take of a segment of so many parameters. A Tensor replaces a number."""
-    values = (lr, rho, epsilon, float(maximize))
-    tensors = [value if isinstance(value, Tensor) else None for value in values]
-    numbers = [0.0 if isinstance(value, Tensor) else value for value in values]
-    return [count], numbers, tensors if any(value is not None for value in tensors) else []
+def segment(
+    count: int, lr: Any, rho: Any, epsilon: Any, maximize: bool = False, *values: Any, **named: Any
+) -> Segments:
+    """What the ops take of a segment of so many parameters, with the fields of `Segment`. A Tensor replaces a number."""
+    return kernels.hyperparameter_arguments([Segment(count, lr, rho, epsilon, maximize, *values, **named)])
 
 
 def segments(*parts: Segments) -> Segments:
@@ -253,6 +253,7 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "both": {"clipvalue": 0.5, "clipnorm": 0.7},
     "decay": {"decay": 0.5},
     "maximize": {"maximize": True},
+    "weight_decay": {"weight_decay": 0.25},
 }
 
 

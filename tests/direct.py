@@ -1,6 +1,6 @@
 """The backends by themselves: updates of lists of tensors with one set of hyperparameters, which raise what is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,27 @@ def batch_of(
     rho: Any = 0.95,
     epsilon: Any = 1e-7,
     maximize: bool = False,
+    weight_decay: Any = 0.0,
+    is_decoupled: bool = True,
+    ema_momentum: Any = 0.0,
+    overwrites: bool = False,
     is_sparse: bool = False,
+    averages: Sequence[Tensor] = (),
     **options: Any,
 ) -> Batch:
     """A batch of one segment. `options` are those of `GradientOptions`."""
-    segments = [Segment(len(params), lr, rho, epsilon, maximize)]
+    values = (lr, rho, epsilon, maximize, weight_decay, is_decoupled, ema_momentum, overwrites)
     return Batch(
-        backend, is_sparse, False, params, grads, square_avgs, acc_deltas, segments, GradientOptions(**options)
+        backend,
+        is_sparse,
+        False,
+        params,
+        grads,
+        square_avgs,
+        acc_deltas,
+        [Segment(len(params), *values)],
+        GradientOptions(**options),
+        averages=list(averages),
     )
 
 

@@ -36,7 +36,9 @@ marks = [
 emulated: Any = torch.ops.torch_adadelta_emulated
 
 SMALL_TABLE, LARGE_TABLE, CHUNK = 64, 600, 16384
-SMALL_SEGMENTS, LARGE_SEGMENTS = 13, 42  # that find room beside the tensors
+SMALL_SEGMENTS, LARGE_SEGMENTS = 10, 33  # that find room beside the tensors
+# The same with averages.
+SMALL_AVERAGE_TABLE, LARGE_AVERAGE_TABLE, SMALL_AVERAGE_SEGMENTS, LARGE_AVERAGE_SEGMENTS = 48, 512, 15, 37
 HYPERPARAMETERS = (0.75, 0.9, 1e-6)
 
 
@@ -81,6 +83,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipvalue-factor": {"clipvalue": 0.3, "factor": 0.37, "maximize": True},
     "scale": {"grad_scale": torch.tensor(3.0)},
     "scale-clipvalue-factor": {"grad_scale": torch.tensor(0.3), "clipvalue": 0.3, "factor": 0.37},
+    "loss-scale": {"loss_scale_factor": 3.0},
+    "both-scales-clipnorm": {
+        "grad_scale": torch.tensor(0.3),
+        "loss_scale_factor": 7.0,
+        "clipvalue": 0.3,
+        "clipnorm": 0.7,
+        "square_sums": True,
+    },
 }
 
 
@@ -97,6 +107,7 @@ def _assert_same_calls(
     hyperparameters: tuple[Any, ...],
     maximize: bool,
     options: dict[str, Any],
+    averaging: dict[str, Any],
 ) -> int:
     results = []
     launches = 0
@@ -106,11 +117,13 @@ def _assert_same_calls(
             emulated.set_seed(seed)
         given = dict(options)
         if options.get("square_sums") is True:
-            given["square_sums"] = adadelta.grad_square_sums(*gradients_of(lists), options.get("clipvalue"))
+            scale = {key: options[key] for key in ("grad_scale", "loss_scale_factor") if key in options}
+            given["square_sums"] = adadelta.grad_square_sums(*gradients_of(lists), options.get("clipvalue"), **scale)
         for _ in range(2):
             before = emulated.launches()
-            own = several(sizes, maximize) if sizes else segment(len(lists[0]), *hyperparameters, maximize)
-            getattr(namespace, op)(*lists, *own, **given)
+            own = several(sizes, maximize) if sizes else segment(len(lists[0]), *hyperparameters, maximize, **averaging)
+            averages = [] if op != "adadelta_" or len(lists) > 4 else [[]]
+            getattr(namespace, op)(*lists, *averages, *own, **given)
             launches = emulated.launches() - before
         results.append(lists)
     for result in results[1:]:
@@ -124,15 +137,16 @@ def assert_same_update(
     sizes: Sequence[int] | None = None,
     hyperparameters: tuple[Any, ...] = HYPERPARAMETERS,
     maximize: bool = False,
+    averaging: dict[str, Any] | None = None,
     **options: Any,
 ) -> int:
     """Runs two steps on the CPU and emulated, on what `make` makes, and returns the number of launches of a step.
 
-    `square_sums=True` stands for the sums of the squares of the gradients; `sizes` are those of segments. A seed is the
+    A fifth list holds averages; `averaging` is what a segment says of them. `square_sums=True` stands for the sums of the squares of the gradients; `sizes` are those of segments. A seed is the
     order in which blocks and threads run, 0 the plain one.
     """
     return _assert_same_calls(
-        "adadelta_", make, lambda lists: lists[:2], seeds, sizes, hyperparameters, maximize, options
+        "adadelta_", make, lambda lists: lists[:2], seeds, sizes, hyperparameters, maximize, options, averaging or {}
     )
 
 
@@ -157,7 +171,7 @@ def assert_same_sparse_update(
 ) -> int:
     """As `assert_same_update`, for sparse gradients."""
     return _assert_same_calls(
-        "sparse_adadelta_", make, _values_in_opmath, seeds, sizes, hyperparameters, maximize, options
+        "sparse_adadelta_", make, _values_in_opmath, seeds, sizes, hyperparameters, maximize, options, {}
     )
 
 
@@ -166,6 +180,7 @@ SQUARE_OPTIONS: dict[str, dict[str, Any]] = {
     "clipvalue": {"clipvalue": 0.3},
     "in-double": {"in_double": True},
     "scale": {"grad_scale": torch.tensor(0.3), "clipvalue": 2.0},
+    "both-scales": {"grad_scale": torch.tensor(0.3), "loss_scale_factor": 7.0},
 }
 
 

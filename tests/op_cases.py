@@ -124,8 +124,26 @@ def several(sizes: Sequence[int], maximize: bool = False) -> Segments:
     """Segments that differ, some by a Tensor."""
     rates = [torch.tensor(0.01 * i) if i % 3 == 2 else 0.75 - 0.01 * i for i in range(len(sizes))]
     return segments(
-        *(segment(size, rates[i], 0.9 - 0.001 * i, 1e-6, maximize != (i % 2 == 1)) for i, size in enumerate(sizes))
+        *(
+            segment(
+                size,
+                rates[i],
+                0.9 - 0.001 * i,
+                1e-6,
+                maximize != (i % 2 == 1),
+                ema_momentum=torch.tensor(0.9 - 0.01 * i) if i % 4 == 1 else 0.3 * (i % 3),
+                overwrites=i % 5 == 2,
+            )
+            for i, size in enumerate(sizes)
+        )
     )
+
+
+def dense(
+    params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest: Any, averages: Any = (), **options: Any
+) -> None:
+    """adadelta_, mostly without averages."""
+    adadelta.adadelta_(params, grads, square_avgs, acc_deltas, list(averages), *rest, **options)
 
 
 def with_cache(params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest: Any, **options: Any) -> None:
@@ -139,7 +157,7 @@ def with_cache(params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest
 
 # The ops that write, by name.
 CALLS: dict[str, Callable[..., None]] = (
-    {"dense": adadelta.adadelta_, "cached": with_cache, "sparse": adadelta.sparse_adadelta_}
+    {"dense": dense, "cached": with_cache, "sparse": adadelta.sparse_adadelta_}
     if kernels.is_loaded
     else dict.fromkeys(("dense", "cached", "sparse"), with_cache)
 )
@@ -215,19 +233,21 @@ def in_memory_order(param: Tensor, grad: Tensor) -> Tensor:
     return grad.permute(order)
 
 
-def clipped(grad: Tensor, T: Any, clipvalue: float = inf, scale: float = 1.0) -> np.ndarray[Any, Any]:
-    """The gradient in T, or in complex T, divided by the scale and clamped."""
+def clipped(
+    grad: Tensor, T: Any, clipvalue: float = inf, scale: float = 1.0, loss_scale: float = 1.0
+) -> np.ndarray[Any, Any]:
+    """The gradient in T, or in complex T, divided by the scales and clamped."""
     values = to_numpy(grad)
     with np.errstate(over="ignore", invalid="ignore"):
         if np.iscomplexobj(values):
-            return oracle.as_complex(oracle.as_real(values).astype(T) / T(scale))
-        return oracle.clip_by_value(values.astype(T) / T(scale), clipvalue)
+            return oracle.as_complex(oracle.as_real(values).astype(T) / T(scale) / T(loss_scale))
+        return oracle.clip_by_value(values.astype(T) / T(scale) / T(loss_scale), clipvalue)
 
 
 def square_sum(
-    param: Tensor, grad: Tensor, clipvalue: float = inf, in_double: bool = False, scale: float = 1.0
+    param: Tensor, grad: Tensor, clipvalue: float = inf, in_double: bool = False, *scales: float, **scale: float
 ) -> float:
-    values = clipped(in_memory_order(param, grad), opmath_of(param, in_double), clipvalue, scale)
+    values = clipped(in_memory_order(param, grad), opmath_of(param, in_double), clipvalue, *scales, **scale)
     return oracle.square_sum(values)
 
 
@@ -239,13 +259,16 @@ class Clip(NamedTuple):
     factor: float = 1.0
     maximize: bool = False
     scale: float = 1.0
+    loss_scale: float = 1.0
 
     def for_dtype(self, dtype: torch.dtype) -> "Clip":
         return self._replace(clipvalue=inf) if dtype.is_complex else self
 
     def options(self, params: list[Tensor], grads: list[Tensor]) -> dict[str, Any]:
         options: dict[str, Any] = {"maximize": self.maximize, "clipvalue": self.clipvalue}
-        scaled = {} if self.scale == 1.0 else {"grad_scale": torch.tensor(self.scale)}
+        scaled: dict[str, Any] = {} if self.scale == 1.0 else {"grad_scale": torch.tensor(self.scale)}
+        if self.loss_scale != 1.0:
+            scaled["loss_scale_factor"] = self.loss_scale
         options |= scaled
         if self.clipnorm is None:
             return options | {"factor": self.factor}
@@ -254,10 +277,10 @@ class Clip(NamedTuple):
 
     def apply(self, param: Tensor, grad: Tensor) -> np.ndarray[Any, Any]:
         T = opmath_of(param)
-        scale = float(np.float32(self.scale))
-        g = clipped(grad, T, self.clipvalue, scale)
+        scales = (float(np.float32(self.scale)), self.loss_scale)
+        g = clipped(grad, T, self.clipvalue, *scales)
         if self.clipnorm is not None:
-            return oracle.clip_by_norm(g, self.clipnorm, square_sum(param, grad, self.clipvalue, scale=scale))
+            return oracle.clip_by_norm(g, self.clipnorm, square_sum(param, grad, self.clipvalue, False, *scales))
         reals = oracle.as_real(g) if np.iscomplexobj(g) else g
         with np.errstate(all="ignore"):
             reals = reals * T(self.factor)
@@ -277,6 +300,8 @@ CLIPS = {
     "scale": Clip(scale=3.0),
     "scale-clipvalue-factor": Clip(scale=0.3, clipvalue=0.3, factor=0.37),
     "scale-clipnorm": Clip(scale=3.0, clipnorm=0.7, maximize=True),
+    "loss-scale": Clip(loss_scale=7.0),
+    "both-scales-clipnorm": Clip(scale=3.0, loss_scale=7.0, clipvalue=0.3, clipnorm=0.7),
 }
 
 

@@ -25,6 +25,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decay": {"decay": 0.5},
     "Tensor lr": {"lr": torch.tensor(0.5)},
     "capturable, maximize": {"capturable": True, "maximize": True},
+    "weight_decay": {"weight_decay": 0.1},
+    "penalty": {"weight_decay": 0.1, "decoupled_weight_decay": False},
 }
 
 

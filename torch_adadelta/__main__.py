@@ -17,7 +17,7 @@ def _bits_of_one_step(backend: Backend, dtype: torch.dtype, device: str) -> list
     lists = [[torch.randn(n, generator=generator).to(device, dtype) for n in (1, 7, 1025)] for _ in range(2)]
     lists += [[torch.rand(n, generator=generator).to(device, dtype) for n in (1, 7, 1025)] for _ in range(2)]
     params, grads, square_avgs, acc_deltas = lists
-    segments = [Segment(len(params), 1.0, 0.95, 1e-7, False)]
+    segments = [Segment(len(params), 1.0, 0.95, 1e-7)]
     execution.run(Batch(backend, False, False, params, grads, square_avgs, acc_deltas, segments))
     return [tensor.cpu() for tensors in (params, square_avgs, acc_deltas) for tensor in tensors]
 

@@ -32,7 +32,8 @@ def restore_groups(
     """
     restored = []
     for group, was in zip(groups, previous, strict=False):
-        group.setdefault("norm_variables", was.get("norm_variables"))
+        for key in ("norm_variables", "excluded_from_weight_decay"):
+            group.setdefault(key, was.get(key))
     for index, group in enumerate(groups):
         for key, value in {**defaults, **options.new_metadata(), "iterations": 0}.items():
             group.setdefault(key, value)
@@ -87,12 +88,6 @@ def convert_torch_adadelta(groups: list[Group], state: dict[Any, dict[str, Any]]
     `foreach` and `fused` say how to compute, not what: they stay as they are in `previous`, the groups that load.
     """
     for index, group in enumerate(groups):
-        if group.get("weight_decay"):
-            raise ValueError(
-                f"group {index} of the torch.optim.Adadelta checkpoint has weight_decay={group['weight_decay']!r}; "
-                "Keras' Adadelta has none, so training would go on differently. Set it to 0 in the checkpoint to "
-                "accept that"
-            )
         if group["eps"] == 0:
             raise ValueError(
                 f"group {index} of the torch.optim.Adadelta checkpoint has eps=0, which would mean 1e-7 here. Set "
@@ -103,7 +98,7 @@ def convert_torch_adadelta(groups: list[Group], state: dict[Any, dict[str, Any]]
         s.pop("step", None)
     live = chain(previous, [{}] * len(groups))
     for group, was in zip(groups, live, strict=False):
-        group.pop("weight_decay", None)
+        group["decoupled_weight_decay"] = was.get("decoupled_weight_decay", True) and not group.get("weight_decay")
         group["epsilon"] = group.pop("eps")
         group["iterations"] = iterations
         group["foreach"], group["fused"] = was.get("foreach"), was.get("fused")

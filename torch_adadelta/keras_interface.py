@@ -19,7 +19,6 @@ SLOTS: Final = {"accum_grad": "square_avg", "accum_var": "acc_delta"}
 
 # What newer generations of Keras add to the configuration, with the values that ask for nothing.
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "weight_decay": (None, 0, 0.0, False),
     "use_ema": (None, False),
     "ema_momentum": (),
     "ema_overwrite_frequency": (),
@@ -167,8 +166,11 @@ class KerasInterface(Optimizer):
                 value = schedules.serialize(value)
             elif callable(value) and not isinstance(value, Tensor):
                 value = value()
-            if value is not None:
+            is_default = option.is_keras3 and not isinstance(value, Tensor) and value == option.default
+            if value is not None and not is_default:
                 config[option.keras] = value.item() if hasattr(value, "item") else value  # a Tensor or NumPy scalar
+        if any(option.is_keras3 and option.keras in config for option in OPTIONS) and config["decay"] == 0:
+            del config["decay"]  # which Keras 3 warns of
         return config
 
     @classmethod
@@ -194,6 +196,8 @@ class KerasInterface(Optimizer):
                 raise ValueError(f"the configuration has {key}={value!r}, which AdadeltaKeras does not do; remove it")
         if "lr" in config:
             config["learning_rate"] = config.pop("lr")
+        if config.get("weight_decay") is False:  # as tf_keras has it
+            del config["weight_decay"]
         if isinstance(config.get("learning_rate"), dict):
             config["learning_rate"] = schedules.deserialize(config["learning_rate"], custom_objects)
         return cls(params, **{**config, **options})

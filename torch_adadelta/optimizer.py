@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torch_adadelta import checkpoint, distributed, options
+from torch_adadelta.backends.batch import has_state
 from torch_adadelta.distributed import NormGroup
 from torch_adadelta.keras_interface import KerasInterface
 from torch_adadelta.options import BY_NAME, NUMBERS, OPTIONS, Kind, Option
 from torch_adadelta.schedules import LearningRateSchedule
-from torch_adadelta.step import compiled, execution, norm_variables, planning, selection, validation
+from torch_adadelta.step import compiled, exclusions, execution, norm_variables, planning, selection, validation
 from torch_adadelta.step.callbacks import Callback, Callbacks
 from torch_adadelta.step.planning import PartitionCache, StepRequest
 from torch_adadelta.step.sources import Source, Sources, bind_group, bind_hyperparameter
@@ -84,6 +85,11 @@ class AdadeltaKeras(KerasInterface):
             DDP, where each process has all gradients, nor for DTensors, which know where their parts are.
         norm_variables: for `clipnorm`, the variables of Keras that are not one to one with parameters: lists of pieces
             that have one norm together, each a parameter or (parameter, first row, row behind the last).
+        weight_decay: the parameter is decayed by ``weight_decay * lr`` of itself before it is updated, as in Keras 3: a
+            number >= 0, a one-element Tensor or a callable. 0 and None mean none. A parameter without a gradient does
+            not decay; see `exclude_from_weight_decay`.
+        decoupled_weight_decay: False adds ``weight_decay`` times the parameter to its gradient instead, as
+            ``torch.optim.Adadelta`` does. Not together with a clip option, and not for sparse gradients.
         maximize: ascend instead of descend.
         foreach: True for PyTorch's multi-tensor operations, False for single-tensor operations, None for the best that
             applies.
@@ -147,6 +153,8 @@ class AdadeltaKeras(KerasInterface):
         gradient_transformers: Iterable[Callback] | None = None,
         norm_group: Any = None,
         norm_variables: Iterable[Iterable[Any]] | None = None,
+        weight_decay: Hyperparameter | None = None,
+        decoupled_weight_decay: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -204,11 +212,6 @@ class AdadeltaKeras(KerasInterface):
         """Gives a new group the options that it lacks, checked; returns its schedules and callables."""
         if "eps" in group:
             raise ValueError(f"a param group has eps={group['eps']!r}; here the key is `epsilon`")
-        if group.get("weight_decay"):
-            raise ValueError(
-                f"a param group has weight_decay={group['weight_decay']!r}; Keras' Adadelta has none. Add the "
-                "penalty to the loss, or leave the key out"
-            )
         rate = group.pop("learning_rate", None)
         if rate is not None and "lr" in group:
             options.warn_of_two_rates(group["lr"], rate)
@@ -286,6 +289,7 @@ class AdadeltaKeras(KerasInterface):
                 checkpoint.convert_torch_adadelta(groups, params, previous)
             known["_callbacks"].check_known(groups)
             sources.of_groups = checkpoint.restore_groups(groups, known["defaults"], sources, previous)
+            exclusions.check(groups)
             norm_variables.canonicalize(
                 groups, known.get("_norm_group") is not None or known.get("_is_made_by_zero", False)
             )
@@ -331,6 +335,8 @@ class AdadeltaKeras(KerasInterface):
     def _set(self, option: Option, value: Any) -> None:
         if option.kind is Kind.HYPERPARAMETER:
             self._set_hyperparameter(option, value)
+        elif option.kind is Kind.FLAG:
+            self._set_flag(option, value)
         else:
             self._set_number(option, value)
 
@@ -341,6 +347,7 @@ class AdadeltaKeras(KerasInterface):
         for group, sources in zip((self.defaults, *self.param_groups), all_sources, strict=True):
             new = {option.key: value, **options.new_metadata()}
             bound.append((group, sources, new, bind_hyperparameter(new, option, None, self.iterations)))
+            options.check_weight_decay({**group, option.key: new[option.key]})
         for group, sources, new, source in bound:
             group[option.key] = new[option.key]
             if option.takes_schedule:
@@ -358,8 +365,17 @@ class AdadeltaKeras(KerasInterface):
         self._callbacks.check_clip_options(new)
         distributed.check_norm_group(self._norm_group, new, self._is_made_by_zero)
         validation.check_not_complex([{**group, **new} for group in self.param_groups])
+        for group in self.param_groups:
+            options.check_weight_decay({**group, **new})
         for group in (self.defaults, *self.param_groups):
             group[option.key] = new[option.key]
+
+    def _set_flag(self, option: Option, value: Any) -> None:
+        value = options.canonicalize(option, value)
+        for group in self.param_groups:
+            options.check_weight_decay({**group, option.key: value})
+        for group in (self.defaults, *self.param_groups):
+            group[option.key] = value
 
     learning_rate = _option(
         "learning_rate",
@@ -373,6 +389,14 @@ class AdadeltaKeras(KerasInterface):
     epsilon = _option(
         "epsilon",
         "The epsilon of the first param group as it was given, 1e-7 for None and 0. Setting it sets all groups.",
+    )
+    weight_decay = _option(
+        "weight_decay",
+        "The weight decay of the first param group as it was given, 0.0 for None. Setting it sets all groups.",
+    )
+    decoupled_weight_decay = _option(
+        "decoupled_weight_decay",
+        "Whether weight decay is taken off the parameters, not added to their gradients. Setting it sets all groups.",
     )
     decay = _option("decay", "The learning rate of step t, counted from 0, is divided by 1 + decay * t. Can be set.")
     clipvalue = _option("clipvalue", "The largest absolute value of an element of a gradient, or None. Can be set.")
@@ -419,6 +443,26 @@ class AdadeltaKeras(KerasInterface):
         distributed.check_norm_group(norm_group, self.param_groups[0], self._is_made_by_zero)
         norm_variables.check(self.param_groups, norm_group is not None or self._is_made_by_zero)
         self._norm_group = norm_group
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Tensor] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Excludes parameters from weight decay, and no others: a later call replaces an earlier one.
+
+        Args:
+            var_list: parameters.
+            var_names: regular expressions, which are searched in the names of the parameters. These are known if the
+                optimizer was given ``model.named_parameters()``.
+
+        Raises:
+            TypeError: an argument is of another type.
+            ValueError: a step was taken already; a parameter is none of the optimizer's; parameters have no names.
+        """
+        if int(self.iterations) or any(map(has_state, self.state.values())):
+            raise ValueError("exclude_from_weight_decay must be called before the first step")
+        places = exclusions.find(self.param_groups, var_list, var_names)
+        for group, own in zip(self.param_groups, places, strict=True):
+            group[exclusions.KEY] = own
 
     @property
     def norm_variables(self) -> list[list[tuple[Tensor, int, int]]] | None:

@@ -49,6 +49,8 @@ class Option:
         keras: its key in the configuration of Keras, or None.
         takes_schedule: whether a `LearningRateSchedule` may be given.
         zero_means: the number that 0 and None stand for.
+        takes_none: whether None stands for the default.
+        is_keras3: whether only Keras 3 knows it, whose configuration is left without what is default.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Option:
     keras: str | None = None
     takes_schedule: bool = False
     zero_means: float = 0.0
+    takes_none: bool = False
+    is_keras3: bool = False
 
 
 _SINGLE: Final[dict[str, Any]] = {"maximum": _FLOAT32_MAX, "range": "a finite number >= 0 that fits float32"}
@@ -86,6 +90,25 @@ OPTIONS: Final = (
         "a finite number >= 0",
         keras="epsilon",
         zero_means=DEFAULT_EPSILON,
+        takes_none=True,
+    ),
+    Option(
+        "weight_decay",
+        "weight_decay",
+        Kind.HYPERPARAMETER,
+        0.0,
+        **_SINGLE,
+        keras="weight_decay",
+        takes_none=True,
+        is_keras3=True,
+    ),
+    Option(
+        "decoupled_weight_decay",
+        "decoupled_weight_decay",
+        Kind.FLAG,
+        True,
+        keras="decoupled_weight_decay",
+        is_keras3=True,
     ),
     Option("maximize", "maximize", Kind.FLAG, False),
     Option("foreach", "foreach", Kind.CHOICE, None),
@@ -114,9 +137,10 @@ CLIP_OPTIONS: Final = ("clipvalue", "clipnorm", "global_clipnorm")
 def new_metadata() -> dict[str, Any]:
     """What a group holds besides its options, here of nothing.
 
-    The names of what a state_dict cannot hold, and the pieces of parameters that have norms of their own.
+    The names of what a state_dict cannot hold, the pieces of parameters that have norms of their own, and the places of
+    parameters without weight decay.
     """
-    return {"schedule": None, "callables": [], "norm_variables": None}
+    return {"schedule": None, "callables": [], "norm_variables": None, "excluded_from_weight_decay": None}
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -178,7 +202,7 @@ def canonicalize(option: Option, value: Any) -> Any:
     elif option.kind is Kind.CHOICE:
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} must be True, False or None, got {value!r}")
-    elif value is None and (option.default is None or option.zero_means):
+    elif value is None and (option.default is None or option.takes_none):
         return option.default
     elif isinstance(value, Tensor):
         _check_tensor(option, value)
@@ -211,8 +235,8 @@ def in_step(option: Option, value: Any, keep_tensor: bool = False) -> Value:
         if keep_tensor or value.device.type != "cpu":
             return value
         return float(value.detach()) or option.zero_means
-    if value is None and option.zero_means:
-        return option.zero_means
+    if value is None and option.takes_none:
+        return float(option.default)
     return _rounded_number(option, value) or option.zero_means
 
 
@@ -235,6 +259,26 @@ def check_norms(options: dict[str, Any]) -> None:
             "Cannot accept both `clipnorm` and `global_clipnorm`. "
             f"Received: `clipnorm`={options['clipnorm']!r}, `global_clipnorm`={options['global_clipnorm']!r}."
         )
+
+
+def check_weight_decay(options: dict[str, Any]) -> None:
+    """Raises ValueError if weight decay is to be a part of gradients that are clipped.
+
+    Keras clips before weight decay, and there is no telling which norm would be meant.
+    """
+    if options["decoupled_weight_decay"] or is_zero(options["weight_decay"]):
+        return
+    for key in CLIP_OPTIONS:
+        if options[key] is not None:
+            raise ValueError(
+                f"{key}={options[key]!r} cannot be combined with decoupled_weight_decay=False, which adds weight decay "
+                "to the gradient. Leave one of them out, or use torch.nn.utils.clip_grad_norm_ before step()"
+            )
+
+
+def is_zero(value: Any) -> bool:
+    """Whether an option is the number 0. A Tensor is not looked at: it may be filled."""
+    return not isinstance(value, Tensor) and value == 0
 
 
 def canonicalize_numbers(options: dict[str, Any]) -> None:

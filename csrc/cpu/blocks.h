@@ -12,15 +12,15 @@
 
 namespace torch_adadelta::cpu {
 
-// Calls run(std::integral_constant of the slot) for each tensor of a parameter.
-template <typename Run>
+// Calls run(std::integral_constant of the slot) for the first `count` tensors of a parameter.
+template <int count = kTensors, typename Run>
 ADADELTA_INLINE void for_each_slot(const Run& run) {
   [&]<int... slots>(std::integer_sequence<int, slots...>) {
     (run(std::integral_constant<int, slots>()), ...);
-  }(std::make_integer_sequence<int, kTensors>());
+  }(std::make_integer_sequence<int, count>());
 }
 
-// Elements that are converted or gathered at a time: four buffers of doubles (16 KiB) stay in the first-level cache.
+// Elements that are converted or gathered at a time: five buffers of doubles (20 KiB) stay in the first-level cache.
 constexpr int64_t kBlock = 512;
 
 template <typename T>

@@ -34,7 +34,9 @@ class SegmentValues {
     segments_.reserve(options.segments.size());
     for (const Segment& segment : options.segments) {
       double values[kHyperparameters];
-      std::transform(segment.values, segment.values + kHyperparameters, values, value_of);
+      for (int k = 0; k < kHyperparameters; ++k) {
+        values[k] = value_of(segment[k]);
+      }
       segments_.push_back({Hyperparameters<float>(values), Hyperparameters<double>(values), segment.maximize()});
     }
   }

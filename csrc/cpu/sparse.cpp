@@ -76,14 +76,14 @@ std::vector<CooEntry> coo_entries_by_row(const SparseEntry& entry) {
 
 // Where the row that a COO entry names begins, in the parameter and its state.
 struct Row {
-  char* data[kTensors];
+  char* data[kSparseTensors];
 
   Row(const SparseEntry& entry, int64_t position) {
-    std::copy_n(entry.data, kTensors, data);
+    std::copy_n(entry.data, kSparseTensors, data);
     for (int64_t d = 0; d < entry.indices.dims; ++d) {
       const Dimension& dim = entry.sparse_dims[d];
       const int64_t index = entry.indices.at(d, position);
-      for (int slot = 0; slot < kTensors; ++slot) {
+      for (int slot = 0; slot < kSparseTensors; ++slot) {
         data[slot] += index * dim.stride[slot];
       }
     }
@@ -108,7 +108,7 @@ void update_row(
   const auto update = kernels.in<T>().update;
   const Row row(entry, first->position);
   const Layout* layout = entry.contiguous_row ? nullptr : &entry.row;
-  alignas(64) T blocks[kTensors][kBlock];
+  alignas(64) T blocks[kSparseTensors][kBlock];
   T *grad = blocks[kGrad], *param = blocks[kParam];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
@@ -135,13 +135,13 @@ void update_row(
       );
       continue;
     }
-    for_each_slot([&](auto slot) {
+    for_each_slot<kSparseTensors>([&](auto slot) {
       if constexpr (is_written(slot)) {
         load_block<slot>(kernels, blocks[slot], row.data[slot], entry.dtype[slot], layout, at, count);
       }
     });
     update(param, grad, blocks[kSquareAvg], blocks[kAccDelta], count, kUnclipped, h);
-    for_each_slot([&](auto slot) {
+    for_each_slot<kSparseTensors>([&](auto slot) {
       if constexpr (is_written(slot)) {
         store_block<slot>(kernels, row.data[slot], entry.dtype[slot], blocks[slot], layout, at, count);
       }
@@ -165,7 +165,7 @@ ADADELTA_INLINE void prefetch_row(const SparseEntry& entry, int64_t position, in
   const int64_t size = item_size(entry.dtype[kParam]);
   const int64_t bytes = std::min(std::min(kColumns, entry.row_numel - column) * size, kMostBytesAhead);
   for (int64_t byte = column * size; byte < column * size + bytes; byte += 64) {
-    for (int slot = 0; slot < kTensors; ++slot) {
+    for (int slot = 0; slot < kSparseTensors; ++slot) {
       if (is_written(slot)) {
         __builtin_prefetch(row.data[slot] + byte, 0, 2);
       }

@@ -16,9 +16,24 @@
 namespace torch_adadelta::cpu {
 namespace {
 
+// What gradients are divided by, one after the other.
+struct GradientScales {
+  float grad_scale;
+  double loss_scale_factor;
+};
+
 // The elements [begin, end) of one gradient, which are one chunk at most. T is the opmath dtype.
 template <typename T>
-double chunk_sum(const KernelTable& kernels, const Gradient& gradient, int64_t begin, int64_t end, T limit, T scale) {
+double chunk_sum(
+    const KernelTable& kernels,
+    const Gradient& gradient,
+    int64_t begin,
+    int64_t end,
+    T limit,
+    const GradientScales& scales
+) {
+  const T scale = scales.grad_scale;
+  const T loss_scale = static_cast<T>(scales.loss_scale_factor);
   const int64_t width = gradient.is_complex ? 2 : 1;
   const auto add_squares = [&](double* lanes, const T* grad, int64_t count, int64_t pages_ahead) {
     gradient.is_complex ? kernels.in<T>().add_complex_squares(lanes, grad, count, pages_ahead)
@@ -26,7 +41,7 @@ double chunk_sum(const KernelTable& kernels, const Gradient& gradient, int64_t b
   };
 
   alignas(64) double lanes[kSumLanes] = {};
-  if (scale == T(1) && gradient.layout == nullptr) {
+  if (scale == T(1) && loss_scale == T(1) && gradient.layout == nullptr) {
     const int64_t size = item_size(gradient.dtype), count = end - begin;
     const int64_t pages_ahead = pages_ahead_in(gradient.numel * width * size);
     const char* from = gradient.data + begin * width * size;
@@ -55,6 +70,9 @@ double chunk_sum(const KernelTable& kernels, const Gradient& gradient, int64_t b
     if (scale != T(1)) {
       std::for_each(block, block + count * width, [&](T& g) { g = g / scale; });
     }
+    if (loss_scale != T(1)) {
+      std::for_each(block, block + count * width, [&](T& g) { g = g / loss_scale; });
+    }
     add_squares(lanes, block, count, 0);
   }
   return kernels.sum_lanes(lanes);
@@ -62,21 +80,28 @@ double chunk_sum(const KernelTable& kernels, const Gradient& gradient, int64_t b
 
 // The elements [begin, end) of one gradient, which are one unit at most.
 double unit_sum(
-    const KernelTable& kernels, const Gradient& gradient, int64_t begin, int64_t end, double clipvalue, float scale
+    const KernelTable& kernels,
+    const Gradient& gradient,
+    int64_t begin,
+    int64_t end,
+    double clipvalue,
+    const GradientScales& scales
 ) {
   double chunks[kUnitChunks];
   int64_t count = 0;
   for (; begin < end; begin += kSumChunk) {
     const int64_t stop = std::min(begin + kSumChunk, end);
     chunks[count++] = gradient.in_double
-                          ? chunk_sum<double>(kernels, gradient, begin, stop, clipvalue, scale)
-                          : chunk_sum<float>(kernels, gradient, begin, stop, static_cast<float>(clipvalue), scale);
+                          ? chunk_sum<double>(kernels, gradient, begin, stop, clipvalue, scales)
+                          : chunk_sum<float>(kernels, gradient, begin, stop, static_cast<float>(clipvalue), scales);
   }
   return pairwise_sum(chunks, count);
 }
 
 // Writes the sum of each gradient to `sums`, at the gradient's index. `units` is room for the sums of all units.
-void sum_squares(const Gradients& lists, double clipvalue, float scale, std::vector<double>& units, double* sums) {
+void sum_squares(
+    const Gradients& lists, double clipvalue, const GradientScales& scales, std::vector<double>& units, double* sums
+) {
   const KernelTable& kernels = current_kernels();
   const auto& gradients = lists.gradients;
   const auto start_of = [](const Gradient& gradient) { return gradient.end - gradient.numel; };
@@ -96,7 +121,7 @@ void sum_squares(const Gradients& lists, double clipvalue, float scale, std::vec
       const int64_t stop = std::min(end - start_of(gradient), gradient.numel);
       for (int64_t unit = (skipped + kUnit - 1) / kUnit; unit * kUnit < stop; ++unit) {
         const int64_t unit_end = std::min((unit + 1) * kUnit, gradient.numel);
-        units_of(i)[unit] = unit_sum(kernels, gradient, unit * kUnit, unit_end, clipvalue, scale);
+        units_of(i)[unit] = unit_sum(kernels, gradient, unit * kUnit, unit_end, clipvalue, scales);
       }
     }
   };
@@ -117,8 +142,8 @@ void grad_square_sums(StableIValue* stack, uint64_t, uint64_t) {
     torch::stable::Tensor result = arguments.new_result();
     auto* sums = static_cast<double*>(result.mutable_data_ptr());
     std::fill_n(sums, result.numel(), 0.0);
-    const float scale = arguments.grad_scale() != nullptr ? *arguments.grad_scale() : 1.0f;
-    sum_squares(gradients, arguments.clipvalue(), scale, units, sums);
+    const float grad_scale = arguments.grad_scale() != nullptr ? *arguments.grad_scale() : 1.0f;
+    sum_squares(gradients, arguments.clipvalue(), {grad_scale, arguments.loss_scale_factor()}, units, sums);
     stack[0] = torch::stable::detail::from(result);
   });
 }

@@ -23,20 +23,43 @@ __attribute__((noinline)) void update_by_blocks(
     const GradientClip<T>& clip,
     const Hyperparameters<T>& h
 ) {
+  const bool has_average = entry.data[kAverage] != nullptr;
   alignas(64) T blocks[kTensors][kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
-    for_each_slot([&](auto slot) {
+    const auto load = [&](auto slot) {
       load_block<slot>(kernels, blocks[slot], entry.data[slot], entry.dtype[slot], entry.layout, at, count);
+    };
+    const auto store = [&](auto slot) {
+      store_block<slot>(kernels, entry.data[slot], entry.dtype[slot], blocks[slot], entry.layout, at, count);
+    };
+    for_each_slot([&](auto slot) {
+      if (slot != kAverage || has_average) {
+        load(slot);
+      }
     });
     kernels.in<T>().update(blocks[kParam], blocks[kGrad], blocks[kSquareAvg], blocks[kAccDelta], count, clip, h);
     for_each_slot([&](auto slot) {
-      if constexpr (is_written(slot)) {
-        store_block<slot>(kernels, entry.data[slot], entry.dtype[slot], blocks[slot], entry.layout, at, count);
+      if constexpr (is_written(slot) && slot != kAverage) {
+        store(slot);
       }
     });
+    if (has_average) {
+      constexpr std::integral_constant<int, kParam> param{};
+      constexpr std::integral_constant<int, kAverage> average{};
+      load(param);  // as it was rounded
+      kernels.in<T>().average(blocks[param], blocks[average], count, h);
+      store(average);
+      if (h.overwrites) {
+        store(param);
+      }
+    }
   }
 }
+
+// Elements of a parameter that are updated before the average follows them: what the update has written of them is
+// still in cache. Of 2048, 4096 and 8192 the first takes the least time, by up to a twentieth.
+constexpr int64_t kStretch = 2048;
 
 // The same, in place where that is possible.
 template <typename T>
@@ -51,27 +74,39 @@ void update_range(
   if (entry.layout != nullptr || entry.dtype[kGrad] != entry.dtype[kParam]) {
     return update_by_blocks(kernels, entry, begin, end, clip, h);
   }
-  const auto update_in_place = [&](auto loop, auto* param) {
+  const auto update_in_place = [&](auto update, auto average, auto* param) {
     using Item = std::remove_pointer_t<decltype(param)>;
-    loop(
-        param + begin,
-        reinterpret_cast<const Item*>(entry.data[kGrad]) + begin,
-        reinterpret_cast<Item*>(entry.data[kSquareAvg]) + begin,
-        reinterpret_cast<Item*>(entry.data[kAccDelta]) + begin,
-        end - begin,
-        clip,
-        h
-    );
+    auto* averages = reinterpret_cast<T*>(entry.data[kAverage]);
+    const int64_t stretch = averages == nullptr ? end - begin : kStretch;
+    for (int64_t at = begin; at < end; at += stretch) {
+      const int64_t count = std::min(stretch, end - at);
+      update(
+          param + at,
+          reinterpret_cast<const Item*>(entry.data[kGrad]) + at,
+          reinterpret_cast<Item*>(entry.data[kSquareAvg]) + at,
+          reinterpret_cast<Item*>(entry.data[kAccDelta]) + at,
+          count,
+          clip,
+          h
+      );
+      if (averages != nullptr) {
+        average(param + at, averages + at, count, h);
+      }
+    }
   };
   if constexpr (std::is_same_v<T, float>) {
     if (entry.dtype[kParam] == Dtype::kFloat16) {
-      return update_in_place(kernels.update_half, reinterpret_cast<uint16_t*>(entry.data[kParam]));
+      return update_in_place(
+          kernels.update_half, kernels.average_half, reinterpret_cast<uint16_t*>(entry.data[kParam])
+      );
     }
     if (entry.dtype[kParam] == Dtype::kBFloat16) {
-      return update_in_place(kernels.update_bfloat16, reinterpret_cast<uint16_t*>(entry.data[kParam]));
+      return update_in_place(
+          kernels.update_bfloat16, kernels.average_bfloat16, reinterpret_cast<uint16_t*>(entry.data[kParam])
+      );
     }
   }
-  update_in_place(kernels.in<T>().update, reinterpret_cast<T*>(entry.data[kParam]));
+  update_in_place(kernels.in<T>().update, kernels.in<T>().average, reinterpret_cast<T*>(entry.data[kParam]));
 }
 
 // ---- The ops --------------------------------------------------------------------------------------------------------

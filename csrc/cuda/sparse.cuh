@@ -38,14 +38,14 @@ struct SparseUpdate {
   int64_t row_numel;
   int64_t pieces;  // that a row is cut into
   int lanes;       // threads for each piece, a power of two
-  char* data[kTensors];
+  char* data[kSparseTensors];
   uint32_t index;
-  Dtype dtype[kTensors];
+  Dtype dtype[kSparseTensors];
 };
 
 struct StridedSparseUpdate {
   SparseUpdate update;
-  Strides<kTensors> strides;  // those of the gradient are 0
+  Strides<kSparseTensors> strides;  // those of the gradient are 0
 };
 
 static_assert(sizeof(NumberRows) <= 4096 && sizeof(StridedSparseUpdate) <= 4096);
@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(Item) == 8 ? 4 : 8) update
       Summed<T, width>{sum},
       reinterpret_cast<Item*>(update.data[kSquareAvg]),
       reinterpret_cast<Item*>(update.data[kAccDelta]),
+      static_cast<const AverageUpdate<T>*>(nullptr),
       share.row * update.row_numel + share.column,
       Unchanged(),
       hyperparameters<T>(update.segment)
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kRowThreads) update_strided_rows_kernel(
   const GradientPipeline<T, false> pipeline(update.options, update.index, update.segment.maximize());
   T sum[1];
   sum_coo_entries(sum, update, share, AnyDtype{update.data[kGrad], update.dtype[kGrad]}, pipeline);
-  int64_t offsets[kTensors];
+  int64_t offsets[kSparseTensors];
   find_offsets(strided.strides, share.row * update.row_numel + share.column, offsets);
   update_item(sum[0], update.data, offsets, update.dtype[kParam], hyperparameters<T>(update.segment));
 }
@@ -244,15 +245,15 @@ class SparseLaunch {
     update_.count = entry.indices.count;
     update_.rows = entry.rows;
     update_.row_numel = entry.row_numel;
-    std::copy_n(entry.data, kTensors, update_.data);
-    std::copy_n(entry.dtype, kTensors, update_.dtype);
+    std::copy_n(entry.data, kSparseTensors, update_.data);
+    std::copy_n(entry.dtype, kSparseTensors, update_.dtype);
     update_.index = static_cast<uint32_t>(entry.index);
 
     layout_.insert(layout_.end(), entry.row.begin(), entry.row.end());
     dense_ = detail::is_contiguous(layout_, entry.dtype[kParam]);
     const int vector = entry.dtype[kParam] == Dtype::kFloat64 ? 2 : 4;
     bool vectors = dense_ && entry.row_numel % vector == 0;
-    for (int slot = 0; slot < kTensors; ++slot) {
+    for (int slot = 0; slot < kSparseTensors; ++slot) {
       const int64_t alignment = std::min<int64_t>(vector * item_size(entry.dtype[slot]), kVectorBytes);
       vectors = vectors && reinterpret_cast<uintptr_t>(entry.data[slot]) % alignment == 0;
     }
@@ -264,7 +265,7 @@ class SparseLaunch {
     }
     update_.pieces = (per_row + update_.lanes - 1) / update_.lanes;
     blocks_ = (update_.count * update_.pieces * update_.lanes + kRowThreads - 1) / kRowThreads;
-    check_launch<0, kTensors>(entry.index, std::max(blocks_, number_blocks(entry)), dense_ ? nullptr : &layout_);
+    check_launch<0, kSparseTensors>(entry.index, std::max(blocks_, number_blocks(entry)), dense_ ? nullptr : &layout_);
   }
 
   // Brings the COO entries into the order of their rows. Writes to memory of its own only.
@@ -350,7 +351,7 @@ void first_invalid_indices(StableIValue* stack, uint64_t, uint64_t) {
     const SparseLists lists(reader, Device::type());
     const SparseEntries entries = lists.read();
     for (const SparseEntry& entry : entries.entries) {
-      check_launch<0, kTensors>(entry.index, number_blocks(entry), nullptr);
+      check_launch<0, kSparseTensors>(entry.index, number_blocks(entry), nullptr);
     }
     const Device device(entries.device_index);
     const torch::stable::Tensor result = lists.new_result(entries);

@@ -14,6 +14,7 @@ namespace torch_adadelta::cuda {
 struct SquareOptions {
   double clipvalue;         // or infinity
   const float* grad_scale;  // nullptr without
+  double loss_scale_factor;
 };
 
 // A chunk is a unit.
@@ -59,11 +60,17 @@ static_assert(kThreads == kUnitChunks * kWarp);
 
 // The number or pair at g, unscaled, clamped and squared.
 template <int width, typename T>
-__device__ __forceinline__ double square_of(T (&g)[width], T limit, const float* grad_scale) {
-  if (grad_scale != nullptr) {
+__device__ __forceinline__ double square_of(T (&g)[width], T limit, const SquareOptions& options) {
+  if (options.grad_scale != nullptr) {
 #pragma unroll
     for (int part = 0; part < width; ++part) {
-      g[part] = g[part] / static_cast<T>(*grad_scale);
+      g[part] = g[part] / static_cast<T>(*options.grad_scale);
+    }
+  }
+  if (options.loss_scale_factor != 1) {
+#pragma unroll
+    for (int part = 0; part < width; ++part) {
+      g[part] = g[part] / static_cast<T>(options.loss_scale_factor);
     }
   }
   return square<width, true>(g, limit);
@@ -72,7 +79,7 @@ __device__ __forceinline__ double square_of(T (&g)[width], T limit, const float*
 // Adds the rows of a chunk of `count` elements to the lanes of a thread.
 template <int width, typename T, typename Item>
 __device__ __forceinline__ void add_rows(
-    double (&lanes)[kThreadLanes], const Item* chunk, int count, T limit, const float* grad_scale
+    double (&lanes)[kThreadLanes], const Item* chunk, int count, T limit, const SquareOptions& options
 ) {
   constexpr int kItems = kThreadLanes * width;
   // Rows that are asked for at a time: 64 bytes a thread.
@@ -90,7 +97,7 @@ __device__ __forceinline__ void add_rows(
         for (int part = 0; part < width; ++part) {
           g[part] = widen<T>(vector.items[width * k + part]);
         }
-        lanes[k] += square_of(g, limit, grad_scale);
+        lanes[k] += square_of(g, limit, options);
       }
     }
   }
@@ -103,7 +110,7 @@ __device__ __forceinline__ void add_rows(
         for (int part = 0; part < width; ++part) {
           g[part] = widen<T>(chunk[width * (at + k) + part]);
         }
-        lanes[k] += square_of(g, limit, grad_scale);
+        lanes[k] += square_of(g, limit, options);
       }
     }
   }
@@ -122,9 +129,9 @@ __device__ __forceinline__ void add_chunk(
   const T limit = static_cast<T>(options.clipvalue);
   with_items(grad, dtype, [&](const auto* items) {
     if (is_complex) {
-      add_rows<2>(lanes, items + 2 * begin, count, limit, options.grad_scale);
+      add_rows<2>(lanes, items + 2 * begin, count, limit, options);
     } else {
-      add_rows<1>(lanes, items + begin, count, limit, options.grad_scale);
+      add_rows<1>(lanes, items + begin, count, limit, options);
     }
   });
 }
@@ -145,7 +152,7 @@ __device__ __forceinline__ void add_strided_chunk(
           find_offsets(squares.strides, width * (begin + at + k) + part, offset);
           g[part] = load_item<T>(squares.grad + offset[0], squares.dtype);
         }
-        lanes[k] += square_of(g, limit, squares.options.grad_scale);
+        lanes[k] += square_of(g, limit, squares.options);
       }
     }
   }
@@ -357,7 +364,7 @@ void grad_square_sums(StableIValue* stack, uint64_t, uint64_t) {
   if (static_cast<int64_t>(lists.gradients.size()) < result->numel()) {  // the others are empty
     torch::stable::zero_(*result);
   }
-  const SquareOptions options{arguments->clipvalue(), arguments->grad_scale()};
+  const SquareOptions options{arguments->clipvalue(), arguments->grad_scale(), arguments->loss_scale_factor()};
   const bool fits_small = lists.gradients.size() <= kSmallTable;
   fits_small ? sum_packed<kSmallTable>(*device, lists, options, sums, units)
              : sum_packed<kLargeTable>(*device, lists, options, sums, units);

@@ -15,42 +15,58 @@ namespace torch_adadelta::cuda {
 // Elements that a block works on.
 constexpr int64_t kChunk = 16384;
 
-template <int capacity>
+// How many tensors a parameter has: with its average, or without.
+template <bool averages>
+constexpr int kSlots = averages ? kTensors : kAverage;
+
+template <bool averages>
+constexpr int kSmall = averages ? kSmallAverageTable : kSmallTable;
+
+template <bool averages>
+constexpr int kLarge = averages ? kLargeAverageTable : kLargeTable;
+
+template <int capacity, bool averages>
 struct TensorTable {
   GradientOptions options;
   Chunks<capacity> chunks;
   uint32_t index[capacity];  // of the parameter in the lists
-  char* data[kTensors][capacity];
+  char* data[kSlots<averages>][capacity];
   int64_t numel[capacity];
   Dtype grad_dtype[capacity];
   uint8_t segment[capacity];  // the place of its segment in the table
 };
 
-constexpr int64_t table_bytes(int capacity) { return capacity == kSmallTable ? kSmallBytes : kParameterBytes; }
+constexpr int64_t table_bytes(int capacity) { return capacity <= kSmallTable ? kSmallBytes : kParameterBytes; }
 
 // How many segments find room beside the tensors.
-template <int capacity>
+template <int capacity, bool averages>
 constexpr int kSegments =
-    std::min<int64_t>((table_bytes(capacity) - sizeof(TensorTable<capacity>)) / sizeof(Segment), 256);
+    std::min<int64_t>((table_bytes(capacity) - sizeof(TensorTable<capacity, averages>)) / sizeof(Segment), 256);
 
-template <int capacity>
-struct UpdateTable : TensorTable<capacity> {
-  Segment segments[kSegments<capacity>];
+template <int capacity, bool averages>
+struct UpdateTable : TensorTable<capacity, averages> {
+  Segment segments[kSegments<capacity, averages>];
 };
 
-static_assert(kSegments<kSmallTable> >= 8 && sizeof(UpdateTable<kSmallTable>) <= kSmallBytes);
-static_assert(kSegments<kLargeTable> >= 32 && sizeof(UpdateTable<kLargeTable>) <= kParameterBytes);
+template <bool averages>
+constexpr bool kTablesFit =
+    kSegments<kSmall<averages>, averages> >= 8 && sizeof(UpdateTable<kSmall<averages>, averages>) <= kSmallBytes &&
+    kSegments<kLarge<averages>, averages> >= 32 && sizeof(UpdateTable<kLarge<averages>, averages>) <= kParameterBytes;
+static_assert(kTablesFit<false> && kTablesFit<true>);
 
 // One parameter that is not dense.
+template <bool averages>
 struct StridedUpdate {
   GradientOptions options;
   Segment segment;
-  Strides<kTensors> strides;
-  char* data[kTensors];
+  Strides<kSlots<averages>> strides;
+  char* data[kSlots<averages>];
   int64_t numel;
   uint32_t index;
-  Dtype dtype[kTensors];
+  Dtype dtype[kSlots<averages>];
 };
+
+static_assert(sizeof(StridedUpdate<true>) <= 4096);
 
 // ---- Kernels --------------------------------------------------------------------------------------------------------
 
@@ -67,20 +83,19 @@ struct GradientPipeline {
 template <typename T>
 struct GradientPipeline<T, false> {
   GradientClip<T> clip;
-  bool scales;
-  bool divides;
 
   __device__ __forceinline__ GradientPipeline(const GradientOptions& options, uint32_t index, bool maximize)
-      : clip(clip_of<T>(options, index, value_of(options.factor), maximize)),
-        scales(options.grad_scale != nullptr),
-        divides(options.square_sums != nullptr) {}
+      : clip(clip_of<T>(options, index, value_of(options.factor), maximize)) {}
 
   // clip(g), but no division by 1.
   __device__ __forceinline__ T operator()(T g) const {
-    if (scales) {
+    if (clip.scale != T(1)) {
       g = clip.unscaled(g);
     }
-    return divides ? clip.divided(g) : clip.undivided(g);
+    if (clip.loss_scale != T(1)) {
+      g = clip.loss_unscaled(g);
+    }
+    return clip.div != T(1) ? clip.divided(g) : clip.undivided(g);
   }
 };
 
@@ -89,7 +104,7 @@ __device__ __forceinline__ Hyperparameters<T> hyperparameters(const Segment& seg
   double values[kHyperparameters];
 #pragma unroll
   for (int k = 0; k < kHyperparameters; ++k) {
-    values[k] = value_of(segment.values[k]);
+    values[k] = value_of(segment[k]);
   }
   return Hyperparameters<T>(values);
 }
@@ -125,13 +140,23 @@ struct AnyDtype {
   }
 };
 
+// What a block needs to move the averages of its elements on; in shared memory, for the update leaves no registers.
+template <typename T>
+struct AverageUpdate {
+  T* data;
+  T momentum;
+  T one_minus_momentum;
+  bool overwrites;
+};
+
 // `count` neighbours, from index `at` on. The gradient may be the parameter: all is read before anything is written.
-template <int count, typename Item, typename Gradient, typename Pipeline, typename T>
+template <int count, bool averages = false, typename Item, typename Gradient, typename Pipeline, typename T>
 __device__ __forceinline__ void update_vector(
     Item* param,
     const Gradient& gradient,
     Item* square_avg,
     Item* acc_delta,
+    const AverageUpdate<T>* average,
     int64_t at,
     const Pipeline& pipeline,
     const Hyperparameters<T>& h
@@ -153,37 +178,53 @@ __device__ __forceinline__ void update_vector(
   }
   store_vector(square_avg + at, square_avgs);
   store_vector(acc_delta + at, acc_deltas);
+  if constexpr (averages) {
+    asm volatile("" ::: "memory");  // none of what follows is to be in registers before
+    const T momentum = average->momentum, one_minus_momentum = average->one_minus_momentum;
+    auto own = load_vector<count>(average->data + at);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      average_element(own.items[k], widen<T>(params.items[k]), momentum, one_minus_momentum);
+      if (average->overwrites) {
+        params.items[k] = narrow<Item>(own.items[k]);
+      }
+    }
+    store_vector(average->data + at, own);
+  }
   store_vector(param + at, params);
 }
 
-// The first `count` elements: vectors first, if all four tensors are aligned, and then one by one.
-template <typename Item, typename Gradient, typename Pipeline, typename T>
+// The first `count` elements: vectors first, if all tensors are aligned, and then one by one.
+template <bool averages, typename Item, typename Gradient, typename Pipeline, typename T>
 __device__ __forceinline__ void update_chunk(
     Item* param,
     const Gradient& gradient,
     Item* square_avg,
     Item* acc_delta,
+    const AverageUpdate<T>* average,
     int count,
     const Pipeline& pipeline,
     const Hyperparameters<T>& h
 ) {
   constexpr int kVector = kVectorBytes / sizeof(Item);
   int begin = 0;
-  if (is_aligned(param) && is_aligned(gradient.grad) && is_aligned(square_avg) && is_aligned(acc_delta)) {
+  const bool is_average_aligned = !averages || is_aligned(average->data);
+  if (is_aligned(param) && is_aligned(gradient.grad) && is_aligned(square_avg) && is_aligned(acc_delta) &&
+      is_average_aligned) {
     const int vectors_end = count - count % kVector;
     for (int at = threadIdx.x * kVector; at < vectors_end; at += kThreads * kVector) {
-      update_vector<kVector>(param, gradient, square_avg, acc_delta, at, pipeline, h);
+      update_vector<kVector, averages>(param, gradient, square_avg, acc_delta, average, at, pipeline, h);
     }
     begin = vectors_end;
   }
   for (int at = begin + threadIdx.x; at < count; at += kThreads) {
-    update_vector<1>(param, gradient, square_avg, acc_delta, at, pipeline, h);
+    update_vector<1, averages>(param, gradient, square_avg, acc_delta, average, at, pipeline, h);
   }
 }
 
-template <typename Item, bool plain, int capacity>
+template <typename Item, bool plain, bool averages, int capacity>
 __global__ void __launch_bounds__(kThreads, sizeof(Item) == 8 ? 1 : 2) update_kernel(
-    const UpdateTable<capacity> __grid_constant__ table
+    const UpdateTable<capacity, averages> __grid_constant__ table
 ) {
   using T = OpmathType<Item>;
   if (is_skipped(table.options)) {
@@ -200,6 +241,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Item) == 8 ? 1 : 2) update_ke
   auto* param = reinterpret_cast<Item*>(table.data[kParam][i]) + begin;
   auto* square_avg = reinterpret_cast<Item*>(table.data[kSquareAvg][i]) + begin;
   auto* acc_delta = reinterpret_cast<Item*>(table.data[kAccDelta][i]) + begin;
+  __shared__ AverageUpdate<T> average;
+  if constexpr (averages) {
+    if (threadIdx.x == 0) {
+      T* data = reinterpret_cast<T*>(table.data[kAverage][i]) + begin;
+      average = {data, h.ema_momentum, h.one_minus_ema_momentum, h.overwrites};
+    }
+    __syncthreads();
+  }
   constexpr Dtype dtype = std::is_same_v<Item, float>    ? Dtype::kFloat32
                           : std::is_same_v<Item, double> ? Dtype::kFloat64
                           : std::is_same_v<Item, __half> ? Dtype::kFloat16
@@ -208,16 +257,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(Item) == 8 ? 1 : 2) update_ke
   const char* grad = table.data[kGrad][i] + begin * item_size(grad_dtype);
   if (grad_dtype == dtype) {
     const SameDtype<Item> gradient{reinterpret_cast<const Item*>(grad)};
-    update_chunk(param, gradient, square_avg, acc_delta, count, pipeline, h);
+    update_chunk<averages>(param, gradient, square_avg, acc_delta, &average, count, pipeline, h);
   } else {
-    update_chunk(param, AnyDtype{grad, grad_dtype}, square_avg, acc_delta, count, pipeline, h);
+    const AnyDtype gradient{grad, grad_dtype};
+    update_chunk<averages>(param, gradient, square_avg, acc_delta, &average, count, pipeline, h);
   }
 }
 
-// One element, whose parameter and state, of one dtype, lie at these offsets.
-template <typename T>
+// One element, whose parameter and state, of one dtype, and average, if it has one, lie at these offsets.
+template <int tensors, typename T>
 __device__ __forceinline__ void update_item(
-    T g, char* const (&data)[kTensors], const int64_t (&offsets)[kTensors], Dtype dtype, const Hyperparameters<T>& h
+    T g, char* const (&data)[tensors], const int64_t (&offsets)[tensors], Dtype dtype, const Hyperparameters<T>& h
 ) {
   char* param = data[kParam] + offsets[kParam];
   char* square_avg = data[kSquareAvg] + offsets[kSquareAvg];
@@ -229,10 +279,19 @@ __device__ __forceinline__ void update_item(
   store_item(square_avg, dtype, a);
   store_item(acc_delta, dtype, u);
   store_item(param, dtype, p);
+  if constexpr (tensors > kAverage) {
+    T& average = *reinterpret_cast<T*>(data[kAverage] + offsets[kAverage]);
+    average_element(average, load_item<T>(param, dtype), h.ema_momentum, h.one_minus_ema_momentum);
+    if (h.overwrites) {
+      store_item(param, dtype, average);
+    }
+  }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) strided_update_kernel(const StridedUpdate __grid_constant__ update) {
+template <typename T, bool averages>
+__global__ void __launch_bounds__(kThreads) strided_update_kernel(
+    const StridedUpdate<averages> __grid_constant__ update
+) {
   if (is_skipped(update.options)) {
     return;
   }
@@ -241,7 +300,7 @@ __global__ void __launch_bounds__(kThreads) strided_update_kernel(const StridedU
   const int64_t begin = blockIdx.x * kChunk;
   const int64_t end = begin + kChunk < update.numel ? begin + kChunk : update.numel;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-    int64_t offsets[kTensors];
+    int64_t offsets[kSlots<averages>];
     find_offsets(update.strides, at, offsets);
     const T g = pipeline(load_item<T>(update.data[kGrad] + offsets[kGrad], update.dtype[kGrad]));
     update_item(g, update.data, offsets, update.dtype[kParam], h);
@@ -255,11 +314,11 @@ inline int64_t chunks_of(const Entry& entry) { return (entry.numel + kChunk - 1)
 using EntryIterator = std::vector<Entry>::const_iterator;
 
 // Updates the dense entries of one dtype among [first, last) until the table is full, and returns where to go on.
-template <typename Item, bool plain, int capacity, typename Device>
+template <typename Item, bool plain, bool averages, int capacity, typename Device>
 EntryIterator update_table(
     const Device& device, EntryIterator first, EntryIterator last, Dtype dtype, const UpdateOptions& options
 ) {
-  UpdateTable<capacity> table;
+  UpdateTable<capacity, averages> table;
   table.options = options.gradient;
   int64_t blocks = 0;
   int segments = 0;
@@ -269,7 +328,7 @@ EntryIterator update_table(
       continue;
     }
     const bool is_new = segments == 0 || first->segment != segment;
-    if (is_new && segments == kSegments<capacity>) {
+    if (is_new && segments == kSegments<capacity, averages>) {
       break;
     }
     const int i = table.chunks.add(chunks_of(*first), blocks);
@@ -282,72 +341,90 @@ EntryIterator update_table(
     }
     table.segment[i] = static_cast<uint8_t>(segments - 1);
     table.index[i] = static_cast<uint32_t>(first->index);
-    for (int slot = 0; slot < kTensors; ++slot) {
+    for (int slot = 0; slot < kSlots<averages>; ++slot) {
       table.data[slot][i] = first->data[slot];
     }
     table.numel[i] = first->numel;
     table.grad_dtype[i] = first->dtype[kGrad];
   }
-  device.launch(update_kernel<Item, plain, capacity>, blocks, kThreads, table);
+  device.launch(update_kernel<Item, plain, averages, capacity>, blocks, kThreads, table);
   return first;
 }
 
 // Updates the dense entries of one dtype among [first, last).
-template <typename Item, typename Device>
+template <typename Item, bool averages, typename Device>
 void update_dense(
     const Device& device, EntryIterator first, EntryIterator last, Dtype dtype, const UpdateOptions& options
 ) {
   const auto is_wanted = [&](const Entry& entry) { return entry.layout == nullptr && entry.dtype[kParam] == dtype; };
+  constexpr int kMost = kSmall<averages>, kMostSegments = kSegments<kMost, averages>;
   const auto fits_small = [&] {
     int tensors = 0, segments = 0;
     uint32_t segment = 0;
-    for (auto entry = first; entry != last && tensors <= kSmallTable && segments <= kSegments<kSmallTable>; ++entry) {
+    for (auto entry = first; entry != last && tensors <= kMost && segments <= kMostSegments; ++entry) {
       if (is_wanted(*entry)) {
         segments += tensors++ == 0 || entry->segment != segment;
         segment = entry->segment;
       }
     }
-    return tensors <= kSmallTable && segments <= kSegments<kSmallTable>;
+    return tensors <= kMost && segments <= kMostSegments;
   };
   while ((first = std::find_if(first, last, is_wanted)) != last) {
     const bool small = fits_small();
-    if (options.gradient.is_plain()) {
-      first = small ? update_table<Item, true, kSmallTable>(device, first, last, dtype, options)
-                    : update_table<Item, true, kLargeTable>(device, first, last, dtype, options);
+    const auto update = [&](auto plain) {
+      first = small ? update_table<Item, plain, averages, kMost>(device, first, last, dtype, options)
+                    : update_table<Item, plain, averages, kLarge<averages>>(device, first, last, dtype, options);
+    };
+    // With averages there is no kernel for plain options: memory takes longer than they do.
+    if (!averages && options.gradient.is_plain()) {
+      update(std::bool_constant<!averages>());
     } else {
-      first = small ? update_table<Item, false, kSmallTable>(device, first, last, dtype, options)
-                    : update_table<Item, false, kLargeTable>(device, first, last, dtype, options);
+      update(std::false_type());
     }
   }
 }
 
-template <typename Device>
+template <bool averages, typename Device>
 void update_strided(const Device& device, const Entry& entry, const UpdateOptions& options) {
-  StridedUpdate update;
+  constexpr int slots = kSlots<averages>;
+  StridedUpdate<averages> update;
   update.options = options.gradient;
   update.segment = options.segments[entry.segment];
   copy_layout<0>(*entry.layout, update.strides);
-  std::copy_n(entry.data, kTensors, update.data);
-  std::copy_n(entry.dtype, kTensors, update.dtype);
+  std::copy_n(entry.data, slots, update.data);
+  std::copy_n(entry.dtype, slots, update.dtype);
   update.numel = entry.numel;
   update.index = static_cast<uint32_t>(entry.index);
   const bool in_double = entry.dtype[kParam] == Dtype::kFloat64;
   device.launch(
-      in_double ? strided_update_kernel<double> : strided_update_kernel<float>, chunks_of(entry), kThreads, update
+      in_double ? strided_update_kernel<double, averages> : strided_update_kernel<float, averages>,
+      chunks_of(entry),
+      kThreads,
+      update
   );
 }
 
 // Updates the entries [first, last), of which no two share memory.
-template <typename Device>
-void update_together(const Device& device, EntryIterator first, EntryIterator last, const UpdateOptions& options) {
-  update_dense<float>(device, first, last, Dtype::kFloat32, options);
-  update_dense<__nv_bfloat16>(device, first, last, Dtype::kBFloat16, options);
-  update_dense<__half>(device, first, last, Dtype::kFloat16, options);
-  update_dense<double>(device, first, last, Dtype::kFloat64, options);
+template <bool averages, typename Device>
+void update_all(const Device& device, EntryIterator first, EntryIterator last, const UpdateOptions& options) {
+  update_dense<float, averages>(device, first, last, Dtype::kFloat32, options);
+  update_dense<__nv_bfloat16, averages>(device, first, last, Dtype::kBFloat16, options);
+  update_dense<__half, averages>(device, first, last, Dtype::kFloat16, options);
+  update_dense<double, averages>(device, first, last, Dtype::kFloat64, options);
   for (; first != last; ++first) {
     if (first->layout != nullptr) {
-      update_strided(device, *first, options);
+      update_strided<averages>(device, *first, options);
     }
+  }
+}
+
+// The same. All of them have averages, or none has.
+template <typename Device>
+void update_together(const Device& device, EntryIterator first, EntryIterator last, const UpdateOptions& options) {
+  if (first != last && first->data[kAverage] != nullptr) {
+    update_all<true>(device, first, last, options);
+  } else {
+    update_all<false>(device, first, last, options);
   }
 }
 

@@ -139,23 +139,24 @@ def test_the_instruction_set_can_be_chosen_by_the_environment() -> None:
 def test_hyperparameters_of_segments() -> None:
     lr = torch.tensor(0.5)
     assert kernels.hyperparameter_arguments([]) == ([], [], [])
-    segments = [Segment(3, 1, 0.9, 1e-7, True), Segment(0, 0.25, 0.5, 1e-3, False)]
+    segments = [Segment(3, 1, 0.9, 1e-7, True, 0.1, False, 0.75, True), Segment(0, 0.25, 0.5, 1e-3, False)]
     sizes, numbers, tensors = kernels.hyperparameter_arguments(segments)
-    assert (sizes, numbers, tensors) == ([3, 0], [1.0, 0.9, 1e-7, 1.0, 0.25, 0.5, 1e-3, 0.0], [])
+    expected = [1.0, 0.9, 1e-7, 1.0, 0.1, 0.0, 0.75, 1.0, 0.25, 0.5, 1e-3, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert (sizes, numbers, tensors) == ([3, 0], expected, [])
     assert set(map(type, numbers)) == {float}
     sizes, numbers, tensors = kernels.hyperparameter_arguments([*segments, Segment(2, lr, 0.75, 1.0, True)])
-    assert (sizes, numbers) == ([3, 0, 2], [1.0, 0.9, 1e-7, 1.0, 0.25, 0.5, 1e-3, 0.0, 0.0, 0.75, 1.0, 1.0])
-    assert [x is lr for x in tensors] == [False] * 8 + [True] + [False] * 3
-    assert tensors.count(None) == 11
+    assert (sizes, numbers[16:]) == ([3, 0, 2], [0.0, 0.75, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    assert [x is lr for x in tensors] == [False] * 16 + [True] + [False] * 7
+    assert tensors.count(None) == 23
 
 
 def test_options_of_gradients() -> None:
-    assert kernels.option_arguments(NO_OPTIONS) == (None, None, None, 1.0, None, None, None)
+    assert kernels.option_arguments(NO_OPTIONS) == (None, None, None, 1.0, None, None, 1.0, None)
     sums, scale, found_inf, factor = (torch.tensor(float(i)) for i in range(4))
-    options = GradientOptions(0.5, 0.25, sums, 0.75, scale, found_inf)
-    assert kernels.option_arguments(options) == (0.5, 0.25, sums, 0.75, None, scale, found_inf)
+    options = GradientOptions(0.5, 0.25, sums, 0.75, scale, found_inf, 3.0)
+    assert kernels.option_arguments(options) == (0.5, 0.25, sums, 0.75, None, scale, 3.0, found_inf)
     options = GradientOptions(factor=factor)
-    assert kernels.option_arguments(options) == (None, None, None, 0.0, factor, None, None)
+    assert kernels.option_arguments(options) == (None, None, None, 0.0, factor, None, 1.0, None)
 
 
 SUMS = torch.tensor([4.0, 0.25, 9.0, 1.0], dtype=torch.float64)
@@ -169,6 +170,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], float]] = {
     "factor in a Tensor": ({"factor": torch.tensor(0.3, dtype=torch.float64)}, 1.0),
     "scaled": ({"clipvalue": 0.1, "grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0)}, 4.0),
     "skipped": ({"found_inf": torch.tensor(1.0)}, 0.0),
+    "factor of the loss": ({"clipvalue": 0.1, "loss_scale_factor": 8.0, "grad_scale": torch.tensor(4.0)}, 32.0),
+    "factor of the loss alone": ({"loss_scale_factor": 8.0}, 8.0),
 }
 
 
@@ -205,6 +208,7 @@ def test_the_fused_update_is_that_of_functional(name: str, kind: str, dtype: tor
     batch, expected = (make_batch(kind == "sparse", dtype, **options) for _ in range(2))
     cache = cache_of(batch) if kind == "cached" else None
     expected.grads = [grad.to(functional.opmath_dtype(dtype)) / (scale or 1.0) for grad in expected.grads]
+    expected.gradient_options = expected.gradient_options._replace(loss_scale_factor=1.0)
     versions = [p._version for p in batch.params]
     assert kernels.update(batch) is None
     assert batch.has_begun
@@ -217,6 +221,37 @@ def test_the_fused_update_is_that_of_functional(name: str, kind: str, dtype: tor
 
 
 @needs_library
+def test_averages_are_for_the_op_that_is_not_cached() -> None:
+    """Though the accumulators are cached."""
+    batch, expected = make_batch(), make_batch()
+    cache = cache_of(batch)
+    for one in (batch, expected):
+        one.segments = [segment._replace(ema_momentum=0.75, overwrites=True) for segment in one.segments]
+    kernels.update(batch)  # without averages, what segments say of them means nothing
+    functional.single_tensor(expected)
+    assert all(map(torch.equal, written(batch), written(expected)))
+    for one in (batch, expected):
+        one.averages = [torch.ones(6, 5) for _ in range(4)]
+    kernels.update(batch)
+    functional.single_tensor(expected)
+    assert all(map(torch.equal, (*written(batch), *batch.averages), (*written(expected), *expected.averages)))
+    assert not torch.equal(batch.averages[0], torch.ones(6, 5))
+    del cache
+
+
+@needs_library
+def test_an_update_by_sparse_gradients_leaves_averages_alone() -> None:
+    batch, expected = (make_batch(is_sparse=True) for _ in range(2))
+    for one in (batch, expected):
+        one.segments = [segment._replace(ema_momentum=0.75, overwrites=True) for segment in one.segments]
+        one.averages = [torch.ones(6, 5) for _ in range(4)]
+    assert kernels.update(batch) is None
+    functional.sparse_single_tensor(expected)
+    assert all(map(torch.equal, written(batch), written(expected)))
+    assert all(torch.equal(x, torch.ones(6, 5)) for x in (*batch.averages, *expected.averages))
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_square_sums_are_those_of_functional(dtype: torch.dtype) -> None:
     params = [torch.empty(n, dtype=dtype) for n in (5, 0, 4099)]
@@ -224,12 +259,13 @@ def test_square_sums_are_those_of_functional(dtype: torch.dtype) -> None:
         grads = [gradients((p.numel(),), grad_dtype, 1, seed=i)[0] for i, p in enumerate(params)]
         for clipvalue in (None, 0.3) if not dtype.is_complex else (None,):
             for in_double in (False, True):
-                for scale in (None, 4.0):
-                    actual = kernels.square_sums(params, grads, clipvalue, in_double, scale and torch.tensor(scale))
+                for scale, factor in ((None, 1.0), (4.0, 1.0), (None, 7.0), (4.0, 7.0)):
+                    tensor = None if scale is None else torch.tensor(scale)
+                    actual = kernels.square_sums(params, grads, clipvalue, in_double, tensor, factor)
                     T = torch.float64 if in_double else functional.opmath_dtype(dtype)
                     T = T.to_complex() if dtype.is_complex else T
                     divided = [grad.to(T) / (scale or 1.0) for grad in grads]
-                    expected = functional.square_sums(params, divided, clipvalue, in_double)
+                    expected = functional.square_sums(params, divided, clipvalue, in_double, factor)
                     assert isinstance(actual, Tensor)
                     assert_same_bits(actual, expected)
 

@@ -15,6 +15,7 @@ from op_cases import (
     assert_refused,
     assert_repeated_in_order,
     assert_same_lists,
+    dense,
     dense_lists,
     needs_library,
     sparse_lists,
@@ -101,6 +102,47 @@ def test_two_tensors_of_one_parameter(call: str, slot: int, other: int, error: s
     assert_refused(CALLS[call], lists, *OWN, error=f"parameter 1: {error} share memory$")
 
 
+@pytest.mark.parametrize(
+    ("part", "row", "error"),
+    [
+        (0, 1, "parameter 1: it and its average share memory$"),
+        (1, 1, "parameter 1: its gradient and its average share memory$"),
+        (2, 1, "parameter 1: its square_avg and its average share memory$"),
+        (3, 1, "parameter 1: its acc_delta and its average share memory$"),
+        (0, 0, f"parameter 0: it and the average of parameter 1{SHARED}"),
+        (0, 2, f"parameter 1: its average and parameter 2{SHARED}"),
+        (1, 0, f"parameter 0: its gradient and the average of parameter 1{SHARED}"),
+        (1, 2, f"parameter 2: its gradient and the average of parameter 1{SHARED}"),
+        (3, 2, f"parameter 1: its average and the acc_delta of parameter 2{SHARED}"),
+        (4, 0, f"parameter 0: its average and the average of parameter 1{SHARED}"),
+    ],
+)
+def test_an_average_has_memory_of_its_own(part: int, row: int, error: str) -> None:
+    """An element in common is refused, none is not, whatever was found of the call before."""
+    for begin in (19, 20):
+        lists = lists_for("dense")
+        lists.append([torch.ones(4, 5) for _ in range(3)])
+        adadelta.adadelta_(*lists, *OWN)
+        tensors = overlapping(torch.ones(60), begin, 1)
+        lists[4][1], lists[part][row] = tensors
+        if begin == 19:
+            assert_refused(adadelta.adadelta_, lists, *OWN, error=error)
+        else:
+            adadelta.adadelta_(*lists, *OWN)
+
+
+def test_a_parameter_listed_twice_has_the_same_average_twice() -> None:
+    lists = lists_for("dense")
+    lists.append([torch.ones(4, 5) for _ in range(3)])
+    for part in (0, 2, 3, 4):
+        lists[part][2] = lists[part][0]
+    adadelta.adadelta_(*lists, *OWN)
+    lists[4][2] = torch.ones(4, 5)
+    shared = " and the square_avg of parameter 2| and the acc_delta of parameter 2| and parameter 2"
+    with pytest.raises(RuntimeError, match=f"parameter 0: it(s square_avg|s acc_delta|)({shared}){SHARED}"):
+        adadelta.adadelta_(*lists, *OWN)
+
+
 @pytest.mark.parametrize("part", [0, 2, 3])
 @pytest.mark.parametrize("call", ["dense", "cached"])
 def test_a_parameter_listed_twice_has_all_its_state_twice(call: str, part: int) -> None:
@@ -170,7 +212,7 @@ def test_memory_that_is_known_from_the_call_before(call: str) -> None:
         if call == "cached":
             adadelta.adadelta_.cached(*lists[:2], number, *own)
         else:
-            adadelta.adadelta_(*lists, *own)
+            dense(*lists, *own)
 
     twin = dense_lists([(20,)] * 3)
     for part, tensor in ((1, good[2][0]), (1, good[0][0]), (1, good[0][2]), (0, good[0][0]), (0, good[3][1])):
@@ -180,11 +222,11 @@ def test_memory_that_is_known_from_the_call_before(call: str) -> None:
             with pytest.raises(RuntimeError, match="share memory"):
                 update(bad)
         update(good)
-        adadelta.adadelta_(*twin, *own)
+        dense(*twin, *own)
     own = segment(2, 1.0, 0.9, 1e-7)
     if call == "dense":  # fewer, and then as many again
         update([x[:2] for x in good])
-        adadelta.adadelta_(*(x[:2] for x in twin), *own)
+        dense(*(x[:2] for x in twin), *own)
         bad = [list(x) for x in good]
         bad[2][2] = good[2][1]
         own = OWN
@@ -208,5 +250,5 @@ def test_the_stride_of_a_dimension_of_one_element_is_no_overlap(stride: int) -> 
 
     lists, expected = make((8, stride, 2)), make((8, 8, 2))
     for made in (lists, expected):
-        adadelta.adadelta_(*made, *segment(1, 1.0, 0.9, 1e-7))
+        dense(*made, *segment(1, 1.0, 0.9, 1e-7))
     assert_same_lists(lists, expected)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import segment
-from op_cases import Lists, adadelta, assert_same_lists, dense_lists, needs_library
+from op_cases import Lists, adadelta, assert_same_lists, dense, dense_lists, needs_library
 from torch import Tensor
 
 pytestmark = needs_library
@@ -63,7 +63,7 @@ def test_accumulators_that_are_replaced_while_they_are_cached(replace: Any, whic
             for lists in (cached, plain):
                 replace(lists[which][place])
         adadelta.adadelta_.cached(*cached[:2], number, *own)
-        adadelta.adadelta_(*plain, *own)
+        dense(*plain, *own)
     adadelta.drop_accumulators(number)
     assert_same_lists([[x.clone() for x in tensors] for tensors in cached], [[x.clone() for x in t] for t in plain])
 
@@ -86,7 +86,7 @@ def test_replaced_accumulators_that_do_not_fit_are_refused_and_then_forgotten(
     number = adadelta.cache_accumulators(*cached[2:])
     own = segment(count, *HYPERPARAMETERS)
     adadelta.adadelta_.cached(*cached[:2], number, *own)
-    adadelta.adadelta_(*plain, *own)
+    dense(*plain, *own)
     right = cached[3][50].clone()
     for _ in range(2):
         cached[3][50].set_(wrong(cached))
@@ -94,7 +94,7 @@ def test_replaced_accumulators_that_do_not_fit_are_refused_and_then_forgotten(
             adadelta.adadelta_.cached(*cached[:2], number, *own)
     cached[3][50].set_(right)
     adadelta.adadelta_.cached(*cached[:2], number, *own)
-    adadelta.adadelta_(*plain, *own)
+    dense(*plain, *own)
     adadelta.drop_accumulators(number)
     assert_same_lists(cached, plain)
 
@@ -118,10 +118,10 @@ def test_caches_that_take_turns() -> None:
     for _ in range(3):
         for lists, number in zip(made, numbers, strict=False):
             adadelta.adadelta_.cached(*lists[:2], number, *own)
-        adadelta.adadelta_(*made[2], *own)
+        dense(*made[2], *own)
     adadelta.drop_accumulators(numbers[0])
     adadelta.adadelta_.cached(*made[1][:2], numbers[1], *own)
-    adadelta.adadelta_(*made[2], *own)
+    dense(*made[2], *own)
     adadelta.drop_accumulators(numbers[1])
     assert_same_lists(made[1], made[2])
 
@@ -136,7 +136,7 @@ def test_a_number_is_never_given_twice() -> None:
     for lists, number in zip(made[1:3], numbers[1:], strict=True):
         adadelta.adadelta_.cached(*lists[:2], number, *own)
     adadelta.drop_accumulators(numbers[2])
-    adadelta.adadelta_(*made[3], *own)
+    dense(*made[3], *own)
     for lists in made[1:3]:
         assert_same_lists(lists, made[3])
     adadelta.adadelta_.cached(*made[1][:2], numbers[1], *own)
@@ -152,7 +152,7 @@ def test_other_gradients_and_parameters_for_the_same_accumulators(count: int) ->
         for lists in (cached, plain):
             lists[step % 2][count - 1] = torch.full((600,), 0.5 * step)
         adadelta.adadelta_.cached(*cached[:2], number, *own)
-        adadelta.adadelta_(*plain, *own)
+        dense(*plain, *own)
     for part in (0, 1):
         short = [[*x[:-1], torch.ones(3)] if k == part else x for k, x in enumerate(cached[:2])]
         with pytest.raises(RuntimeError, match=f"parameter {count - 1}: its tensors differ in shape"):

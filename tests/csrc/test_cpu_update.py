@@ -1,6 +1,7 @@
 """csrc/cpu/update.cpp and the loops of kernels/update.h: every dtype and gradient option against the NumPy oracle."""
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import direct
 import pytest
 import torch
-from cases import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, dtype_name, gradients, randn, segment
+from average_cases import HYPERPARAMETERS as AVERAGED
+from average_cases import MOMENTA, assert_averaged, averages_of, laid_like, oracle_after
+from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn, segment
 from op_cases import (
     CALLS,
     CLIPS,
@@ -23,7 +26,10 @@ from op_cases import (
     lay_out,
     nan,
     needs_library,
+    several,
+    states_of,
     ways,
+    whole_memory,
 )
 from torch import Tensor
 
@@ -125,6 +131,137 @@ def test_spelled_out() -> None:
     assert square_avg(four * 8, clipvalue=6.0, factor=0.5, maximize=True) == [9.0, 9.0, 0.0]
     assert math.isnan(square_avg(four, clipnorm=2.5, square_sums=sums * nan)[0])
     assert square_avg(four, clipnorm=2.5, square_sums=sums * inf) == [0.0, 0.0, 0.0]
+
+
+# ---- Averages -------------------------------------------------------------------------------------------------------
+
+
+def assert_averaged_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    averages: list[Tensor],
+    momentum: Any,
+    overwrites: bool,
+    threads: Sequence[int] = (1,),
+    **options: Any,
+) -> None:
+    """One step on every instruction set, as the oracle has it. What lies between the elements stays."""
+    expected = oracle_after(params, averages, [grads], momentum, overwrites)
+    initial = [x.clone() for x in (*params, *averages)]
+    for way in ways(threads):
+        for x, values in zip((*params, *averages), initial, strict=True):
+            x.copy_(values)
+        states = states_of(params)
+        gaps = [gaps_of(x) for x in (*params, *averages)]
+        own = {"averages": averages, "ema_momentum": momentum, "overwrites": overwrites}
+        direct.fused(params, grads, *states, *AVERAGED, **own, **options)
+        assert_averaged(params, *states, averages, expected, way)
+        for x, gap in zip((*params, *averages), gaps, strict=True):
+            assert_same_bits(gaps_of(x), gap, way)
+
+
+def gaps_of(x: Tensor) -> Tensor:
+    memory = whole_memory(x).clone()
+    memory.as_strided(x.shape, x.stride(), x.storage_offset()).zero_()
+    return memory
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_averages_of_every_size(dtype: torch.dtype, momentum: str, overwrites: bool) -> None:
+    params, grads, *_ = dense_lists([*SIZES, 4095, 4096, 4097, 8200], dtype)
+    averages = averages_of(params)
+    if float(MOMENTA[momentum]) == 0:
+        for average, value in zip(averages[-3:], (nan, inf, -inf), strict=True):
+            average.fill_(value)
+    assert_averaged_update(params, grads, averages, MOMENTA[momentum], overwrites)
+
+
+@pytest.mark.parametrize("own", ["contiguous", "alike", "sliced", "misaligned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [*REAL_DTYPES, torch.complex64], ids=dtype_name)
+def test_averages_of_every_layout(dtype: torch.dtype, layout: str, own: str) -> None:
+    """With gradients of the parameter's dtype and of another."""
+    for grad_dtype in (dtype, torch.complex128 if dtype.is_complex else torch.float64):
+        params, grads, *_ = dense_lists([(2, 3, 4, 70), (1, 1, 1, 3)], dtype, [grad_dtype])
+        params = [lay_out(layout, x) for x in params]
+        averages = averages_of(params)
+        averages = list(map(laid_like, params, averages)) if own == "alike" else [lay_out(own, x) for x in averages]
+        assert_averaged_update(params, grads, averages, 0.9, True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_averages_of_parts_of_a_large_tensor(dtype: torch.dtype, layout: str) -> None:
+    params, grads, *_ = dense_lists([(1, 1, 1, 3), (3, 1, 5, 4001)], dtype)
+    params = [lay_out(layout, x) for x in params]
+    assert_averaged_update(params, grads, list(map(laid_like, params, averages_of(params))), 0.9, True, threads=(2,))
+
+
+def test_denormal_averages_are_kept() -> None:
+    params, grads = [torch.full((40,), 1e-40)], [torch.zeros(40)]
+    assert_averaged_update(params, grads, [torch.full((40,), -3e-41)], 0.9, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_averages_with_scales_and_clipping(dtype: torch.dtype) -> None:
+    params, grads, *_ = dense_lists(SIZES, dtype)
+    averages = averages_of(params)
+    clip = CLIPS["both-scales-clipnorm"]
+    expected = oracle_after(
+        params, averages, [grads], 0.9, False, clip.scale, loss_scale_factor=7.0, clipvalue=0.3, clipnorm=0.7
+    )
+    states = states_of(params)
+    options = clip.options(params, grads)
+    direct.fused(params, grads, *states, *AVERAGED, averages=averages, ema_momentum=0.9, **options)
+    assert_averaged(params, *states, averages, expected)
+
+
+def test_averages_of_several_segments() -> None:
+    """Each as by itself."""
+    sizes = [2, 0, 1, 3, len(SIZES) - 6]
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        lists, expected = dense_lists(SIZES, dtype), dense_lists(SIZES, dtype)
+        averages, others = averages_of(lists[0]), averages_of(lists[0])
+        own_sizes, numbers, tensors = several(sizes)
+        CALLS["dense"](*lists, own_sizes, numbers, tensors, averages=averages)
+        begin, count = 0, len(numbers) // len(sizes)
+        for k, size in enumerate(sizes):
+            rows, own = slice(begin, begin + size), slice(k * count, (k + 1) * count)
+            parts = [x[rows] for x in expected]
+            if size:
+                CALLS["dense"](*parts, [size], numbers[own], tensors[own], averages=others[rows])
+            begin += size
+        assert_same_lists([*lists, averages], [*expected, others])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_no_average_is_written_if_found_inf_is_not_zero(layout: str) -> None:
+    lists = dense_lists([(2, 3, 4, 50)])
+    averages = [lay_out(layout, x) for x in averages_of(lists[0])]
+    before = [x.clone() for x in (lists[0][0], averages[0])]
+    for options in ({"found_inf": torch.ones(1)}, {"check_only": True}):
+        own = segment(1, *AVERAGED, ema_momentum=0.9, overwrites=True)
+        CALLS["dense"](*lists, *own, averages=averages, **options)
+        assert all(map(torch.equal, (lists[0][0], averages[0]), before))
+
+
+def test_a_parameter_listed_twice_has_one_average() -> None:
+    """Which follows it twice, in order."""
+    lists, expected = dense_lists([40_000, 40_000]), dense_lists([40_000])
+    averages, others = averages_of(lists[0]), averages_of(expected[0])
+    averages[1] = averages[0]
+    for part in (0, 2, 3):
+        lists[part][1] = lists[part][0]
+    own = {"ema_momentum": 0.9, "overwrites": True}
+    for i in range(2):
+        CALLS["dense"](expected[0], lists[1][i : i + 1], *expected[2:], *segment(1, *AVERAGED, **own), averages=others)
+    for way in ways((2,)):
+        copies = [[x.clone() for x in part[:1]] * 2 for part in (lists[0], *lists[2:], averages)]
+        own_lists = [copies[0], lists[1], *copies[1:3]]
+        CALLS["dense"](*own_lists, *segment(2, *AVERAGED, **own), averages=copies[3])
+        assert_same_lists([x[:1] for x in copies], [expected[0], *expected[2:], others], way)
 
 
 @pytest.mark.parametrize("call", ["dense", "cached"])

@@ -6,7 +6,7 @@ import direct
 import pytest
 import torch
 from cases import assert_same_bits, dtype_name, segment
-from op_cases import adadelta, capabilities, dense_lists, needs_library, ways
+from op_cases import capabilities, dense, dense_lists, needs_library, ways
 from torch import Tensor
 
 from torch_adadelta.backends import kernels
@@ -97,7 +97,7 @@ def test_numbers_of_every_kind_in_every_place(
         after = []
         for _ in range(2):
             hyperparameters = segment(len(ends), learning_rate, rho, epsilon)
-            adadelta.adadelta_(param, grad, square_avg, acc_delta, *hyperparameters)
+            dense(param, grad, square_avg, acc_delta, *hyperparameters)
             after += [torch.cat(states) for states in (param, square_avg, acc_delta)]
         return after
 

@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from average_cases import averages_of
 from cases import LAYOUTS, REAL_DTYPES, assert_same_bits, gradients, randn, segment
 from emulated import (
     CHUNK,
     HYPERPARAMETERS,
+    LARGE_AVERAGE_SEGMENTS,
+    LARGE_AVERAGE_TABLE,
     LARGE_SEGMENTS,
     LARGE_TABLE,
     OPTIONS,
+    SMALL_AVERAGE_SEGMENTS,
+    SMALL_AVERAGE_TABLE,
     SMALL_SEGMENTS,
     SMALL_TABLE,
     assert_same_square_sums,
@@ -26,6 +31,10 @@ pytestmark = marks
 def test_their_sizes() -> None:
     assert (emulated.small_table(), emulated.large_table(), emulated.chunk()) == (SMALL_TABLE, LARGE_TABLE, CHUNK)
     assert (emulated.small_segments(), emulated.large_segments()) == (SMALL_SEGMENTS, LARGE_SEGMENTS)
+    tables = (emulated.small_average_table(), emulated.large_average_table())
+    assert tables == (SMALL_AVERAGE_TABLE, LARGE_AVERAGE_TABLE)
+    segments = (emulated.small_average_segments(), emulated.large_average_segments())
+    assert segments == (SMALL_AVERAGE_SEGMENTS, LARGE_AVERAGE_SEGMENTS)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,7 @@ def test_number_of_tensors(count: int, launches: int, name: str) -> None:
         (SMALL_SEGMENTS + 1, 1, 1),
         (LARGE_SEGMENTS, 1, 1),
         (LARGE_SEGMENTS + 1, 1, 2),
-        (LARGE_SEGMENTS, 15, 2),
+        (LARGE_SEGMENTS, 20, 2),
         (3 * LARGE_SEGMENTS, 1, 3),
     ],
 )
@@ -63,6 +72,29 @@ def test_number_of_segments(count: int, tensors: int, launches: int, name: str) 
     """A launch takes tensors until it has no room for more of them, or for another segment."""
     sizes = [1 + i % 9 for i in range(count * tensors)]
     assert assert_same_update(lambda: dense_lists(sizes), sizes=[tensors] * count, **OPTIONS[name]) == launches
+
+
+@pytest.mark.parametrize(
+    ("count", "tensors", "launches"),
+    [
+        (1, SMALL_AVERAGE_TABLE, 1),
+        (1, SMALL_AVERAGE_TABLE + 1, 1),
+        (1, LARGE_AVERAGE_TABLE, 1),
+        (1, LARGE_AVERAGE_TABLE + 1, 2),
+        (SMALL_AVERAGE_SEGMENTS, 1, 1),
+        (SMALL_AVERAGE_SEGMENTS + 1, 1, 1),
+        (LARGE_AVERAGE_SEGMENTS, 1, 1),
+        (LARGE_AVERAGE_SEGMENTS + 1, 1, 2),
+    ],
+)
+def test_number_of_tensors_and_segments_with_averages(count: int, tensors: int, launches: int) -> None:
+    sizes = [1 + i % 9 for i in range(count * tensors)]
+
+    def make() -> Lists:
+        lists = dense_lists(sizes, torch.bfloat16)
+        return [*lists, averages_of(lists[0])]
+
+    assert assert_same_update(make, sizes=[tensors] * count) == launches
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,7 +150,7 @@ def test_tens_of_thousands_of_tensors() -> None:
     for op in (adadelta, emulated):
         lists = [list(x.clone().split(sizes)) for x in memory]
         before = emulated.launches()
-        op.adadelta_(*lists, *segment(len(sizes), *HYPERPARAMETERS))
+        op.adadelta_(*lists, [], *segment(len(sizes), *HYPERPARAMETERS))
         assert emulated.launches() - before == (-(-15_000 // LARGE_TABLE) if op is emulated else 0)
         results.append([torch.cat(tensors) for tensors in lists])
     for actual, expected in zip(results[1], results[0], strict=True):

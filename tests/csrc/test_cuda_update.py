@@ -1,10 +1,12 @@
 """csrc/cuda/update.cuh, emulated: every dtype and gradient option, and what a call launches."""
 
+import functools
 from typing import Any
 
 import emulated as emulator
 import pytest
 import torch
+from average_cases import MOMENTA, averages_of, laid_like
 from cases import (
     COMPLEX_DTYPES,
     DTYPES,
@@ -18,7 +20,7 @@ from cases import (
 from emulated import CHUNK, HYPERPARAMETERS, OPTIONS, assert_same_update, emulated, options_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import Lists, dense_lists, inf, lay_out, nan, states_of, storage_uses
+from op_cases import Lists, assert_same_lists, dense_lists, inf, lay_out, nan, states_of, storage_uses
 
 pytestmark = emulator.marks
 
@@ -114,7 +116,7 @@ def test_nothing_is_written_if_found_inf_is_not_zero(layout: str, found_inf: flo
 
     assert_same_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor([[2.0]]))
     lists = make()
-    emulated.adadelta_(*lists, *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
+    emulated.adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
     assert torch.equal(lists[0][0], torch.ones(2, 3, 4, 50)) == (found_inf != 0)
     assert torch.equal(lists[2][0], torch.zeros(2, 3, 4, 50)) == (found_inf != 0)
 
@@ -139,10 +141,86 @@ def test_segments_of_every_dtype_and_layout() -> None:
         assert assert_same_update(make, sizes=[3, 0, 6, 7], **OPTIONS[name]) == 4 + 8
 
 
+# ---- Averages -------------------------------------------------------------------------------------------------------
+
+
+def with_averages(lists: Lists, layout: str | None = None) -> Lists:
+    """The lists with averages, which lie as their parameters do, or contiguous, or in another layout."""
+    averages = averages_of(lists[0])
+    if layout is not None:
+        return [*lists, [lay_out(layout, x) for x in averages]]
+    return [*lists, list(map(laid_like, lists[0], averages))]
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("name", ["plain", "clipvalue-clipnorm", "both-scales-clipnorm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_averages_of_every_size(dtype: torch.dtype, name: str, momentum: str) -> None:
+    def make() -> Lists:
+        lists = with_averages(dense_lists(SIZES, dtype))
+        if float(MOMENTA[momentum]) == 0:
+            lists[4][-2].fill_(nan)
+        return lists
+
+    for overwrites in (False, True):
+        averaging = {"ema_momentum": MOMENTA[momentum], "overwrites": overwrites}
+        assert assert_same_update(make, averaging=averaging, **options_for(dtype, name)) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_averages_of_every_layout(dtype: torch.dtype, layout: str) -> None:
+    """Of parameters that are contiguous or not, with gradients of their dtype or another."""
+    grad_dtypes = COMPLEX_DTYPES if dtype.is_complex else REAL_DTYPES
+    for param_layout, own in (("contiguous", layout), (layout, "contiguous"), (layout, None)):
+
+        def make(param_layout: str = param_layout, own: str | None = own) -> Lists:
+            params, grads, *_ = dense_lists([(2, 3, 4, 9)] * 4, dtype, grad_dtypes)
+            params = [lay_out(param_layout, x) for x in params]
+            return with_averages([params, grads, *states_of(params)], own)
+
+        assert_same_update(make, averaging={"ema_momentum": 0.9, "overwrites": True})
+
+
+def test_averages_around_chunks() -> None:
+    sizes = [CHUNK - 1, CHUNK, CHUNK + 1, 3, 2 * CHUNK + 5]
+    for dtype in (torch.float32, torch.bfloat16):
+        make = functools.partial(lambda dtype: with_averages(dense_lists(sizes, dtype)), dtype)
+        assert assert_same_update(make, (0, 1), averaging={"ema_momentum": 0.9}) == 1
+
+
+def test_an_average_that_is_not_aligned() -> None:
+    def make() -> Lists:
+        lists = with_averages(dense_lists([(1, 1, 1, 700)]))
+        return [*lists[:4], [lay_out("misaligned", x) for x in lists[4]]]
+
+    assert assert_same_update(make, averaging={"ema_momentum": 0.9}) == 1
+
+
+def test_averages_of_several_segments() -> None:
+    sizes = [0, 3, 1, 0, len(SIZES) - 5, 1, 0]
+    for dtype in (torch.float32, torch.float16):
+        make = functools.partial(lambda dtype: with_averages(dense_lists(SIZES, dtype)), dtype)
+        assert assert_same_update(make, sizes=sizes) == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_no_average_is_written_if_found_inf_is_not_zero(layout: str) -> None:
+    lists = dense_lists([(2, 3, 4, 50)])
+    averages = [lay_out(layout, x) for x in averages_of(lists[0])]
+    before = [x.clone() for x in (lists[0][0], averages[0])]
+    own = segment(1, *HYPERPARAMETERS, ema_momentum=0.9, overwrites=True)
+    emulated.adadelta_(*lists, averages, *own, found_inf=torch.ones(1))
+    assert_same_lists([[lists[0][0], averages[0].contiguous()]], [before])
+
+
+# ---- Launches -------------------------------------------------------------------------------------------------------
+
+
 def test_what_launches_nothing() -> None:
     lists = dense_lists([5, 700])
     before = emulated.launches()
-    emulated.adadelta_(*lists, *segment(2, *HYPERPARAMETERS), check_only=True)
+    emulated.adadelta_(*lists, [], *segment(2, *HYPERPARAMETERS), check_only=True)
     assert emulated.launches() == before
     assert not any(x.any() for states in lists[2:] for x in states)
     assert assert_same_update(lambda: dense_lists([0, 0, 0])) == 0
@@ -182,7 +260,7 @@ def test_lists_that_do_not_fit_are_refused_unwritten(part: int) -> None:
     before = emulated.launches()
     for check_only in (True, False):
         with pytest.raises(RuntimeError, match=r"^torch_adadelta refuses parameter 1: its tensors differ in shape"):
-            emulated.adadelta_(*lists, *segment(2, *HYPERPARAMETERS), check_only=check_only)
+            emulated.adadelta_(*lists, [], *segment(2, *HYPERPARAMETERS), check_only=check_only)
     assert emulated.launches() == before
 
 
@@ -196,7 +274,7 @@ def test_no_tensor_outlives_a_call(factor: float) -> None:
     sums = emulated.grad_square_sums(*lists[:2], grad_scale=grad_scale)
     options = {"grad_scale": grad_scale, "found_inf": found_inf, "factor": factor}
     try:
-        emulated.adadelta_(*lists, *segment(2, *tensors), clipnorm=1.0, square_sums=sums, **options)
+        emulated.adadelta_(*lists, [], *segment(2, *tensors), clipnorm=1.0, square_sums=sums, **options)
     except RuntimeError:
         assert factor != 1
     assert storage_uses([sums]) == storage_uses([torch.ones(1)])

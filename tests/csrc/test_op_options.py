@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from cases import segment
-from op_cases import CALLS, adadelta, assert_refused, inf, lists_for, nan, needs_library
+from op_cases import CALLS, assert_refused, dense, inf, lists_for, nan, needs_library
 from torch import Tensor
 
 pytestmark = needs_library
@@ -13,6 +13,7 @@ pytestmark = needs_library
 ONE = torch.ones(1)
 THREE = torch.ones(3).double()
 SCALAR = "must be a CPU tensor of one element, on the device of the parameters"
+FLAGS = ((3, "maximize"), (5, "is_decoupled"), (7, "overwrites"))
 SUMS = "square_sums must be a contiguous float64 CPU tensor with one element for each of 3 parameters"
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -71,20 +72,26 @@ def test_a_complex_parameter_has_no_order_to_clamp_in(call: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "hyperparameters", "tensors", "error"),
     [
-        ([2], [1.0] * 4, [], "the sizes of the segments are 2, which do not add up to 3 parameters"),
-        ([4], [1.0] * 4, [], "the sizes of the segments are 4, which do not add up to 3 parameters"),
+        ([2], [1.0] * 8, [], "the sizes of the segments are 2, which do not add up to 3 parameters"),
+        ([4], [1.0] * 8, [], "the sizes of the segments are 4, which do not add up to 3 parameters"),
         ([], [], [], "the sizes of the segments are , which do not add up to 3 parameters"),
-        ([4, -1], [1.0] * 8, [], "the sizes of the segments are 4, -1, which"),
-        ([2**63 - 1, 2**63 - 1, 5], [1.0] * 12, [], "the sizes of the segments are 92"),
-        ([3], [1.0] * 3, [], "1 segments have 3 hyperparameters and 0 hyperparameter_tensors, but must have 4 and"),
-        ([1, 2], [1.0] * 4, [], "2 segments have 4 hyperparameters and 0 hyperparameter_tensors, but must have 8 and"),
-        ([3], [1.0] * 4, [None] * 3, "1 segments have 4 hyperparameters and 3 hyperparameter_tensors, but must"),
-        ([3], [1.0] * 4, [None] * 8, "1 segments have 4 hyperparameters and 8 hyperparameter_tensors, but must"),
-        ([3], [1.0] * 4, [None] * 3 + [ONE], "the maximize of segment 0 must be 0 or 1, and no tensor"),
-        ([3, 0], [1.0] * 7 + [0.5], [], "the maximize of segment 1 must be 0 or 1, and no tensor"),
+        ([4, -1], [1.0] * 16, [], "the sizes of the segments are 4, -1, which"),
+        ([2**63 - 1, 2**63 - 1, 5], [1.0] * 24, [], "the sizes of the segments are 92"),
+        ([3], [1.0] * 7, [], "1 segments have 7 hyperparameters and 0 hyperparameter_tensors, but must have 8 and"),
+        ([1, 2], [1.0] * 8, [], "2 segments have 8 hyperparameters and 0 hyperparameter_tensors, but must have 16 and"),
+        ([3], [1.0] * 8, [None] * 3, "1 segments have 8 hyperparameters and 3 hyperparameter_tensors, but must"),
+        ([3], [1.0] * 8, [None] * 9, "1 segments have 8 hyperparameters and 9 hyperparameter_tensors, but must"),
         *(
-            ([1, 2], [1.0] * 8, [None] * (4 + k) + [tensor] + [None] * (3 - k), f"the {name} of segment 1 {error}")
-            for k, name in enumerate(("lr", "rho", "epsilon"))
+            ([3], [1.0] * 8, [None] * k + [ONE] + [None] * (7 - k), f"the {name} of segment 0 must be 0 or 1, and no")
+            for k, name in FLAGS
+        ),
+        *(
+            ([3, 0], [1.0] * (8 + k) + [0.5] + [1.0] * (7 - k), [], f"the {name} of segment 1 must be 0 or 1, and no")
+            for k, name in FLAGS
+        ),
+        *(
+            ([1, 2], [1.0] * 16, [None] * (8 + k) + [tensor] + [None] * (7 - k), f"the {name} of segment 1 {error}")
+            for k, name in ((0, "lr"), (1, "rho"), (2, "epsilon"), (4, "weight_decay"), (6, "ema_momentum"))
             for tensor, error in ((torch.ones(2), SCALAR), (ONE.long(), "must have a floating-point dtype"))
         ),
     ],
@@ -112,4 +119,4 @@ def test_tensors_on_the_meta_device(name: str) -> None:
     options: dict[str, Any] = {"clipnorm": 1.0} if name == "square_sums" else {}
     (values if name in values else options)[name] = torch.ones(3 if name == "square_sums" else 1, device="meta")
     with pytest.raises(RuntimeError, match="a tensor on the meta device has no elements to update"):
-        adadelta.adadelta_(*lists_for("dense"), *segment(3, **values), **options)
+        dense(*lists_for("dense"), *segment(3, **values), **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from average_cases import averages_of
 from cases import (
     COMPLEX_DTYPES,
     DTYPES,
@@ -23,6 +24,7 @@ from op_cases import (
     HYPERPARAMETERS,
     Lists,
     adadelta,
+    dense,
     dense_lists,
     inf,
     lists_for,
@@ -47,11 +49,26 @@ SHAPES = [(2, 3, 4, 5), (1, 1, 1, 7), (0, 1, 1, 1)]
 def test_the_update(dtype: torch.dtype, layout: str) -> None:
     lists = [[LAYOUTS[layout](x) for x in tensors] for tensors in dense_lists(SHAPES, dtype)]
     for check_only in (False, True):
-        arguments = (*lists, *segment(3, 1.0, 0.9, 1e-7))
+        arguments = (*lists, [], *segment(3, 1.0, 0.9, 1e-7))
         torch.library.opcheck(adadelta.adadelta_.default, arguments, {"check_only": check_only})
 
 
-@pytest.mark.parametrize("name", ["clipvalue-clipnorm", "scale-clipvalue-factor", "tensors"])
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=dtype_name)
+def test_the_update_with_averages(dtype: torch.dtype) -> None:
+    lists = dense_lists([(2, 3), (0,), (7,)], dtype)
+    averages = averages_of(lists[0])
+    for momentum in (0.9, torch.tensor(0.9)):
+        own = segment(3, 1.0, 0.9, 1e-7, ema_momentum=momentum, overwrites=True)
+        torch.library.opcheck(adadelta.adadelta_.default, (*lists, averages, *own))
+
+
+def test_the_schema_says_what_is_written() -> None:
+    arguments = adadelta.adadelta_.default._schema.arguments
+    written = [argument.name for argument in arguments if argument.is_write]
+    assert written == ["params", "square_avgs", "acc_deltas", "averages"]
+
+
+@pytest.mark.parametrize("name", ["clipvalue-clipnorm", "scale-clipvalue-factor", "both-scales-clipnorm", "tensors"])
 def test_the_update_with_options(name: str) -> None:
     lists = dense_lists([5, 0, 40])
     if name == "tensors":
@@ -63,7 +80,7 @@ def test_the_update_with_options(name: str) -> None:
     else:
         options, values = CLIPS[name].options(*lists[:2]), HYPERPARAMETERS
     own = segments(segment(1, *values, options.pop("maximize", False)), segment(2, *HYPERPARAMETERS))
-    torch.library.opcheck(adadelta.adadelta_.default, (*lists, *own), options)
+    torch.library.opcheck(adadelta.adadelta_.default, (*lists, [], *own), options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=dtype_name)
@@ -89,14 +106,14 @@ def test_the_sums_of_squares(dtype: torch.dtype) -> None:
     grads = [randn(shape, dtype, torch.Generator().manual_seed(3)) for shape in ((3, 4), (0,), (), (300,))]
     torch.library.opcheck(adadelta.grad_square_sums.default, (grads, grads))
     clipvalue = inf if dtype.is_complex else 0.5
-    torch.library.opcheck(adadelta.grad_square_sums.default, (grads, grads, clipvalue, True, torch.tensor(3.0)))
+    torch.library.opcheck(adadelta.grad_square_sums.default, (grads, grads, clipvalue, True, torch.tensor(3.0), 7.0))
 
 
 def test_a_compiled_call_has_no_graph_break() -> None:
     eager, compiled = dense_lists([5, 12]), dense_lists([5, 12])
     own = segment(2, 1.0, 0.9, 1e-7)
-    adadelta.adadelta_(*eager, *own)
-    torch.compile(adadelta.adadelta_, backend="eager", fullgraph=True)(*compiled, *own)
+    dense(*eager, *own)
+    torch.compile(adadelta.adadelta_, backend="eager", fullgraph=True)(*compiled, [], *own)
     for tensors, others in zip(eager, compiled, strict=True):
         for x, y in zip(tensors, others, strict=True):
             assert_same_bits(x, y)

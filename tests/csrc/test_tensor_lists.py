@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import segment
-from op_cases import Lists, adadelta, assert_refused, dense_lists, needs_library, with_cache
+from average_cases import average_dtype, averages_of
+from cases import DTYPES, dtype_name, segment
+from op_cases import Lists, adadelta, assert_refused, dense, dense_lists, needs_library, with_cache
 from torch import Tensor
 
 pytestmark = needs_library
 
 OWN = segment(3, 1.0, 0.9, 1e-7)
-CALLS = {"dense": adadelta.adadelta_, "cached": with_cache}
+CALLS = {"dense": dense, "cached": with_cache}
 
 
 def replaced(part: int, make: Callable[[Tensor], Tensor]) -> Callable[[Lists], None]:
@@ -53,7 +54,54 @@ BAD_LISTS: list[tuple[Callable[[Lists], Any], str]] = [
 def test_lists_that_do_not_fit_are_refused_unwritten(spoil: Any, error: str) -> None:
     made = dense_lists([(5,), (2, 2), (3, 4)])
     spoil(made)
+    assert_refused(dense, made, *OWN, error=error)
+
+
+BAD_AVERAGES: list[tuple[Callable[[Lists], Any], str]] = [
+    (lambda made: made[4].pop(), "the call: the lists differ in length: 3 params, .*, 3 acc_deltas, 2 averages"),
+    (lambda made: made[4].append(made[4][0]), "the call: the lists differ in length: 3 params, .* 4 averages"),
+    (replaced(4, lambda x: torch.ones(4, 3)), DIFFERENT_SHAPE),
+    (
+        replaced(4, Tensor.half),
+        "parameter 2: its average has another dtype than that in which the parameter is updated",
+    ),
+    (replaced(4, Tensor.double), "parameter 2: its average has another dtype than that in which"),
+    (replaced(4, Tensor.long), "parameter 2: its average has a dtype that the kernels do not know"),
+    (replaced(4, lambda x: x.to(torch.complex64)), "parameter 2: of its tensors, some are complex and some are real"),
+    (replaced(4, lambda x: torch.ones(1).expand(3, 4)), f"parameter 2: its average {OVERLAPS}"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error"), BAD_AVERAGES)
+def test_averages_that_do_not_fit_are_refused_unwritten(spoil: Any, error: str) -> None:
+    made = dense_lists([(5,), (2, 2), (3, 4)])
+    made.append(averages_of(made[0]))
+    spoil(made)
     assert_refused(adadelta.adadelta_, made, *OWN, error=error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_the_dtype_of_an_average(dtype: torch.dtype) -> None:
+    """That of the update; no other is accepted."""
+    params, grads, *states = dense_lists([(5,)], dtype)
+    for other in DTYPES:
+        made = [params, grads, *states, [torch.ones(5).to(other)]]
+        if other is average_dtype(params[0]):
+            adadelta.adadelta_(*made, *segment(1, 1.0, 0.9, 1e-7))
+        else:
+            error = "parameter 0: (its average has another dtype|of its tensors, some are complex)"
+            with pytest.raises(RuntimeError, match=error):
+                adadelta.adadelta_(*made, *segment(1, 1.0, 0.9, 1e-7))
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to("meta"), lambda x: x.to_sparse()], ids=["meta", "sparse"])
+def test_averages_that_the_dispatcher_has_no_kernel_for(make: Callable[[Tensor], Tensor]) -> None:
+    made = dense_lists([(5,), (3, 4)])
+    before = [x.clone() for x in made[0]]
+    averages = [torch.ones(5), make(torch.ones(3, 4))]
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"on the meta device has no elements|adadelta_"):
+        adadelta.adadelta_(*made, averages, *segment(2, 1.0, 0.9, 1e-7))
+    assert all(map(torch.equal, made[0], before))
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -71,7 +119,7 @@ def test_what_the_dispatcher_has_no_kernel_for(part: int, make: Callable[[Tensor
     made[part][-1] = make(made[part][-1])
     before = [x.clone() for x in (made[0][0], made[2][0], made[3][0])]
     with pytest.raises((RuntimeError, NotImplementedError), match=r"on the meta device has no elements|adadelta_"):
-        adadelta.adadelta_(*made, *OWN)
+        dense(*made, *OWN)
     assert all(map(torch.equal, (made[0][0], made[2][0], made[3][0]), before))
 
 
@@ -115,7 +163,7 @@ def test_tensors_without_their_memory(
         if is_cached:
             adadelta.adadelta_.cached(params, grads, number, *own, check_only=check_only)
         else:
-            adadelta.adadelta_(*lists, *own, check_only=check_only)
+            dense(*lists, *own, check_only=check_only)
 
     for _ in range(calls_before):
         call()
@@ -126,6 +174,20 @@ def test_tensors_without_their_memory(
         call(check_only)
     for tensors, was in zip(lists, before, strict=True):
         assert torch.equal(tensors[0], was)
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+@pytest.mark.parametrize("spoil", [freed, shortened])
+def test_an_average_without_its_memory(spoil: Callable[[Tensor], None], calls_before: int) -> None:
+    lists = [[torch.ones(4), at_an_offset(5)] for _ in range(5)]
+    for _ in range(calls_before):
+        adadelta.adadelta_(*lists, *segment(2, 1.0, 0.9, 1e-7))
+    spoil(lists[4][1])
+    before = lists[0][0].clone()
+    error = "parameter 1: its average (has no|reaches beyond its) memory: its storage was resized"
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
+        adadelta.adadelta_(*lists, *segment(2, 1.0, 0.9, 1e-7))
+    assert torch.equal(lists[0][0], before)
 
 
 # ---- Tensors that are accepted --------------------------------------------------------------------------------------
@@ -148,6 +210,6 @@ def test_a_tensor_of_any_layout_that_does_not_overlap() -> None:
         param = torch.ones(100).as_strided(shape, strides)
         lists = [[param], *([torch.ones(shape)] for _ in range(3))]
         if fits:
-            adadelta.adadelta_(*lists, *segment(1, 1.0, 0.9, 1e-7))
+            dense(*lists, *segment(1, 1.0, 0.9, 1e-7))
         else:
-            assert_refused(adadelta.adadelta_, lists, *segment(1, 1.0, 0.9, 1e-7), error=f"parameter 0: it {OVERLAPS}")
+            assert_refused(dense, lists, *segment(1, 1.0, 0.9, 1e-7), error=f"parameter 0: it {OVERLAPS}")

@@ -241,9 +241,9 @@ class WithLoss(nn.Module):
         return {"loss": nn.functional.mse_loss(self.model(x), labels)}
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
-def test_trainer(tmp_path: Path, max_grad_norm: float) -> None:
-    """`optimizer_cls_and_kwargs`, with the Trainer's own scheduler and clipping."""
+@pytest.mark.parametrize(("max_grad_norm", "weight_decay"), [(0.0, 0.0), (0.05, 0.25)])
+def test_trainer(tmp_path: Path, max_grad_norm: float, weight_decay: float) -> None:
+    """`optimizer_cls_and_kwargs`, with the Trainer's own scheduler, clipping and groups of weight decay."""
     transformers = pytest.importorskip("transformers")
     batch = next(iter(make_data()))
     samples = [{"x": batch[0][0], "labels": batch[1][0]}] * (2 * STEPS)  # all alike, for the Trainer shuffles
@@ -256,6 +256,7 @@ def test_trainer(tmp_path: Path, max_grad_norm: float) -> None:
             per_device_train_batch_size=2,
             lr_scheduler_type="linear",
             max_grad_norm=max_grad_norm,
+            weight_decay=weight_decay,
             report_to=[],
             save_strategy="steps",
             save_steps=2,
@@ -274,7 +275,10 @@ def test_trainer(tmp_path: Path, max_grad_norm: float) -> None:
     ours.train()
 
     model = WithLoss()
-    optimizer = AdadeltaKeras(model.parameters(), 1.0, 0.9, global_clipnorm=0.5)
+    matrices = [param for param in model.parameters() if param.dim() > 1]  # biases do not decay there
+    vectors = [param for param in model.parameters() if param.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = AdadeltaKeras(groups, 1.0, 0.9, global_clipnorm=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (STEPS - step) / STEPS))
     x = torch.stack([samples[0]["x"]] * 2)
     labels = torch.stack([samples[0]["labels"]] * 2)

@@ -28,6 +28,8 @@ DTYPES = (
 )
 SHAPES = ((4,), (2, 3), (), (0,), (5, 1), (0, 3), (130,))
 NUMBERS = (1.0, 0.0, -1.0, 0.95, 1e-7, 1e-320, 1e308, -1e308, float("inf"), float("-inf"), float("nan"), 2**70, True)
+# The hyperparameters of a segment.
+FITTING = (1.0, 0.95, 1e-7, 0.0, 0.0, 1.0, 0.9, 1.0)
 NO_NUMBERS = (None, "0.1", [], 10**400, 1j)
 CACHE_NUMBERS = (0, -1, 1, 2, 3, 10**6, 2**62, -(2**63), 2**63 - 1, 2**63, 10**30, None, 0.5, "1")
 
@@ -125,6 +127,10 @@ class Caller:
         shapes = [self.random.choice(SHAPES) for _ in range(count)]
         return [[self.tensor(shape, dtype) for shape in shapes] for _ in range(kinds)]
 
+    def averages(self, params: list[Any]) -> list[Any]:
+        T = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+        return [self.tensor(tuple(param.shape), T.get(param.dtype, param.dtype)) for param in params]
+
     def spoil(self, lists: list[list[Any]]) -> None:
         """Puts up to three things where they do not belong."""
         draw = self.random
@@ -167,7 +173,10 @@ class Caller:
             draw.choice([None, 0.5, self.number()]),
             draw.choice([None, sums, self.spoiled(sums, [sums])]),
             draw.choice([1.0, self.number()]),
-            *(self.scalar_tensor() for _ in range(3)),
+            self.scalar_tensor(),
+            self.scalar_tensor(),
+            draw.choice([1.0, self.number()]),
+            self.scalar_tensor(),
             draw.random() < 0.2,
         ]
         return [*self.segments(count), *given[: draw.choice([0, 1, 4, len(given)])]]
@@ -179,9 +188,10 @@ class Caller:
         while draw.random() < 0.4:
             part = draw.randint(0, sizes[-1])
             sizes[-1:] = [part, sizes[-1] - part]
-        numbers = [x for _ in sizes for x in ([1.0, 0.95, 1e-7, 0.0] if draw.random() < 0.7 else self.row())]
+        numbers = [x for _ in sizes for x in (FITTING if draw.random() < 0.7 else self.row())]
         tensors = [
-            self.scalar_tensor() if k % 4 < 3 else None for k in range(len(numbers) if draw.random() < 0.3 else 0)
+            self.scalar_tensor() if k % 8 not in (3, 5, 7) else None
+            for k in range(len(numbers) if draw.random() < 0.3 else 0)
         ]
         if draw.random() < 0.15:
             spoiled = draw.choice([sizes, numbers, tensors])
@@ -200,7 +210,9 @@ class Caller:
         return lists
 
     def row(self) -> list[Any]:
-        return [*(self.number() for _ in range(3)), self.random.choice([0.0, 1.0, 1.0, self.number()])]
+        flags = [self.random.choice([0.0, 1.0, 1.0, self.number()]) for _ in range(3)]
+        numbers = [self.number() for _ in range(5)]
+        return [*numbers[:3], flags[0], numbers[3], flags[1], numbers[4], flags[2]]
 
     def indices(self, params: list[Any]) -> tuple[list[Any], list[Any]]:
         draw = self.random
@@ -228,6 +240,7 @@ class Caller:
         name = draw.choice(["adadelta_", "cached", "cache", "square_sums", "sparse", "invalid_indices", "numbers"])
         if name == "adadelta_":
             lists = self.lists(count, 4, dtype)
+            lists.append([] if draw.random() < 0.3 else self.averages(lists[0]))
             self.spoil(lists)
             return name, adadelta.adadelta_.default, [*lists, *self.options(count)]
         if name == "cached":
@@ -251,8 +264,13 @@ class Caller:
         if name == "square_sums":
             lists = self.lists(count, 2, dtype)
             self.spoil(lists)
-            rest = [draw.choice([None, self.number()]), draw.choice([False, True, None]), self.scalar_tensor()]
-            return name, adadelta.grad_square_sums.default, [*lists, *rest[: draw.randint(0, 3)]]
+            rest = [
+                draw.choice([None, self.number()]),
+                draw.choice([False, True, None]),
+                self.scalar_tensor(),
+                self.number(),
+            ]
+            return name, adadelta.grad_square_sums.default, [*lists, *rest[: draw.randint(0, len(rest))]]
         if name in ("sparse", "invalid_indices"):
             params, square_avgs, acc_deltas = self.lists(count, 3, dtype)
             indices, values = self.indices(params)

@@ -14,7 +14,6 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,6 +31,23 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from reference.oracle import Oracle, OracleOptimizer, SparseGradient, memory_order
+from stateful_draws import (
+    CLIPS,
+    DTYPES,
+    HYPERPARAMETERS,
+    KEYS,
+    LAYOUTS,
+    NUMBERS,
+    SHAPES,
+    dtypes,
+    gradient,
+    keys,
+    kinds,
+    layouts,
+    seeds,
+    shapes,
+    some_param,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -40,61 +56,6 @@ from torch_adadelta.backends import kernels
 from torch_adadelta.step import planning
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Sparse CSR tensor support")
-
-KEYS = ("square_avg", "acc_delta")
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16", "complex64")}
-SHAPES = ((3,), (), (0,), (1,), (4, 3), (2, 3, 2), (37,), (5, 1, 4))
-RATES = (1.0, 0.001, 0.1, 0.0)
-RHOS = (0.95, 0.5, 0.0, 1.0)
-EPSILONS = (1e-7, 1e-3, 1.0)
-NUMBERS: dict[str, tuple[Any, ...]] = {"decay": (0.0, 0.5, 1e-3), "iterations": (0, 1, 2**40)}
-CLIPS: tuple[dict[str, float], ...] = (
-    {},
-    {"clipvalue": 0.5},
-    {"clipnorm": 0.7},
-    {"global_clipnorm": 0.9},
-    {"clipvalue": 2.0, "clipnorm": 1.5},
-)
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x.contiguous(),
-    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
-    "gaps": lambda x: torch.stack([x, x], -1)[..., 0],
-}
-
-# Most parameters are plain: only a step of one group of them, all dense, runs on state that the library holds.
-dtypes = st.sampled_from([*["float32"] * 6, *DTYPES])
-layouts = st.sampled_from([*["contiguous"] * 4, *LAYOUTS])
-shapes = st.integers(0, len(SHAPES) - 1)
-seeds = st.integers(0, 10**6)
-some_param = st.integers(0, 11)
-keys = st.sampled_from(KEYS)
-
-
-def gradient(kind: str, param: Tensor, seed: int) -> Tensor | None:
-    """A gradient of this kind; where the kind does not fit the parameter, a dense one."""
-    if kind == "none":
-        return None
-    grad = gradients(param.shape, param.dtype, 1, seed)[0]
-    if kind == "sparse" and param.dim() > 0 and param.numel() > 0:
-        generator = torch.Generator().manual_seed(seed)
-        count, dims = seed % 5, 1 + seed % param.dim()
-        indices = torch.stack([torch.randint(size, (count,), generator=generator) for size in param.shape[:dims]])
-        values = gradients((count, *param.shape[dims:]), param.dtype, 1, seed)[0]
-        return torch.sparse_coo_tensor(indices, values, param.shape, is_coalesced=False, check_invariants=False)
-    if kind == "zero":
-        return torch.zeros_like(param)
-    if kind == "expanded":
-        return grad.flatten()[:1].expand(grad.numel()).view(grad.shape)
-    if kind == "large":
-        return grad * 1e4
-    if kind == "special" and grad.numel() > 0:
-        grad.view(-1)[seed % grad.numel()] = (float("nan"), float("inf"), -float("inf"), -0.0)[seed % 4]
-        return grad
-    return LAYOUTS[kind](grad) if kind in LAYOUTS else grad
-
-
-GRADIENT_KINDS = ("dense", "none", "sparse", "zero", "expanded", "large", "special", "transposed", "gaps")
-kinds = st.lists(st.sampled_from(["dense", "dense", *GRADIENT_KINDS]), min_size=1, max_size=6)
 
 
 class Path(NamedTuple):
@@ -133,7 +94,7 @@ class OptimizerStateMachine(RuleBasedStateMachine):
         self.expected = OracleOptimizer([])
         self.groups: list[dict[str, Any]] = []  # "params": the numbers of the parameters, in the order of the group
         self.has_state: list[bool] = []
-        self.defaults: dict[str, Any] = {"lr": 1.0, "rho": 0.95, "epsilon": 1e-7}
+        self.defaults: dict[str, Any] = {key: values[0] for key, values in HYPERPARAMETERS.items()}
         self.expected.params = []
         self.left_behind: list[tuple[Tensor, Tensor]] = []
 
@@ -253,7 +214,7 @@ class OptimizerStateMachine(RuleBasedStateMachine):
                     param.grad = grads[i]
                 replica.optimizer.step()
             rows = [(i, self.to_oracle(grads[i])) for group in self.groups for i in group["params"]]
-            rows = [(i, grad) for i, grad in rows if grad is not None]
+            rows = [(i, self.expected.unscaled(i, grad)) for i, grad in rows if grad is not None]
             if not rows:
                 continue
             group_of = {i: group for group in self.groups for i in group["params"]}
@@ -261,7 +222,8 @@ class OptimizerStateMachine(RuleBasedStateMachine):
                 oracle, group = self.expected.oracles[i], group_of[i]
                 self.expected.learning_rate = group["lr"]
                 oracle.learning_rate = self.expected.learning_rate_at(self.expected.iterations, oracle.format.T)
-                oracle.rho, oracle.epsilon = group["rho"], group["epsilon"]
+                for key in ("rho", "epsilon", "weight_decay"):
+                    setattr(oracle, key, group[key])
                 oracle.step(grad)
                 self.has_state[i] = True
             self.expected.iterations += 1
@@ -280,10 +242,10 @@ class OptimizerStateMachine(RuleBasedStateMachine):
     def step_with(self, kinds: list[str], seed: int) -> None:
         self.steps(kinds, seed)
 
-    @rule(key=st.sampled_from(["lr", "rho", "epsilon"]), choice=st.integers(0, 3), group=st.integers(0, 3))
+    @rule(key=st.sampled_from([*HYPERPARAMETERS]), choice=st.integers(0, 3), group=st.integers(0, 3))
     def set_hyperparameter(self, key: str, choice: int, group: int) -> None:
         """For one group, or for all if there is none with this number."""
-        values = {"lr": RATES, "rho": RHOS, "epsilon": EPSILONS}[key]
+        values = HYPERPARAMETERS[key]
         value = values[choice % len(values)]
         for replica in self.replicas:
             if group < len(self.groups):

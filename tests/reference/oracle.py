@@ -246,6 +246,8 @@ class Oracle:
         epsilon: a Python number or NumPy scalar, cast to T; None and 0 mean 1e-7.
         dtype: the parameter's dtype, a name in `DTYPES`; None for that of `p`.
         maximize: negate the gradients.
+        weight_decay: a Python number or NumPy scalar, cast to T; 0 for none.
+        decoupled_weight_decay: whether it is taken off the parameter, or else added to the gradient.
 
     `p`, `square_avg` and `acc_delta` are arrays in T (see the top of this file), or in complex T. They, the
     hyperparameters and `rsqrt` (that of `update`) may be assigned to between steps.
@@ -260,10 +262,13 @@ class Oracle:
         *,
         dtype: str | None = None,
         maximize: bool = False,
+        weight_decay: Any = 0.0,
+        decoupled_weight_decay: bool = True,
     ) -> None:
         p = np.asarray(p)
         self.format = _FORMATS[p.dtype.name if dtype is None else dtype]
         self.learning_rate, self.rho, self.epsilon, self.maximize = learning_rate, rho, epsilon, maximize
+        self.weight_decay, self.decoupled_weight_decay = weight_decay, decoupled_weight_decay
         self.rsqrt = rsqrt
         self.p = self._kept(self.format.store(self._in_T(p)))
         self.square_avg = np.zeros_like(self.p)
@@ -274,28 +279,48 @@ class Oracle:
 
         Args:
             grad: an array of the parameter's shape and any floating (or complex) dtype; or a `SparseGradient` of it,
-                which leaves the rows that do not occur as they are.
+                which leaves the rows that do not occur as they are, but for weight decay: that is a pass of its own over
+                all rows.
         """
         if grad is None:
             return
         by = coefficients(self.learning_rate, self.rho, self.epsilon, self.format.T)
         p, a, u = self.p, self.square_avg, self.acc_delta
         if isinstance(grad, SparseGradient):
+            assert self.decoupled_weight_decay or not self.weight_decay, "no gradient of rows that do not occur"
             values = self._signed(self._in_T(grad.values))
+            p = self._kept(self.format.store(self._decayed(self._in_T(p), by)))
             p, a, u = p.copy(), a.copy(), u.copy()
             for row, g in sum_duplicates(SparseGradient(grad.indices, values)).items():
                 p[row], a[row], u[row] = self._updated(g, p[row], a[row], u[row], by)
         else:
-            p, a, u = self._updated(self._signed(self._in_T(grad)), p, a, u, by)
+            g = self._signed(self._in_T(grad))
+            if self.weight_decay and not self.decoupled_weight_decay:
+                with np.errstate(all="ignore"):
+                    g = g + self._in_T(p) * self.format.T(self.weight_decay)
+            p, a, u = self._updated(g, p, a, u, by, decays=True)
         self.p, self.square_avg, self.acc_delta = p, a, u
+
+    def set_param(self, p: Array) -> None:
+        """Stores a parameter, which is in T or in complex T."""
+        self.p = self._kept(self.format.store(self._in_T(p)))
 
     def _signed(self, g: Array) -> Array:
         return -g if self.maximize else g
 
+    def _decayed(self, p: Array, by: Coefficients) -> Array:
+        """A parameter in T less its decoupled weight decay."""
+        if not self.weight_decay or not self.decoupled_weight_decay:
+            return p
+        with np.errstate(all="ignore"):
+            decayed: Array = p - (p * self.format.T(self.weight_decay)) * by.lr
+        return decayed
+
     def _updated(
-        self, g: Array, p: Array, square_avg: Array, acc_delta: Array, by: Coefficients
+        self, g: Array, p: Array, square_avg: Array, acc_delta: Array, by: Coefficients, decays: bool = False
     ) -> tuple[Array, Array, Array]:
-        new = update(self._in_T(p), g, self._in_T(square_avg), self._in_T(acc_delta), by, self.rsqrt)
+        wide = self._decayed(self._in_T(p), by) if decays else self._in_T(p)
+        new = update(wide, g, self._in_T(square_avg), self._in_T(acc_delta), by, self.rsqrt)
         p, square_avg, acc_delta = (self._kept(self.format.store(x)) for x in new[:3])
         return p, square_avg, acc_delta
 
@@ -327,6 +352,12 @@ class OracleOptimizer:
         dtypes: the dtype of each parameter, a name in `DTYPES`; None for those of the arrays.
         norm_variables: for `clipnorm`, lists of rows (number of the parameter, first, end) that have one norm; the rows of
             such a parameter that are in none have one of their own.
+        weight_decay, decoupled_weight_decay: as for `Oracle`.
+        excluded: the numbers of the parameters without weight decay.
+        use_ema, ema_momentum, ema_overwrite_frequency, gradient_accumulation_steps, loss_scale_factor: Python numbers, as
+            Keras 3 has them.
+
+    `iterations` counts calls; `averages` and `accumulators` are in T, or in complex T, and None as long as there are none.
     """
 
     def __init__(
@@ -343,11 +374,34 @@ class OracleOptimizer:
         dtypes: Sequence[str] | None = None,
         maximize: bool = False,
         norm_variables: Sequence[Sequence[tuple[int, int, int]]] = (),
+        weight_decay: Any = 0.0,
+        decoupled_weight_decay: bool = True,
+        excluded: Sequence[int] = (),
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        loss_scale_factor: float | None = None,
     ) -> None:
         names: Sequence[str | None] = dtypes or [None] * len(params)
         self.oracles = [
-            Oracle(p, 0.0, rho, epsilon, dtype=name, maximize=maximize) for p, name in zip(params, names, strict=True)
+            Oracle(
+                p,
+                0.0,
+                rho,
+                epsilon,
+                dtype=name,
+                maximize=maximize,
+                weight_decay=0.0 if i in excluded else weight_decay,
+                decoupled_weight_decay=decoupled_weight_decay,
+            )
+            for i, (p, name) in enumerate(zip(params, names, strict=True))
         ]
+        self.use_ema, self.ema_momentum, self.ema_overwrite_frequency = use_ema, ema_momentum, ema_overwrite_frequency
+        self.gradient_accumulation_steps = gradient_accumulation_steps or 1
+        self.loss_scale_factor = loss_scale_factor
+        self.averages: list[Array] | None = None
+        self.accumulators: list[Array] | None = None
         self.params = params
         self.orders = [memory_order(p) for p in params]
         self.norm_variables = norm_variables
@@ -359,16 +413,76 @@ class OracleOptimizer:
         self.global_square_sum = global_square_sum
 
     def step(self, grads: Sequence[Array | SparseGradient | None]) -> None:
-        """One step; gradients that are None are left out. Without any, nothing happens and nothing is counted."""
+        """One call; gradients that are None are left out. Without any, nothing happens and nothing is counted."""
         rows = [i for i, grad in enumerate(grads) if grad is not None]
         if not rows:
             return
+        n = self.gradient_accumulation_steps
+        if self.use_ema and self.averages is None:
+            self.averages = [oracle.p for oracle in self.oracles]
+        grads = [None if grad is None else self.unscaled(i, grad) for i, grad in enumerate(grads)]
+        if n > 1:
+            grads = self.accumulated(grads)
+        if (self.iterations + 1) % n == 0:
+            self.update(grads)
+        if self.use_ema:
+            self.average(self.iterations // n)
+        self.iterations += 1
+
+    def update(self, grads: Sequence[Array | SparseGradient | None]) -> None:
+        """Updates the parameters that have a gradient."""
+        rows = [i for i, grad in enumerate(grads) if grad is not None]
         clipped = self.clip([(i, grads[i]) for i in rows])
         for i, g in zip(rows, clipped, strict=True):
             oracle = self.oracles[i]
             oracle.learning_rate = self.learning_rate_at(self.iterations, oracle.format.T)
             oracle.step(g)
-        self.iterations += 1
+
+    def unscaled(self, i: int, grad: Array | SparseGradient) -> Array | SparseGradient:
+        """A gradient divided by the factor of the loss, in T."""
+        if self.loss_scale_factor is None:
+            return grad
+        T = self.oracles[i].format.T
+        g = scaled(self.oracles[i].gradient(grad), T(1), T(self.loss_scale_factor))
+        return SparseGradient(grad.indices, g) if isinstance(grad, SparseGradient) else g
+
+    def accumulated(self, grads: Sequence[Array | SparseGradient | None]) -> list[Array | SparseGradient | None]:
+        """Adds gradients to their sums; returns the means, and sets the sums to 0, where it is time for an update."""
+        if self.accumulators is None:
+            self.accumulators = [np.zeros_like(oracle.p) for oracle in self.oracles]
+        n, means = self.gradient_accumulation_steps, []
+        for i, grad in enumerate(grads):
+            oracle, mean = self.oracles[i], None
+            if grad is not None:
+                total = self.accumulators[i].copy()
+                gradient = oracle.gradient(grad)
+                with np.errstate(all="ignore"):
+                    if isinstance(grad, SparseGradient):
+                        for row, g in sum_duplicates(SparseGradient(grad.indices, gradient)).items():
+                            total[row] = total[row] + g
+                    else:
+                        total = total + gradient
+                self.accumulators[i] = total
+                mean = scaled(total, oracle.format.T(1), oracle.format.T(n))
+            means.append(mean)
+            if (self.iterations + 1) % n == 0:
+                self.accumulators[i] = np.zeros_like(oracle.p)
+        return means
+
+    def average(self, i: int) -> None:
+        """Moves the averages on at update i, and overwrites the parameters with them where it is time for that."""
+        assert self.averages is not None
+        for number, oracle in enumerate(self.oracles):
+            p = oracle.p
+            T = p.real.dtype.type
+            m = T(self.ema_momentum) if i else T(0)
+            e = p.copy()
+            if m:
+                with np.errstate(all="ignore"):
+                    e = scaled(self.averages[number], m) + scaled(p, T(1) - m)
+            self.averages[number] = e
+            if self.ema_overwrite_frequency and (i + 1) % self.ema_overwrite_frequency == 0:
+                oracle.set_param(e)
 
     def learning_rate_at(self, t: int, T: Any) -> Any:
         """The learning rate of step t, in T."""

@@ -75,6 +75,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "global_clipnorm": {"global_clipnorm": 0.9, "clipvalue": 5.0},
     "decay": {"decay": 0.3, "lr": 0.1},
     "capturable": {"capturable": True},
+    "weight_decay": {"weight_decay": 0.1},
+    "penalty": {"weight_decay": torch.tensor(0.1), "decoupled_weight_decay": False},
 }
 
 

@@ -1,5 +1,6 @@
 """What the rooms of a step say to each other: a batch is what one call of a backend updates."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, NamedTuple
@@ -40,7 +41,11 @@ class Segment(NamedTuple):
     lr: Value
     rho: Value
     epsilon: Value
-    maximize: bool
+    maximize: bool = False
+    weight_decay: Value = 0.0
+    is_decoupled: bool = True  # weight decay is taken off the parameter, or else added to the gradient
+    ema_momentum: Value = 0.0  # of the averages, where there are some
+    overwrites: bool = False  # the parameter becomes its average
 
 
 class GradientOptions(NamedTuple):
@@ -52,6 +57,7 @@ class GradientOptions(NamedTuple):
         square_sums: with `clipnorm`, the sum of squares of each gradient: float64, one a parameter.
         factor: for `global_clipnorm`, what the gradients are multiplied by.
         grad_scale: what a fused update divides the gradients by first: a float32 Tensor, or None.
+        loss_scale_factor: what gradients are divided by then.
         found_inf: a fused update writes nothing if this float32 Tensor is not zero.
     """
 
@@ -61,6 +67,7 @@ class GradientOptions(NamedTuple):
     factor: Value = 1.0
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    loss_scale_factor: float = 1.0
 
 
 NO_OPTIONS: Final = GradientOptions()
@@ -73,8 +80,8 @@ class Refusal(NamedTuple):
     param: int | None  # which parameter of the batch is to blame, if one is
 
 
-# Parameters, gradients, square_avgs and acc_deltas.
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+# Parameters, gradients, square_avgs and acc_deltas; and averages, where there are some.
+Lists = tuple[list[Tensor], ...]
 
 
 @dataclass(slots=True)
@@ -93,13 +100,36 @@ class Batch:
     gradient_order: list[int] | None = None  # the number of each gradient in the step; None for 0, 1, 2, …
     accumulators: int | None = None  # the number by which the compiled library knows them, if it keeps them
     wholes: Lists | None = None  # where the lists hold local tensors of DTensors, or rows: those whose they are
+    averages: list[Tensor] = field(default_factory=list)  # of the opmath dtypes; or none
     # Set by a backend just before its first write: what raises later leaves the step partial.
     has_begun: bool = field(default=False, compare=False)
 
     @property
     def lists(self) -> Lists:
         """What the update is computed on."""
-        return self.params, self.grads, self.square_avgs, self.acc_deltas
+        lists = (self.params, self.grads, self.square_avgs, self.acc_deltas)
+        return (*lists, self.averages) if self.averages else lists
+
+    @property
+    def rows(self) -> "Iterator[Batch]":
+        """The same as batches of one parameter each."""
+        segments = (segment._replace(size=1) for segment in self.segments for _ in range(segment.size))
+        sums = self.gradient_options.square_sums
+        for index, segment in enumerate(segments):
+            row = slice(index, index + 1)
+            options = self.gradient_options._replace(square_sums=None if sums is None else sums[row])
+            yield Batch(
+                self.backend,
+                self.is_sparse,
+                self.is_differentiable,
+                self.params[row],
+                self.grads[row],
+                self.square_avgs[row],
+                self.acc_deltas[row],
+                [segment],
+                options,
+                averages=self.averages[row],
+            )
 
     @property
     def owners(self) -> Lists:

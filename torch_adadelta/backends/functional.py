@@ -5,13 +5,16 @@ The names of the formula, here and in csrc/adadelta.h:
     g    the gradient, in the opmath dtype T (float64 for float64 parameters, else float32)
     a, u square_avg and acc_delta       p    the parameter       one_minus_rho  T(1) - rho
 
+    p = p - (p * weight_decay) * lr          if it is decoupled, or else    g = g + p * weight_decay
     a = a * rho + (g * g) * one_minus_rho
     d = sqrt(u + epsilon) * (1 / sqrt(a + epsilon)) * g        the new a, the old u; left to right
     u = u * rho + (d * d) * one_minus_rho
     p = p - d * lr
+    e = m * e + (1 - m) * p                  the average with momentum m, of p as it is stored; m = 0: e = p
+    p = e                                    if it `overwrites`
 
-Before it, gradients are clipped and then negated if `maximize`. Sums of squares, whose terms are rounded to T, run in
-float64 and are rounded to T before the root is taken:
+Before it, gradients are divided by `loss_scale_factor`, clipped and then negated if `maximize`. A weight_decay of 0 in
+T is none. Sums of squares, whose terms are rounded to T, run in float64 and are rounded to T before the root is taken:
 
     clipvalue c          g = max(min(g, c), -c)
     clipnorm c           g = (g * c) / max(norm, c)                          norm = sqrt(sum of g * g)
@@ -44,6 +47,30 @@ from torch_adadelta.backends.opmath import (
 # ---- The formula ----------------------------------------------------------------------------------------------------
 
 
+class _Momentum(NamedTuple):
+    """That of averages, in T."""
+
+    m: Value
+    one_minus: Value
+    copies: bool  # it is 0, and no Tensor
+
+
+def _momentum_in_T(momentum: Value, T: torch.dtype, device: torch.device) -> _Momentum:
+    if not isinstance(momentum, Tensor) and momentum == 0:  # no compiler traces the rounding of a number
+        return _Momentum(0.0, 1.0, True)
+    m = cast(momentum, T, device)
+    return _Momentum(m, one_minus(m, T), not isinstance(m, Tensor) and m == 0)
+
+
+def _averaged(e: Tensor, p: Tensor, momentum: _Momentum) -> Tensor:
+    """An average after the update of its parameter, which is as it was stored, in T."""
+    m, one_minus_m, copies = momentum
+    if copies:
+        return p
+    moved = e * m + p * one_minus_m
+    return torch.where(m == 0, p, moved) if isinstance(m, Tensor) else moved
+
+
 class _Hyperparameters(NamedTuple):
     """Those of a segment, in T."""
 
@@ -51,15 +78,54 @@ class _Hyperparameters(NamedTuple):
     rho: Value
     one_minus_rho: Value
     epsilon: Value
+    weight_decay: Value
+    is_decoupled: bool
+    decays: bool  # whether there may be weight decay
+    momentum: _Momentum
+    overwrites: bool
 
 
 def _in_T(segment: Segment, T: torch.dtype, device: torch.device) -> _Hyperparameters:
     lr, rho, epsilon = (cast(value, T, device) for value in (segment.lr, segment.rho, segment.epsilon))
-    return _Hyperparameters(lr, rho, one_minus(rho, T), epsilon)
+    weight_decay = segment.weight_decay
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:  # no compiler traces the rounding of a number
+        weight_decay = cast(weight_decay, T, device)
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    momentum = _momentum_in_T(segment.ema_momentum, T, device)
+    return _Hyperparameters(
+        lr,
+        rho,
+        one_minus(rho, T),
+        epsilon,
+        weight_decay,
+        segment.is_decoupled,
+        decays,
+        momentum,
+        segment.overwrites,
+    )
+
+
+def _where_decayed(decayed: Tensor, x: Tensor, h: _Hyperparameters) -> Tensor:
+    """`decayed`, or `x` where weight decay is a Tensor that holds 0: then infinities stay what they are."""
+    return torch.where(h.weight_decay != 0, decayed, x) if isinstance(h.weight_decay, Tensor) else decayed
+
+
+def _decayed(p: Tensor, h: _Hyperparameters) -> Tensor:
+    """A parameter in T less its decoupled weight decay."""
+    return _where_decayed(p - (p * h.weight_decay) * h.lr, p, h)
+
+
+def _with_penalty(g: Tensor, p: Tensor, h: _Hyperparameters) -> Tensor:
+    """A gradient in T with weight decay that is not decoupled."""
+    return _where_decayed(g + p * h.weight_decay, g, h)
 
 
 def _updated(p: Tensor, g: Tensor, a: Tensor, u: Tensor, h: _Hyperparameters) -> tuple[Tensor, Tensor, Tensor]:
     """The parameter, square_avg and acc_delta after the update, all in T."""
+    if h.decays and h.is_decoupled:
+        p = _decayed(p, h)
+    elif h.decays:
+        g = _with_penalty(g, p, h)
     a = a * h.rho + (g * g) * h.one_minus_rho
     d = exact_sqrt(u + h.epsilon) * (1 / exact_sqrt(a + h.epsilon)) * g
     u = u * h.rho + (d * d) * h.one_minus_rho
@@ -67,8 +133,8 @@ def _updated(p: Tensor, g: Tensor, a: Tensor, u: Tensor, h: _Hyperparameters) ->
     return p, a, u
 
 
-def _rows(batch: Batch) -> Iterator[tuple[int, Segment, tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """Each parameter with its gradient and state, its number in the batch and its segment."""
+def _rows(batch: Batch) -> Iterator[tuple[int, Segment, tuple[Tensor, ...]]]:
+    """Each parameter with its gradient, state and average, if it has one, its number in the batch and its segment."""
     segments = (segment for segment in batch.segments for _ in range(segment.size))
     for index, (segment, row) in enumerate(zip(segments, zip(*batch.lists, strict=True), strict=True)):
         yield index, segment, row
@@ -80,7 +146,7 @@ def _rows(batch: Batch) -> Iterator[tuple[int, Segment, tuple[Tensor, Tensor, Te
 def single_tensor(batch: Batch) -> None:
     """Updates one parameter after the other with elementwise tensor operations; autograd can record them."""
     for index, segment, row in _rows(batch):
-        p_out, g, a_out, u_out = map(as_real, row)
+        p_out, g, a_out, u_out, *averages = map(as_real, row)
         T = opmath_dtype(p_out.dtype)
         p, g, a, u = p_out.to(T), g.to(T), a_out.to(T), u_out.to(T)
         if torch.is_grad_enabled():
@@ -88,10 +154,16 @@ def single_tensor(batch: Batch) -> None:
         g = clip(g, index, batch.gradient_options)
         if segment.maximize:
             g = -g
-        updated = _updated(p, g, a, u, _in_T(segment, T, p.device))
+        h = _in_T(segment, T, p.device)
+        updated = _updated(p, g, a, u, h)
         batch.has_begun = True
         for out, value in zip((p_out, a_out, u_out), updated, strict=True):
             out.copy_(value)
+        for e_out in averages:
+            e = e_out.clone() if torch.is_grad_enabled() else e_out
+            e_out.copy_(_averaged(e, p_out.to(T), h.momentum))
+            if h.overwrites:
+                p_out.copy_(e_out)
 
 
 def multi_tensor(batch: Batch) -> None:
@@ -103,7 +175,8 @@ def multi_tensor(batch: Batch) -> None:
 
 
 def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
-    p_out, grads, a_out, u_out = ([as_real(x) for x in xs[begin : begin + segment.size]] for xs in batch.lists)
+    lists = ([as_real(x) for x in xs[begin : begin + segment.size]] for xs in batch.lists)
+    p_out, grads, a_out, u_out, *averages = lists
     if not p_out:
         return
     T = opmath_dtype(p_out[0].dtype)
@@ -113,6 +186,8 @@ def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
         g = list(torch._foreach_neg(g))
     # In T already, the state is updated where it is; else in a copy that is rounded back at the end.
     p, a, u = ([x.to(T) for x in xs] for xs in (p_out, a_out, u_out))
+    if h.decays and not h.is_decoupled:
+        g = [_with_penalty(*rows, h) for rows in zip(g, p, strict=True)]
 
     buffer = list(torch._foreach_mul(g, g))
     torch._foreach_mul_(buffer, h.one_minus_rho)
@@ -136,6 +211,10 @@ def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
     torch._foreach_add_(u, buffer)
     del buffer
 
+    if h.decays and h.is_decoupled:
+        decay = list(torch._foreach_mul(p, h.weight_decay))
+        torch._foreach_mul_(decay, h.lr)
+        torch._foreach_sub_(p, [_where_decayed(x, x.new_zeros(()), h) for x in decay])
     torch._foreach_mul_(d, h.lr)
     torch._foreach_sub_(p, d)
 
@@ -144,6 +223,9 @@ def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
         torch._foreach_copy_(a_out, a)
         torch._foreach_copy_(u_out, u)
         torch._foreach_copy_(p_out, p)
+    for e_out in averages:
+        del d, p
+        _foreach_average_(p_out, e_out, h.momentum, h.overwrites)
 
 
 def _foreach_exact_sqrt_(tensors: list[Tensor]) -> None:
@@ -165,6 +247,90 @@ def overlaps_itself(tensor: Tensor) -> bool:
                 return True
             extent += stride * (size - 1)
     return False
+
+
+# ---- Averages -------------------------------------------------------------------------------------------------------
+
+# How many elements are averaged at a time, on a device and on the CPU, in whose cache they stay.
+_PIECE_ELEMENTS: Final = (2**20, 2**16)
+
+
+def average(
+    params: list[Tensor],
+    averages: list[Tensor],
+    momentum: Value,
+    overwrites: bool,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Moves averages on by themselves: those of parameters that no update has taken along.
+
+    Args:
+        params: of one device, which share no memory.
+        averages: one for each, of its opmath dtype.
+        momentum: that of all of them.
+        overwrites: the parameters become their averages.
+        found_inf: nothing changes if this Tensor of one element is not zero.
+    """
+    some: tuple[list[Tensor], list[Tensor]] = ([], [])
+    size = 0
+    for param, own in zip(params, averages, strict=True):
+        for p, e in _pieces(as_real(param.detach()), as_real(own.detach())):
+            if some[0] and (size + p.numel() > _PIECE_ELEMENTS[p.is_cpu] or not _are_alike(p, e, some)):
+                _average_together(*some, momentum, overwrites, found_inf)
+                some, size = ([], []), 0
+            some[0].append(p)
+            some[1].append(e)
+            size += p.numel()
+    if some[0]:
+        _average_together(*some, momentum, overwrites, found_inf)
+
+
+def _are_alike(p: Tensor, e: Tensor, others: tuple[list[Tensor], list[Tensor]]) -> bool:
+    return p.dtype is others[0][0].dtype and e.dtype is others[1][0].dtype
+
+
+def _pieces(p: Tensor, e: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A parameter and its average in pieces, which are small where both are contiguous or have many rows."""
+    most = _PIECE_ELEMENTS[p.is_cpu]
+    if p.numel() <= most:
+        return iter([(p, e)] if p.numel() else [])
+    if p.is_contiguous() and e.is_contiguous():
+        return zip(p.view(-1).split(most), e.view(-1).split(most), strict=True)
+    rows = max(1, most // p[0].numel())
+    return zip(p.split(rows), e.split(rows), strict=True)
+
+
+def _average_together(
+    params: list[Tensor], averages: list[Tensor], momentum: Value, overwrites: bool, found_inf: Tensor | None
+) -> None:
+    in_T = _momentum_in_T(momentum, averages[0].dtype, averages[0].device)
+    if found_inf is None:
+        _foreach_average_(params, averages, in_T, overwrites)
+        return
+    is_finite = found_inf.reshape(()) == 0
+    for p, e in zip(params, averages, strict=True):
+        e.copy_(torch.where(is_finite, _averaged(e, p.to(e.dtype), in_T), e))
+        if overwrites:
+            p.copy_(torch.where(is_finite, e.to(p.dtype), p))
+
+
+def _foreach_average_(p_out: list[Tensor], e_out: list[Tensor], momentum: _Momentum, overwrites: bool) -> None:
+    """Moves averages in T on, whose parameters were stored already."""
+    m, one_minus_m, copies = momentum
+    if copies:
+        torch._foreach_copy_(e_out, p_out)
+    else:
+        p = [p.to(e.dtype) for p, e in zip(p_out, e_out, strict=True)]
+        added = list(torch._foreach_mul(p, one_minus_m))
+        if isinstance(m, Tensor):
+            moved = list(torch._foreach_mul(e_out, m))
+            torch._foreach_add_(moved, added)
+            torch._foreach_copy_(e_out, [torch.where(m == 0, *rows) for rows in zip(p, moved, strict=True)])
+        else:
+            torch._foreach_mul_(e_out, m)
+            torch._foreach_add_(e_out, added)
+    if overwrites:
+        torch._foreach_copy_(p_out, e_out)
 
 
 # ---- Sparse gradients -----------------------------------------------------------------------------------------------
@@ -196,13 +362,18 @@ def sparse_single_tensor(batch: Batch) -> None:
     """Updates the rows that occur: gathers them, updates them as one dense tensor, and puts them back.
 
     A row may occur several times. Each COO entry is cast to T, clipped and negated by itself; those of one row are then
-    added to 0, in the order in which they occur. Other rows stay as they are: their averages do not decay.
+    added to 0, in the order in which they occur. Other rows stay as they are: their averages do not decay. Weight decay
+    comes before that, is of all rows, and is stored. Averages, which follow all rows, are left to `average`.
     """
-    for index, segment, (param, grad, square_avg, acc_delta) in _rows(batch):
+    for index, segment, (param, grad, square_avg, acc_delta, *_) in _rows(batch):
         indices, values = coo_components(grad)
+        T = opmath_dtype(param.dtype)
+        h = _in_T(segment, T, param.device)
+        if h.decays:
+            batch.has_begun = True
+            _decay_table(as_real(param), h)
         if values.numel() == 0:
             continue
-        T = opmath_dtype(param.dtype)
         g = clip(as_real(values).to(T), index, batch.gradient_options)
         if segment.maximize:
             g = -g
@@ -212,11 +383,40 @@ def sparse_single_tensor(batch: Batch) -> None:
             indices = indices.new_zeros(1, len(values))
         rows, g = _sum_duplicates(indices, g, tables[0].shape)
         p, a, u = (table[rows].to(T) for table in tables)
-        updated = _updated(p, g, a, u, _in_T(segment, T, param.device))
+        updated = _updated(p, g, a, u, h._replace(decays=False))
         rounded_rows = [value.to(table.dtype) for table, value in zip(tables, updated, strict=True)]
         batch.has_begun = True
         for table, value in zip(tables, rounded_rows, strict=True):
             table[rows] = value
+
+
+# How many bytes of a table are decayed at a time, on a device and on the CPU, in whose cache they stay.
+_PIECE_BYTES: Final = (2**26, 2**18)
+
+
+def decays_tables(batch: Batch) -> bool:
+    """Whether `decay_table` is to be called before the update by sparse gradients."""
+    return batch.is_sparse and any(isinstance(s.weight_decay, Tensor) or s.weight_decay for s in batch.segments)
+
+
+def decay_table(batch: Batch) -> None:
+    """Takes weight decay off all rows of the one parameter of a batch; nothing if `found_inf` is not 0."""
+    (param,), (segment,) = batch.params, batch.segments
+    h = _in_T(segment, opmath_dtype(param.dtype), param.device)
+    if h.decays:
+        _decay_table(as_real(param), h, batch.gradient_options.found_inf)
+
+
+def _decay_table(table: Tensor, h: _Hyperparameters, found_inf: Tensor | None = None) -> None:
+    T = opmath_dtype(table.dtype)
+    pieces: Sequence[Tensor] = (table,)
+    if table.dim() and table.numel():
+        row_bytes = table[0].numel() * table.element_size()
+        pieces = table.split(max(1, _PIECE_BYTES[table.is_cpu] // row_bytes))
+    for piece in pieces:
+        p = piece.to(T)
+        decayed = _decayed(p, h)
+        piece.copy_(decayed if found_inf is None else torch.where(found_inf == 0, decayed, p))
 
 
 def _sum_duplicates(indices: Tensor, g: Tensor, shape: torch.Size) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -256,6 +456,13 @@ def first_invalid_indices(batch: Batch) -> Tensor:
 # ---- Clipping -------------------------------------------------------------------------------------------------------
 
 
+def unscale(g: Tensor, loss_scale_factor: float) -> Tensor:
+    """A gradient in T divided by the factor of the loss: by a Tensor, for a GPU multiplies by a number's inverse."""
+    if loss_scale_factor == 1:
+        return g
+    return g / torch.full((), loss_scale_factor, dtype=g.dtype, device=g.device)
+
+
 def clip_by_value(g: Tensor, clipvalue: float | None) -> Tensor:
     """max(min(g, c), -c) of a tensor in T; nan stays nan. `torch.clamp` leaves the sign of a zero to the processor."""
     if clipvalue is None or clipvalue == math.inf:
@@ -265,8 +472,9 @@ def clip_by_value(g: Tensor, clipvalue: float | None) -> Tensor:
 
 
 def clip(g: Tensor, index: int, options: GradientOptions) -> Tensor:
-    """Gradient number `index` of a batch, which is in T, complex numbers as pairs of reals, clipped."""
+    """Gradient number `index` of a batch, which is in T, complex numbers as pairs of reals, unscaled and clipped."""
     T = g.dtype
+    g = unscale(g, options.loss_scale_factor)
     g = clip_by_value(g, options.clipvalue)
     if options.clipnorm is not None:
         assert options.square_sums is not None
@@ -338,10 +546,12 @@ def _memory_order(param: Tensor) -> list[int]:
     return sorted(range(param.dim()), key=lambda d: (sizes[d] != 1, -strides[d]))
 
 
-def _square_sum(param: Tensor, grad: Tensor, T: torch.dtype, clipvalue: float | None) -> Tensor:
+def _square_sum(
+    param: Tensor, grad: Tensor, T: torch.dtype, clipvalue: float | None, loss_scale_factor: float
+) -> Tensor:
     if grad.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=grad.device)
-    g = clip_by_value(as_real(grad).to(T), clipvalue)
+    g = clip_by_value(unscale(as_real(grad).to(T), loss_scale_factor), clipvalue)
     squares = g * g
     if grad.is_complex():
         squares = squares[..., 0] + squares[..., 1]
@@ -360,17 +570,21 @@ def _square_sum(param: Tensor, grad: Tensor, T: torch.dtype, clipvalue: float | 
 
 
 def square_sums(
-    params: Sequence[Tensor], grads: Sequence[Tensor], clipvalue: float | None = None, in_double: bool = False
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    clipvalue: float | None = None,
+    in_double: bool = False,
+    loss_scale_factor: float = 1.0,
 ) -> Tensor:
-    """The sum of squares of each gradient, clipped by `clipvalue`, over the fixed tree: float64, one a parameter.
+    """The sum of squares of each gradient, unscaled and clipped by `clipvalue`, over the fixed tree: float64.
 
     The terms are rounded to the parameter's T, or to float64 with `in_double`. All tensors are on one device; autograd
     can record this. `kernels.square_sums` gives the same bits.
     """
     if not params:
         return torch.empty(0, dtype=torch.float64)
-    sums = [
-        _square_sum(param, grad, torch.float64 if in_double else opmath_dtype(param.dtype), clipvalue)
-        for param, grad in zip(params, grads, strict=True)
-    ]
+    sums = []
+    for param, grad in zip(params, grads, strict=True):
+        T = torch.float64 if in_double else opmath_dtype(param.dtype)
+        sums.append(_square_sum(param, grad, T, clipvalue, loss_scale_factor))
     return torch.stack(sums)

@@ -128,15 +128,16 @@ def option_arguments(options: GradientOptions) -> tuple[Any, ...]:
     factor = options.factor
     numbers = (options.clipvalue, options.clipnorm, options.square_sums)
     factors = (0.0, factor) if isinstance(factor, Tensor) else (factor, None)
-    return (*numbers, *factors, options.grad_scale, options.found_inf)
+    return (*numbers, *factors, options.grad_scale, options.loss_scale_factor, options.found_inf)
 
 
 def update(batch: Batch, *, check_only: bool = False) -> Refusal | None:
     """Updates a batch in place, in one pass over memory, or says why it cannot be, before anything is written.
 
     Hyperparameters are cast to the opmath dtype; a Tensor has one element, on the parameters' device. Gradients are
-    divided by `grad_scale` and clipped in the opmath dtype, before `maximize` negates them. Nothing is written if
-    `found_inf` is not zero. Of sparse gradients, only the rows that occur are read or written.
+    divided by `grad_scale` and `loss_scale_factor` and clipped in the opmath dtype, before `maximize` negates them.
+    Nothing is written if `found_inf` is not zero. Of sparse gradients, only the rows that occur are read or written;
+    averages are left to `functional.average`.
 
     Args:
         batch: what to update.
@@ -154,10 +155,10 @@ def update(batch: Batch, *, check_only: bool = False) -> Refusal | None:
         if batch.is_sparse:
             indices, values = map(list, zip(*map(coo_components, batch.grads), strict=True))
             _sparse_adadelta(batch.params, indices, values, batch.square_avgs, batch.acc_deltas, *arguments)
-        elif batch.accumulators is not None and not _count_dispatch_modes():
+        elif batch.accumulators is not None and not batch.averages and not _count_dispatch_modes():
             _adadelta_cached(batch.params, batch.grads, batch.accumulators, *arguments)
         else:
-            adadelta_(*batch.lists, *arguments)
+            adadelta_(batch.params, batch.grads, batch.square_avgs, batch.acc_deltas, batch.averages, *arguments)
     except RuntimeError as error:
         refusal = _refusal(error)
         batch.has_begun = False
@@ -174,17 +175,18 @@ def square_sums(
     clipvalue: float | None = None,
     in_double: bool = False,
     grad_scale: Tensor | None = None,
+    loss_scale_factor: float = 1.0,
 ) -> Tensor | Refusal:
     """The sum of the squares of each gradient, as a float64 tensor [number of parameters] on the parameters' device.
 
-    A gradient is cast to the opmath dtype T of its parameter (float64 for all if `in_double`), divided by `grad_scale`,
-    clamped to [-clipvalue, clipvalue], and squared. The squares are rounded to T and summed in float64 over the tree of
-    csrc/square_sums.h, in the order of the parameter's memory.
+    A gradient is cast to the opmath dtype T of its parameter (float64 for all if `in_double`), divided by `grad_scale`
+    and `loss_scale_factor`, clamped to [-clipvalue, clipvalue], and squared. The squares are rounded to T and summed in
+    float64 over the tree of csrc/square_sums.h, in the order of the parameter's memory.
     """
     if not params:  # the dispatcher finds no kernel without a tensor
         return torch.empty(0, dtype=torch.float64)
     try:
-        result: Tensor = grad_square_sums(params, grads, clipvalue, in_double, grad_scale)
+        result: Tensor = grad_square_sums(params, grads, clipvalue, in_double, grad_scale, loss_scale_factor)
     except RuntimeError as error:
         return _refusal(error)
     return result

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_adadelta.backends import functional, kernels
 from torch_adadelta.backends.batch import STATE_KEYS, Backend, Batch, GradientOptions, Segment
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
-from torch_adadelta.options import BY_KEY, CLIP_OPTIONS
+from torch_adadelta.options import BY_KEY, CLIP_OPTIONS, is_zero
 from torch_adadelta.step import execution, planning
 from torch_adadelta.step.planning import PartitionCache, StepRequest
 
@@ -33,8 +33,7 @@ class _TracedBatch(NamedTuple):
 
     is_fused: bool
     places: list[tuple[int, int]]  # of each parameter: its group, and where it is in that
-    sizes: list[int]  # of each segment
-    groups: list[int]  # of each segment
+    segments: list[tuple[int, int, bool]]  # of each its size, its group, and whether it is excluded from weight decay
     order: list[int]
 
 
@@ -56,8 +55,7 @@ class TracedStep:
         square_avgs: list[Tensor],
         acc_deltas: list[Tensor],
         order: list[int],
-        sizes: list[int],
-        groups: list[int],
+        segments: list[tuple[int, int, bool]],
     ) -> int:
         """Plans a step, and returns the number of batches; or fills the lists with a batch: 1 if that is fused."""
         if index == _PLAN:
@@ -76,8 +74,7 @@ class TracedStep:
             for tensors, key in zip((square_avgs, acc_deltas), STATE_KEYS, strict=True):
                 tensors.append(request.state[param][key])
         order.extend(batch.order)
-        sizes.extend(batch.sizes)
-        groups.extend(batch.groups)
+        segments.extend(batch.segments)
         return int(batch.is_fused)
 
 
@@ -110,8 +107,8 @@ def _plan_trace(request: StepRequest) -> list[_TracedBatch] | None:
         if is_fused and kernels.update(batch, check_only=True) is not None:
             return None  # the untraced step says what is wrong, by the parameter's name
         order = list(range(len(where))) if batch.gradient_order is None else batch.gradient_order
-        sizes, groups = ([getattr(segment, key) for segment in spec.segments] for key in ("size", "group"))
-        traced.append(_TracedBatch(is_fused, where, sizes, groups, order))
+        segments = [(segment.size, segment.group, segment.is_excluded) for segment in spec.segments]
+        traced.append(_TracedBatch(is_fused, where, segments, order))
     types = opmath_dtypes(param for batch in plan.batches for param in batch.params)
     if request.groups[0]["global_clipnorm"] is not None and len(types) > 1:
         return None  # their norm is taken in float64, of gradients rounded before
@@ -131,7 +128,7 @@ def step(optimizer: Any, is_plain: bool) -> None:
 
     `is_plain`: whether nothing is set on the optimizer that cannot be traced.
     """
-    count = optimizer._init_group(_PLAN, [], [], [], [], [], [], [])
+    count = optimizer._init_group(_PLAN, [], [], [], [], [], [])
     if not is_plain or count == _NOT_TRACEABLE:
         optimizer.untraced_step()
         return
@@ -154,10 +151,9 @@ def _update(optimizer: Any, count: int) -> None:
         square_avgs: list[Tensor] = []
         acc_deltas: list[Tensor] = []
         order: list[int] = []
-        sizes: list[int] = []
-        group_of: list[int] = []
-        is_fused = optimizer._init_group(index, params, grads, square_avgs, acc_deltas, order, sizes, group_of)
-        batches.append((is_fused, (params, grads, square_avgs, acc_deltas), sizes, group_of))
+        places: list[tuple[int, int, bool]] = []
+        is_fused = optimizer._init_group(index, params, grads, square_avgs, acc_deltas, order, places)
+        batches.append((is_fused, (params, grads, square_avgs, acc_deltas), places))
         orders.extend(order)
         if clipnorm is not None or global_clipnorm is not None:
             in_double = global_clipnorm is not None and opmath_dtype(params[0].dtype) is torch.float64
@@ -166,26 +162,26 @@ def _update(optimizer: Any, count: int) -> None:
     if global_clipnorm is not None:
         in_double = opmath_dtype(batches[0][1][0][0].dtype) is torch.float64
         factor = torch.ops.torch_adadelta.global_factor.default(sums, orders, global_clipnorm, in_double)
-    for position, (is_fused, lists, sizes, group_of) in enumerate(batches):
+    for position, (is_fused, lists, places) in enumerate(batches):
         device = lists[0][0].device
         segments = []
         begin = 0
-        for size, group_index in zip(sizes, group_of, strict=True):
-            segments.append(_segment(groups[group_index], size, lists[0][begin]))
+        for size, group_index, is_excluded in places:
+            segments.append(_segment(groups[group_index], size, lists[0][begin], is_excluded))
             begin += size
         own_sums = None if clipnorm is None else sums[position]
         own_factor = factor.to(device) if isinstance(factor, Tensor) else factor
         options = GradientOptions(clipvalue, clipnorm, own_sums, own_factor)
         if is_fused:
             arguments = kernels.hyperparameter_arguments(segments)
-            kernels.adadelta_(*lists, *arguments, *kernels.option_arguments(options))
+            kernels.adadelta_(*lists, [], *arguments, *kernels.option_arguments(options))
         else:
             batch = Batch(Backend.SINGLE_TENSOR, False, False, *lists, segments, options)
             functional.single_tensor(batch)
 
 
-def _segment(group: dict[str, Any], size: int, param: Tensor) -> Segment:
-    """The hyperparameters of a group for parameters like `param`, as Tensors."""
+def _segment(group: dict[str, Any], size: int, param: Tensor, is_excluded: bool) -> Segment:
+    """The hyperparameters of a group for parameters like `param`, as Tensors. No weight decay stays a number."""
     device, T = param.device, opmath_dtype(param.dtype)
     lr = _as_tensor("lr", group["lr"], device)
     if group["decay"]:
@@ -193,7 +189,9 @@ def _segment(group: dict[str, Any], size: int, param: Tensor) -> Segment:
         lr = lr.to(T) / (1 + decay * group["iterations"].to(device, T))
     epsilon = _as_tensor("epsilon", group["epsilon"], device)
     epsilon = torch.where(epsilon == 0, BY_KEY["epsilon"].zero_means, epsilon)
-    return Segment(size, lr, _as_tensor("rho", group["rho"], device), epsilon, group["maximize"])
+    rho, weight_decay = _as_tensor("rho", group["rho"], device), group["weight_decay"]
+    weight_decay = 0.0 if is_excluded or is_zero(weight_decay) else _as_tensor("weight_decay", weight_decay, device)
+    return Segment(size, lr, rho, epsilon, group["maximize"], weight_decay, group["decoupled_weight_decay"])
 
 
 def _as_tensor(key: str, value: Any, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ def apply(plan: StepPlan) -> Refusal | None:
 def run(batch: Batch) -> Refusal | None:
     """Updates a batch; or returns why its op refused that, when nothing of it is written."""
     if batch.backend is Backend.FUSED:
-        refusal = kernels.update(batch)
+        refusal = kernels.update(batch) if not functional.decays_tables(batch) else _run_with_decay(batch)
         if refusal is not None:
             return refusal
     elif batch.is_sparse:
@@ -73,6 +73,18 @@ def run(batch: Batch) -> Refusal | None:
         # The wrapper has a version of its own, by which autograd notices that what it saved has changed.
         owners = zip(batch.wholes[0], batch.params, strict=True)
         torch.autograd.graph.increment_version([owner for owner, local in owners if owner is not local])
+    return None
+
+
+def _run_with_decay(batch: Batch) -> Refusal | None:
+    """Updates a batch of sparse gradients with weight decay, one after the other: one may be listed twice."""
+    for index, row in enumerate(batch.rows):
+        batch.has_begun = True
+        functional.decay_table(row)
+        row.segments = [segment._replace(weight_decay=0.0) for segment in row.segments]
+        refusal = kernels.update(row)
+        if refusal is not None:
+            return refusal._replace(param=index)
     return None
 
 

@@ -19,7 +19,7 @@ from torch_adadelta.backends import dtensor, functional, kernels
 from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment, has_state, new_state_of
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
 from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
-from torch_adadelta.step import norm_variables, validation
+from torch_adadelta.step import exclusions, norm_variables, validation
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
 from torch_adadelta.step.selection import PLAIN_TYPES, by_device, select_backend
@@ -120,6 +120,7 @@ class SegmentSpec:
 
     group: int
     T: torch.dtype
+    is_excluded: bool  # from weight decay
     size: int
     given: tuple[Any, ...] | None = None  # what the group held when `segment` was made; None if it may not be reused
     segment: Segment | None = None
@@ -131,7 +132,9 @@ class SegmentSpec:
         is_known = (self.group, self.T) in values.known  # which may be older than what the group holds
         if not is_known and self.segment is not None and self.given is not None and all(map(is_, given, self.given)):
             return self.segment
-        self.segment = Segment._make((self.size, *values.of(self.group, self.T), group["maximize"]))
+        lr, rho, epsilon, weight_decay = values.of(self.group, self.T)
+        decay = 0.0 if self.is_excluded else weight_decay, group["decoupled_weight_decay"]
+        self.segment = Segment(self.size, lr, rho, epsilon, group["maximize"], *decay)
         is_fixed = not values.sources[self.group] and not group["decay"] and all(type(x) in (float, int) for x in given)
         self.given = given if is_fixed and not is_known else None
         return self.segment
@@ -328,14 +331,16 @@ def _specs(groups: list[Group], rows: Rows) -> list[BatchSpec]:
             group_of += [index] * size
     # Schedules and `decay` are computed in T, so that a segment has one.
     T_of = [opmath_dtype(param.dtype) for param in rows.params]
+    excluded = exclusions.excluded_ids(groups)
+    segment_of = [(group, T, id(p) in excluded) for group, T, p in zip(group_of, T_of, rows.params, strict=True)]
     specs = []
     for members in _members(rows.params, kinds):
-        members.sort(key=lambda row: (group_of[row], T_of[row] is torch.float64))
+        members.sort(key=lambda row: (group_of[row], T_of[row] is torch.float64, segment_of[row][2]))
         _, backend, is_sparse, is_differentiable, is_local, _, _ = kinds[members[0]]
         is_all = members == list(range(len(kinds)))
         spec = BatchSpec(backend, is_sparse, is_differentiable, is_local, None if is_all else members)
-        for (group, T), run in groupby(members, lambda row: (group_of[row], T_of[row])):
-            spec.segments.append(SegmentSpec(group, T, len(list(run))))
+        for segment, run in groupby(members, segment_of.__getitem__):
+            spec.segments.append(SegmentSpec(*segment, len(list(run))))
         specs.append(spec)
     return specs
 
@@ -459,7 +464,10 @@ def check_groups(request: StepRequest) -> None:
     request.sources.sync(groups, request.callbacks)
     options.check_agreement(groups)
     options.canonicalize_numbers(dict(groups[0]))
+    for group in groups:
+        options.check_weight_decay(group)
     validation.check_not_complex(groups)
+    exclusions.check(groups)
     norm_variables.check(groups, request.norm_group is not None or request.is_part)
 
 

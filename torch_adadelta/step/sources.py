@@ -138,6 +138,7 @@ def bind_group(group: Group, previous: dict[str, Source], iterations: Any) -> di
     for option in options.OPTIONS:
         if option.kind in (Kind.FLAG, Kind.CHOICE):
             group[option.key] = options.canonicalize(option, group[option.key])
+    options.check_weight_decay(group)
     check_choice(group)
     return sources
 

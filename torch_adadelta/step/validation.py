@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_adadelta.backends import dtensor, functional, kernels
 from torch_adadelta.backends.batch import STATE_KEYS, Backend, Batch, Refusal
-from torch_adadelta.options import HYPERPARAMETERS
+from torch_adadelta.options import HYPERPARAMETERS, is_zero
 from torch_adadelta.step.selection import PLAIN_TYPES, is_lazy
 from torch_adadelta.step.sources import Group, is_capturing
 
@@ -199,7 +199,22 @@ def check_batches(batches: list[Batch], names: NameOf) -> tuple[Batch, Refusal] 
             refusal = kernels.update(batch, check_only=True)
             if refusal is not None:
                 return batch, refusal
-    return _check_indices([batch for batch in batches if batch.is_sparse], names)
+    sparse = [batch for batch in batches if batch.is_sparse]
+    _check_decay(sparse, names)
+    return _check_indices(sparse, names)
+
+
+def _check_decay(batches: list[Batch], names: NameOf) -> None:
+    """Raises RuntimeError, naming the parameter, if weight decay is to be added to a sparse gradient."""
+    for batch in batches:
+        segments = [segment for segment in batch.segments for _ in range(segment.size)]
+        for param, segment in zip(batch.params, segments, strict=True):
+            if not segment.is_decoupled and not is_zero(segment.weight_decay):
+                raise RuntimeError(
+                    f"{names(param)} has a sparse gradient, to which decoupled_weight_decay=False cannot add weight "
+                    f"decay ({segment.weight_decay}) of the rows that do not occur. Use decoupled_weight_decay=True, "
+                    "exclude_from_weight_decay, or .to_dense()"
+                )
 
 
 def _check_indices(batches: list[Batch], names: NameOf) -> tuple[Batch, Refusal] | None:

@@ -11,10 +11,12 @@ namespace torch_adadelta::cpu {
 namespace {
 
 constexpr KernelTable kKernels = {
-    {update<float>, add<float>, add_squares<AsStored, float, float>, add_complex_squares<float>},
-    {update<double>, add<double>, add_squares<AsStored, double, double>, add_complex_squares<double>},
+    {update<float>, average<float>, add<float>, add_squares<AsStored, float, float>, add_complex_squares<float>},
+    {update<double>, average<double>, add<double>, add_squares<AsStored, double, double>, add_complex_squares<double>},
     update_16bit<Half>,
     update_16bit<Bfloat16>,
+    average_16bit<Half>,
+    average_16bit<Bfloat16>,
     add_squares<Half, uint16_t, float>,
     add_squares<Bfloat16, uint16_t, float>,
     widen<Half>,

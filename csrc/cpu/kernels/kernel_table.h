@@ -30,6 +30,10 @@ using UpdateKernel = void (*)(
     const Hyperparameters<T>& h
 );
 
+// Moves the averages of `count` elements on, and overwrites the elements with them if it is asked to.
+template <typename Item, typename T>
+using AverageKernel = void (*)(Item* param, T* average, int64_t count, const Hyperparameters<T>& h);
+
 // Adds `count` elements, clipped, to sums.
 template <typename T>
 using AddKernel = void (*)(T* sum, const T* grad, int64_t count, const GradientClip<T>& clip);
@@ -50,6 +54,7 @@ using CastKernel = void (*)(To* to, const From* from, int64_t count);
 template <typename T>
 struct OpmathKernels {
   UpdateKernel<T, T> update;
+  AverageKernel<T, T> average;
   AddKernel<T> add;
   SquaresKernel<T, T> add_squares;
   ComplexSquaresKernel<T> add_complex_squares;
@@ -60,6 +65,8 @@ struct KernelTable {
   OpmathKernels<double> in_double;
   UpdateKernel<uint16_t, float> update_half;
   UpdateKernel<uint16_t, float> update_bfloat16;
+  AverageKernel<uint16_t, float> average_half;
+  AverageKernel<uint16_t, float> average_bfloat16;
   SquaresKernel<uint16_t, float> add_squares_half;
   SquaresKernel<uint16_t, float> add_squares_bfloat16;
   CastKernel<float, uint16_t> float_from_half;

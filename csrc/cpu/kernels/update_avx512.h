@@ -103,6 +103,7 @@ ADADELTA_INLINE int64_t update_pipelined(
 ) {
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
   const uint32_t end = end_of_multiplied(h);
+  const bool adds_penalty = h.weight_decay != 0 && !h.is_decoupled;
   constexpr int64_t kBytes = kGroup * sizeof(Item);
   const int64_t ahead = read_ahead / 4;
 
@@ -152,6 +153,11 @@ ADADELTA_INLINE int64_t update_pipelined(
     }
     Begun begun;
     begun.g = {_mm512_load_ps(g), _mm512_load_ps(g + 16)};
+    if (adds_penalty) {
+      const Pair p = read(param + i);
+      add_penalty(begun.g.first, p.first, h);
+      add_penalty(begun.g.second, p.second, h);
+    }
     begun.u_root = root(read(acc_delta + i));
     Pair a = read(square_avg + i);
     average(a, begun.g);
@@ -169,6 +175,8 @@ ADADELTA_INLINE int64_t update_pipelined(
     make_step(d.first, inverse.first, begun.g.first);
     make_step(d.second, inverse.second, begun.g.second);
     average(u, d);
+    decay_weight(p.first, h);
+    decay_weight(p.second, h);
     move_by(p.first, d.first, h);
     move_by(p.second, d.second, h);
     write(acc_delta + i, u);

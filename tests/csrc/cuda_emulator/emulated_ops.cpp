@@ -42,9 +42,21 @@ int64_t small_table() { return torch_adadelta::cuda::kSmallTable; }
 
 int64_t large_table() { return torch_adadelta::cuda::kLargeTable; }
 
-int64_t small_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kSmallTable>; }
+int64_t small_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kSmallTable, false>; }
 
-int64_t large_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kLargeTable>; }
+int64_t large_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kLargeTable, false>; }
+
+int64_t small_average_table() { return torch_adadelta::cuda::kSmallAverageTable; }
+
+int64_t large_average_table() { return torch_adadelta::cuda::kLargeAverageTable; }
+
+int64_t small_average_segments() {
+  return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kSmallAverageTable, true>;
+}
+
+int64_t large_average_segments() {
+  return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kLargeAverageTable, true>;
+}
 
 int64_t chunk() { return torch_adadelta::cuda::kChunk; }
 
@@ -59,6 +71,10 @@ STABLE_TORCH_LIBRARY(torch_adadelta_emulated, m) {
   m.def("large_table() -> int");
   m.def("small_segments() -> int");
   m.def("large_segments() -> int");
+  m.def("small_average_table() -> int");
+  m.def("large_average_table() -> int");
+  m.def("small_average_segments() -> int");
+  m.def("large_average_segments() -> int");
   m.def("chunk() -> int");
 }
 
@@ -77,5 +93,9 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CompositeExplicitAutograd, m)
   m.impl("large_table", TORCH_BOX(&large_table));
   m.impl("small_segments", TORCH_BOX(&small_segments));
   m.impl("large_segments", TORCH_BOX(&large_segments));
+  m.impl("small_average_table", TORCH_BOX(&small_average_table));
+  m.impl("large_average_table", TORCH_BOX(&large_average_table));
+  m.impl("small_average_segments", TORCH_BOX(&small_average_segments));
+  m.impl("large_average_segments", TORCH_BOX(&large_average_segments));
   m.impl("chunk", TORCH_BOX(&chunk));
 }

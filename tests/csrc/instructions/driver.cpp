@@ -44,6 +44,18 @@ Case update(UpdateKernel<Item, T> loop, Item one, const GradientClip<T>& clip) {
 }
 
 template <typename Item, typename T>
+Case average(AverageKernel<Item, T> loop, Item one) {
+  return [=](int64_t count) {
+    std::vector<Item> param(count, one);
+    std::vector<T> own(count, T(1));
+    double values[kHyperparameters] = {};
+    values[kEmaMomentum] = 0.99;
+    const Hyperparameters<T> h(values);
+    measure([&] { loop(param.data(), own.data(), count, h); });
+  };
+}
+
+template <typename Item, typename T>
 Case squares(SquaresKernel<Item, T> loop, Item one) {
   return [=](int64_t count) {
     alignas(64) double lanes[kSumLanes] = {};
@@ -64,6 +76,10 @@ std::vector<std::pair<std::string, Case>> cases(const KernelTable& kernels) {
       {"update_bfloat16", update<uint16_t, float>(kernels.update_bfloat16, 0x3f80, none)},
       {"update_float_clipvalue", update<float, float>(kernels.in_float.update, 1.0f, Float::by_factor(0.5, 1.0))},
       {"update_float_clipnorm", update<float, float>(kernels.in_float.update, 1.0f, Float::by_norm(kNone, 0.5, 4.0))},
+      {"average_float", average<float, float>(kernels.in_float.average, 1.0f)},
+      {"average_double", average<double, double>(kernels.in_double.average, 1.0)},
+      {"average_half", average<uint16_t, float>(kernels.average_half, 0x3c00)},
+      {"average_bfloat16", average<uint16_t, float>(kernels.average_bfloat16, 0x3f80)},
       {"add_squares_float", squares<float, float>(kernels.in_float.add_squares, 1.0f)},
       {"add_squares_double", squares<double, double>(kernels.in_double.add_squares, 1.0)},
       {"add_squares_half", squares<uint16_t, float>(kernels.add_squares_half, 0x3c00)},

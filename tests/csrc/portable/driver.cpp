@@ -122,6 +122,7 @@ std::vector<std::pair<std::string, GradientClip<T>>> clips() {
       {", clipnorm", Clip::by_norm(kNone, 0.5, 12.25)},
       {", clipvalue and clipnorm", Clip::by_norm(0.25, 0.5, 12.25)},
       {", scale", Clip::by_factor(kNone, 1).scaled_by(T(3))},
+      {", both scales", Clip::by_factor(kNone, 1).scaled_by(T(3), T(7))},
       {", all", Clip::by_norm(0.25, 0.5, 12.25).scaled_by(T(3)).negated_if(true)},
   };
 }
@@ -148,6 +149,30 @@ Results update(UpdateKernel<typename F::Memory, T> kernel, const GradientClip<T>
         append<F>(results, param);
         append<F>(results, square_avg);
         append<F>(results, acc_delta);
+      }
+    }
+  }
+  return results;
+}
+
+// ema_momentum and overwrites.
+constexpr double kAverages[][2] = {{0.99, 0}, {0.75, 1}, {0, 1}, {1, 0}};
+
+template <typename F, typename Own>
+Results average(AverageKernel<typename F::Memory, typename Own::Memory> kernel) {
+  Results results;
+  for (const auto& [momentum, overwrites] : kAverages) {
+    double values[kHyperparameters] = {};
+    values[kEmaMomentum] = momentum;
+    values[kOverwrites] = overwrites;
+    const Hyperparameters<typename Own::Memory> h(values);
+    for (int kind = 0; kind < kKinds; ++kind) {
+      for (const int64_t count : kLengths) {
+        auto param = numbers<F>(count, static_cast<Kind>(kind), true, 1);
+        auto own = numbers<Own>(count, static_cast<Kind>(kind), true, 2);
+        kernel(param.data(), own.data(), count, h);
+        append<F>(results, param);
+        append<Own>(results, own);
       }
     }
   }
@@ -208,6 +233,10 @@ void all_cases(const KernelTable& kernels, const Run& run) {
     run("update float64" + name, update<Double, double>(kernels.in_double.update, clip));
     run("add float64" + name, add<Double>(kernels.in_double.add, clip));
   }
+  run("average float32", average<Float, Float>(kernels.in_float.average));
+  run("average float64", average<Double, Double>(kernels.in_double.average));
+  run("average float16", average<Half, Float>(kernels.average_half));
+  run("average bfloat16", average<BFloat16, Float>(kernels.average_bfloat16));
   for (const auto& [name, limit] :
        {std::pair{"", std::numeric_limits<float>::infinity()}, std::pair{", clipvalue", 0.25f}}) {
     const auto squares_of = [&, limit = limit](const auto& kernel) {

@@ -181,9 +181,14 @@ auto noise(uint64_t seed) {
 
 double zero(int64_t) { return 0; }
 
+constexpr std::array kOrders{kContiguous, kTransposed, kGaps, kUnaligned};
+constexpr std::array kReal{kFloat32, kFloat64, kFloat16, kBFloat16};
+
 struct Lists {
   Tensors params, grads, square_avgs, acc_deltas;
+  Tensors averages;            // or none
   std::vector<int64_t> bytes;  // of the memory of each parameter, from its first element
+  std::vector<int64_t> average_bytes;
 
   void add(const Place& place, Dtype dtype, const Place& grad_place, Dtype grad_dtype) {
     const uint64_t seed = params.size();
@@ -194,22 +199,37 @@ struct Lists {
     bytes.push_back(place.rows * place.columns == 0 ? 0 : (place.length() - place.offset) * item_size(dtype));
   }
 
+  // Averages, some of which lie in another order than their parameters.
+  void add_averages() {
+    for (size_t i = 0; i < params.size(); ++i) {
+      const Tensor& param = params[i];
+      const auto type = param.scalar_type();
+      const Dtype dtype = type == torch::headeronly::ScalarType::Double         ? kFloat64
+                          : type == torch::headeronly::ScalarType::ComplexFloat ? kComplex64
+                                                                                : kFloat32;
+      const Place place(param.size(0), param.size(1), kOrders[i / 3 % kOrders.size()]);
+      averages.push_back(matrix(place, dtype, noise(i + 5555)));
+      average_bytes.push_back(place.rows * place.columns == 0 ? 0 : (place.length() - place.offset) * item_size(dtype));
+    }
+  }
+
   // All that an update may have written to.
   std::string bits() const {
     std::string bits;
-    for (const Tensors* tensors : {&params, &square_avgs, &acc_deltas}) {
-      for (size_t i = 0; i < tensors->size(); ++i) {
+    const auto append = [&](const Tensors& tensors, const std::vector<int64_t>& bytes) {
+      for (size_t i = 0; i < tensors.size(); ++i) {
         if (bytes[i] > 0) {
-          bits.append(static_cast<const char*>((*tensors)[i].const_data_ptr()), bytes[i]);
+          bits.append(static_cast<const char*>(tensors[i].const_data_ptr()), bytes[i]);
         }
       }
+    };
+    for (const Tensors* tensors : {&params, &square_avgs, &acc_deltas}) {
+      append(*tensors, bytes);
     }
+    append(averages, average_bytes);
     return bits;
   }
 };
-
-constexpr std::array kOrders{kContiguous, kTransposed, kGaps, kUnaligned};
-constexpr std::array kReal{kFloat32, kFloat64, kFloat16, kBFloat16};
 
 // Around the blocks of 512 elements in which the kernels convert, and beyond what one thread does alone.
 Lists dense_lists(bool with_complex) {
@@ -256,6 +276,7 @@ struct Options {
   double factor = 1;
   OptionalTensor factor_tensor = std::nullopt, grad_scale = std::nullopt, found_inf = std::nullopt, lr = std::nullopt;
   bool in_double = false;
+  double loss_scale_factor = 1;
 };
 
 std::vector<Options> all_options() {
@@ -266,6 +287,7 @@ std::vector<Options> all_options() {
       {.name = "clipnorm, in double", .clipnorm = 0.5, .in_double = true},
       {.name = "factor", .factor = 0.3, .lr = scalar(0.5, kFloat64)},
       {.name = "factor tensor", .factor_tensor = scalar(0.3, kBFloat16), .found_inf = scalar(0)},
+      {.name = "factor of the loss", .clipnorm = 0.5, .grad_scale = scalar(3), .loss_scale_factor = 7},
       {.name = "found_inf", .found_inf = scalar(1)},
   };
 }
@@ -279,11 +301,14 @@ struct Segments {
   explicit Segments(size_t count, bool maximize = false, OptionalTensor lr = std::nullopt)
       : sizes{static_cast<int64_t>(count / 3), 0, static_cast<int64_t>(count - count / 3)} {
     for (size_t i = 0; i < sizes.size(); ++i) {
-      hyperparameters.insert(hyperparameters.end(), {0.75 + 0.125 * i, 0.9, 1e-6, maximize ? 1.0 : 0.0});
+      hyperparameters.insert(
+          hyperparameters.end(),
+          {0.75 + 0.125 * i, 0.9, 1e-6, maximize ? 1.0 : 0.0, 0.0, 1.0, 0.25 * i, i == 2 ? 1.0 : 0.0}
+      );
     }
     if (lr.has_value()) {
       tensors.resize(hyperparameters.size());
-      tensors[8] = lr;
+      tensors[tensors.size() / sizes.size() * 2] = lr;
     }
   }
 };
@@ -292,7 +317,14 @@ void update(const Lists& lists, const Options& options, bool check_only = false)
   OptionalTensor sums;
   if (options.clipnorm.has_value()) {
     sums = result<Tensor>(call(
-        "grad_square_sums", "", lists.params, lists.grads, options.clipvalue, options.in_double, options.grad_scale
+        "grad_square_sums",
+        "",
+        lists.params,
+        lists.grads,
+        options.clipvalue,
+        options.in_double,
+        options.grad_scale,
+        options.loss_scale_factor
     ));
   }
   const Segments segments(lists.params.size(), true, options.lr);
@@ -303,6 +335,7 @@ void update(const Lists& lists, const Options& options, bool check_only = false)
       lists.grads,
       lists.square_avgs,
       lists.acc_deltas,
+      lists.averages,
       segments.sizes,
       segments.hyperparameters,
       segments.tensors,
@@ -312,6 +345,7 @@ void update(const Lists& lists, const Options& options, bool check_only = false)
       options.factor,
       options.factor_tensor,
       options.grad_scale,
+      options.loss_scale_factor,
       options.found_inf,
       check_only
   );
@@ -336,6 +370,7 @@ void update_cached(const Tensors& params, const Tensors& grads, int64_t number) 
       1.0,
       none,
       none,
+      1.0,
       none,
       false
   );
@@ -363,6 +398,7 @@ void update_sparse(
       1.0,
       none,
       none,
+      1.0,
       none,
       false
   );
@@ -383,6 +419,7 @@ std::string plain() {
         lists.grads,
         lists.square_avgs,
         lists.acc_deltas,
+        lists.averages,
         segments.sizes,
         segments.hyperparameters,
         segments.tensors,
@@ -392,6 +429,7 @@ std::string plain() {
         1.0,
         none,
         none,
+        1.0,
         none,
         false
     );
@@ -491,8 +529,15 @@ void wrong_arguments() {
   }
 }
 
+std::string averaged() {
+  Lists lists = dense_lists(true);
+  lists.add_averages();
+  update(lists, {.name = "averages"});
+  return lists.bits();
+}
+
 std::vector<std::string> all_cases() {
-  std::vector<std::string> results{plain(), cached(), repeated(), sparse()};
+  std::vector<std::string> results{plain(), cached(), repeated(), sparse(), averaged()};
   check(results[0] == results[1], "cached accumulators: other bits");
   for (const Options& options : all_options()) {
     const Lists lists = dense_lists(!options.clipvalue.has_value());
