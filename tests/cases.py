@@ -149,7 +149,7 @@ def oracle_of(param: Tensor, **hyperparameters: Any) -> Oracle:
 
 
 def assert_like_oracle(param: Tensor, state: dict[str, Tensor], oracle: Oracle, what: str = "") -> None:
-    assert state.keys() == {"square_avg", "acc_delta"}
+    assert state.keys() >= {"square_avg", "acc_delta"}
     for name, actual, expected in (
         ("square_avg", state["square_avg"], oracle.square_avg),
         ("acc_delta", state["acc_delta"], oracle.acc_delta),
@@ -177,10 +177,20 @@ def to_oracle(grads: Sequence[Tensor | None]) -> list[np.ndarray[Any, Any] | Spa
 def assert_optimizer_like_oracle(optimizer: AdadeltaKeras, expected: OracleOptimizer, what: str = "") -> None:
     """Compares all parameters, their state (zeros where there is none yet) and the count of steps."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    beside = {"average": expected.averages, "gradient_accumulator": expected.accumulators}
     for index, (param, one) in enumerate(zip(params, expected.oracles, strict=True)):
-        state = optimizer.state.get(param) or {key: torch.zeros_like(param) for key in ("square_avg", "acc_delta")}
+        state = {
+            **{key: torch.zeros_like(param) for key in ("square_avg", "acc_delta")},
+            **optimizer.state.get(param, {}),
+        }
         assert_like_oracle(param, state, one, f"of parameter {index} {what}")
-    assert optimizer.iterations == expected.iterations
+        for key, values in beside.items():
+            if values is None or (key == "gradient_accumulator" and key not in state):
+                assert key not in state
+                assert values is None or not values[index].any()
+            else:
+                assert_same_bits(state[key], values[index], f"{key} of parameter {index} {what}")
+    assert int(optimizer.param_groups[0]["iterations"]) == expected.iterations
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Any:

@@ -306,8 +306,8 @@ def test_torch_adadelta_checkpoint(path: Path, capturable: bool) -> None:
     ("change", "error"),
     [
         (
-            lambda saved: saved["param_groups"][1].update(eps=1e-6, weight_decay=0.1),
-            "group 1 .* weight_decay=0.1; Keras",
+            lambda saved: saved["param_groups"][1].update(eps=1e-6, weight_decay=-0.1),
+            r"Invalid weight_decay: -0\.1; it must be a finite number >= 0",
         ),
         (lambda saved: saved["param_groups"][1].update(eps=0), "group 1 .* eps=0, which would mean 1e-7 here"),
         (lambda saved: saved["param_groups"][1].update(lr=-1.0), "Invalid learning_rate: -1.0"),

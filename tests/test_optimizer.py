@@ -485,10 +485,6 @@ class TestConstruction(expecttest.TestCase):
             """ValueError: a param group has eps=1e-06; here the key is `epsilon`""",
         )
         self.assertExpectedInline(
-            self.message([{"params": [param], "weight_decay": 0.1}]),
-            """ValueError: a param group has weight_decay=0.1; Keras' Adadelta has none. Add the penalty to the loss, or leave the key out""",
-        )
-        self.assertExpectedInline(
             self.message([{"params": {param}}]),
             """TypeError: optimizer parameters need to be organized in ordered collections, but the ordering of tensors in sets will change between runs. Please use a list instead.""",
         )
@@ -507,18 +503,26 @@ Parameter Group 0
     clipnorm: None
     clipvalue: None
     decay: 0.0
+    decoupled_weight_decay: True
     differentiable: False
+    ema_momentum: 0.99
+    ema_overwrite_frequency: None
     epsilon: 1e-07
+    excluded_from_weight_decay: None
     foreach: None
     fused: None
     global_clipnorm: None
+    gradient_accumulation_steps: None
     iterations: 0
+    loss_scale_factor: None
     lr: 0.001
     maximize: True
     norm_variables: None
     optimizer_name: Adadelta
     rho: 0.95
     schedule: None
+    use_ema: False
+    weight_decay: 0.0
 )""",
             )
 

@@ -21,7 +21,7 @@ from torch_adadelta.options import HYPERPARAMETERS
 
 def for_step(*values: Any) -> tuple[Any, ...]:
     """Learning rate, rho and epsilon as a step uses them."""
-    return tuple(options.in_step(option, value) for option, value in zip(HYPERPARAMETERS, values, strict=True))
+    return tuple(options.in_step(option, value) for option, value in zip(HYPERPARAMETERS[:3], values, strict=True))
 
 
 ROUNDED = float(np.float32(0.001))
@@ -379,7 +379,7 @@ def test_lr_wins_with_a_warning_that_names_both_values() -> None:
 @pytest.mark.parametrize("key", ["decay", "clipvalue", "clipnorm", "global_clipnorm"])
 def test_groups_agree_on_what_belongs_to_the_whole_optimizer(key: str, values: tuple[Any, Any], agrees: bool) -> None:
     """True is no number, though it equals one."""
-    groups = [{**dict.fromkeys(option.key for option in options.NUMBERS), key: value} for value in values]
+    groups = [{**dict.fromkeys(option.key for option in options.OPTIMIZER_WIDE), key: value} for value in values]
     if agrees:
         options.check_agreement(groups)
         return

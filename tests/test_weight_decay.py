@@ -42,15 +42,20 @@ def like(optimizer: AdadeltaKeras, oracle: OracleOptimizer, what: str = "") -> N
         {"weight_decay": 0.01, "decay": 0.5},
         {"weight_decay": 1e-50},
     ],
-    ids=["decoupled", "coupled", "decoupled-clipnorm-maximize", "coupled-maximize", "decoupled-decay", "none in float32"],
+    ids=[
+        "decoupled",
+        "coupled",
+        "decoupled-clipnorm-maximize",
+        "coupled-maximize",
+        "decoupled-decay",
+        "none in float32",
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_every_path_has_the_bits_of_the_oracle(path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     params = [randn(shape, dtype, generator) for shape in SHAPES]
-    oracle = OracleOptimizer(
-        list(map(to_numpy, params)), 1.0, dtypes=[dtype_name(dtype)] * len(params), **options
-    )
+    oracle = OracleOptimizer(list(map(to_numpy, params)), 1.0, dtypes=[dtype_name(dtype)] * len(params), **options)
     optimizer = optimizer_with(params, path, learning_rate=1.0, **options)
     own = optimizer.param_groups[0]["params"]
     grads = [gradients(shape, dtype, 3, seed) for seed, shape in enumerate(SHAPES)]
@@ -180,7 +185,10 @@ def test_properties() -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     assert not optimizer.param_groups[0]["decoupled_weight_decay"]
     optimizer.add_param_group({"params": [Parameter(torch.zeros(2))]})
-    assert (optimizer.param_groups[1]["weight_decay"], optimizer.param_groups[1]["decoupled_weight_decay"]) == (0.5, False)
+    assert (optimizer.param_groups[1]["weight_decay"], optimizer.param_groups[1]["decoupled_weight_decay"]) == (
+        0.5,
+        False,
+    )
     optimizer.weight_decay = None
     assert optimizer.weight_decay == 0.0
 
@@ -188,7 +196,7 @@ def test_properties() -> None:
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), 1e39])
 def test_values_out_of_range(value: float) -> None:
     param = Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="Invalid weight_decay: .* a finite number >= 0 that fits float32"):
+    with pytest.raises(ValueError, match=r"Invalid weight_decay: .* a finite number >= 0 that fits float32"):
         AdadeltaKeras([param], weight_decay=value)
     optimizer = AdadeltaKeras([param])
     optimizer.param_groups[0]["weight_decay"] = value

@@ -3,16 +3,20 @@
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torch_adadelta import options
 from torch_adadelta.backends.batch import STATE_KEYS, has_state
+from torch_adadelta.backends.opmath import wide_dtype
 from torch_adadelta.options import OPTIONS, Kind
-from torch_adadelta.step import validation
+from torch_adadelta.step import accumulation, averages, validation
 from torch_adadelta.step.sources import Group, Source, Sources, bind_group
+
+# State in the opmath dtype, whatever the parameter's is.
+_WIDE_KEYS: Final = (averages.KEY, accumulation.KEY)
 
 
 def save_groups(groups: Iterable[Group]) -> None:
@@ -53,7 +57,7 @@ def check_state(name: str, param: Tensor, state: Any) -> None:
         return
     if not isinstance(state, dict) or (has_state(state) and not state.keys() >= set(STATE_KEYS)):
         raise ValueError(f"{name}: its state must hold square_avg and acc_delta, got {sorted(state)}")
-    for key in STATE_KEYS if has_state(state) else ():
+    for key in (*(STATE_KEYS if has_state(state) else ()), *(key for key in _WIDE_KEYS if key in state)):
         tensor = state[key]
         if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
@@ -77,6 +81,8 @@ def take_over(state: dict[Any, Any], groups: list[Group], loading: Any) -> None:
             continue
         given = saved.get(param) or entry
         own = {key: entry[key].to(param.dtype, copy=True) for key in STATE_KEYS if key in entry}
+        wide = {key: given[key] for key in _WIDE_KEYS if key in given}
+        own |= {key: value.to(param.device, wide_dtype(param), copy=True) for key, value in wide.items()}
         foreign = {key: given[key] for key in entry if key not in own}
         move = partial(Tensor.to, device=param.device, copy=True)
         state[param] = {**tree_map_only(Tensor, move, foreign), **own}
@@ -100,5 +106,5 @@ def convert_torch_adadelta(groups: list[Group], state: dict[Any, dict[str, Any]]
     for group, was in zip(groups, live, strict=False):
         group["decoupled_weight_decay"] = was.get("decoupled_weight_decay", True) and not group.get("weight_decay")
         group["epsilon"] = group.pop("eps")
-        group["iterations"] = iterations
+        group["iterations"] = iterations * (was.get("gradient_accumulation_steps") or 1)
         group["foreach"], group["fused"] = was.get("foreach"), was.get("fused")

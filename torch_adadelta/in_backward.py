@@ -12,10 +12,11 @@ from torch_adadelta.backends.opmath import opmath_dtypes
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.step import execution, planning, selection, validation
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping
-from torch_adadelta.step.planning import Inputs, PartitionCache, Rows, StepPlan
+from torch_adadelta.step.planning import Inputs, PartitionCache, Rows, State, StepPlan
 from torch_adadelta.step.sources import StepValues
 
 _REFUSED_OPTIONS: Final = {
+    "gradient_accumulation_steps": "each backward pass is a step, and frees its gradients",
     "clipnorm": "a norm is taken before any parameter is written",
     "global_clipnorm": "the norm of all gradients is known at the end of the backward pass only",
 }
@@ -29,6 +30,7 @@ class StepInBackward:
         self._lock = threading.Lock()  # the backward pass runs in a thread for each device
         self._pass: int | None = None
         self._values: StepValues | None = None
+        self._updated: list[Tensor] = []
         self._has_written = False
         self._handles: list[Any] = []
         for index, group in enumerate(optimizer.param_groups):
@@ -60,7 +62,7 @@ class StepInBackward:
             for index, group in enumerate(request.groups):
                 for T in opmath_dtypes(group["params"]):
                     values.of(index, T)
-            self._pass, self._values, self._has_written = task, values, False
+            self._pass, self._values, self._updated, self._has_written = task, values, [], False
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _step(self, param: Tensor, index: int, partitions: PartitionCache) -> None:
@@ -71,20 +73,27 @@ class StepInBackward:
             request = self._optimizer.step_request()._replace(partitions=partitions)
             sizes = [int(index == other) for other in range(len(request.groups))]
             rows = Rows([param], [param.grad], sizes)
-            clipvalue = request.groups[0]["clipvalue"]
-            inputs = Inputs(rows, self._values, NO_CLIPPING if clipvalue is None else Clipping(clipvalue))
+            given = request.groups[0]["clipvalue"], request.groups[0]["loss_scale_factor"]
+            clipping = (
+                Clipping(given[0], loss_scale_factor=given[1]) if any(x is not None for x in given) else NO_CLIPPING
+            )
+            inputs = Inputs(rows, self._values, clipping, is_part=True)
             plan = planning.assemble(request, inputs, partitions.find(request, rows))
             plan.counts, plan.writes = False, []  # once, at the end
             self._has_written = True
             execution.run_plan(plan)
+            self._updated.append(param)
             param.grad = None
 
     def _finish(self) -> None:
         """At the end of a backward pass: the step is counted. One of `torch.autograd.grad` has written nothing."""
         if self._has_written and self._values is not None:
             request = self._optimizer.step_request()._replace(found_inf=None)
-            execution.run_plan(StepPlan(request, [], {}, self._values.writes))
-        self._pass, self._values = None, None
+            new_state: State = {}
+            with torch.no_grad():
+                passes = planning.average_rest(request, self._updated, new_state)
+                execution.run_plan(StepPlan(request, [], new_state, self._values.writes, passes))
+        self._pass, self._values, self._updated = None, None, []
 
 
 def check(optimizer: AdadeltaKeras) -> None:
@@ -93,7 +102,8 @@ def check(optimizer: AdadeltaKeras) -> None:
     for key, why in _REFUSED_OPTIONS.items():
         value = optimizer.param_groups[0][key]
         if value is not None:
-            raise ValueError(f"{who} {key}={value!r} cannot be applied, for {why}. Use clipvalue, or call step()")
+            remedy = "Use clipvalue, or call step()" if "clip" in key else "Set it to None, or call step()"
+            raise ValueError(f"{who} {key}={value!r} cannot be applied, for {why}. {remedy}")
     if optimizer.gradient_aggregator is not None or optimizer.gradient_transformers:
         raise ValueError(
             f"{who} gradient_aggregator and gradient_transformers are called with all gradients, which are never there "
@@ -149,8 +159,8 @@ def step_in_backward(optimizer: AdadeltaKeras) -> StepInBackward:
 
     Raises:
         ValueError, now or at the beginning of a backward pass: `clipnorm`, `global_clipnorm`, `norm_group`, an
-            aggregator or transformers are set, since they need all gradients; a group is differentiable; a parameter is
-            a DTensor.
+            aggregator or transformers are set, since they need all gradients, or `gradient_accumulation_steps`; a group
+            is differentiable; a parameter is a DTensor.
         RuntimeError, likewise: a parameter has a gradient, so gradients are being accumulated; there are several
             processes; it is on already. Also when a GradScaler calls `step()`: it would have to unscale the gradients
             before they are applied.

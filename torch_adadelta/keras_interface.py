@@ -11,22 +11,15 @@ from torch.optim.optimizer import Optimizer
 
 from torch_adadelta import schedules
 from torch_adadelta.backends.batch import has_state, new_state_of
-from torch_adadelta.options import OPTIONS
+from torch_adadelta.options import OPTIONS, without_neutral
+from torch_adadelta.step import accumulation, averages
 from torch_adadelta.step.planning import ExplicitGradients
 
 # The names of the state in Keras.
 SLOTS: Final = {"accum_grad": "square_avg", "accum_var": "acc_delta"}
 
-# What newer generations of Keras add to the configuration, with the values that ask for nothing.
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "use_ema": (None, False),
-    "ema_momentum": (),
-    "ema_overwrite_frequency": (),
-    "loss_scale_factor": (None, 1.0),
-    "gradient_accumulation_steps": (None, 1),
-    "jit_compile": (),
-    "is_legacy_optimizer": (),
-}
+# What newer generations of Keras add to the configuration, and has no meaning here.
+_MEANINGLESS: Final = ("jit_compile", "is_legacy_optimizer")
 
 
 class KerasInterface(Optimizer):
@@ -45,6 +38,12 @@ class KerasInterface(Optimizer):
     global_clipnorm: Any
 
     def _name_of(self, param: Tensor) -> str:
+        raise NotImplementedError
+
+    def _set_count(self, value: int) -> None:
+        raise NotImplementedError
+
+    def _check_nothing_pending(self, what: str) -> None:
         raise NotImplementedError
 
     def _params(self) -> list[Tensor]:
@@ -186,18 +185,11 @@ class KerasInterface(Optimizer):
             options: further arguments of the constructor, such as `fused`.
 
         Raises:
-            ValueError: it asks for what this optimizer does not do, such as weight decay, or what the constructor
-                raises.
+            What the constructor raises.
         """
-        config = dict(config)
-        for key, neutral in _NEUTRAL.items():
-            value = config.pop(key, None)
-            if neutral and value not in neutral:
-                raise ValueError(f"the configuration has {key}={value!r}, which AdadeltaKeras does not do; remove it")
+        config = without_neutral({key: value for key, value in config.items() if key not in _MEANINGLESS})
         if "lr" in config:
             config["learning_rate"] = config.pop("lr")
-        if config.get("weight_decay") is False:  # as tf_keras has it
-            del config["weight_decay"]
         if isinstance(config.get("learning_rate"), dict):
             config["learning_rate"] = schedules.deserialize(config["learning_rate"], custom_objects)
         return cls(params, **{**config, **options})
@@ -224,20 +216,34 @@ class KerasInterface(Optimizer):
         return slot
 
     def variables(self) -> list[Tensor]:
-        """`iterations`, the `square_avg` of all parameters, and their `acc_delta`, in the order of the parameters.
+        """The number of steps, the `square_avg` of all parameters, and their `acc_delta`, in the parameters' order.
 
-        State is the optimizer's own; for a parameter without any, there are zeros.
+        Then, with `use_ema`, all averages; and with `gradient_accumulation_steps` all sums of gradients. State is the
+        optimizer's own; for a parameter without any, there are zeros, and the parameter itself for its average.
         """
-        params = self._params()
-        states = [self._state_of(param) for param in params]
+        states = [self._state_of(param) for param in self._params()]
         count = self.param_groups[0]["iterations"]
         iterations = count if isinstance(count, Tensor) else torch.tensor(count, dtype=torch.int64)
-        return [iterations, *(state[key] for key in SLOTS.values() for state in states)]
+        return [iterations, *(state[key] for key in (*SLOTS.values(), *self._optional_keys()) for state in states)]
+
+    def _optional_keys(self) -> list[str]:
+        """The keys of the state besides the accumulators, if there is such."""
+        wanted = {
+            averages.KEY: self.param_groups[0]["use_ema"],
+            accumulation.KEY: self.param_groups[0]["gradient_accumulation_steps"] is not None,
+        }
+        return [key for key, is_used in wanted.items() if is_used or any(key in entry for entry in self.state.values())]
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter beside what others keep there; zeros if there is none yet."""
-        state = self.state.get(param)
-        return state if state is not None and has_state(state) else {**(state or {}), **new_state_of(param)}
+        """The state of a parameter beside what others keep there; what a step would begin with if there is none yet."""
+        state = dict(self.state.get(param) or {})
+        if not has_state(state):
+            state.update(new_state_of(param))
+        new = {averages.KEY: averages.new_average, accumulation.KEY: accumulation.new_sum}
+        for key in self._optional_keys():
+            if key not in state:
+                state[key] = new[key](param)
+        return state
 
     @property
     def weights(self) -> list[Tensor]:
@@ -249,30 +255,38 @@ class KerasInterface(Optimizer):
         return [_to_numpy(tensor) for tensor in self.variables()]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets `iterations` and all state, in the order of `get_weights`.
+        """Sets the number of steps and all state, in the order of `get_weights`.
 
         Args:
-            weights: arrays or Tensors; without the first, as in old files, iterations become 0.
+            weights: arrays or Tensors; averages and sums of gradients may be left out. Without them the first may be
+                left out too, as in old files: then the number of steps becomes 0.
 
         Raises:
-            ValueError: wrong number or shape; then nothing was set.
+            ValueError: wrong number or shape; or gradients wait for their update, and there are no sums of them; then
+                nothing was set.
         """
         params = self._params()
         values = [torch.as_tensor(weight) for weight in weights]
         if len(values) == 2 * len(params):
             values.insert(0, torch.tensor(0))
-        if len(values) != 1 + 2 * len(params):
+        keys = list(SLOTS.values())
+        if len(values) != 1 + len(keys) * len(params):
+            keys += self._optional_keys()
+        if len(values) != 1 + len(keys) * len(params):
             raise ValueError(
                 f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
-                f"{len(weights)}, but the optimizer was expecting {1 + 2 * len(params)} weights."
+                f"{len(weights)}, but the optimizer was expecting {1 + len(keys) * len(params)} weights."
             )
         if values[0].numel() != 1 or values[0].is_complex():
             raise ValueError(f"the first weight is the number of iterations, got shape {tuple(values[0].shape)}")
         count = values[0].item()
         if not math.isfinite(count) or count != int(count):
             raise ValueError(f"the first weight is the number of iterations, got {count!r}")
-        states = [dict(self._state_of(param)) for param in params]
-        slots = [state[key] for key in SLOTS.values() for state in states]
+        if accumulation.KEY not in keys:
+            self._check_nothing_pending("the state")
+            accumulation.check_pending([{**self.param_groups[0], "iterations": int(count)}], {})
+        states = [self._state_of(param) for param in params]
+        slots = [state[key] for key in keys for state in states]
         for index, (slot, value) in enumerate(zip(slots, values[1:], strict=True), 1):
             if slot.shape != value.shape:
                 raise ValueError(
@@ -284,7 +298,7 @@ class KerasInterface(Optimizer):
         with torch.no_grad():
             # All that may fail comes first; and a value may be a slot of this optimizer.
             copies = [torch.empty_like(slot).copy_(value) for slot, value in zip(slots, values[1:], strict=True)]
-            self.iterations = int(count)
+            self._set_count(int(count))
             for slot, copy in zip(slots, copies, strict=True):
                 slot.copy_(copy)
         for param, state in zip(params, states, strict=True):

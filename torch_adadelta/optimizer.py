@@ -13,9 +13,19 @@ from torch_adadelta import checkpoint, distributed, options
 from torch_adadelta.backends.batch import has_state
 from torch_adadelta.distributed import NormGroup
 from torch_adadelta.keras_interface import KerasInterface
-from torch_adadelta.options import BY_NAME, NUMBERS, OPTIONS, Kind, Option
+from torch_adadelta.options import BY_NAME, OPTIMIZER_WIDE, OPTIONS, Kind, Option
 from torch_adadelta.schedules import LearningRateSchedule
-from torch_adadelta.step import compiled, exclusions, execution, norm_variables, planning, selection, validation
+from torch_adadelta.step import (
+    accumulation,
+    averages,
+    compiled,
+    exclusions,
+    execution,
+    norm_variables,
+    planning,
+    selection,
+    validation,
+)
 from torch_adadelta.step.callbacks import Callback, Callbacks
 from torch_adadelta.step.planning import PartitionCache, StepRequest
 from torch_adadelta.step.sources import Source, Sources, bind_group, bind_hyperparameter
@@ -39,6 +49,12 @@ def _option(name: str, doc: str) -> property:
         self._set(option, value)
 
     return property(get, set_, doc=doc)
+
+
+@torch.no_grad()
+def _copy(tensors: Iterable[Tensor], to: Iterable[Tensor]) -> None:
+    for tensor, target in zip(tensors, to, strict=True):
+        target.copy_(tensor)
 
 
 class AdadeltaKeras(KerasInterface):
@@ -90,6 +106,15 @@ class AdadeltaKeras(KerasInterface):
             not decay; see `exclude_from_weight_decay`.
         decoupled_weight_decay: False adds ``weight_decay`` times the parameter to its gradient instead, as
             ``torch.optim.Adadelta`` does. Not together with a clip option, and not for sparse gradients.
+        use_ema: keep a moving average of each parameter that requires a gradient, as Keras 3 does: after every step
+            ``average = ema_momentum * average + (1 - ema_momentum) * param``. It is ``state[param]["average"]``, in the
+            dtype of the arithmetic. See `swap_averages` and `finalize_variable_values`.
+        ema_momentum: in [0, 1]. In the first step it counts as 0: the average begins as the updated parameter.
+        ema_overwrite_frequency: after every so many updates the parameters become their averages; an int >= 1 or None.
+        gradient_accumulation_steps: update once in so many steps, with the mean of their gradients; an int >= 2 or
+            None. The sums are ``state[param]["gradient_accumulator"]``. `iterations` counts updates,
+            ``param_groups[0]["iterations"]``, which schedules see, steps.
+        loss_scale_factor: what gradients are divided by before anything else; a number > 0 or None. See `scale_loss`.
         maximize: ascend instead of descend.
         foreach: True for PyTorch's multi-tensor operations, False for single-tensor operations, None for the best that
             applies.
@@ -133,6 +158,7 @@ class AdadeltaKeras(KerasInterface):
 
     _norm_group: NormGroup | None = None
     _is_made_by_zero = False
+    _are_swapped = False  # parameters and averages
     _tolerated_step: Any = None  # what schedulers of torch.optim had made of `step` when a schedule was set
     _loading: Any = None  # the state_dict that is being loaded
 
@@ -155,6 +181,11 @@ class AdadeltaKeras(KerasInterface):
         norm_variables: Iterable[Iterable[Any]] | None = None,
         weight_decay: Hyperparameter | None = None,
         decoupled_weight_decay: bool = True,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        loss_scale_factor: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -219,7 +250,7 @@ class AdadeltaKeras(KerasInterface):
             group["lr"] = rate
         own = {key: value for key, value in group.items() if key in self.defaults}
         first = self.param_groups[0] if self.param_groups else self.defaults
-        for option in NUMBERS:
+        for option in OPTIMIZER_WIDE:
             if own.setdefault(option.key, first[option.key]) != first[option.key]:
                 raise ValueError(
                     f"{option.name} belongs to the whole optimizer, which has {first[option.key]!r}; a param group "
@@ -293,6 +324,7 @@ class AdadeltaKeras(KerasInterface):
             norm_variables.canonicalize(
                 groups, known.get("_norm_group") is not None or known.get("_is_made_by_zero", False)
             )
+            accumulation.check_pending(groups, params)
             for group in groups[:1]:
                 known["_callbacks"].check_clip_options(group)
         for group_index, group in enumerate(groups):
@@ -338,7 +370,7 @@ class AdadeltaKeras(KerasInterface):
         elif option.kind is Kind.FLAG:
             self._set_flag(option, value)
         else:
-            self._set_number(option, value)
+            self._set_wide(option, value)
 
     def _set_hyperparameter(self, option: Option, value: Any) -> None:
         self._sync_groups()
@@ -347,7 +379,7 @@ class AdadeltaKeras(KerasInterface):
         for group, sources in zip((self.defaults, *self.param_groups), all_sources, strict=True):
             new = {option.key: value, **options.new_metadata()}
             bound.append((group, sources, new, bind_hyperparameter(new, option, None, self.iterations)))
-            options.check_weight_decay({**group, option.key: new[option.key]})
+            options.check_combinations({**group, option.key: new[option.key]})
         for group, sources, new, source in bound:
             group[option.key] = new[option.key]
             if option.takes_schedule:
@@ -359,21 +391,24 @@ class AdadeltaKeras(KerasInterface):
             self._tolerated_step = self.__dict__.get("step")
         self._sources.update_metadata(self.param_groups, self._callbacks)
 
-    def _set_number(self, option: Option, value: Any) -> None:
-        new = {number.key: self.param_groups[0][number.key] for number in NUMBERS} | {option.key: value}
-        options.canonicalize_numbers(new)
+    def _set_wide(self, option: Option, value: Any) -> None:
+        new = {number.key: self.param_groups[0][number.key] for number in OPTIMIZER_WIDE} | {option.key: value}
+        options.canonicalize_wide(new)
         self._callbacks.check_clip_options(new)
         distributed.check_norm_group(self._norm_group, new, self._is_made_by_zero)
         validation.check_not_complex([{**group, **new} for group in self.param_groups])
         for group in self.param_groups:
-            options.check_weight_decay({**group, **new})
+            options.check_combinations({**group, **new})
+        if option.key == "gradient_accumulation_steps":
+            self._check_nothing_pending(f"gradient_accumulation_steps={value!r}")
+            accumulation.check_pending([{**self.param_groups[0], **new}], {})
         for group in (self.defaults, *self.param_groups):
             group[option.key] = new[option.key]
 
     def _set_flag(self, option: Option, value: Any) -> None:
         value = options.canonicalize(option, value)
         for group in self.param_groups:
-            options.check_weight_decay({**group, option.key: value})
+            options.check_combinations({**group, option.key: value})
         for group in (self.defaults, *self.param_groups):
             group[option.key] = value
 
@@ -402,6 +437,19 @@ class AdadeltaKeras(KerasInterface):
     clipvalue = _option("clipvalue", "The largest absolute value of an element of a gradient, or None. Can be set.")
     clipnorm = _option("clipnorm", "The largest norm of each gradient, or None. Can be set.")
     global_clipnorm = _option("global_clipnorm", "The largest norm of all gradients together, or None. Can be set.")
+    use_ema = _option("use_ema", "Whether there are moving averages of the parameters. Can be set.")
+    ema_momentum = _option("ema_momentum", "What a moving average is multiplied by in each step. Can be set.")
+    ema_overwrite_frequency = _option(
+        "ema_overwrite_frequency", "In how many updates parameters become their averages once, or None. Can be set."
+    )
+    gradient_accumulation_steps = _option(
+        "gradient_accumulation_steps",
+        """The number of steps whose gradients make one update, or None.
+
+        Can be set when no gradients wait for their update.
+        """,
+    )
+    loss_scale_factor = _option("loss_scale_factor", "What gradients are divided by first, or None. Can be set.")
 
     @property
     def name(self) -> str:
@@ -475,14 +523,88 @@ class AdadeltaKeras(KerasInterface):
 
     @property
     def iterations(self) -> int:
-        """The number of steps taken. Can be set to an int >= 0."""
-        return int(self.param_groups[0]["iterations"])
+        """The number of updates, which is that of the steps taken unless gradients are accumulated.
+
+        Can be set to an int >= 0 when no gradients wait for their update.
+        """
+        return int(self.param_groups[0]["iterations"]) // accumulation.steps_of(self.param_groups[0])
 
     @iterations.setter
     def iterations(self, value: int) -> None:
+        self._check_nothing_pending(f"iterations={value!r}")
+        self._set_count(options.checked_iterations(value) * accumulation.steps_of(self.param_groups[0]))
+
+    def _set_count(self, value: int) -> None:
         counts = [options.iterations_for(group, value) for group in self.param_groups]
         for group, count in zip(self.param_groups, counts, strict=True):
             group["iterations"] = count
+
+    def _check_nothing_pending(self, what: str) -> None:
+        if accumulation.has_pending(self.param_groups[0]):
+            raise ValueError(
+                f"{what} cannot be set while gradients wait for their update: take "
+                "the steps that are left of gradient_accumulation_steps first, or load other state"
+            )
+
+    # ---- Averages -----------------------------------------------------------------------------------------------
+
+    def _averages(self) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter with an average, and that."""
+        return [
+            (param, self.state[param][averages.KEY])
+            for param in self._params()
+            if averages.KEY in self.state.get(param, {})
+        ]
+
+    def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
+        """Sets parameters to their averages, as Keras' `fit` does in the end. Without `use_ema` it does nothing.
+
+        Args:
+            var_list: these parameters only; None for all. One without an average is left as it is.
+        """
+        wanted = None if var_list is None else set(map(id, var_list))
+        if not self.use_ema:
+            return
+        with torch.no_grad():
+            for param, average in self._averages():
+                if wanted is None or id(param) in wanted:
+                    param.copy_(average)
+
+    @contextmanager
+    def swap_averages(self) -> Iterator[None]:
+        """A context in which parameters and averages have changed places, to evaluate a model with its averages.
+
+        Afterwards, and after an exception too, both are what they were, to the bit. No step can be taken inside.
+
+        Raises:
+            ValueError: without `use_ema`.
+            RuntimeError: inside of another.
+
+        Example:
+            >>> param = torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = AdadeltaKeras([param], learning_rate=1.0, use_ema=True)
+            >>> param.grad = torch.ones(3)
+            >>> optimizer.step()
+            >>> with optimizer.swap_averages():
+            ...     loss = param.sum()
+        """
+        if not self.use_ema:
+            raise ValueError("swap_averages needs averages: make the optimizer with use_ema=True")
+        if self._are_swapped:
+            raise RuntimeError("swap_averages is on already")
+        params, own = map(list, zip(*self._averages(), strict=True)) if self._averages() else ([], [])
+        kept = [tensor.detach().clone() for tensor in (*params, *own)]
+        self._are_swapped = True
+        try:
+            _copy(kept, [*own, *params])
+            yield
+        finally:
+            _copy(kept, [*params, *own])
+            self._are_swapped = False
+
+    def scale_loss(self, loss: Any) -> Any:
+        """``loss * loss_scale_factor``, or the loss where there is none."""
+        return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
 
     # ---- The step -----------------------------------------------------------------------------------------------
 
@@ -531,6 +653,8 @@ class AdadeltaKeras(KerasInterface):
 
     def step_request(self) -> StepRequest:
         """All that a step depends on, for `step/`."""
+        if self._are_swapped:
+            raise RuntimeError("no step can be taken inside of swap_averages: the parameters are the averages now")
         return StepRequest(
             self.param_groups,
             self.state,
@@ -570,6 +694,8 @@ class AdadeltaKeras(KerasInterface):
                 "yet: the parameters were updated with scaled gradients. Use bfloat16, which needs no scaler, or "
                 "call step()"
             )
+        if options.counts_on_host(self.param_groups[0]) is not None:
+            return False  # the host must know whether a step is skipped
         return all(group["fused"] for group in self.param_groups)
 
     @torch._disable_dynamo

@@ -29,6 +29,8 @@ class Kind(Enum):
 
     HYPERPARAMETER = auto()  # of each group: a number, a one-element Tensor, or a callable that returns one
     NUMBER = auto()  # of the whole optimizer: a number
+    COUNT = auto()  # of the whole optimizer: an int
+    SWITCH = auto()  # of the whole optimizer: True or False
     FLAG = auto()  # of each group: True or False
     CHOICE = auto()  # of each group: True, False, or None for what applies
     NAME = auto()  # of the whole optimizer: a str
@@ -43,7 +45,7 @@ class Option:
         key: its key in a param group.
         kind: what it may be.
         default: None only where None is a value, too.
-        maximum: the largest number; the least is 0.
+        minimum, maximum: the least and the largest number.
         range: what a number must be, for errors.
         rounds_to_float32: whether a Python number is rounded to float32.
         keras: its key in the configuration of Keras, or None.
@@ -59,6 +61,7 @@ class Option:
     default: Any
     maximum: float = math.inf
     range: str = ""
+    minimum: float = 0.0
     rounds_to_float32: bool = False
     keras: str | None = None
     takes_schedule: bool = False
@@ -121,6 +124,48 @@ OPTIONS: Final = (
     Option("clipvalue", "clipvalue", Kind.NUMBER, None, range="a number >= 0", keras="clipvalue"),
     Option("clipnorm", "clipnorm", Kind.NUMBER, None, **_SINGLE, keras="clipnorm"),
     Option("global_clipnorm", "global_clipnorm", Kind.NUMBER, None, **_SINGLE, keras="global_clipnorm"),
+    Option("use_ema", "use_ema", Kind.SWITCH, False, keras="use_ema", is_keras3=True),
+    Option(
+        "ema_momentum",
+        "ema_momentum",
+        Kind.NUMBER,
+        0.99,
+        1.0,
+        "a number in [0, 1]",
+        keras="ema_momentum",
+        is_keras3=True,
+    ),
+    Option(
+        "ema_overwrite_frequency",
+        "ema_overwrite_frequency",
+        Kind.COUNT,
+        None,
+        range="an int >= 1",
+        minimum=1,
+        keras="ema_overwrite_frequency",
+        is_keras3=True,
+    ),
+    Option(
+        "gradient_accumulation_steps",
+        "gradient_accumulation_steps",
+        Kind.COUNT,
+        None,
+        range="an int >= 2",
+        minimum=2,
+        keras="gradient_accumulation_steps",
+        is_keras3=True,
+    ),
+    Option(
+        "loss_scale_factor",
+        "loss_scale_factor",
+        Kind.NUMBER,
+        None,
+        _FLOAT32_MAX,
+        "a finite number > 0 that fits float32",
+        minimum=torch.finfo(torch.float32).tiny,
+        keras="loss_scale_factor",
+        is_keras3=True,
+    ),
 )
 
 BY_NAME: Final = {option.name: option for option in OPTIONS}
@@ -128,8 +173,8 @@ BY_KEY: Final = {option.key: option for option in OPTIONS}
 
 HYPERPARAMETERS: Final = tuple(option for option in OPTIONS if option.kind is Kind.HYPERPARAMETER)
 
-# Optimizer-wide options are keys of every group, because that is what a state_dict keeps.
-NUMBERS: Final = tuple(option for option in OPTIONS if option.kind is Kind.NUMBER)
+# Those of the whole optimizer are keys of every group, because that is what a state_dict keeps.
+OPTIMIZER_WIDE: Final = tuple(option for option in OPTIONS if option.kind in (Kind.NUMBER, Kind.COUNT, Kind.SWITCH))
 
 CLIP_OPTIONS: Final = ("clipvalue", "clipnorm", "global_clipnorm")
 
@@ -147,9 +192,9 @@ def new_metadata() -> dict[str, Any]:
 
 
 def _check_range(option: Option, number: float, given: Any) -> None:
-    if 0.0 <= number <= option.maximum:
+    if option.minimum <= number <= option.maximum:
         return
-    if number < 0.0 and option.kind is Kind.NUMBER:
+    if number < 0.0 and option.kind is Kind.NUMBER and not option.is_keras3:
         raise ValueError(f"Expected {option.name} >= 0, received: {given!r}")  # as Keras words it
     raise ValueError(f"Invalid {option.name}: {given!r}; it must be {option.range}")
 
@@ -196,7 +241,7 @@ def canonicalize(option: Option, value: Any) -> Any:
     if option.kind is Kind.NAME:
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a str, got {value!r} of type {type(value).__name__}")
-    elif option.kind is Kind.FLAG:
+    elif option.kind in (Kind.FLAG, Kind.SWITCH):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     elif option.kind is Kind.CHOICE:
@@ -204,13 +249,18 @@ def canonicalize(option: Option, value: Any) -> Any:
             raise TypeError(f"{name} must be True, False or None, got {value!r}")
     elif value is None and (option.default is None or option.takes_none):
         return option.default
+    elif option.kind is Kind.COUNT:
+        if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an int or None, got {value!r} of type {type(value).__name__}")
+        _check_range(option, value.__index__(), value)
+        return value.__index__()
     elif isinstance(value, Tensor):
         _check_tensor(option, value)
     else:
         number = _rounded_number(option, value)
         if option.zero_means and number == 0.0:
             return option.zero_means
-        return number if option.key in CLIP_OPTIONS else value
+        return value if option.kind is Kind.HYPERPARAMETER or option.rounds_to_float32 else number
     return value
 
 
@@ -281,9 +331,50 @@ def is_zero(value: Any) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def canonicalize_numbers(options: dict[str, Any]) -> None:
+_INSTEAD_OF_COUNTING: Final = {
+    "gradient_accumulation_steps": "Call backward() several times before step(), which adds up gradients in .grad",
+    "ema_overwrite_frequency": "Call finalize_variable_values() where the averages are wanted",
+}
+
+
+def counts_on_host(options: dict[str, Any]) -> str | None:
+    """The option for which the host must know the number of steps, if there is one."""
+    if options["gradient_accumulation_steps"] is not None:
+        return "gradient_accumulation_steps"
+    return "ema_overwrite_frequency" if options["use_ema"] and options["ema_overwrite_frequency"] is not None else None
+
+
+def without_neutral(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of Keras without those options of Keras 3 that ask for nothing."""
+    neutral = {"weight_decay": (False,), "gradient_accumulation_steps": (0, 1), "ema_overwrite_frequency": (0,)}
+    asks_for_nothing = [
+        option.keras
+        for option in OPTIONS
+        if option.is_keras3 and option.keras and config.get(option.keras) in (None, *neutral.get(option.name, ()))
+    ]
+    return {key: value for key, value in config.items() if key not in asks_for_nothing}
+
+
+def check_on_device(options: dict[str, Any]) -> None:
+    """Raises ValueError if the host would have to know a number of steps that is kept on the device."""
+    key = counts_on_host(options)
+    if options["capturable"] and key is not None:
+        raise ValueError(
+            f"{key}={options[key]!r} cannot be combined with capturable=True: a CUDA graph repeats one kind of step "
+            f"for ever. {_INSTEAD_OF_COUNTING[key]}"
+        )
+
+
+def check_combinations(options: dict[str, Any]) -> None:
+    """Raises ValueError if options of a group exclude each other."""
+    check_norms(options)
+    check_weight_decay(options)
+    check_on_device(options)
+
+
+def canonicalize_wide(options: dict[str, Any]) -> None:
     """Checks the optimizer-wide options of a group and brings them to the form in which they are kept."""
-    for option in NUMBERS:
+    for option in OPTIMIZER_WIDE:
         options[option.key] = canonicalize(option, options[option.key])
     check_norms(options)
 
@@ -291,7 +382,7 @@ def canonicalize_numbers(options: dict[str, Any]) -> None:
 def check_agreement(groups: list[dict[str, Any]]) -> None:
     """Raises ValueError if param groups differ in what belongs to the whole optimizer."""
     for index, group in enumerate(groups):
-        for option in NUMBERS:
+        for option in OPTIMIZER_WIDE:
             value, first = group[option.key], groups[0][option.key]
             if value != first or isinstance(value, bool) != isinstance(first, bool):  # True == 1.0
                 raise ValueError(
@@ -309,7 +400,8 @@ def warn_of_two_rates(lr: Any, learning_rate: Any) -> None:
 # ---- Iterations -----------------------------------------------------------------------------------------------------
 
 
-def _checked_iterations(value: Any) -> int:
+def checked_iterations(value: Any) -> int:
+    """A number of steps, as an int."""
     if not isinstance(value, bool | int) and hasattr(value, "__index__"):
         value = value.__index__()  # of NumPy
     if isinstance(value, bool) or not isinstance(value, int):
@@ -321,7 +413,7 @@ def _checked_iterations(value: Any) -> int:
 
 def iterations_for(group: dict[str, Any], iterations: Any) -> int | Tensor:
     """`iterations` as the group keeps it: an int, or an int64 Tensor of its own on the device if it is capturable."""
-    count = _checked_iterations(int(iterations) if isinstance(iterations, Tensor) else iterations)
+    count = checked_iterations(int(iterations) if isinstance(iterations, Tensor) else iterations)
     if not group["capturable"]:
         return count
     device = group["params"][0].device if group["params"] else None

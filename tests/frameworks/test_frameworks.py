@@ -1,6 +1,7 @@
-"""Lightning, Accelerate and the Trainer of Hugging Face drive AdadeltaKeras as a loop by hand does, bit by bit."""
+"""Lightning, Accelerate, the Trainer of Hugging Face, skorch and fastai drive AdadeltaKeras as a loop by hand does, bit by bit."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,3 +312,71 @@ def test_trainer_and_a_schedule(tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"learning_rate is given by the schedule .* which would overwrite that"):
         trainer.train()
+
+
+# ---- fastai and skorch ----------------------------------------------------------------------------------------------
+
+
+def _rows() -> tuple[Tensor, Tensor]:
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    return x, x.sum(1, keepdim=True)
+
+
+def _trained_by_hand(groups: Any, model: nn.Module, epochs: int) -> AdadeltaKeras:
+    """On all rows at once."""
+    optimizer = AdadeltaKeras(groups, 1.0)
+    x, y = _rows()
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_skorch() -> None:
+    skorch = pytest.importorskip("skorch")
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    expected = copy.deepcopy(model)
+    net = skorch.NeuralNetRegressor(
+        model,
+        optimizer=AdadeltaKeras,
+        lr=1.0,
+        optimizer__weight_decay=0.1,
+        optimizer__param_groups=[("bias", {"weight_decay": 0.0})],
+        max_epochs=5,
+        batch_size=-1,
+        train_split=None,
+        verbose=0,
+    )
+    net.fit(*(tensor.numpy() for tensor in _rows()))
+    groups = [{"params": [expected.bias]}, {"params": [expected.weight], "weight_decay": 0.1}]
+    _trained_by_hand(groups, expected, 5)
+    assert net.optimizer_.iterations == 5
+    for actual, wanted in zip(net.module_.parameters(), expected.parameters(), strict=True):
+        assert_same_bits(actual, wanted.detach())
+
+
+def test_fastai() -> None:
+    """`wd` is the weight decay of all parameters."""
+    pytest.importorskip("fastai")
+    from fastai.basics import DataLoader as FastaiLoader
+    from fastai.basics import DataLoaders, Learner, OptimWrapper
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    expected = copy.deepcopy(model)
+    loader = FastaiLoader(list(zip(*_rows(), strict=True)), bs=16)
+    learner = Learner(
+        DataLoaders(loader, loader),
+        model,
+        loss_func=nn.MSELoss(),
+        opt_func=functools.partial(OptimWrapper, opt=AdadeltaKeras),
+        lr=1.0,
+        wd=0.1,
+    )
+    learner.fit(5)
+    _trained_by_hand([{"params": list(expected.parameters()), "weight_decay": 0.1}], expected, 5)
+    assert learner.opt.opt.iterations == 5
+    for actual, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_same_bits(actual, wanted.detach())

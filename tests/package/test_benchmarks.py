@@ -254,6 +254,7 @@ def test_pages_have_their_tables_and_pictures() -> None:
 # What a contender needs that is not installed everywhere: of the extras `bench` and `keras`.
 NEEDED = {
     "Keras 3 on torch": "keras",
+    "torch_adadelta.keras3, Keras 3 on torch": "keras",
     "tf_keras legacy (TensorFlow's op), eager": "tf_keras",
     "tf_keras legacy (TensorFlow's op), graph": "tf_keras",
     "optax.adadelta, jax.jit": "optax",

@@ -450,7 +450,8 @@ class OracleOptimizer:
         """Adds gradients to their sums; returns the means, and sets the sums to 0, where it is time for an update."""
         if self.accumulators is None:
             self.accumulators = [np.zeros_like(oracle.p) for oracle in self.oracles]
-        n, means = self.gradient_accumulation_steps, []
+        n = self.gradient_accumulation_steps
+        means: list[Array | SparseGradient | None] = []
         for i, grad in enumerate(grads):
             oracle, mean = self.oracles[i], None
             if grad is not None:

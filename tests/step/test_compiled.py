@@ -51,7 +51,10 @@ class Training:
 
     def everything(self) -> list[Tensor]:
         states = [self.optimizer.state[p] for p in self.params]
-        return [*self.params, *(state[key] for state in states for key in ("square_avg", "acc_delta"))]
+        return [
+            *self.params,
+            *(state[key] for state in states for key in ("square_avg", "acc_delta", "average") if key in state),
+        ]
 
 
 def assert_same_training(one: Training, other: Training, what: Any = "") -> None:
@@ -77,6 +80,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "capturable": {"capturable": True},
     "weight_decay": {"weight_decay": 0.1},
     "penalty": {"weight_decay": torch.tensor(0.1), "decoupled_weight_decay": False},
+    "averages": {"use_ema": True, "ema_momentum": 0.75},
+    "loss_scale_factor": {"loss_scale_factor": 3.0, "clipnorm": 0.7},
 }
 
 

@@ -38,7 +38,9 @@ def by_checkpoint(optimizer: AdadeltaKeras) -> AdadeltaKeras:
     return other
 
 
-@pytest.mark.parametrize("copied", [None, copy.deepcopy, by_pickle, by_checkpoint], ids=["itself", "deepcopy", "pickle", "checkpoint"])
+@pytest.mark.parametrize(
+    "copied", [None, copy.deepcopy, by_pickle, by_checkpoint], ids=["itself", "deepcopy", "pickle", "checkpoint"]
+)
 def test_excluded_parameters_do_not_decay(path: Path, copied: Any) -> None:
     params = list(model().parameters())
     optimizer = AdadeltaKeras(params, 1.0, weight_decay=0.1, **path.options)

@@ -538,7 +538,7 @@ def test_what_only_the_op_has_words_for() -> None:
 
 def test_what_a_cuda_graph_would_do_otherwise_is_refused() -> None:
     on_meta = torch.ones(2, device="meta")  # stands in for CUDA: not the CPU
-    hyperparameters = {"lr": 1.0, "rho": 0.9, "eps": 1e-7, "epsilon": 1e-7}
+    hyperparameters = {"lr": 1.0, "rho": 0.9, "epsilon": 1e-7, "weight_decay": 0.0}
 
     def check(group: dict[str, Any], param: Tensor = on_meta, new_state: list[Tensor] | None = None) -> None:
         groups = [{**hyperparameters, "params": [param], "capturable": True, **group}]

@@ -395,8 +395,8 @@ _PIECE_BYTES: Final = (2**26, 2**18)
 
 
 def decays_tables(batch: Batch) -> bool:
-    """Whether `decay_table` is to be called before the update by sparse gradients."""
-    return batch.is_sparse and any(isinstance(s.weight_decay, Tensor) or s.weight_decay for s in batch.segments)
+    """Whether `decay_table` is to be called before the update by the sparse gradients of a batch."""
+    return any(isinstance(s.weight_decay, Tensor) or s.weight_decay for s in batch.segments)
 
 
 def decay_table(batch: Batch) -> None:
@@ -456,13 +456,6 @@ def first_invalid_indices(batch: Batch) -> Tensor:
 # ---- Clipping -------------------------------------------------------------------------------------------------------
 
 
-def unscale(g: Tensor, loss_scale_factor: float) -> Tensor:
-    """A gradient in T divided by the factor of the loss: by a Tensor, for a GPU multiplies by a number's inverse."""
-    if loss_scale_factor == 1:
-        return g
-    return g / torch.full((), loss_scale_factor, dtype=g.dtype, device=g.device)
-
-
 def clip_by_value(g: Tensor, clipvalue: float | None) -> Tensor:
     """max(min(g, c), -c) of a tensor in T; nan stays nan. `torch.clamp` leaves the sign of a zero to the processor."""
     if clipvalue is None or clipvalue == math.inf:
@@ -474,7 +467,7 @@ def clip_by_value(g: Tensor, clipvalue: float | None) -> Tensor:
 def clip(g: Tensor, index: int, options: GradientOptions) -> Tensor:
     """Gradient number `index` of a batch, which is in T, complex numbers as pairs of reals, unscaled and clipped."""
     T = g.dtype
-    g = unscale(g, options.loss_scale_factor)
+    g = divided(g, options.loss_scale_factor)
     g = clip_by_value(g, options.clipvalue)
     if options.clipnorm is not None:
         assert options.square_sums is not None
@@ -551,7 +544,7 @@ def _square_sum(
 ) -> Tensor:
     if grad.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=grad.device)
-    g = clip_by_value(unscale(as_real(grad).to(T), loss_scale_factor), clipvalue)
+    g = clip_by_value(divided(as_real(grad).to(T), loss_scale_factor), clipvalue)
     squares = g * g
     if grad.is_complex():
         squares = squares[..., 0] + squares[..., 1]
@@ -588,3 +581,46 @@ def square_sums(
         T = torch.float64 if in_double else opmath_dtype(param.dtype)
         sums.append(_square_sum(param, grad, T, clipvalue, loss_scale_factor))
     return torch.stack(sums)
+
+
+# ---- Sums of gradients ----------------------------------------------------------------------------------------------
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """The reals in x divided by a number. On CUDA PyTorch multiplies by the inverse of one that is no Tensor."""
+    if number == 1:
+        return x
+    divisor = torch.full((), number, dtype=opmath_dtype(x.dtype), device=x.device)
+    return torch.view_as_complex(as_real(x) / divisor) if x.is_complex() else x / divisor
+
+
+def unscaled_in(total: Tensor, grad: Tensor, loss_scale_factor: float | None) -> Tensor:
+    """A gradient, dense or sparse, in the dtype of its sum, divided by the factor of the loss."""
+    if is_sparse(grad):
+        indices, values = coo_components(grad)
+        values = unscaled_in(total, values, loss_scale_factor)
+        return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=False, check_invariants=False)
+    g = grad.detach().to(total.dtype).resolve_conj().resolve_neg()
+    return divided(g, loss_scale_factor or 1.0)
+
+
+def added(total: Tensor, grad: Tensor) -> Tensor:
+    """The sum of `total` and a gradient of its dtype."""
+    result = total.clone(memory_format=torch.preserve_format)
+    add_to_sum(result, grad)
+    return result
+
+
+def add_to_sum(total: Tensor, grad: Tensor) -> None:
+    """Adds a gradient to `total`, of which it has the dtype. The COO entries of a row are added to each other first."""
+    table = as_real(total)
+    if not is_sparse(grad):
+        table.add_(as_real(grad))
+        return
+    indices, values = grad._indices(), as_real(grad._values())
+    if values.numel() == 0:
+        return
+    if len(indices) == 0:  # the whole parameter is one row
+        table, indices = table[None], indices.new_zeros(1, len(values))
+    rows, sums = _sum_duplicates(indices, values, table.shape)
+    table[rows] = table[rows] + sums

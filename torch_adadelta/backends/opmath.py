@@ -34,6 +34,12 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in _DOUBLE else torch.float32
 
 
+def wide_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of state that is kept in T whatever the parameter's dtype is; complex like the parameter."""
+    T = opmath_dtype(param.dtype)
+    return T.to_complex() if param.is_complex() else T
+
+
 def opmath_dtypes(params: Iterable[Tensor]) -> set[torch.dtype]:
     """The T of each of the parameters."""
     return set(map(opmath_dtype, set(map(_get_dtype, params))))  # few dtypes, of maybe a thousand

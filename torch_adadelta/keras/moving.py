@@ -27,7 +27,7 @@ from torch_adadelta.keras.config import CLIPPING
 from torch_adadelta.keras.errors import Array, KerasFileError, Stored
 from torch_adadelta.keras.matching import Match, Move, Unit, match
 from torch_adadelta.optimizer import AdadeltaKeras
-from torch_adadelta.options import NUMBERS
+from torch_adadelta.options import OPTIMIZER_WIDE
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.validation import name_in
 
@@ -307,8 +307,8 @@ def _settings(
     except (ValueError, TypeError) as error:
         raise KerasFileError(f"{checkpoint.path}: {error}") from error
     options: dict[str, Any] = {
-        **{option.key: optimizer.param_groups[0][option.key] for option in NUMBERS},
-        **{option.key: trial.param_groups[0][option.key] for option in NUMBERS if option.keras in found},
+        **{option.key: optimizer.param_groups[0][option.key] for option in OPTIMIZER_WIDE},
+        **{option.key: trial.param_groups[0][option.key] for option in OPTIMIZER_WIDE if option.keras in found},
     }
     Callbacks(None, optimizer.gradient_transformers).check_clip_options(options)
     # One norm or the other: the old one goes before the new one comes.

@@ -51,13 +51,16 @@ class Callbacks:
         grads: list[Tensor],
         aggregates: bool,
         grad_scale: Tensor | None,
+        loss_scale_factor: float | None,
         name_of: Callable[[Tensor], str],
     ) -> list[Tensor]:
         """The gradients that they return for these, which they are given as copies in T, unscaled.
 
         The aggregator is called for an empty list too: other processes may have gradients, and wait for this one.
         """
-        grads = [copied_to_T(param, grad, grad_scale) for param, grad in zip(params, grads, strict=True)]
+        grads = [
+            copied_to_T(param, grad, grad_scale, loss_scale_factor) for param, grad in zip(params, grads, strict=True)
+        ]
         if aggregates and self.aggregator is not None:
             grads = _run(self.aggregator, "gradient_aggregator:", params, grads, name_of)
         for transformer in self.transformers if params else ():
@@ -81,10 +84,12 @@ def _checked_transformers(transformers: Any) -> list[Callback]:
     return transformers
 
 
-def copied_to_T(param: Tensor, grad: Tensor, grad_scale: Tensor | None = None) -> Tensor:
+def copied_to_T(
+    param: Tensor, grad: Tensor, grad_scale: Tensor | None = None, loss_scale_factor: float | None = None
+) -> Tensor:
     """A copy of a gradient in the parameter's opmath dtype, unscaled: a callback may overwrite it."""
     if grad.layout is torch.sparse_coo:
-        values = copied_to_T(param, grad._values(), grad_scale)
+        values = copied_to_T(param, grad._values(), grad_scale, loss_scale_factor)
         return torch.sparse_coo_tensor(
             grad._indices().clone(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
         )
@@ -93,6 +98,8 @@ def copied_to_T(param: Tensor, grad: Tensor, grad_scale: Tensor | None = None) -
     g = grad.to(dtype, copy=True).resolve_conj().resolve_neg()
     if grad_scale is not None:
         as_real(g).div_(grad_scale.to(g.device, T, non_blocking=g.device.type != "cpu").reshape(()))
+    if loss_scale_factor is not None:
+        as_real(g).div_(torch.full((), loss_scale_factor, dtype=T, device=g.device))
     return g
 
 

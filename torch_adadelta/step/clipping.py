@@ -21,6 +21,7 @@ class Clipping(NamedTuple):
     Args:
         clipvalue, clipnorm, global_clipnorm: the options.
         grad_scale, found_inf: what gradients are divided by, and whether one of them is infinite or nan.
+        loss_scale_factor: what they are divided by then.
         over_parts: the sums of squares of whole gradients, from those of the parts of DTensors that are here.
         over_processes: the sum over all gradients, from that of this process.
         over_variables: for `clipnorm`, the sums of squares of whole variables, from those of their pieces.
@@ -32,6 +33,7 @@ class Clipping(NamedTuple):
     global_clipnorm: float | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    loss_scale_factor: float | None = None
     over_parts: Callable[[list[list[Tensor]], list[Tensor]], list[Tensor]] | None = None
     over_processes: Callable[[Tensor], Tensor] | None = None
     over_variables: Callable[[list[Tensor]], list[Tensor]] | None = None
@@ -48,7 +50,9 @@ def set_gradient_options(batches: list[Batch], clipping: Clipping) -> Refused | 
     """Tells each batch what becomes of its gradients, for which norms are taken; or says what an op refused."""
     scales = clipping.grad_scale is not None or clipping.found_inf is not None
     for batch in batches:
-        batch.gradient_options = GradientOptions(clipvalue=clipping.clipvalue)
+        batch.gradient_options = GradientOptions(
+            clipvalue=clipping.clipvalue, loss_scale_factor=clipping.loss_scale_factor or 1.0
+        )
         if scales:
             batch.gradient_options = batch.gradient_options._replace(**_amp_options(batch, clipping))
     if clipping.clipnorm is not None:
@@ -86,8 +90,7 @@ class _Part(NamedTuple):
     batch: Batch
     params: list[Tensor]
     grads: list[Tensor]
-    clipvalue: float | None
-    grad_scale: Tensor | None
+    options: GradientOptions
     rows: list[int] | None  # where they are in the batch; None for all of it
 
     def sums(self, in_double: bool) -> Tensor | Refusal:
@@ -95,9 +98,12 @@ class _Part(NamedTuple):
         if self.batch.is_sparse:
             params = grads = functional.values_in_T(params, grads)
         if self.batch.backend is Backend.FUSED:
-            return kernels.square_sums(params, grads, self.clipvalue, in_double, self.grad_scale)
+            scales = self.options.grad_scale, self.options.loss_scale_factor
+            return kernels.square_sums(params, grads, self.options.clipvalue, in_double, *scales)
         with recording(self.batch.is_differentiable):
-            return functional.square_sums(params, grads, self.clipvalue, in_double)
+            return functional.square_sums(
+                params, grads, self.options.clipvalue, in_double, self.options.loss_scale_factor
+            )
 
     @property
     def shared_out(self) -> list[Tensor]:
@@ -109,8 +115,7 @@ class _Part(NamedTuple):
 
 
 def _whole(batch: Batch) -> _Part:
-    options = batch.gradient_options
-    return _Part(batch, batch.params, batch.grads, options.clipvalue, options.grad_scale, None)
+    return _Part(batch, batch.params, batch.grads, batch.gradient_options, None)
 
 
 def _parts_in_double(batch: Batch) -> list[_Part]:
@@ -124,18 +129,20 @@ def _parts_in_double(batch: Batch) -> list[_Part]:
     parts = []
     for T, rows in rows_of.items():
         params, grads = ([tensors[row] for row in rows] for tensors in (batch.params, batch.grads))
-        clipvalue, scale = batch.gradient_options.clipvalue, batch.gradient_options.grad_scale
+        options = batch.gradient_options
         if T is torch.float32:
-            clipvalue = None if clipvalue is None else round_to_float32(clipvalue)
+            clipvalue = None if options.clipvalue is None else round_to_float32(options.clipvalue)
+            factor = None if options.loss_scale_factor == 1 else options.loss_scale_factor
+            is_scaled = options.grad_scale is not None or factor is not None
             with recording(batch.is_differentiable):
                 grads = [
-                    callbacks.copied_to_T(param, grad, scale)
-                    if scale is not None or opmath_dtype(grad.dtype) is torch.float64
+                    callbacks.copied_to_T(param, grad, options.grad_scale, factor)
+                    if is_scaled or opmath_dtype(grad.dtype) is torch.float64
                     else grad
                     for param, grad in zip(params, grads, strict=True)
                 ]
-            scale = None
-        parts.append(_Part(batch, params, grads, clipvalue, scale, rows))
+            options = GradientOptions(clipvalue)
+        parts.append(_Part(batch, params, grads, options, rows))
     return parts
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch_adadelta.backends import functional, kernels
 from torch_adadelta.backends.batch import STATE_KEYS, Backend, Batch, GradientOptions, Segment
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
-from torch_adadelta.options import BY_KEY, CLIP_OPTIONS, is_zero
+from torch_adadelta.options import BY_KEY, CLIP_OPTIONS, counts_on_host, is_zero
 from torch_adadelta.step import execution, planning
+from torch_adadelta.step.averages import KEY as AVERAGE
+from torch_adadelta.step.averages import momentum_on_device
 from torch_adadelta.step.planning import PartitionCache, StepRequest
 
 # The first argument of `_init_group` that asks for the plan.
@@ -54,6 +56,7 @@ class TracedStep:
         grads: list[Tensor],
         square_avgs: list[Tensor],
         acc_deltas: list[Tensor],
+        averages: list[Tensor],
         order: list[int],
         segments: list[tuple[int, int, bool]],
     ) -> int:
@@ -73,6 +76,8 @@ class TracedStep:
             grads.append(param.grad)
             for tensors, key in zip((square_avgs, acc_deltas), STATE_KEYS, strict=True):
                 tensors.append(request.state[param][key])
+            if request.groups[0]["use_ema"]:
+                averages.append(request.state[param][AVERAGE])
         order.extend(batch.order)
         segments.extend(batch.segments)
         return int(batch.is_fused)
@@ -87,7 +92,7 @@ def _plan_trace(request: StepRequest) -> list[_TracedBatch] | None:
     plan = planning.plan(request._replace(partitions=partitions))
     if plan is None:
         return []
-    if not plan.batches or partitions.partition is None:
+    if not plan.batches or partitions.partition is None or plan.passes or counts_on_host(request.groups[0]):
         return None
     clips = any(request.groups[0][key] is not None for key in CLIP_OPTIONS)
     traced = []
@@ -128,7 +133,7 @@ def step(optimizer: Any, is_plain: bool) -> None:
 
     `is_plain`: whether nothing is set on the optimizer that cannot be traced.
     """
-    count = optimizer._init_group(_PLAN, [], [], [], [], [], [])
+    count = optimizer._init_group(_PLAN, [], [], [], [], [], [], [])
     if not is_plain or count == _NOT_TRACEABLE:
         optimizer.untraced_step()
         return
@@ -142,6 +147,7 @@ def step(optimizer: Any, is_plain: bool) -> None:
 def _update(optimizer: Any, count: int) -> None:
     groups = optimizer.param_groups
     clipvalue, clipnorm, global_clipnorm = [groups[0][key] for key in CLIP_OPTIONS]
+    scale = groups[0]["loss_scale_factor"] or 1.0
     batches = []
     orders = []
     sums = []
@@ -150,19 +156,20 @@ def _update(optimizer: Any, count: int) -> None:
         grads: list[Tensor] = []
         square_avgs: list[Tensor] = []
         acc_deltas: list[Tensor] = []
+        averages: list[Tensor] = []
         order: list[int] = []
         places: list[tuple[int, int, bool]] = []
-        is_fused = optimizer._init_group(index, params, grads, square_avgs, acc_deltas, order, places)
-        batches.append((is_fused, (params, grads, square_avgs, acc_deltas), places))
+        is_fused = optimizer._init_group(index, params, grads, square_avgs, acc_deltas, averages, order, places)
+        batches.append((is_fused, (params, grads, square_avgs, acc_deltas), averages, places))
         orders.extend(order)
         if clipnorm is not None or global_clipnorm is not None:
             in_double = global_clipnorm is not None and opmath_dtype(params[0].dtype) is torch.float64
-            sums.append(kernels.grad_square_sums(params, grads, clipvalue, in_double))
+            sums.append(kernels.grad_square_sums(params, grads, clipvalue, in_double, None, scale))
     factor = 1.0
     if global_clipnorm is not None:
         in_double = opmath_dtype(batches[0][1][0][0].dtype) is torch.float64
         factor = torch.ops.torch_adadelta.global_factor.default(sums, orders, global_clipnorm, in_double)
-    for position, (is_fused, lists, places) in enumerate(batches):
+    for position, (is_fused, lists, averages, places) in enumerate(batches):
         device = lists[0][0].device
         segments = []
         begin = 0
@@ -171,12 +178,12 @@ def _update(optimizer: Any, count: int) -> None:
             begin += size
         own_sums = None if clipnorm is None else sums[position]
         own_factor = factor.to(device) if isinstance(factor, Tensor) else factor
-        options = GradientOptions(clipvalue, clipnorm, own_sums, own_factor)
+        options = GradientOptions(clipvalue, clipnorm, own_sums, own_factor, loss_scale_factor=scale)
         if is_fused:
             arguments = kernels.hyperparameter_arguments(segments)
-            kernels.adadelta_(*lists, [], *arguments, *kernels.option_arguments(options))
+            kernels.adadelta_(*lists, averages, *arguments, *kernels.option_arguments(options))
         else:
-            batch = Batch(Backend.SINGLE_TENSOR, False, False, *lists, segments, options)
+            batch = Batch(Backend.SINGLE_TENSOR, False, False, *lists, segments, options, averages=averages)
             functional.single_tensor(batch)
 
 
@@ -191,7 +198,10 @@ def _segment(group: dict[str, Any], size: int, param: Tensor, is_excluded: bool)
     epsilon = torch.where(epsilon == 0, BY_KEY["epsilon"].zero_means, epsilon)
     rho, weight_decay = _as_tensor("rho", group["rho"], device), group["weight_decay"]
     weight_decay = 0.0 if is_excluded or is_zero(weight_decay) else _as_tensor("weight_decay", weight_decay, device)
-    return Segment(size, lr, rho, epsilon, group["maximize"], weight_decay, group["decoupled_weight_decay"])
+    segment = Segment(size, lr, rho, epsilon, group["maximize"], weight_decay, group["decoupled_weight_decay"])
+    if not group["use_ema"]:
+        return segment
+    return segment._replace(ema_momentum=momentum_on_device(group).to(device))
 
 
 def _as_tensor(key: str, value: Any, device: torch.device) -> Tensor:

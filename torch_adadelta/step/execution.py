@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torch_adadelta.backends import functional, kernels
+from torch_adadelta.backends import dtensor, functional, kernels
 from torch_adadelta.backends.batch import Backend, Batch, Refusal
 from torch_adadelta.step import planning, sources, validation
 from torch_adadelta.step.clipping import recording
@@ -29,6 +29,9 @@ def apply(plan: StepPlan) -> Refusal | None:
     try:
         if plan.new_state:
             add_state(request.state, plan.new_state)
+        for total, grad in plan.additions:
+            has_written = True
+            functional.add_to_sum(dtensor.local(total), dtensor.local(grad))
         for batch in plan.batches:
             refusal = run(batch)
             if refusal is not None and not has_written:
@@ -37,6 +40,12 @@ def apply(plan: StepPlan) -> Refusal | None:
             if refusal is not None:  # it was checked, and somebody has changed it since
                 validation.raise_named(batch, refusal, request.name_of)
             has_written = True
+        for some in plan.passes:
+            has_written = True
+            functional.average(*some)
+        for total in plan.finished:
+            has_written = True
+            total.zero_()
         if plan.counts:
             has_written = True
             if request.found_inf is not None:
@@ -59,7 +68,8 @@ def apply(plan: StepPlan) -> Refusal | None:
 def run(batch: Batch) -> Refusal | None:
     """Updates a batch; or returns why its op refused that, when nothing of it is written."""
     if batch.backend is Backend.FUSED:
-        refusal = kernels.update(batch) if not functional.decays_tables(batch) else _run_with_decay(batch)
+        decays_first = batch.is_sparse and functional.decays_tables(batch)
+        refusal = _run_with_decay(batch) if decays_first else kernels.update(batch)
         if refusal is not None:
             return refusal
     elif batch.is_sparse:

@@ -4,7 +4,7 @@ What was found of the last step is kept, as a partition: which parameters one ca
 matches, only gradients and numbers are new.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
@@ -19,7 +19,7 @@ from torch_adadelta.backends import dtensor, functional, kernels
 from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment, has_state, new_state_of
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
 from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
-from torch_adadelta.step import exclusions, norm_variables, validation
+from torch_adadelta.step import accumulation, averages, exclusions, norm_variables, validation
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
 from torch_adadelta.step.selection import PLAIN_TYPES, by_device, select_backend
@@ -36,7 +36,8 @@ _get_options: Final = itemgetter(
     *options.new_metadata(),
 )
 _get_clip_options: Final = itemgetter(*options.CLIP_OPTIONS)
-_UNCLIPPED: Final = (None, None, None)
+_get_gradient_options: Final = itemgetter(*options.CLIP_OPTIONS, "loss_scale_factor")
+_UNCHANGED: Final = (None, None, None, None)
 _get_hyperparameters: Final = itemgetter(*(option.key for option in HYPERPARAMETERS))
 _get_state: Final = itemgetter(*STATE_KEYS)
 
@@ -97,18 +98,35 @@ class Inputs(NamedTuple):
     rows: Rows
     values: StepValues
     clipping: Clipping
+    sums: State | None = None  # new ones of gradients
+    finished: Sequence[Tensor] = ()  # sums of gradients that become 0
+    is_part: bool = False  # whether other parameters are updated apart, in the same step
 
 
 @dataclass
 class StepPlan:
-    """A step that is checked and ready to be written."""
+    """A step that is checked and ready to be written.
+
+    Args:
+        request: the step.
+        batches: the updates.
+        new_state: what is added to the state of parameters.
+        writes: what schedules and callables gave, to be left in the groups.
+        passes: averages that are not part of an update.
+        additions, finished: gradients that are added to sums; sums that become 0.
+        counts: whether the step is counted.
+        inputs: what it was made from, to make another plan, should the partition of the last step be wrong.
+    """
 
     request: StepRequest
     batches: list[Batch]
     new_state: State
     writes: list[GroupWrite]
+    passes: list[averages.AveragePass] = field(default_factory=list)
+    additions: list[accumulation.Addition] = field(default_factory=list)
+    finished: list[Tensor] = field(default_factory=list)
     counts: bool = True
-    inputs: Inputs | None = None  # to make another plan, should the partition of the last step be wrong
+    inputs: Inputs | None = None
 
 
 # ---- The partition --------------------------------------------------------------------------------------------------
@@ -382,12 +400,19 @@ def plan(request: StepRequest) -> StepPlan | None:
     Raises whatever is wrong with options, gradients and state, and what schedules and callbacks raise.
     """
     rows = gather(request)
+    sums: State = {}
+    finished: Sequence[Tensor] = ()
+    if request.groups[0]["gradient_accumulation_steps"] is not None:
+        check_groups(request)
+        accumulated = _accumulated(request, rows, sums)
+        if isinstance(accumulated, StepPlan):
+            return accumulated
+        rows, finished = accumulated
     kept = request.partitions.find(request, rows)
     if kept is None:
         check_groups(request)
         if _makes_state_only(request, rows):
-            _, new_state = _completed(request, rows)
-            return StepPlan(request, [], new_state, [], counts=False)
+            return _plan_of_state(request, rows)
     if any(request.sources.of_groups):
         request.sources.sync(request.groups, request.callbacks)
         request.sources.check_not_overwritten(request.groups, request.has_scheduler)
@@ -402,18 +427,19 @@ def plan(request: StepRequest) -> StepPlan | None:
     clipping, others_have_gradients = NO_CLIPPING, False
     if request.norm_group is not None or request.found_inf is not None or request.grad_scale is not None:
         clipping, others_have_gradients = _clipping(request, rows)
-    elif _get_clip_options(request.groups[0]) != _UNCLIPPED:
+    elif _get_gradient_options(request.groups[0]) != _UNCHANGED:
         clipping, _ = _clipping(request, rows)
     if rows.params:
         values = StepValues(request.groups, request.sources.of_groups)
-        return assemble(request, Inputs(rows, values, clipping), kept)
+        return assemble(request, Inputs(rows, values, clipping, sums, finished), kept)
     if clipping.over_parts is not None or clipping.over_processes is not None:  # others wait for this process
         set_gradient_options([], clipping)
     if not others_have_gradients and not request.is_part and any(group["params"] for group in request.groups):
         return None
     if torch.version.cuda is not None and is_capturing():
         validation.check_capture(request.groups, [], {}, request.name_of)
-    return StepPlan(request, [], {}, [])
+    new_state: State = {}
+    return StepPlan(request, [], new_state, [], average_rest(request, [], new_state), finished=list(finished))
 
 
 def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Columns] | None = None) -> StepPlan:
@@ -424,7 +450,7 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
         inputs: what is known of it.
         kept: the partition of the last step and the state; they are made anew without, or should they no longer fit.
     """
-    rows, values, clipping = inputs
+    rows, values, clipping, *_ = inputs
     new_state: State = {}
     is_cached = kept is not None and (not kept[0].needs_checks or kept[0].fits(rows))
     if kept is not None and is_cached:
@@ -432,6 +458,8 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
     else:
         state, new_state = _completed(request, rows)
         partition = Partition(request.groups, rows, state)
+    for param, entry in (inputs.sums or {}).items():
+        new_state.setdefault(param, {}).update(entry)
     batches = [spec.batch(rows, state, request.groups, values) for spec in partition.specs]
     if not is_cached and len(batches) > 1:  # each op or Python path looks at its own batch only
         validation.check_memory(batches, request.name_of)
@@ -442,6 +470,10 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
     if clipping.clipnorm is not None and norm_variables.any_in(request.groups):
         batches, over_variables = norm_variables.split(batches, request.groups, request.name_of)
         clipping = clipping._replace(over_variables=over_variables)
+    passes: list[averages.AveragePass] = []
+    if request.groups[0]["use_ema"]:
+        in_batches = averages.attach(request.groups, request.state, batches, new_state, request.name_of)
+        passes = passes if inputs.is_part else average_rest(request, in_batches, new_state)
     if partition.needs_checks:
         refused = validation.check_batches(batches, request.name_of)
     if refused is None and clipping is not NO_CLIPPING:
@@ -454,21 +486,71 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
         validation.check_capture(request.groups, batches, new_state, request.name_of)
     # Norms that were summed over processes cannot be summed again: the others would not take part.
     is_shared = clipping.over_parts is not None or clipping.over_processes is not None
-    may_be_wrong = is_cached and not is_shared
-    return StepPlan(request, batches, new_state, values.writes, inputs=inputs if may_be_wrong else None)
+    inputs_again = inputs if is_cached and not is_shared else None
+    finished = list(inputs.finished)
+    return StepPlan(request, batches, new_state, values.writes, passes, finished=finished, inputs=inputs_again)
 
 
 def check_groups(request: StepRequest) -> None:
     """Raises what is wrong with the options, which somebody may have written to the groups."""
     groups = request.groups
     request.sources.sync(groups, request.callbacks)
+    options.canonicalize_wide(dict(groups[0]))
     options.check_agreement(groups)
-    options.canonicalize_numbers(dict(groups[0]))
     for group in groups:
-        options.check_weight_decay(group)
+        options.check_combinations(group)
     validation.check_not_complex(groups)
     exclusions.check(groups)
     norm_variables.check(groups, request.norm_group is not None or request.is_part)
+
+
+def _accumulated(request: StepRequest, rows: Rows, sums: State) -> StepPlan | tuple[Rows, list[Tensor]]:
+    """The plan of a call that only adds gradients to their sums; or the means for an update, and the sums that end.
+
+    Sums that are missing are made, in `sums`.
+    """
+    is_update = accumulation.is_update(request.groups[0])
+    if not rows.params:
+        return rows, accumulation.all_sums(request.groups, request.state, {}) if is_update else []
+    if _makes_state_only(request, rows):
+        return _plan_of_state(request, rows)
+    in_order = range(len(rows.params)) if rows.order is None else sorted(rows.order, key=rows.order.__getitem__)
+    params, grads = ([tensors[row] for row in in_order] for tensors in (rows.params, rows.grads))
+    accumulated = accumulation.accumulate(request.groups, request.state, params, grads, sums, request.name_of)
+    if is_update:
+        return _explicit_rows(
+            request.groups, list(zip(accumulated.means, accumulated.params, strict=True))
+        ), accumulated.finished
+    if request.norm_group is not None:
+        _clipping(request, rows)  # the others are asked, too
+    passes = average_rest(request, [], sums)
+    return StepPlan(request, [], sums, [], passes, accumulated.additions)
+
+
+def _plan_of_state(request: StepRequest, rows: Rows) -> StepPlan:
+    """The plan that makes state to load into, and counts nothing."""
+    _, new_state = _completed(request, rows)
+    names, has_sums = request.name_of, request.groups[0]["gradient_accumulation_steps"] is not None
+    for param in rows.params:
+        if has_sums:
+            accumulation.sum_of(param, request.state, new_state, names)
+        if request.groups[0]["use_ema"]:
+            averages.averages_of([param], request.state, new_state, names)
+    return StepPlan(request, [], new_state, [], counts=False)
+
+
+def average_rest(request: StepRequest, others: list[Tensor], new_state: State) -> list[averages.AveragePass]:
+    """The passes over the averages of all parameters but these."""
+    if not request.groups[0]["use_ema"]:
+        return []
+    known = set(map(id, others))
+    rest = [
+        param
+        for group in request.groups
+        for param in group["params"]
+        if id(param) not in known and (param.requires_grad or averages.KEY in request.state.get(param, ()))
+    ]
+    return averages.passes(request.groups, rest, request.state, new_state, request.name_of, request.found_inf)
 
 
 def _makes_state_only(request: StepRequest, rows: Rows) -> bool:
@@ -496,7 +578,9 @@ def _run_callbacks(request: StepRequest, rows: Rows) -> Rows:
         validation.check_gradient(partial(request.name_of, param), param, grad)
     aggregates = request.explicit is None or request.explicit.aggregates
     with recording(any(group["differentiable"] for group in request.groups)):
-        grads = request.callbacks.run(params, grads, aggregates, request.grad_scale, request.name_of)
+        is_unscaled = request.groups[0]["gradient_accumulation_steps"] is not None
+        factor = None if is_unscaled else request.groups[0]["loss_scale_factor"]
+        grads = request.callbacks.run(params, grads, aggregates, request.grad_scale, factor, request.name_of)
     return rows._replace(grads=[grads[number] for number in numbers])
 
 
@@ -507,9 +591,11 @@ def _clipping(request: StepRequest, rows: Rows) -> tuple[Clipping, bool]:
         check_groups(request)  # which refuses it; to the partition of the last step True is 1.0
     has_callbacks = request.callbacks.aggregator is not None or bool(request.callbacks.transformers)
     grad_scale = None if has_callbacks else request.grad_scale
+    is_unscaled = has_callbacks or request.groups[0]["gradient_accumulation_steps"] is not None
+    loss_scale_factor = None if is_unscaled else request.groups[0]["loss_scale_factor"]
     if request.is_part:
         distributed.check_norm_group(request.norm_group, request.groups[0], request.is_part)
-    clipping = Clipping(clipvalue, clipnorm, global_clipnorm, grad_scale, request.found_inf)
+    clipping = Clipping(clipvalue, clipnorm, global_clipnorm, grad_scale, request.found_inf, loss_scale_factor)
     others_have_gradients = False
     if request.norm_group is not None:
         T_here = opmath_dtypes(rows.params)

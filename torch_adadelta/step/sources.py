@@ -129,7 +129,7 @@ def bind_hyperparameter(group: Group, option: Option, previous: Source | None, i
 
 def bind_group(group: Group, previous: dict[str, Source], iterations: Any) -> dict[str, Source]:
     """Brings all options of a group, or the defaults, to the form in which they are kept; returns the sources."""
-    options.canonicalize_numbers(group)
+    options.canonicalize_wide(group)
     sources: dict[str, Source] = {}
     for option in HYPERPARAMETERS:
         source = bind_hyperparameter(group, option, previous.get(option.key), iterations)
@@ -138,7 +138,7 @@ def bind_group(group: Group, previous: dict[str, Source], iterations: Any) -> di
     for option in options.OPTIONS:
         if option.kind in (Kind.FLAG, Kind.CHOICE):
             group[option.key] = options.canonicalize(option, group[option.key])
-    options.check_weight_decay(group)
+    options.check_combinations(group)
     check_choice(group)
     return sources
 
@@ -278,7 +278,8 @@ class StepValues:
             source = sources.get(option.key)
             value = group[option.key] if source is None else self._taken(index, option, source, T)
             is_scheduled = source is not None and source.is_schedule
-            values.append(value if is_scheduled else options.in_step(option, value, group["differentiable"]))
+            is_ready = is_scheduled or (value is option.default and not option.rounds_to_float32)
+            values.append(value if is_ready else options.in_step(option, value, group["differentiable"]))
         if group["decay"]:
             values[0] = decayed(values[0], group["decay"], group["iterations"], T)
         self.known[index, T] = tuple(values)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_adadelta.backends import dtensor, functional, kernels
 from torch_adadelta.backends.batch import STATE_KEYS, Backend, Batch, Refusal
+from torch_adadelta.backends.opmath import wide_dtype
 from torch_adadelta.options import HYPERPARAMETERS, is_zero
 from torch_adadelta.step.selection import PLAIN_TYPES, is_lazy
 from torch_adadelta.step.sources import Group, is_capturing
@@ -119,8 +120,19 @@ def _check_tensor(name: Callable[[], str], param: Tensor, kind: str, tensor: Any
         raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
 
 
-def check_row(name: Callable[[], str], row: tuple[Tensor, Tensor, Any, Any], is_differentiable: bool) -> None:
-    """Raises RuntimeError, naming the parameter, unless its four tensors can be updated together."""
+def _check_form(name: Callable[[], str], param: Tensor, kind: str, tensor: Tensor) -> None:
+    if not dtensor.is_distributed_alike(param, tensor):
+        raise RuntimeError(f"{name()} and its {kind} are distributed in different ways. Use .redistribute()")
+    if tensor.layout is not torch.strided or functional.overlaps_itself(tensor):
+        raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
+    if tensor.is_conj() or tensor.is_neg():
+        raise RuntimeError(
+            f"{name()}: its {kind} is a lazily conjugated or negated view. Use .resolve_conj().resolve_neg()"
+        )
+
+
+def check_row(name: Callable[[], str], row: tuple[Any, ...], is_differentiable: bool) -> None:
+    """Raises RuntimeError, naming the parameter, unless it, its gradient and its state can be updated together."""
     param, grad, *state = row
     check_param(name, param)
     if is_differentiable and param.is_leaf and param.requires_grad:
@@ -130,18 +142,13 @@ def check_row(name: Callable[[], str], row: tuple[Tensor, Tensor, Any, Any], is_
         raise RuntimeError(
             f"{name()} has a sparse gradient, which autograd cannot follow: with differentiable=True use .to_dense()"
         )
-    for kind, tensor in zip(("state square_avg", "state acc_delta"), state, strict=True):
+    for kind, tensor in zip(("state square_avg", "state acc_delta"), state, strict=False):
         _check_tensor(name, param, kind, tensor)
         if tensor.dtype != param.dtype:
             raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. {_CONVERT}")
-        if not dtensor.is_distributed_alike(param, tensor):
-            raise RuntimeError(f"{name()} and its {kind} are distributed in different ways. Use .redistribute()")
-        if tensor.layout is not torch.strided or functional.overlaps_itself(tensor):
-            raise RuntimeError(f"{name()}: its {kind} is not a dense tensor of its own memory. Use .contiguous()")
-        if tensor.is_conj() or tensor.is_neg():
-            raise RuntimeError(
-                f"{name()}: its {kind} is a lazily conjugated or negated view. Use .resolve_conj().resolve_neg()"
-            )
+        _check_form(name, param, kind, tensor)
+    for average in state[2:]:
+        check_wide_state(name, param, "average", average)
     if not PLAIN_TYPES.issuperset(map(type, row)):
         return
     for tensor in (param, *state):
@@ -183,6 +190,30 @@ def check_state(name: Callable[[], str], *row: Any) -> None:
         check_row(name, row, is_differentiable=False)
     if any(tensor.is_conj() or tensor.is_neg() for tensor in (param, *state)):
         check_row(name, row, is_differentiable=False)
+
+
+def check_wide_state(name: Callable[[], str], param: Tensor, key: str, tensor: Any) -> None:
+    """Raises RuntimeError, naming the parameter, unless this is state of its shape in the opmath dtype."""
+    kind, dtype = f"state {key}", wide_dtype(param)
+    _check_tensor(name, param, kind, tensor)
+    if tensor.dtype != dtype:
+        raise RuntimeError(
+            f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}, not {dtype}. Convert it: "
+            f"state[{key!r}] = state[{key!r}].to({dtype})"
+        )
+    _check_form(name, param, kind, tensor)
+
+
+def check_sums(params: list[Tensor], grads: list[Tensor], names: NameOf) -> None:
+    """Raises, naming the parameter, unless all gradients can be added to sums."""
+    for param, grad in zip(params, grads, strict=True):
+        name = partial(names, param)
+        check_param(name, param)
+        check_gradient(name, param, grad)
+    sparse = [row for row in zip(params, grads, strict=True) if functional.is_sparse(row[1])]
+    if sparse:
+        some, some_grads = map(list, zip(*sparse, strict=True))
+        _check_indices([Batch(Backend.SINGLE_TENSOR, True, False, some, some_grads, [], [], [])], names)
 
 
 def check_batches(batches: list[Batch], names: NameOf) -> tuple[Batch, Refusal] | None:
@@ -285,13 +316,14 @@ def check_capture(groups: list[Group], batches: list[Batch], new_state: Iterable
 # the same parameter and state, as of one that is listed twice: they are updated one after the other. The compiled ops
 # check the same in csrc/aliasing.h.
 
-# The device's index, where the memory of a tensor with elements begins and ends, and 4 * the number of its row + the
-# number of the tensor in it.
+# The device's index, where the memory of a tensor with elements begins and ends, and _KINDS * the number of its row +
+# the number of the tensor in it.
 Range = tuple[int, int, int, int]
 
-_PARAM, _GRADIENT, _WRITTEN = 0, 1, (0, 2, 3)
-_OWN: Final = ("it", "its gradient", "its state square_avg", "its state acc_delta")
-_OF_ANOTHER: Final = ("", "the gradient of ", "the state square_avg of ", "the state acc_delta of ")
+_PARAM, _GRADIENT, _WRITTEN = 0, 1, (0, 2, 3, 4)
+_OWN: Final = ("it", "its gradient", "its state square_avg", "its state acc_delta", "its state average")
+_OF_ANOTHER: Final = ("", *(f"the {what.removeprefix('its ')} of " for what in _OWN[1:]))
+_KINDS: Final = len(_OWN)
 
 
 def check_memory(batches: list[Batch], names: NameOf) -> None:
@@ -326,7 +358,8 @@ def _overlapping(ranges: list[Range]) -> Iterator[tuple[int, int]]:
 def check_apart(rows: list[Row], names: NameOf) -> None:
     """Raises RuntimeError, naming the parameters, if rows of plain tensors share memory that they must not."""
     ranges = []
-    for number, tensor in enumerate(itertools.chain.from_iterable(rows)):
+    numbered = (_KINDS * row + kind for row, tensors in enumerate(rows) for kind in range(len(tensors)))
+    for number, tensor in zip(numbered, itertools.chain.from_iterable(rows), strict=True):
         if functional.is_sparse(tensor):
             tensor = tensor._values()
         if tensor.numel() > 0 and not tensor.is_meta:
@@ -337,17 +370,20 @@ def check_apart(rows: list[Row], names: NameOf) -> None:
     memory = {this[3]: this[:3] for this in ranges}
     first_row: dict[tuple[Any, ...], int] = {}  # of each parameter, by all memory of it that is written to
     owner = [
-        first_row.setdefault(tuple(memory.get(4 * row + kind) for kind in _WRITTEN), row) for row in range(len(rows))
+        first_row.setdefault(tuple(memory.get(_KINDS * row + kind) for kind in _WRITTEN), row)
+        for row in range(len(rows))
     ]
-    written = [this for this in ranges if this[3] % 4 in _WRITTEN and owner[this[3] // 4] == this[3] // 4]
+    written = [
+        this for this in ranges if this[3] % _KINDS in _WRITTEN and owner[this[3] // _KINDS] == this[3] // _KINDS
+    ]
     shared = [tuple(sorted(pair)) for pair in _overlapping(written)]
     for device, begin, end, number in ranges if not shared else ():
         place = bisect.bisect_left(written, (device, end)) - 1
-        if number % 4 == _GRADIENT and place >= 0 and written[place][0] == device and begin < written[place][2]:
+        if number % _KINDS == _GRADIENT and place >= 0 and written[place][0] == device and begin < written[place][2]:
             shared.append((number, written[place][3]))  # the gradient first, for it is the one to be copied
     if not shared:
         return
-    (row, kind), (other, other_kind) = (divmod(number, 4) for number in min(shared))
+    (row, kind), (other, other_kind) = (divmod(number, _KINDS) for number in min(shared))
     if owner[row] == other:
         kind, other_kind = sorted((kind, other_kind))
         what = _OWN[other_kind]

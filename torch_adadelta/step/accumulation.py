@@ -1,0 +1,113 @@
+"""Gradient accumulation, with `gradient_accumulation_steps`: sums of gradients, and their means for an update."""
+
+import warnings
+from functools import partial
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_adadelta.backends import dtensor, functional
+from torch_adadelta.backends.opmath import wide_dtype
+from torch_adadelta.step import validation
+from torch_adadelta.step.averages import State
+from torch_adadelta.step.sources import Group
+
+KEY: Final = "gradient_accumulator"
+
+
+def steps_of(group: Group) -> int:
+    """How many calls make an update."""
+    return group["gradient_accumulation_steps"] or 1
+
+
+def is_update(group: Group) -> bool:
+    """Whether the next call updates parameters."""
+    return (int(group["iterations"]) + 1) % steps_of(group) == 0
+
+
+def has_pending(group: Group) -> bool:
+    """Whether some calls were summed that no update has used yet."""
+    return group["gradient_accumulation_steps"] is not None and int(group["iterations"]) % steps_of(group) != 0
+
+
+def check_pending(groups: list[Group], state: State) -> None:
+    """Raises ValueError if the count says that there are sums, and there are none."""
+    if not groups or not has_pending(groups[0]):
+        return
+    if not any(isinstance(entry, dict) and KEY in entry for entry in state.values()):
+        n, count = steps_of(groups[0]), int(groups[0]["iterations"])
+        raise ValueError(
+            f"after {count} calls, with gradient_accumulation_steps={n}, the gradients of {count % n} are summed, and "
+            f"no parameter has a {KEY}. Load state that has them, or set iterations to a multiple of {n}"
+        )
+
+
+class Addition(NamedTuple):
+    """A gradient that is to be added to a sum."""
+
+    total: Tensor
+    grad: Tensor
+
+
+class Accumulated(NamedTuple):
+    """What a call makes of its gradients: additions, or the means for an update and the sums that become 0 with it."""
+
+    additions: list[Addition]
+    params: list[Tensor]
+    means: list[Tensor]
+    finished: list[Tensor]
+
+
+def accumulate(
+    groups: list[Group],
+    state: State,
+    params: list[Tensor],
+    grads: list[Tensor],
+    new_state: State,
+    names: validation.NameOf,
+) -> Accumulated:
+    """What is to be done with gradients. Sums that are missing are made, in `new_state`. Writes nothing."""
+    validation.check_sums(params, grads, names)
+    loss_scale_factor = groups[0]["loss_scale_factor"]
+    totals = [sum_of(param, state, new_state, names) for param in params]
+    grads = dtensor.aligned(params, grads)
+    if not is_update(groups[0]):
+        added = [
+            functional.unscaled_in(total, grad, loss_scale_factor) for total, grad in zip(totals, grads, strict=True)
+        ]
+        return Accumulated(list(map(Addition, totals, added)), [], [], [])
+    n = steps_of(groups[0])
+    sums: dict[Tensor, Tensor] = {}
+    for param, total, grad in zip(params, totals, grads, strict=True):  # one may be listed twice
+        sums[param] = functional.added(sums.get(param, total), functional.unscaled_in(total, grad, loss_scale_factor))
+    finished = all_sums(groups, state, new_state)
+    lost = [param for group in groups for param in group["params"] if param not in sums and KEY in state.get(param, {})]
+    if lost:
+        some = ", ".join(map(names, lost[:5])) + (", ..." if len(lost) > 5 else "")
+        warnings.warn(
+            f"no gradient in the call that updates: {some}; what was summed before is dropped, as in Keras",
+            stacklevel=2,
+        )
+    means = [functional.divided(total, n) for total in sums.values()]
+    return Accumulated([], list(sums), means, finished)
+
+
+def new_sum(param: Tensor) -> Tensor:
+    """The sum of a parameter's gradients before there is one."""
+    return torch.zeros_like(param, dtype=wide_dtype(param), memory_format=torch.preserve_format, requires_grad=False)
+
+
+def all_sums(groups: list[Group], state: State, new_state: State) -> list[Tensor]:
+    """All sums that there are."""
+    entries = [each.get(param, {}) for group in groups for param in group["params"] for each in (state, new_state)]
+    return [entry[KEY] for entry in entries if KEY in entry]
+
+
+def sum_of(param: Tensor, state: State, new_state: State, names: validation.NameOf) -> Tensor:
+    """The sum of a parameter's gradients, checked; zeros, in `new_state`, if there is none."""
+    total = state.get(param, {}).get(KEY)
+    if total is None:
+        return new_state.setdefault(param, {}).setdefault(KEY, new_sum(param))
+    validation.check_wide_state(partial(names, param), param, KEY, total)
+    return total

@@ -1,0 +1,135 @@
+"""Moving averages of the parameters, with `use_ema`: what a step is to write of them.
+
+The averages of parameters that a dense batch updates move on inside that update. All others, of parameters without a
+gradient too, move on in a pass of their own after it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_adadelta.backends import dtensor
+from torch_adadelta.backends.batch import Batch
+from torch_adadelta.backends.opmath import Value, wide_dtype
+from torch_adadelta.step import norm_variables, validation
+from torch_adadelta.step.sources import Group
+
+KEY: Final = "average"
+
+State = dict[Tensor, dict[str, Any]]
+
+
+class AveragePass(NamedTuple):
+    """Averages of one device that move on after the updates; nothing does if `found_inf` is not 0."""
+
+    params: list[Tensor]
+    averages: list[Tensor]
+    momentum: Value
+    overwrites: bool
+    found_inf: Tensor | None
+
+
+class Momentum(NamedTuple):
+    """What all averages of a step have in common.
+
+    Args:
+        value: what an average is multiplied by; 0 in the first update, which makes it a copy.
+        overwrites: whether parameters become their averages.
+    """
+
+    value: Value
+    overwrites: bool
+
+    def on(self, device: torch.device) -> Value:
+        """`value` for tensors of a device."""
+        if not isinstance(self.value, Tensor):
+            return self.value
+        return self.value.to(device, non_blocking=device.type != "cpu")
+
+
+def momentum_of(group: Group) -> Momentum:
+    """That of this step. A count that is kept on a device is not read."""
+    count, frequency, n = group["iterations"], group["ema_overwrite_frequency"], group["gradient_accumulation_steps"]
+    is_known = not isinstance(count, Tensor) or count.device.type == "cpu" or frequency is not None or n is not None
+    if not is_known:
+        return Momentum(momentum_on_device(group), False)
+    update = int(count) // (n or 1)
+    overwrites = frequency is not None and (update + 1) % frequency == 0
+    return Momentum(group["ema_momentum"] if update else 0.0, overwrites)
+
+
+def momentum_on_device(group: Group) -> Tensor:
+    """The momentum of a step whose number is a Tensor, which is not read."""
+    momentum: Tensor = (group["iterations"] != 0).to(torch.float64) * group["ema_momentum"]
+    return momentum
+
+
+def new_average(param: Tensor) -> Tensor:
+    """The average of a parameter that has none yet."""
+    return param.detach().to(wide_dtype(param), copy=True)
+
+
+def attach(
+    groups: list[Group], state: State, batches: list[Batch], new_state: State, names: validation.NameOf
+) -> list[Tensor]:
+    """Gives dense batches the averages of their parameters, which it returns.
+
+    Averages that are missing are made, in `new_state`.
+    """
+    momentum = momentum_of(groups[0])
+    # The average of a parameter that is updated twice, or in pieces, moves on once, after that.
+    times = Counter(id(param) for batch in batches for param in batch.owners[0])
+    is_split = groups[0]["clipnorm"] is not None and norm_variables.any_in(groups)
+    attached: list[Tensor] = []
+    for batch in batches:
+        owners = batch.owners[0]
+        if batch.is_sparse or is_split or any(times[id(param)] > 1 for param in owners):
+            continue
+        own = averages_of(owners, state, new_state, names)
+        batch.averages = dtensor.local_tensors(own)
+        if batch.wholes is not None:
+            batch.wholes = (*batch.wholes, own)
+        value = momentum.on(batch.params[0].device)
+        batch.segments = [
+            segment._replace(ema_momentum=value, overwrites=momentum.overwrites) for segment in batch.segments
+        ]
+        attached += owners
+    return attached
+
+
+def passes(
+    groups: list[Group],
+    params: Iterable[Tensor],
+    state: State,
+    new_state: State,
+    names: validation.NameOf,
+    found_inf: Tensor | None,
+) -> list[AveragePass]:
+    """A pass over the averages of these parameters for each device."""
+    momentum = momentum_of(groups[0])
+    on_device: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        on_device.setdefault(param.device, []).append(param)
+    result = []
+    for device, some in on_device.items():
+        own = dtensor.local_tensors(averages_of(some, state, new_state, names))
+        skips = None if found_inf is None else found_inf.to(device, non_blocking=device.type != "cpu").reshape(())
+        result.append(AveragePass(dtensor.local_tensors(some), own, momentum.on(device), momentum.overwrites, skips))
+    return result
+
+
+def averages_of(params: list[Tensor], state: State, new_state: State, names: validation.NameOf) -> list[Tensor]:
+    """The averages of parameters, checked."""
+    result = []
+    for param in params:
+        average = state.get(param, {}).get(KEY)
+        if average is None:
+            average = new_state.setdefault(param, {}).setdefault(KEY, new_average(param))
+        else:
+            validation.check_wide_state(partial(names, param), param, KEY, average)
+        result.append(average)
+    return result
