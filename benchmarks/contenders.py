@@ -41,6 +41,7 @@ ADAM: Final = "torch.optim.Adam, fused"
 ADAGRAD: Final = "torch.optim.Adagrad, fused"
 PYTORCH_OPTIMIZER: Final = "pytorch_optimizer.AdaDelta"
 KERAS: Final = "Keras 3 on torch"
+KERAS3: Final = "torch_adadelta.keras3, Keras 3 on torch"
 TF_EAGER: Final = "tf_keras legacy (TensorFlow's op), eager"
 TF_GRAPH: Final = "tf_keras legacy (TensorFlow's op), graph"
 OPTAX: Final = "optax.adadelta, jax.jit"
@@ -178,14 +179,16 @@ def as_numpy(tensor: Tensor) -> Any:
     return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def keras(tensors: Tensors) -> Step:
-    """Adadelta of Keras 3 on the PyTorch backend."""
+def keras(tensors: Tensors, *, fused: bool) -> Step:
+    """Adadelta of Keras 3 on the PyTorch backend: Keras' own, or ours with the fused update."""
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
 
+    from torch_adadelta import keras3
+
     dtype = str(tensors.params[0].dtype).removeprefix("torch.")
     variables = [keras.Variable(param.detach(), dtype=dtype) for param in tensors.params]
-    optimizer = keras.optimizers.Adadelta(LR, RHO, EPSILON)
+    optimizer = (keras3.Adadelta if fused else keras.optimizers.Adadelta)(LR, RHO, EPSILON)
     optimizer.build(variables)
     for states in (optimizer._accumulated_grads, optimizer._accumulated_delta_vars):
         for state, square in zip(states, tensors.square_avgs, strict=True):
@@ -273,7 +276,7 @@ STEPS: Final[dict[str, dict[str, Callable[[Tensors], Step]]]] = {
         FUSED + DENSE: keras_like,
         TORCH_FOREACH + DENSE: partial(torch_adadelta, foreach=True),
     },
-    "keras": {KERAS: keras},
+    "keras": {KERAS3: partial(keras, fused=True), KERAS: partial(keras, fused=False)},
     "tensorflow": {TF_EAGER: partial(tf_keras, graph=False), TF_GRAPH: partial(tf_keras, graph=True)},
     "jax": {OPTAX: optax},
 }
