@@ -83,13 +83,14 @@ def attach(
     momentum = momentum_of(groups[0])
     # The average of a parameter that is updated twice, or in pieces, moves on once, after that.
     times = Counter(id(param) for batch in batches for param in batch.owners[0])
+    is_repeated = len(times) < times.total()
     is_split = groups[0]["clipnorm"] is not None and norm_variables.any_in(groups)
     attached: list[Tensor] = []
     for batch in batches:
         owners = batch.owners[0]
-        if batch.is_sparse or is_split or any(times[id(param)] > 1 for param in owners):
+        if batch.is_sparse or is_split or (is_repeated and any(times[id(param)] > 1 for param in owners)):
             continue
-        own = averages_of(owners, state, new_state, names)
+        own = averages_of(owners, state, new_state, names, is_checked_later=True)
         batch.averages = dtensor.local_tensors(own)
         if batch.wholes is not None:
             batch.wholes = (*batch.wholes, own)
@@ -122,14 +123,17 @@ def passes(
     return result
 
 
-def averages_of(params: list[Tensor], state: State, new_state: State, names: validation.NameOf) -> list[Tensor]:
-    """The averages of parameters, checked."""
-    result = []
-    for param in params:
-        average = state.get(param, {}).get(KEY)
+def averages_of(
+    params: list[Tensor], state: State, new_state: State, names: validation.NameOf, *, is_checked_later: bool = False
+) -> list[Tensor]:
+    """The averages of parameters, checked: all that a backend does not look at itself, if it `is_checked_later`."""
+    try:
+        averages = [state[param][KEY] for param in params]
+    except KeyError:
+        averages = [state.get(param, {}).get(KEY, new_state.get(param, {}).get(KEY)) for param in params]
+    for row, (param, average) in enumerate(zip(params, averages, strict=True)):
         if average is None:
-            average = new_state.setdefault(param, {}).setdefault(KEY, new_average(param))
-        else:
+            averages[row] = new_state.setdefault(param, {}).setdefault(KEY, new_average(param))
+        elif type(average) is not Tensor or not is_checked_later:
             validation.check_wide_state(partial(names, param), param, KEY, average)
-        result.append(average)
-    return result
+    return averages
