@@ -74,6 +74,13 @@ def assert_same_datasets(path: Path, other: Path) -> None:
         np.testing.assert_array_equal(after[key], value, err_msg=key, strict=True)
 
 
+def written_config(path: Path) -> dict[str, Any]:
+    if zipfile.is_zipfile(path):
+        return json.loads(zipfile.ZipFile(path).read("config.json"))["compile_config"]["optimizer"]["config"]
+    with h5py.File(path, "r") as file:
+        return json.loads(file.attrs["training_config"])["optimizer_config"]["config"]
+
+
 # ---- Edited ---------------------------------------------------------------------------------------------------------
 
 

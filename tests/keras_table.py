@@ -24,6 +24,14 @@ GENERATIONS: Final = ("tf24", "legacy", "new", "keras3")
 
 WRITABLE: Final = ("h5", "keras", "weights.h5")
 
+_NAMES_OF: Final = {
+    "h5": "model.h5",
+    "keras": "model.keras",
+    "weights.h5": "model.weights.h5",
+    "checkpoint": "ckpt-1.index",
+    "weights_checkpoint": "weights.index",
+}
+
 # In float64: the newer classes do not round rho to float32, and divide by one root.
 TOLERANCE: Final = {"tf24": 1e-12, "legacy": 1e-12, "new": 1e-6, "keras3": 1e-6}
 
@@ -222,6 +230,17 @@ ROWS: Final = {
     "channels first": Row(_torch_channels_first),
 }
 
+def _torch_gates() -> nn.Module:
+    return _Net(
+        lambda net, x: net.out(net.gru(x)[0][:, -1]),
+        gru=nn.GRU(2, 2, batch_first=True),
+        out=nn.Linear(2, 1),
+    )
+
+
+# The row of `ADDED_MODEL`.
+ADDED_ROWS: Final = {"gates": Row(_torch_gates)}
+
 # Rows of a running Keras only.
 LIVE_ROWS: Final = {
     "maps": Row(_torch_maps),
@@ -237,6 +256,8 @@ _NAMES: Final = "dense may be "
 _ORDER: Final = r"Pass (config=model\.to_json\(\), or )?state_order=\["
 
 _CHAINS: Final = ("chain", "frozen before", "frozen after", "renamed", "channels first", "maps", "sequences", "volumes")
+
+STATE: Final = ("square_avg", "acc_delta", "average", "gradient_accumulator")
 
 # What is refused at first, by generation, and what is passed then. Every other cell loads as it is.
 REFUSED: Final[dict[str, dict[str, dict[str, str]]]] = {
@@ -259,23 +280,30 @@ REFUSED: Final[dict[str, dict[str, dict[str, str]]]] = {
 }
 
 
-def check(name: str, generation: str, files: dict[str, Path], truth: Any) -> None:
-    """All kinds of files of a model."""
-    found = {kind: _check_cell(name, generation, kind, path, truth) for kind, path in files.items()}
+def recorded(folder: Path) -> dict[str, Path]:
+    """The files of a model, by their kinds."""
+    return {kind: folder / name for kind, name in _NAMES_OF.items() if (folder / name).exists()}
+
+
+def check(name: str, generation: str, files: dict[str, Path], truth: Any, **given: Any) -> None:
+    """All kinds of files of a model, whose optimizer was given options besides those of `loaded`."""
+    found = {kind: _check_cell(name, generation, kind, path, truth, given) for kind, path in files.items()}
     expected = dict.fromkeys(files, "loads") | REFUSED[generation].get(name, {})
     if "keras" in files and generation == "legacy":  # whose .keras files have no state, which is said
         expected["keras"] = "no state"
     assert found == {kind: expected[kind] for kind in files}
 
 
-def _check_cell(name: str, generation: str, kind: str, path: Path, truth: Any) -> str:
-    way, job = loaded(name, generation, kind, path, truth)
+def _check_cell(name: str, generation: str, kind: str, path: Path, truth: Any, given: dict[str, Any]) -> str:
+    way, job = loaded(name, generation, kind, path, truth, **given)
     if job is None:
         return way
     optimizer, model = job.optimizer, job.model
     is_double = truth["y"].dtype == np.float64
-    assert optimizer.iterations == len(truth["x"]) - len(truth["losses"])
+    count = len(truth["x"]) - len(truth["losses"])
+    assert optimizer.param_groups[0]["iterations"] == count
     assert optimizer.learning_rate == 0.5
+    assert {option: getattr(optimizer, option) for option in given} == given
     if kind in WRITABLE:  # nothing has changed by a bit
         back = path.with_name(f"back.{kind}")
         save_keras(back, optimizer, model, path, **job.options)
@@ -286,10 +314,12 @@ def _check_cell(name: str, generation: str, kind: str, path: Path, truth: Any) -
     np.testing.assert_allclose(
         outputs, truth["outputs"], rtol=1e-10 if is_double else 1e-5, atol=1e-13 if is_double else 1e-6
     )
-    for key in ("square_avg", "acc_delta"):  # here by their numbers; that each is in its place, the losses show
+    for key in [
+        key for key in STATE if key in truth
+    ]:  # here by their numbers; that each is in its place, the losses show
         tensors = [optimizer.state[param][key].flatten() for param in model.parameters() if param.requires_grad]
         np.testing.assert_array_equal(np.sort(torch.cat(tensors).numpy()), truth[key], strict=True)
-    losses = train(job, truth["x"][optimizer.iterations :], truth["y"][optimizer.iterations :])
+    losses = train(job, truth["x"][count:], truth["y"][count:])
     assert losses == pytest.approx(list(truth["losses"]), rel=TOLERANCE[generation] if is_double else 1e-5), kind
     return way
 
@@ -315,10 +345,17 @@ def train(job: Job, xs: Any, ys: Any) -> list[float]:
     return losses
 
 
-def loaded(name: str, generation: str, kind: str, path: Path, truth: Any) -> tuple[str, Job | None]:
+def has_options(generation: str, kind: str) -> bool:
+    """Whether files of a kind hold the configuration of the optimizer."""
+    return kind == "h5" or (generation, kind) == ("new", "keras")
+
+
+def loaded(
+    name: str, generation: str, kind: str, path: Path, truth: Any, drop: Any = (), **given: Any
+) -> tuple[str, Job | None]:
     """What had to be passed, "loads" for nothing, and the job; None if the file is refused for good."""
     name = f"{name}, one group" if (name, generation) == ("sequences", "keras3") else name
-    row, is_numbered, config = (ROWS | LIVE_ROWS)[name], kind in ("keras", "weights.h5"), str(truth["config"])
+    row, is_numbered, config = (ROWS | LIVE_ROWS | ADDED_ROWS)[name], kind in ("keras", "weights.h5"), str(truth["config"])
     options = row.numbered if is_numbered else row.named
     ways: list[tuple[str, str, dict[str, Any]]] = [("loads", "", {})]
     if config and kind not in ("h5", "keras"):
@@ -335,13 +372,16 @@ def loaded(name: str, generation: str, kind: str, path: Path, truth: Any) -> tup
             continue
         torch.manual_seed(0)
         model = row.torch().to(torch.from_numpy(truth["y"]).dtype)
-        optimizer = AdadeltaKeras(model.named_parameters(), learning_rate=0.5, rho=0.9, epsilon=1e-6)
+        own = {} if has_options(generation, kind) else given
+        optimizer = AdadeltaKeras(model.named_parameters(), learning_rate=0.5, rho=0.9, epsilon=1e-6, **own)
         before = [param.clone() for param in model.parameters()]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                warnings.filterwarnings("ignore", message=".*(not in the file|rows that a batch uses)")
-                load_keras(path, optimizer, model, weights=True, **options, **extra)
+                warnings.filterwarnings(
+                    "ignore", message=".*(not in the file|rows that a batch uses|exclude_from_weight)"
+                )
+                load_keras(path, optimizer, model, weights=True, drop=drop, **options, **extra)
         except KerasFileError as caught:
             error = str(caught)
             assert (optimizer.iterations, len(optimizer.state)) == (0, 0)

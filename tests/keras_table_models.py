@@ -32,6 +32,7 @@ INPUTS = {
     "maps": (6, 8, 3),
     "sequences": (12, 3),
     "volumes": (4,),
+    "gates": (3, 2),
 }
 TOKENS = 42
 
@@ -186,6 +187,10 @@ def _tokens(K):
     return K.Sequential([K.Input((None,), dtype="int32"), *layers])
 
 
+def _gates(K):
+    return K.Sequential([K.Input((3, 2)), K.layers.GRU(2, name="gru"), _dense(K, "out", 1)])
+
+
 def _freeze(model):
     model.layers[0].trainable = False
 
@@ -216,7 +221,13 @@ MODELS = {
     "sequences": (_sequences, None),
     "volumes": (_volumes, None),
     "tokens": (_tokens, None),
+    "gates": (_gates, None),
 }
+
+# What the newer classes add to Adadelta, apart from the defaults; after `STEPS` calls, gradients wait for their update.
+ADDED = {"new": {"weight_decay": 0.02, "use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 3}}
+ADDED["keras3"] = dict(ADDED["new"], gradient_accumulation_steps=2, loss_scale_factor=2.0)
+ADDED_MODEL = "gates"  # is recorded with these, and not in the table
 
 # With layers that TensorFlow 2.4 does not have: they are not recorded, but written by a running Keras only.
 LIVE = ("maps", "sequences", "volumes", "tokens")
@@ -239,10 +250,20 @@ def trained(model, generation, data):
     return losses
 
 
-def _accumulators(model, generation):
-    """Those of the weights that are trained, sorted: their numbers, whatever their layout."""
-    optimizer, found = model.optimizer, []
-    for key, name in (("accum_grad", "_accumulated_grads"), ("accum_var", "_accumulated_delta_vars")):
+STATE = {
+    "square_avg": ("accum_grad", "_accumulated_grads"),
+    "acc_delta": ("accum_var", "_accumulated_delta_vars"),
+    "average": ("", "_model_variables_moving_average"),
+    "gradient_accumulator": ("", "_accumulated_gradients"),
+}
+
+
+def state_of(model, generation):
+    """That of the weights that are trained, sorted: its numbers, whatever their layout."""
+    optimizer, found = model.optimizer, {}
+    for slot, (key, name) in STATE.items():
+        if not key and not hasattr(optimizer, name):
+            continue
         arrays = []
         for variable in model.trainable_variables:
             if generation in ("tf24", "legacy"):
@@ -251,7 +272,7 @@ def _accumulators(model, generation):
                 arrays.append(getattr(optimizer, name)[optimizer._index_dict[optimizer._var_key(variable)]].numpy())
             else:
                 arrays.append(np.array(getattr(optimizer, name)[optimizer._get_variable_index(variable)]))
-        found.append(np.sort(np.concatenate([array.ravel() for array in arrays])))
+        found[slot] = np.sort(np.concatenate([array.ravel() for array in arrays]))
     return found
 
 
@@ -303,12 +324,12 @@ def job(K, generation, name, count=STEPS + FURTHER, **options):
     return model, list(zip(x, y))  # noqa: B905
 
 
-def write(generation, name, folder):
+def write(generation, name, folder, **options):
     """Writes a file of each kind, and ``truth.npz``: what Keras had when it wrote them, and did in further steps."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with precision(generation, name) as K:
-        model, data = job(K, generation, name)
+        model, data = job(K, generation, name, **options)
         trained(model, generation, data[: STEPS - 1])
         if MODELS[name][1] is not None:
             MODELS[name][1](model)
@@ -316,16 +337,15 @@ def write(generation, name, folder):
         for kind in KINDS[generation]:
             if (generation, kind, name) not in UNWRITTEN:
                 save(model, kind, folder)
-        square_avg, acc_delta = _accumulators(model, generation)
+        state = state_of(model, generation)
         np.savez(
             str(folder / "truth.npz"),
             x=np.stack([x for x, _ in data]),
             y=np.stack([y for _, y in data]),
             outputs=np.array(model(data[0][0], training=False)),
-            square_avg=square_avg,
-            acc_delta=acc_delta,
             config=np.array("" if name == "subclassed" else model.to_json()),
             losses=trained(model, generation, data[STEPS:]),
+            **state,
         )
 
 
@@ -359,7 +379,9 @@ def restored(K, path, kind, generation, name, **options):
 
 
 if __name__ == "__main__":
+    if sys.argv[1] in ADDED:
+        write(sys.argv[1], ADDED_MODEL, Path(sys.argv[2]) / "added" / sys.argv[1], **ADDED[sys.argv[1]])
     for model_name in MODELS:
-        if (sys.argv[1], model_name) not in UNKNOWN and model_name not in LIVE:
+        if (sys.argv[1], model_name) not in UNKNOWN and model_name not in (*LIVE, ADDED_MODEL):
             write(sys.argv[1], model_name, Path(sys.argv[2]) / sys.argv[1] / model_name.replace(" ", "_"))
             print(json.dumps([sys.argv[1], model_name]))

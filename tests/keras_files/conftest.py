@@ -1,6 +1,8 @@
 """What makes tests of small files of our own quick."""
 
+import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,3 +27,12 @@ def _unprobed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Elsewhere none does: it takes a fifth of a second, and these files are ours."""
     if "probed" not in request.fixturenames:
         monkeypatch.setattr("torch_adadelta.keras.checkpoints.probe", lambda path, data=None: None)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where recorded files of newer classes are that use all that these add to Adadelta; see keras_added.py."""
+    path = tmp_path_factory.mktemp("added")
+    with tarfile.open(Path(__file__).resolve().parents[1] / "data" / "keras" / "added.tar.xz") as archive:
+        archive.extractall(path, filter="data")
+    return path

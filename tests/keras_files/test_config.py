@@ -80,7 +80,15 @@ def adadelta(class_name: str = "Adadelta", **options: Any) -> dict[str, Any]:
         (adadelta(decay=0.1, clipvalue=0.0, clipnorm=None), {"decay": 0.1, "clipvalue": 0.0}),
         (adadelta(clipnorm=1.0, global_clipnorm=2.0), {"clipnorm": 1.0, "global_clipnorm": 2.0}),
         (adadelta(name="mine", jit_compile=True, momentum=0.9), {}),
-        (adadelta(use_ema=False, weight_decay=0, gradient_accumulation_steps=1, loss_scale_factor=1), {}),
+        (adadelta(weight_decay=0, gradient_accumulation_steps=1, ema_overwrite_frequency=0), {}),
+        (adadelta(use_ema=True, ema_momentum=0.5), {"use_ema": True, "ema_momentum": 0.5}),
+        (adadelta(use_ema=False, ema_momentum=0.5), {"use_ema": False, "ema_momentum": 0.5}),  # which may be used later
+        (adadelta(weight_decay=0.1, ema_overwrite_frequency=2), {"weight_decay": 0.1, "ema_overwrite_frequency": 2}),
+        (
+            adadelta(loss_scale_factor=2.0, gradient_accumulation_steps=3),
+            {"loss_scale_factor": 2.0, "gradient_accumulation_steps": 3},
+        ),
+        (adadelta(decoupled_weight_decay=False), {}),
         (adadelta(use_ema=None, weight_decay=None, gradient_accumulation_steps=None, loss_scale_factor=None), {}),
         (adadelta(weight_decay=False), {}),
     ],
@@ -98,7 +106,6 @@ def test_options_are_taken(config: Any, expected: dict[str, Any]) -> None:
         (adadelta(""), "its optimizer is unknown, not"),
         (adadelta("AdadeltaW"), "is AdadeltaW, not"),
         (adadelta("LossScaleOptimizer"), "whose scale does not carry over"),
-        (adadelta(loss_scale_factor=2.0), "loss_scale_factor=2.0"),
     ],
 )
 def test_another_optimizer_is_refused(config: Any, message: str) -> None:
@@ -107,17 +114,28 @@ def test_another_optimizer_is_refused(config: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "drop"),
+    ("drop", "options", "state"),
     [
-        ({"use_ema": True}, "ema"),
-        ({"weight_decay": 0.1}, "weight_decay"),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation"),
+        ("ema", {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}, ["ema"]),
+        ("weight_decay", {"weight_decay": 0.1}, []),
+        ("gradient_accumulation", {"gradient_accumulation_steps": 4}, ["gradient_accumulation"]),
     ],
 )
-def test_what_is_added_to_adadelta_is_refused_or_dropped(options: dict[str, Any], drop: str) -> None:
-    with pytest.raises(KerasFileError, match=rf"its optimizer has {next(iter(options))}=.* drop={{'{drop}'}}"):
-        hyperparameters(adadelta(**options), set(configs.DROPPABLE) - {drop})
-    assert hyperparameters(adadelta(rho=0.5, **options), {drop}) == {"rho": 0.5}
+def test_what_is_added_to_adadelta_can_be_left_out(drop: str, options: dict[str, Any], state: list[str]) -> None:
+    config = adadelta(rho=0.5, **options)
+    others = set(configs.DROPPABLE) - {drop}
+    assert hyperparameters(config, others) == {"rho": 0.5, **options}
+    assert hyperparameters(config, {drop}) == {"rho": 0.5}
+    assert configs.dropped_options({drop}) == set(options)
+    assert configs.optional_state(config["config"]) == state
+    assert configs.optional_state(dict.fromkeys(options)) == []
+
+
+def test_the_state_that_options_ask_for_is_in_the_order_of_files() -> None:
+    both = {"gradient_accumulation_steps": 2, "use_ema": True}
+    assert configs.optional_state(both) == ["ema", "gradient_accumulation"]
+    for neutral in ({"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 0}, {"use_ema": False}):
+        assert configs.optional_state(neutral) == []
 
 
 LEFT_OUT: Final = "clipnorm=0 means no clipping in this Keras, and is left out"

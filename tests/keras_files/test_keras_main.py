@@ -13,6 +13,8 @@ from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
+from keras_added import ADDED, CELLS, COUNT, STATE, config_of
+from keras_added import load as load_added
 from keras_chains import FORMATS, Chain
 from keras_memory import checkpoint_of, moved
 from keras_stored import (
@@ -28,6 +30,7 @@ from keras_stored import (
     with_options,
     write_h5,
 )
+from keras_table import has_options, recorded
 
 from torch_adadelta.keras import load_keras
 from torch_adadelta.keras.__main__ import main, tensors
@@ -200,3 +203,42 @@ def test_the_command_takes_the_word_and_the_order(tmp_path: Path) -> None:
 
 def test_all_recorded_files_are_shown() -> None:
     assert all(main(["inspect", str(DATA / name)]) == 0 for names in WITH_STATE.values() for name in names)
+
+
+def test_the_command_shows_and_converts_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.pt"
+    for generation, kind in CELLS:
+        path = recorded(folder / generation)[kind]
+        (tmp_path / "config.json").write_text(config_of(folder, generation))
+        more = [] if kind in ("h5", "keras") else ["--config", str(tmp_path / "config.json")]
+        own = {} if has_options(generation, kind) else ADDED[generation]
+        if generation == "new" and kind == "weights.h5":
+            assert main(["inspect", str(path), *more]) == 1
+            assert "does not say which" in capsys.readouterr().err
+            more += ["--uses", "ema"]
+        assert main(["inspect", str(path), *more]) == 0
+        shown = capsys.readouterr().out
+        assert shown.count(", ".join(STATE[generation])) == 5
+        assert ("use_ema        True\n" in shown) == (own == {})
+        assert ("weight_decay   0.02\n" in shown) == (own == {})
+        assert main(["convert", str(path), str(out), *more]) == 0
+        capsys.readouterr()
+        found = torch.load(out, weights_only=True)
+        model, optimizer, _ = load_added(folder, generation, kind, own)
+        for slot in STATE[generation]:
+            weight, bias = (optimizer.state[param][slot] for param in (model.out.weight, model.gru.bias_hh_l0))
+            assert torch.equal(found[f"{slot}.out.weight"], weight)
+            assert torch.equal(next(v for k, v in found.items() if k.startswith(slot) and "bias_hh" in k), bias)
+        assert "use_ema" not in found
+        assert found["iterations"] == COUNT
+        assert main(["convert", str(path), str(out), *more, "--drop", "ema"]) == 0
+        assert not any(name.startswith("average") for name in torch.load(out, weights_only=True))
+        capsys.readouterr()
+
+
+def test_what_only_keras_3_has_is_told_if_it_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, is_told in ((DATA / "k3.h5", False), (edited(tmp_path, with_options(ema_momentum=0.5), "k3.h5"), True)):
+        assert main(["inspect", str(path)]) == 0
+        assert ("ema_momentum" in capsys.readouterr().out) == is_told
+        assert main(["convert", str(path), str(tmp_path / "out.pt")]) == 0
+        assert ("ema_momentum" in torch.load(tmp_path / "out.pt")) == is_told

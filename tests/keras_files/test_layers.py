@@ -24,3 +24,12 @@ def test_a_layer_knows_its_weights() -> None:
     assert layer.is_frozen
     assert not Layer("a", None).variables
     assert Layer("a", None).variables is not Layer("b", None).variables
+
+
+def test_the_state_of_a_weight_is_in_one_order() -> None:
+    one = stored(1)
+    assert Variable("kernel", one).slots == []
+    every = ["square_avg", "acc_delta", "average", "gradient_accumulator"]
+    assert Variable("kernel", one, **dict.fromkeys(reversed(every), one)).slots == every
+    assert Variable("kernel", one, average=one).slots == ["average"]
+    assert not Variable("kernel", one, average=one).has_state

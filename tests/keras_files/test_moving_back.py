@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from keras_stored import (
     load,
     recurrent,
     write_h5,
+    written_config,
 )
 
 from torch_adadelta import AdadeltaKeras, schedules
@@ -151,13 +151,6 @@ def test_a_schedule_is_written_into_one(tmp_path: Path) -> None:
     save_keras(old, optimizer, model, old)
     assert written_config(old)["lr"] == 0.25
     assert "learning_rate" not in written_config(old)
-
-
-def written_config(path: Path) -> dict[str, Any]:
-    if zipfile.is_zipfile(path):
-        return json.loads(zipfile.ZipFile(path).read("config.json"))["compile_config"]["optimizer"]["config"]
-    with h5py.File(path, "r") as file:
-        return json.loads(file.attrs["training_config"])["optimizer_config"]["config"]
 
 
 def test_what_newer_keras_would_take_otherwise_is_not_written(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ OPTIMIZER = {"class_name": "Adadelta", "config": {"learning_rate": 0.5, "rho": 0
 class File:
     """A file of numbered weights, each full of a number of its own: its state has that times 100, and times 1000.
 
+    What else there is has it times 10, and times 20.
+
     Args:
         path: a ``.keras`` file if there is a configuration, a ``.weights.h5`` file otherwise.
         groups: the shapes of the weights of each layer, by where the file has it.
@@ -63,7 +65,7 @@ class File:
                     file[f"{group}/vars/{number}"] = self.values[name]
             names = [n for entry in order for n in self.values if n == entry or n.rpartition("/")[0] == entry]
             arrays: list[Any] = [np.int64(7), *([np.float32(0.5)] if has_rate else [])]
-            arrays += [self.values[name] * 10 for _ in range(extras) for name in names]
+            arrays += [self.values[name] * (10 + 10 * n) for n in range(extras) for name in names]
             arrays += [self.values[name] * factor for name in names for factor in (100, 1000)]
             for number, array in enumerate(arrays):
                 file[f"optimizer/vars/{number}"] = array
@@ -79,7 +81,7 @@ class File:
 
     def assert_moved(self, params: dict[str, torch.Tensor], optimizer: AdadeltaKeras) -> None:
         """Each parameter has the weight of this name and its state; those of the optimizer that are trained have some."""
-        assert optimizer.iterations == 7
+        assert optimizer.param_groups[0]["iterations"] == 7
         for name, param in params.items():
             value = float(self.values[name].flat[0])
             assert (param == value).all(), name
@@ -184,16 +186,72 @@ def test_which_frozen_layer_has_state_is_asked_for(kind: str, tmp_path: Path) ->
         file.assert_moved(of_linears(model), optimizer)
 
 
+@pytest.mark.parametrize("kind", ["weights.h5", "keras"])
+@pytest.mark.parametrize(
+    ("given", "drop", "slots"),
+    [
+        ({"use_ema": True}, (), ["average"]),
+        ({"gradient_accumulation_steps": 2}, (), ["gradient_accumulator"]),
+        ({"use_ema": True, "gradient_accumulation_steps": 2}, (), ["average", "gradient_accumulator"]),
+        ({"use_ema": True}, {"gradient_accumulation"}, ["average", None]),
+        ({"gradient_accumulation_steps": 2}, {"ema"}, [None, "gradient_accumulator"]),
+        ({"gradient_accumulation_steps": 2}, {"gradient_accumulation"}, None),
+    ],
+)
+def test_averages_and_sums_are_what_the_optimizer_or_the_configuration_says(
+    kind: str, given: dict[str, Any], drop: Any, slots: list[str | None] | None, tmp_path: Path
+) -> None:
+    config = chain(("a", True), ("b", True))
+    both = {"use_ema": True, "gradient_accumulation_steps": 2}
+    extras = [None] if slots is None else slots
+    asks = {**OPTIMIZER["config"], **(both if len(extras) == 2 else given)}  # the file has what is dropped, too
+    file = File(
+        tmp_path / f"m.{kind}", dense(2), list(dense(2)), config, {**OPTIMIZER, "config": asks}, extras=len(extras)
+    )
+    model = linears([], 2)
+    own = {name: value for name, value in given.items() if not (slots is None and name in given)}
+    optimizer = AdadeltaKeras(model.parameters(), **({} if kind == "keras" else own))
+    options: dict[str, Any] = {} if kind == "keras" else {"match": "order"}
+    load_keras(file.path, optimizer, model, weights=True, drop=drop, **options)
+    file.assert_moved(of_linears(model), optimizer)
+    for name, param in of_linears(model).items():
+        state = {slot: (10 + 10 * n) for n, slot in enumerate(extras) if slot}
+        assert optimizer.state[param].keys() == {"square_avg", "acc_delta", *state}
+        for slot, factor in state.items():
+            assert (optimizer.state[param][slot] == factor * float(file.values[name].flat[0])).all()
+
+
+def test_state_that_the_configuration_promises_and_the_file_lacks(tmp_path: Path) -> None:
+    config = chain(("a", True), ("b", True))
+    asks = {**OPTIMIZER["config"], "use_ema": True, "gradient_accumulation_steps": 2}
+    for extras, drop in ((0, {"ema", "gradient_accumulation"}), (1, {"ema"}), (1, {"gradient_accumulation"})):
+        file = File(
+            tmp_path / "m.keras", dense(2), list(dense(2)), config, {**OPTIMIZER, "config": asks}, extras=extras
+        )
+        model = linears([], 2)
+        optimizer = AdadeltaKeras(model.parameters(), gradient_accumulation_steps=7)
+        message = r"no order of them fits, with moving averages.* and gradient accumulation \(drop={'ema', 'gradient_ac"
+        with pytest.raises(KerasFileError, match=message):
+            load_keras(file.path, optimizer, model, weights=True)
+        load_keras(file.path, optimizer, model, weights=True, drop=drop)
+        file.assert_moved(of_linears(model), optimizer)
+        slots = {"average", "gradient_accumulator"} & optimizer.state[model[0].weight].keys()
+        assert len(slots) == extras
+        assert ("average" in slots) == (extras == 1 and "ema" not in drop)
+
+
 def test_other_variables_beside_the_state(tmp_path: Path) -> None:
     """Averages and accumulated gradients are named only where nothing denies them, and left out only if there are some."""
     config = chain(("a", True), ("b", True))
-    for extras, drop in ((1, {"ema"}), (1, {"gradient_accumulation"}), (2, {"ema", "gradient_accumulation"})):
+    both = {"ema", "gradient_accumulation"}
+    for extras, drop in ((1, {"ema"}), (1, {"gradient_accumulation"}), (1, both), (2, both)):
         file = File(tmp_path / "m.weights.h5", dense(2), list(dense(2)), extras=extras)
         model = linears([], 2)
         optimizer = AdadeltaKeras(model.parameters())
         for options in ({}, {"config": config}):
             for too_few in ((), *([{"ema"}, {"gradient_accumulation"}] if extras == 2 else [])):
-                with pytest.raises(KerasFileError, match="it was used with use_ema"):
+                message = "Give it the option as Keras had it" if extras == 2 else "the file does not say which"
+                with pytest.raises(KerasFileError, match=message):
                     load_keras(file.path, optimizer, model, weights=True, match="order", drop=too_few, **options)
             load_keras(file.path, optimizer, model, weights=True, match="order", drop=drop, **options)
             file.assert_moved(of_linears(model), optimizer)

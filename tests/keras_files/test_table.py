@@ -8,17 +8,9 @@ import pytest
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
-from keras_table import GENERATIONS, ROWS, check
+from keras_table import GENERATIONS, ROWS, check, recorded
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "data" / "keras" / "table.tar.xz"
-
-NAMES = {
-    "model.h5": "h5",
-    "model.keras": "keras",
-    "model.weights.h5": "weights.h5",
-    "ckpt-1.index": "checkpoint",
-    "weights.index": "weights_checkpoint",
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def test_the_table(generation: str, name: str, files: Path, monkeypatch: pytest.
     if (generation, name) == ("tf24", "channels first"):
         assert not folder.exists()  # TensorFlow 2.4 has no channels first on a CPU
         return
-    found = {kind: folder / name for name, kind in NAMES.items() if (folder / name).exists()}
+    found = recorded(folder)
     assert len(found) == {"tf24": 3, "legacy": 4, "new": 5, "keras3": 4}[generation] - (
         name == "subclassed" and "h5" not in found
     )

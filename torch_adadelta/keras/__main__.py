@@ -13,28 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_adadelta.keras.checkpoints import SLOTS, Checkpoint, Layer, Variable, explained, opened
-from torch_adadelta.keras.config import DROPPABLE
+from torch_adadelta.keras.checkpoints import Checkpoint, Layer, Variable, explained, opened
+from torch_adadelta.keras.config import DROPPABLE, SLOT_OF
 from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.layers import SLOTS
 from torch_adadelta.keras.layouts import Piece, Unfit, same
 from torch_adadelta.keras.matching import FLATTEN, Flattening, canonical
+from torch_adadelta.options import OPTIONS
 
 
 def table(checkpoint: Checkpoint) -> str:
     """What a file holds, as text."""
     lines = [f"{checkpoint.path}: {checkpoint.source}", f"iterations     {checkpoint.count()}"]
-    for name in ("learning_rate", "rho", "epsilon", "decay", "clipvalue", "clipnorm", "global_clipnorm"):
-        if name in checkpoint.hyperparameters:
-            value = checkpoint.hyperparameters[name]
-            text = f"{value.get('class_name')} {value.get('config')}" if isinstance(value, dict) else repr(value)
-            lines.append(f"{name:<14} {text}")
+    for name, value in _told(checkpoint).items():
+        text = f"{value.get('class_name')} {value.get('config')}" if isinstance(value, dict) else repr(value)
+        lines.append(f"{name:<14} {text}")
     missing = [name for name in ("learning_rate", "rho", "epsilon") if name not in checkpoint.hyperparameters]
     if missing:
         lines.append(f"not in it      {', '.join(missing)}")
     rows = [("weight", "shape", "dtype", "state", "class")]
     for layer, variable in checkpoint.variables():
         stored = variable.value
-        state = "square_avg, acc_delta" if variable.has_state else "none"
+        state = ", ".join(variable.slots) or "none"
         rows.append(
             (
                 f"{layer.path}/{variable.role}",
@@ -51,15 +51,25 @@ def table(checkpoint: Checkpoint) -> str:
     return "\n".join(lines)
 
 
+def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The hyperparameters, without what is the default of something that only Keras 3 has."""
+    found = {option: checkpoint.hyperparameters.get(option.name) for option in OPTIONS}
+    return {
+        option.name: value
+        for option, value in found.items()
+        if value is not None and not (option.is_keras3 and value == option.default)
+    }
+
+
 def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
     """The contents of a file by name, all Tensors, in the layouts of PyTorch's modules; and what stays as in Keras.
 
-    The names are "iterations", those of the hyperparameters that are numbers, and "weights.", "square_avg." or
-    "acc_delta." before the path of a layer and the name that its module has for the parameter.
+    The names are "iterations", those of the hyperparameters that are numbers, and "weights." or the
+    key of a state before the path of a layer and the name that its module has for the parameter.
     """
     found = {"iterations": torch.tensor(checkpoint.count(), dtype=torch.int64)}
-    for name, value in checkpoint.hyperparameters.items():
-        if isinstance(value, int | float):
+    for name, value in _told(checkpoint).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
             found[name] = torch.tensor(float(value), dtype=torch.float64)
     notes = []
     flattening = Flattening(checkpoint, flatten)
@@ -136,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("file", type=Path, help=".h5, .keras, .weights.h5, TensorFlow checkpoint or SavedModel")
         command.add_argument("--config", type=Path, help="a file with model.to_json(), for files without it")
         command.add_argument("--drop", action="append", default=[], choices=DROPPABLE, help="what may be left out")
+        command.add_argument(
+            "--uses", action="append", default=[], choices=SLOT_OF, help="what it used, where the file does not say"
+        )
         command.add_argument("--state-order", nargs="+", metavar="WEIGHT", help="the weights as the optimizer has them")
     converter.add_argument("out", type=Path, help=".pt or .safetensors")
     converter.add_argument(
@@ -145,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        with opened(options.file, options.config, options.drop, options.state_order) as checkpoint:
+        with opened(options.file, options.config, options.drop, options.state_order, options.uses) as checkpoint:
             if options.command == "inspect":
                 print(table(checkpoint))
             else:

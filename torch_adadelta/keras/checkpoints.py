@@ -27,10 +27,9 @@ from torch_adadelta.keras.bundle import Bundle, Node, find_prefix
 from torch_adadelta.keras.config import LayerConfig, ModelConfig
 from torch_adadelta.keras.errors import MAX_EXPANSION, KerasFileError, Stored
 from torch_adadelta.keras.hdf5 import Hdf5, probe, required
-from torch_adadelta.keras.layers import Layer, Variable
+from torch_adadelta.keras.layers import ACCUMULATORS, Layer, Variable
 from torch_adadelta.keras.state_order import assigned, natural
-
-SLOTS: Final = ("square_avg", "acc_delta")
+from torch_adadelta.step import accumulation, averages
 
 LEGACY, NEW, KERAS3 = "legacy", "new", "keras3"
 _GENERATIONS: Final = {
@@ -104,6 +103,7 @@ def opened(
     config: str | Path | Mapping[str, Any] | None = None,
     drop: Collection[str] = (),
     state_order: Sequence[str] | None = None,
+    uses: Collection[str] = (),
 ) -> Iterator[Checkpoint]:
     """Opens a file of any kind that holds a model of Keras and the state of its Adadelta.
 
@@ -114,6 +114,7 @@ def opened(
             returned, a file that holds it, or the dictionary.
         drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
         state_order: the names of the weights in the order of the optimizer, for files that number its state.
+        uses: what the optimizer used of "ema" and "gradient_accumulation", for those of these files that do not say.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -127,7 +128,7 @@ def opened(
     closers: list[Any] = []
     try:
         with damage_named(path):
-            checkpoint = _read(path, _given_config(config), drop, state_order, closers)
+            checkpoint = _read(path, _given_config(config), drop, state_order, uses, closers)
         yield checkpoint
     finally:
         for closer in closers:
@@ -186,6 +187,7 @@ def _read(
     config: dict[str, Any] | None,
     drop: Collection[str],
     state_order: Sequence[str] | None,
+    uses: Collection[str],
     closers: list[Any],
 ) -> Checkpoint:
     if config is not None:
@@ -202,7 +204,7 @@ def _read(
         magic = file.read(8)
         size = path.stat().st_size
     if magic[:4] == b"PK\x03\x04":
-        return _from_zip(path, size, config, drop, state_order, closers)
+        return _from_zip(path, size, config, drop, state_order, uses, closers)
     if magic == b"\x89HDF\r\n\x1a\n":
         probe(path)
         file = path.open("rb")
@@ -217,7 +219,7 @@ def _read(
                 "it holds weights only, as save_weights writes them in .h5. Save with model.save('model.h5'), which "
                 "keeps the state of the optimizer too"
             )
-        return _from_numbered(path, hdf5, ".weights.h5", None, {}, config, drop, state_order)
+        return _from_numbered(path, hdf5, ".weights.h5", None, {}, config, drop, state_order, uses)
     raise KerasFileError("it is no .h5, .keras or .weights.h5 file, and there is no TensorFlow checkpoint of that name")
 
 
@@ -388,53 +390,79 @@ def _without_number(name: str) -> str:
     return re.sub(r":\d+$", "", name)
 
 
-def _attach_named(states: Mapping[str, Stored], variables: Mapping[str, Variable], drop: Collection[str]) -> None:
+def _attach_named(
+    states: Mapping[str, Stored],
+    variables: Mapping[str, Variable],
+    drop: Collection[str],
+    kept: Collection[str] | None = None,
+) -> None:
     """Gives each weight its state, by the names.
 
     Args:
         states: what the optimizer has, by name, without iterations and learning rate.
         variables: the weights by name.
         drop: what may be left out.
+        kept: what the configuration says that there is besides the accumulators; None if it is not in the file.
 
     Raises:
-        KerasFileError: a state has no weight, a weight one state of two, or there is state that is not to be dropped.
+        KerasFileError: a state has no weight, a weight a part of the state, or there is more or less than `kept`.
     """
+    left_out = {configs.SLOT_OF.get(name) for name in drop}
     underscored: dict[str, list[str]] = {}
     for name in variables:
         underscored.setdefault(name.replace("/", "_"), []).append(name)
     found: dict[str, dict[str, Stored]] = {}
     for name, stored in states.items():
         slot, target = _slot(name)
-        if slot in ("ema", "gradient_accumulation"):
-            if slot not in drop:
-                raise KerasFileError(
-                    f"its optimizer has {configs.DROPPABLE[slot]} ({name}), which AdadeltaKeras does not do. Pass "
-                    f"drop={{{slot!r}}} to leave them out"
-                )
+        if slot in left_out:
             continue
         # In a file of a model that was loaded itself, the legacy class leaves its own name out.
         candidates = [known for known in (target, target.partition("/")[2]) if known in variables]
         candidates = candidates or underscored.get(target, [])
-        if slot not in SLOTS or not candidates:
+        if not slot or not candidates:
             raise KerasFileError(f"its optimizer has {name}, which belongs to no weight of the model")
         if len(candidates) > 1:
             raise KerasFileError(f"its optimizer has {name}, which may belong to {' or '.join(candidates)}")
         if slot in found.setdefault(candidates[0], {}):
             raise KerasFileError(f"its optimizer has {slot} of {candidates[0]} twice")
         found[candidates[0]][slot] = stored
+    for name in configs.SLOT_OF:
+        _check_optional(name, found, drop, kept)
     for name, slots in found.items():
-        if len(slots) != len(SLOTS):
-            raise KerasFileError(f"its optimizer has {', '.join(slots)} of {name}, and not the other accumulator")
-        _attach(name, variables[name], slots["square_avg"], slots["acc_delta"])
+        missing = [slot for slot in ACCUMULATORS if slot not in slots]
+        if missing:
+            raise KerasFileError(f"its optimizer has {', '.join(slots)} of {name}, and not {' and '.join(missing)}")
+        _attach(name, variables[name], slots)
 
 
-def _attach(name: str, variable: Variable, square_avg: Stored, acc_delta: Stored) -> None:
-    for stored in (square_avg, acc_delta):
+def _check_optional(
+    name: str, found: Mapping[str, Mapping[str, Stored]], drop: Collection[str], kept: Collection[str] | None
+) -> None:
+    """Raises unless all weights have what `drop` calls so, or none has."""
+    slot = configs.SLOT_OF[name]
+    having = [weight for weight, slots in found.items() if slot in slots]
+    without = [weight for weight, slots in found.items() if slot not in slots]
+    advice = f"Save it again, or pass drop={{{name!r}}} to leave them out"
+    if name in drop or not (having or name in (kept or ())):
+        return
+    if kept is not None and name not in kept:
+        raise KerasFileError(
+            f"its optimizer has {configs.DROPPABLE[name]} for {having[0]}, and its configuration does not ask for "
+            f"them. {advice}"
+        )
+    if without:
+        raise KerasFileError(
+            f"its optimizer had {configs.DROPPABLE[name]}, and there is no {slot} of {without[0]}. " + advice
+        )
+
+
+def _attach(name: str, variable: Variable, slots: Mapping[str, Stored]) -> None:
+    for slot, stored in slots.items():
         if stored.shape != variable.value.shape:
             raise KerasFileError(f"{stored.name} has shape {stored.shape}, its weight {name} {variable.value.shape}")
         if stored.dtype.kind != "f":
             raise KerasFileError(f"{stored.name} has dtype {stored.dtype}, which no state has")
-    variable.square_avg, variable.acc_delta = square_avg, acc_delta
+        setattr(variable, slot, stored)
 
 
 def _slot(name: str) -> tuple[str, str]:
@@ -444,11 +472,11 @@ def _slot(name: str) -> tuple[str, str]:
         (r"(.+)/accum_var", "acc_delta"),
         (r"(?:[^/]+/)?accumulated_grad/(.+)", "square_avg"),
         (r"(?:[^/]+/)?accumulated_delta_var/(.+)", "acc_delta"),
-        (r"(?:[^/]+/)?average/(.+)", "ema"),
+        (r"(?:[^/]+/)?average/(.+)", averages.KEY),
         (r"(?:[^/]+/)?(.+)_accumulated_grad", "square_avg"),
         (r"(?:[^/]+/)?(.+)_accumulated_delta_var", "acc_delta"),
-        (r"(?:[^/]+/)?(.+)_average", "ema"),
-        (r"(?:[^/]+/)?(.+)_gradient_accumulator", "gradient_accumulation"),
+        (r"(?:[^/]+/)?(.+)_average", averages.KEY),
+        (r"(?:[^/]+/)?(.+)_gradient_accumulator", accumulation.KEY),
     ):
         match = re.fullmatch(pattern, name)
         if match:
@@ -491,6 +519,7 @@ def _from_h5(path: Path, hdf5: Hdf5, config: dict[str, Any] | None, drop: Collec
     training = configs.parsed(text, "training_config")
     configs.refuse_lambdas(training, "its training configuration", drop)
     found = configs.hyperparameters(training.get("optimizer_config"), drop)
+    kept = configs.optional_state(training["optimizer_config"]["config"])
     states: dict[str, Stored] = {}
     iterations = learning_rate = None
     for name in stored_names:
@@ -506,7 +535,7 @@ def _from_h5(path: Path, hdf5: Hdf5, config: dict[str, Any] | None, drop: Collec
         raise KerasFileError("its optimizer has no iterations")
     if not states:
         raise KerasFileError(_NO_STATE.format(why="no step was taken", how="model.save('model.h5')"))
-    _attach_named(states, by_name, drop)
+    _attach_named(states, by_name, drop, kept)
     version = hdf5.root_text("keras_version") or ""
     if version.startswith("3"):
         generation = KERAS3
@@ -552,6 +581,7 @@ def _from_zip(
     config: dict[str, Any] | None,
     drop: Collection[str],
     state_order: Sequence[str] | None,
+    uses: Collection[str],
     closers: list[Any],
 ) -> Checkpoint:
     required()
@@ -582,7 +612,7 @@ def _from_zip(
                 how="model.save('model.h5'), or tf.train.Checkpoint(model=model, optimizer=model.optimizer)",
             )
         )
-    return _from_numbered(path, hdf5, ".keras", version, optimizer, config or own, drop, state_order)
+    return _from_numbered(path, hdf5, ".keras", version, optimizer, config or own, drop, state_order, uses)
 
 
 def _member(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
@@ -652,6 +682,7 @@ def _from_numbered(
     config: dict[str, Any] | None,
     drop: Collection[str],
     state_order: Sequence[str] | None,
+    uses: Collection[str],
 ) -> Checkpoint:
     found = configs.hyperparameters(optimizer, drop) if optimizer else {}
     model = ModelConfig(config) if config is not None else None
@@ -688,10 +719,10 @@ def _from_numbered(
             raise KerasFileError(f"its optimizer is {kind[1]}, not Adadelta")
     if len(states) < 2 + (states[-1].shape == () and states[-1].dtype.kind == "f"):
         raise KerasFileError(_NO_STATE.format(why="no step was taken", how="what you saved it with"))
-    state = assigned(states, layers, model, optimizer["config"] if optimizer else {}, drop, state_order)
+    state = assigned(states, layers, model, optimizer["config"] if optimizer else {}, drop, state_order, uses)
     for _, variable in _variables(layers):
-        if id(variable) in state.pairs:
-            _attach("a weight", variable, *state.pairs[id(variable)])
+        if id(variable) in state.slots:
+            _attach("a weight", variable, state.slots[id(variable)])
     place = {id(variable): number for number, variable in enumerate(state.order)}
     if model is None or not model.is_complete:
         layers.sort(key=lambda layer: min((place.get(id(v), len(place)) for v in layer.variables), default=0))
@@ -857,7 +888,7 @@ def _from_bundle(path: Path, bundle: Bundle, config: dict[str, Any] | None, drop
         for number, slots in pairs.items():
             if number not in by_node or len(slots) != 2:
                 raise KerasFileError("its optimizer has a slot of no weight, or one slot of two")
-            _attach(nodes[number].full_name or "", by_node[number], slots["square_avg"], slots["acc_delta"])
+            _attach(nodes[number].full_name or "", by_node[number], slots)
     else:
         generation = KERAS3 if "_trainable_variables" in of_optimizer else NEW
         states: dict[str, Stored] = {}

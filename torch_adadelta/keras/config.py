@@ -9,23 +9,31 @@ from collections.abc import Collection, Iterator
 from typing import Any, Final, NamedTuple
 
 from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.options import OPTIONS, without_neutral
+from torch_adadelta.step import accumulation, averages
 
 _MAX_DEPTH: Final = 150
 _MAX_CALLS: Final = 100_000  # of all layers together; calls of nested models multiply
 
-# What `drop` may name, for people; and which options of an optimizer that is, with the values that ask for nothing.
+# What `drop` may name, for people.
 DROPPABLE: Final = {
     "ema": "moving averages of the weights (use_ema)",
     "weight_decay": "weight decay",
     "gradient_accumulation": "gradient accumulation",
     "lambda": "layers or functions written as a lambda",
 }
-_NEEDS_DROP: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
-    "use_ema": ("ema", (None, False)),
-    "weight_decay": ("weight_decay", (None, False, 0)),
-    "gradient_accumulation_steps": ("gradient_accumulation", (None, 1)),
+# The options that belong to what `drop` may name; and the state that the first of them asks for.
+OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
+    "ema": ("use_ema", "ema_momentum", "ema_overwrite_frequency"),
+    "weight_decay": ("weight_decay",),
+    "gradient_accumulation": ("gradient_accumulation_steps",),
 }
-_TAKEN: Final = ("learning_rate", "rho", "epsilon", "decay", "clipvalue", "clipnorm", "global_clipnorm")
+SLOT_OF: Final = {"ema": averages.KEY, "gradient_accumulation": accumulation.KEY}
+
+# Those of a configuration. Keras has no other decay of weights than the decoupled one, and names have no meaning here.
+_TAKEN: Final = [
+    option.name for option in OPTIONS if option.keras and option.name not in ("name", "decoupled_weight_decay")
+]
 
 CONTAINERS: Final = {"Sequential", "Functional", "Model"}
 
@@ -86,7 +94,7 @@ def hyperparameters(config: Any, drop: Collection[str]) -> dict[str, Any]:
         drop: what of `DROPPABLE` may be left out.
 
     Raises:
-        KerasFileError: it is the configuration of another optimizer, or asks for what is not to be dropped.
+        KerasFileError: it is the configuration of another optimizer.
     """
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
         raise KerasFileError("the configuration of its optimizer is damaged")
@@ -98,22 +106,23 @@ def hyperparameters(config: Any, drop: Collection[str]) -> dict[str, Any]:
         )
     if name != "Adadelta":
         raise KerasFileError(f"its optimizer is {name or 'unknown'!s}, not Adadelta")
-    options = config["config"]
-    for key, (drop_name, neutral) in _NEEDS_DROP.items():
-        if options.get(key) not in neutral and drop_name not in drop:
-            raise KerasFileError(
-                f"its optimizer has {key}={options[key]!r}, which AdadeltaKeras does not do; training would go on "
-                f"differently. Pass drop={{{drop_name!r}}} to accept that"
-            )
-    if options.get("loss_scale_factor") not in (None, 1, 1.0):
-        raise KerasFileError(
-            f"its optimizer has loss_scale_factor={options['loss_scale_factor']!r}, which does not carry over; use "
-            "torch.amp.GradScaler, and remove it from the optimizer before saving"
-        )
-    found = {key: options[key] for key in _TAKEN if options.get(key) is not None}
+    options = without_neutral(config["config"])
+    left_out = dropped_options(drop)
+    found = {key: options[key] for key in _TAKEN if options.get(key) is not None and key not in left_out}
     if "lr" in options:
         found.setdefault("learning_rate", options["lr"])
     return found
+
+
+def dropped_options(drop: Collection[str]) -> set[str]:
+    """The options that belong to what is to be left out."""
+    return {option for name in drop for option in OPTIONS_OF.get(name, ())}
+
+
+def optional_state(options: dict[str, Any]) -> list[str]:
+    """What a configuration of Adadelta keeps for each weight besides the accumulators: of `SLOT_OF`, in this order."""
+    options = without_neutral(options)
+    return [name for name in SLOT_OF if options.get(OPTIONS_OF[name][0])]
 
 
 # Of these, tf_keras' new class and Keras 3 do the first that is not 0, and no other.

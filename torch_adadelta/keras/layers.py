@@ -1,9 +1,15 @@
 """A layer of Keras and its weights, as a file holds them."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from torch_adadelta.keras.errors import Stored
+from torch_adadelta.step import accumulation, averages
+
+ACCUMULATORS: Final = ("square_avg", "acc_delta")
+
+# All state that there may be of a weight, by its keys in PyTorch. What comes behind the accumulators needs an option.
+SLOTS: Final = (*ACCUMULATORS, averages.KEY, accumulation.KEY)
 
 
 @dataclass
@@ -14,12 +20,19 @@ class Variable:
     value: Stored
     square_avg: Stored | None = None
     acc_delta: Stored | None = None
+    average: Stored | None = None
+    gradient_accumulator: Stored | None = None
     is_frozen: bool = False  # whether the configuration says that it is not trained, though there may be state for it
 
     @property
     def has_state(self) -> bool:
         """Whether the optimizer trained it."""
         return self.square_avg is not None
+
+    @property
+    def slots(self) -> list[str]:
+        """The state that there is of it."""
+        return [slot for slot in SLOTS if getattr(self, slot) is not None]
 
 
 @dataclass

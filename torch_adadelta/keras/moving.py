@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from torch_adadelta import schedules
 from torch_adadelta.backends.batch import new_state_of
-from torch_adadelta.keras import hdf5
-from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, SLOTS, Checkpoint, Layer, explained, opened
-from torch_adadelta.keras.config import CLIPPING
+from torch_adadelta.keras import additions, hdf5
+from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, Checkpoint, Layer, explained, opened
+from torch_adadelta.keras.config import CLIPPING, DROPPABLE, dropped_options
 from torch_adadelta.keras.errors import Array, KerasFileError, Stored
+from torch_adadelta.keras.layers import ACCUMULATORS, SLOTS
 from torch_adadelta.keras.matching import Match, Move, Unit, match
 from torch_adadelta.optimizer import AdadeltaKeras
-from torch_adadelta.options import OPTIMIZER_WIDE
+from torch_adadelta.options import BY_NAME, OPTIMIZER_WIDE, OPTIONS
+from torch_adadelta.step import averages
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.validation import name_in
 
@@ -108,8 +110,11 @@ def load_keras(
 
     Sets ``optimizer.iterations``, the state of each parameter (``accum_grad`` as ``square_avg``, ``accum_var`` as
     ``acc_delta``, each turned as its weight is), and the hyperparameters that the file has, a schedule included; and
-    ``optimizer.norm_variables``, so that ``clipnorm`` takes the norms of the weights of Keras, not of parameters. What
-    kind of file it is, is found out: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
+    ``optimizer.norm_variables``, so that ``clipnorm`` takes the norms of the weights of Keras, not of parameters. Where
+    Keras kept moving averages (``use_ema``) or sums of gradients (``gradient_accumulation_steps``), these come, too; if
+    the file does not have the options, the optimizer must be given them.
+
+    The kind of the file is found out: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
     or directory) or SavedModel, of TensorFlow 2.4 and later, tf_keras with the legacy or the new class, or Keras 3.
     Neither TensorFlow nor Keras is needed; all but TensorFlow checkpoints need h5py. Nothing in the file is executed.
 
@@ -132,7 +137,7 @@ def load_keras(
             given where an ``nn.Sequential`` shows it by an ``nn.Flatten`` or ``nn.Unflatten``.
         config: the configuration of the model, for files without it, or instead of theirs: what ``model.to_json()``
             returned, a file that holds that, or the dictionary.
-        drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
+        drop: what to leave out, with its options, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
         state_order: for a ``.keras`` or ``.weights.h5`` file, whose state has numbers instead of names, the names of
             the weights in the order of the optimizer. Needed only where the error asks for it: where the configuration,
             the counts and the shapes admit several orders, as with layers in a custom layer.
@@ -158,17 +163,20 @@ def load_keras(
         (4, 0.5)
     """
     _check_arguments(optimizer, model)
-    with opened(path, config, drop, state_order) as checkpoint:
+    with opened(path, config, drop, state_order, additions.uses(optimizer)) as checkpoint:
         found = _matched(checkpoint, model, mapping, match, flatten)
         notes = _differences(found, checkpoint)
         _check_coverage(found, checkpoint, optimizer, weights)
-        settings = _settings(checkpoint, optimizer, custom_objects) if hyperparameters else {}
-        iterations = checkpoint.count()
+        settings = _settings(checkpoint, optimizer, custom_objects, drop) if hyperparameters else {}
+        count = checkpoint.count()
+        additions.check_state(checkpoint, optimizer, settings, count)
         states = _states(found, checkpoint, optimizer, notes)
+        additions.check_sums(checkpoint, states, count, additions.steps(optimizer, settings))
         values = _values(found, checkpoint, notes) if weights else []
-    infos = []
+    infos = additions.remarks(checkpoint, optimizer, settings, count)
     if hyperparameters:
         notes += _unconfirmed(checkpoint, optimizer, settings)
+        notes += additions.exclusions_note(optimizer, settings)
         infos += checkpoint.notes
     variables = _norm_variables(found, optimizer)
     if _has_a_part(optimizer):
@@ -177,18 +185,20 @@ def load_keras(
     infos += [f"left out: {what}" for what in checkpoint.dropped]
     if notes:  # before anything is changed, for the user may have made errors of warnings
         warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
+    reported = {name: value for name, value in settings.items() if _is_news(checkpoint, optimizer, name, value)}
     with optimizer.restored_on_error():
+        optimizer._set_count(0)  # with gradients that wait for their update, some options could not be set
         for name, value in settings.items():
             setattr(optimizer, name, value)
         if not _has_a_part(optimizer):
             optimizer.norm_variables = [variable.pieces for variable in variables] or None
-        optimizer.iterations = iterations
+        optimizer._set_count(count)
         for param in [param for group in optimizer.param_groups for param in group["params"]]:
             optimizer.state.pop(param, None)
             if param in states:
                 optimizer.state[param] = states[param]
         _set_values(values)
-    report = Report(f"{path}: {checkpoint.source}", iterations, settings, _rows(found), [*notes, *infos])
+    report = Report(f"{path}: {checkpoint.source}", optimizer.iterations, reported, _rows(found), [*notes, *infos])
     report.norm_variables = [(variable.weight, variable.names) for variable in variables]
     return report
 
@@ -282,7 +292,10 @@ def _sides(found: Match) -> str:
 
 
 def _settings(
-    checkpoint: Checkpoint, optimizer: AdadeltaKeras, custom_objects: Mapping[str, Any] | None
+    checkpoint: Checkpoint,
+    optimizer: AdadeltaKeras,
+    custom_objects: Mapping[str, Any] | None,
+    drop: Collection[str],
 ) -> dict[str, Any]:
     """The hyperparameters to set, checked as the constructor checks them."""
     found = dict(checkpoint.hyperparameters)
@@ -301,7 +314,9 @@ def _settings(
                 "hyperparameters=False"
             ) from error
     if "epsilon" in found:  # the whole configuration is there, so what is not in it is not set
-        found = {"decay": 0.0, "clipvalue": None, "clipnorm": None, "global_clipnorm": None, **found}
+        kept = {"name", "learning_rate", "rho", "epsilon", *dropped_options(drop)}
+        defaults = {option.name: option.default for option in OPTIONS if option.keras and option.name not in kept}
+        found = {**defaults, **found}
     try:
         trial = AdadeltaKeras([torch.zeros(1)], **found)
     except (ValueError, TypeError) as error:
@@ -311,9 +326,18 @@ def _settings(
         **{option.key: trial.param_groups[0][option.key] for option in OPTIMIZER_WIDE if option.keras in found},
     }
     Callbacks(None, optimizer.gradient_transformers).check_clip_options(options)
-    # One norm or the other: the old one goes before the new one comes.
-    norms = [name for name in ("clipnorm", "global_clipnorm") if name in found]
-    return {name: found[name] for name in sorted(found, key=lambda name: name in norms and found[name] is not None)}
+    # One norm or the other: the old one goes before the new one comes. So does weight decay that no clip option admits.
+    last = [name for name in CLIPPING if found.get(name) is not None]
+    return {name: found[name] for name in sorted(found, key=lambda name: (name in last, name != _DECOUPLED))}
+
+
+_DECOUPLED: Final = "decoupled_weight_decay"
+
+
+def _is_news(checkpoint: Checkpoint, optimizer: AdadeltaKeras, name: str, value: Any) -> bool:
+    """Whether a report is to name an option: not if nobody gave what only Keras 3 has."""
+    option, before = BY_NAME[name], getattr(optimizer, name)
+    return not option.is_keras3 or value != option.default or (before is not value and before != value)
 
 
 def _states(
@@ -326,17 +350,21 @@ def _states(
         for param, array in _assembled(found, checkpoint, key):
             if param not in trained:  # frozen, with state of the time before
                 continue
-            if (array < 0).any():
+            if key not in ACCUMULATORS and not param.requires_grad:
+                continue
+            if key in ACCUMULATORS and (array < 0).any():
                 raise KerasFileError(
                     f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
                     "squares cannot have; it is damaged, or the state of another optimizer"
                 )
             state = states.setdefault(param, new_state_of(param))
-            if _is_rounded(array, param):
+            if key not in state:
+                state[key] = additions.NEW_STATE[key](param)
+            if _is_rounded(array, state[key]):
                 rounded.add(_name_of(found, param))
             state[key].copy_(torch.from_numpy(array))
     if rounded:
-        notes.append(f"the state of {', '.join(sorted(rounded))} was rounded to the dtype of the parameter")
+        notes.append(f"the state of {', '.join(sorted(rounded))} was rounded to its dtype here")
     return states
 
 
@@ -380,7 +408,7 @@ def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple
     """The arrays for the tensors of PyTorch: of their shape, from all moves that go to them."""
     by_tensor: dict[Tensor, list[Move]] = {}
     for move in found.moves:
-        if key == "value" or move.variable.has_state:
+        if key == "value" or key in move.variable.slots:
             by_tensor.setdefault(move.tensor, []).append(move)
     read: dict[int, Array] = {}
     for tensor, moves in by_tensor.items():
@@ -437,8 +465,10 @@ def _unconfirmed(checkpoint: Checkpoint, optimizer: AdadeltaKeras, settings: Map
     names = [name for name in _OPTIONS if name not in settings]
     if not names:
         return []
+    if checkpoint.generation != LEGACY:
+        names += additions.given(optimizer)
     own = ", ".join(f"{name}={_text(getattr(optimizer, name))}" for name in names)
-    others = "" if checkpoint.generation == LEGACY else ", and no weight decay"
+    others = "" if checkpoint.generation == LEGACY or "weight_decay" in names else ", and no weight decay"
     is_scheduled = checkpoint.generation == KERAS3 and "learning_rate" in names
     rate = " (Keras had a schedule)" if is_scheduled else ""
     return [
@@ -542,6 +572,7 @@ def save_keras(
     flatten: str | Mapping[str, Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     state_order: Sequence[str] | None = None,
+    drop: Collection[str] = (),
 ) -> Report:
     """Writes a copy of a file of Keras with the state, the weights and the hyperparameters of now, for Keras to go on.
 
@@ -559,6 +590,9 @@ def save_keras(
         flatten: as for `load_keras`.
         config: as for `load_keras`.
         state_order: as for `load_keras`.
+        drop: what may be left out where the template has no place for it: "ema" and "gradient_accumulation", the moving
+            averages and sums of gradients, with their options; "weight_decay", which goes for all parameters alike in
+            Keras, and off the weights; "exclusions" from it, which are in no file; and "lambda" as for `load_keras`.
 
     Raises:
         What `load_keras` raises, and
@@ -567,20 +601,24 @@ def save_keras(
         `path` is not touched then.
     """
     _check_arguments(optimizer, model)
+    if isinstance(drop, str) or set(drop) - set(additions.DROPPABLE_ON_SAVE):
+        raise ValueError(f"drop must be a set of {', '.join(additions.DROPPABLE_ON_SAVE)}; got {drop!r}")
     path, template = Path(path), Path(template)
-    with opened(template, config, state_order=state_order) as checkpoint:
+    lambdas = {"lambda"} & set(drop)
+    with opened(template, config, lambdas, state_order, additions.uses(optimizer)) as checkpoint:
         if checkpoint.format == "TensorFlow checkpoint":
             raise ValueError(f"{template} is a TensorFlow checkpoint, which is not written; use a .h5 or .keras file")
         found = _matched(checkpoint, model, mapping, match, flatten)
         _check_coverage(found, checkpoint, optimizer, weights=False)
-        arrays = _arrays(found, optimizer, weights)
-        count = optimizer.iterations
-        arrays[checkpoint.iterations.name] = np.asarray(count, checkpoint.iterations.dtype)
         notes: list[str] = []
+        left_out = additions.check_places(checkpoint, optimizer, drop, hyperparameters)
+        arrays = _arrays(found, optimizer, weights)
+        count = int(optimizer.param_groups[0]["iterations"])
+        arrays[checkpoint.iterations.name] = np.asarray(count, checkpoint.iterations.dtype)
         edit: Callable[[dict[str, Any]], Any] | None = None
         written: dict[str, Any] = {}
         if hyperparameters:
-            values = _written_values(checkpoint, optimizer)
+            values = _written_values(checkpoint, optimizer, drop, left_out, notes)
             if checkpoint.learning_rate is not None and "learning_rate" in values:
                 arrays[checkpoint.learning_rate.name] = np.asarray(
                     values["learning_rate"], checkpoint.learning_rate.dtype
@@ -592,12 +630,14 @@ def save_keras(
                 def edit(options: dict[str, Any]) -> None:
                     _edit(options, values)
 
-            missing = [name for name in ("learning_rate", "rho", "epsilon") if name not in written]
+            needed = [name for name, default in additions.DEFAULTS.items() if values.get(name, default) != default]
+            missing = [name for name in ("learning_rate", "rho", "epsilon", *needed) if name not in written]
             if missing:
                 notes.append(f"the file has no place for {', '.join(missing)}; give them to Keras when you compile")
         source = f"{path}: {checkpoint.source}"
     _write(path, template, checkpoint.format, arrays, edit)
-    return Report(source, count, written, _rows(found), notes)
+    notes += [f"left out: {DROPPABLE[name]}" for name in left_out]
+    return Report(source, optimizer.iterations, written, _rows(found), notes)
 
 
 def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, Array]:
@@ -606,16 +646,18 @@ def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, 
     trained = _params(optimizer)
     for move in found.moves:
         # A parameter that is frozen, and not in the optimizer, keeps the state in the template.
-        keys = [*(SLOTS if move.variable.has_state and move.tensor in trained else ()), *(["value"] if weights else [])]
+        keys = [*(move.variable.slots if move.tensor in trained else ()), *(["value"] if weights else [])]
         for key in keys:
             stored: Stored = getattr(move.variable, key)
-            state = optimizer.state.get(move.tensor)
+            state = optimizer.state.get(move.tensor, {})
             if key == "value":
                 tensor = move.tensor
-            elif state:
+            elif key in state:
                 tensor = state[key]
+            elif key == averages.KEY and not move.tensor.requires_grad and move.row is None:
+                continue  # that of the template stays
             else:
-                tensor = torch.zeros_like(move.tensor)
+                tensor = additions.NEW_STATE.get(key, torch.zeros_like)(move.tensor)
             tensor = tensor.detach().cpu()
             array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
             shape = stored.shape if move.row is None else stored.shape[1:]
@@ -630,10 +672,23 @@ def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, 
     return arrays
 
 
-def _written_values(checkpoint: Checkpoint, optimizer: AdadeltaKeras) -> dict[str, Any]:
+def _written_values(
+    checkpoint: Checkpoint,
+    optimizer: AdadeltaKeras,
+    drop: Collection[str],
+    left_out: Collection[str],
+    notes: list[str],
+) -> dict[str, Any]:
     """The hyperparameters as Keras has them in its configuration."""
-    values = optimizer.get_config()
-    values.pop("name")
+    values = {"decay": 0.0, **optimizer.get_config()}
+    for name in ("name", "weight_decay", "decoupled_weight_decay", *dropped_options(left_out)):
+        values.pop(name, None)
+    values |= additions.written_weight_decay(checkpoint, optimizer, drop, notes)
+    factor = values.get("loss_scale_factor")
+    if checkpoint.generation != KERAS3 and factor is not None:
+        raise ValueError(
+            f"the optimizer has loss_scale_factor={factor!r}, which this Keras does not have; set it to None"
+        )
     is_scheduled = isinstance(checkpoint.hyperparameters.get("learning_rate"), dict) or (
         checkpoint.generation == KERAS3 and checkpoint.learning_rate is None
     )
@@ -648,7 +703,8 @@ def _written_values(checkpoint: Checkpoint, optimizer: AdadeltaKeras) -> dict[st
             raise ValueError(
                 f"the optimizer has decay={values['decay']!r}, which this Keras does not have; use a schedule"
             )
-        values.pop("decay")
+        del values["decay"]
+        values = {**additions.DEFAULTS, **values}
         clipping = [name for name in CLIPPING if values.get(name) is not None]
         if any(values[name] == 0 for name in clipping):
             name = next(name for name in clipping if values[name] == 0)
@@ -658,6 +714,8 @@ def _written_values(checkpoint: Checkpoint, optimizer: AdadeltaKeras) -> dict[st
                 f"the optimizer has {' and '.join(clipping)}, of which this Keras takes one only; pass "
                 "hyperparameters=False"
             )
+    else:  # all that is left of averages are options without use_ema
+        values = {name: value for name, value in values.items() if not BY_NAME[name].is_keras3}
     return {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, **values}
 
 

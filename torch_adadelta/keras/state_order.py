@@ -3,8 +3,9 @@
 The optimizer has its state in the order of the weights that it was built for: those that the model trained then, layer
 by layer, and in a layer its own before those of the layers in it. What the file and the configuration leave open is the
 order of layers in a custom layer, for they are named by attributes; which layers were frozen at first, and which only
-later, when there was state for them; and whether there are averages or accumulated gradients beside the state. All that
-fits the counts and shapes is tried. A state is taken if it belongs to the same weight in every case.
+later, when there was state for them; and whether there are averages or accumulated gradients beside the accumulators,
+where the configuration of the optimizer is not in the file. All that fits the counts and shapes is tried. A state is
+taken if it belongs to the same weight in every case.
 """
 
 import itertools
@@ -13,12 +14,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from torch_adadelta.keras.config import ModelConfig
+from torch_adadelta.keras.config import DROPPABLE, OPTIONS_OF, SLOT_OF, ModelConfig, optional_state
 from torch_adadelta.keras.errors import KerasFileError, Stored
-from torch_adadelta.keras.layers import Layer, Variable
+from torch_adadelta.keras.layers import ACCUMULATORS, Layer, Variable
 
 Shape = tuple[int, ...]
-Pair = tuple[Stored, Stored]
 
 _MAX_TRIES: Final = 500_000
 _MAX_FREE: Final = 1000  # weights in layers whose order is not known
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
     iterations: Stored
     learning_rate: Stored | None
-    pairs: dict[int, Pair]  # by the `id` of the weight
+    slots: dict[int, dict[str, Stored]]  # by the `id` of the weight
     order: list[Variable]  # the weights, as far as they have state
 
 
@@ -114,6 +114,7 @@ def assigned(
     options: dict[str, Any],
     drop: Collection[str],
     state_order: Sequence[str] | None,
+    uses: Collection[str] = (),
 ) -> State:
     """The state of each weight.
 
@@ -124,6 +125,8 @@ def assigned(
         options: the configuration of the optimizer; empty if there is none.
         drop: what may be left out.
         state_order: the names of the weights in the order of the optimizer, if the user gave it.
+        uses: what the optimizer used of "ema" and "gradient_accumulation", as far as that is known elsewhere. It names
+            what the counts say is there, where nothing else does.
 
     Raises:
         KerasFileError: the variables are not those of an Adadelta, or it cannot be told which is which.
@@ -133,23 +136,25 @@ def assigned(
     weights = _weights(layers)
     given = None if state_order is None else _given(state_order, weights)
     units = _units(layers, model)
-    found: list[tuple[Stored | None, int, list[Pair], _Order]] = []
+    found: list[tuple[_Reading, _Order]] = []
     problems: list[str] = []
-    for learning_rate, extras, pairs in _readings(states, options):
-        shapes = [pair[0].shape for pair in pairs]
+    for reading in _readings(states, options, drop):
+        shapes = [pair[0].shape for pair in reading.pairs]
         if given is not None:
             order = _Order([*given], is_unique=True) if [v.value.shape for v in given] == shapes else None
         else:
             order = _order(units, shapes, problems)
         if order is not None:
-            found.append((learning_rate, extras, pairs, order))
-    if len(found) == 1 and found[0][3].is_unique:
-        learning_rate, extras, pairs, order = found[0]
-        _check_dropped(extras, options, drop, len(states), len(pairs))
-        owned = [
-            (variable, pair) for variable, pair in zip(order.variables, pairs, strict=True) if variable is not None
-        ]
-        return State(states[0], learning_rate, {id(v): pair for v, pair in owned}, [v for v, _ in owned])
+            found.append((reading, order))
+    if len(found) == 1 and found[0][1].is_unique:
+        reading, order = found[0]
+        columns = dict(zip(ACCUMULATORS, zip(*reading.pairs, strict=True), strict=True))
+        for name, column in zip(_names(reading, options, drop, uses, len(states)), reading.beside, strict=True):
+            if name not in drop:
+                columns[SLOT_OF[name]] = tuple(column)
+        places = [(variable, place) for place, variable in enumerate(order.variables) if variable is not None]
+        slots = {id(v): {slot: column[place] for slot, column in columns.items()} for v, place in places}
+        return State(states[0], reading.learning_rate, slots, [v for v, _ in places])
     listing = _listing(weights, states)
     if given is not None:
         raise KerasFileError(
@@ -158,7 +163,13 @@ def assigned(
         )
     if not found:
         problem = problems[0] if problems else "no order of them fits"
-    elif not all(order.is_unique for *_, order in found):
+        kept = optional_state(options)
+        if kept:
+            advice = ", ".join(map(repr, kept))
+            problem += (
+                f", with {' and '.join(DROPPABLE[name] for name in kept)} (drop={{{advice}}} would leave that out)"
+            )
+    elif not all(order.is_unique for _, order in found):
         problem = "several orders of them fit"
     else:
         problem = (
@@ -204,17 +215,23 @@ def _listing(weights: dict[str, Variable], states: Sequence[Stored]) -> str:
 # ---- What the variables of an optimizer are -------------------------------------------------------------------------
 
 
-def _readings(states: Sequence[Stored], options: dict[str, Any]) -> Iterator[tuple[Stored | None, int, list[Pair]]]:
-    """The learning rate, how many other variables each weight has, and the pairs: in each way that the counts admit.
+class _Reading(NamedTuple):
+    """What the variables may be: the learning rate, what all weights have besides the accumulators, and these."""
+
+    learning_rate: Stored | None
+    beside: list[list[Stored]]
+    pairs: list[tuple[Stored, Stored]]
+
+
+def _readings(states: Sequence[Stored], options: dict[str, Any], drop: Collection[str]) -> Iterator[_Reading]:
+    """All that the counts admit.
 
     Behind the iterations there may be the learning rate; the averages of all weights; their accumulated gradients; and
     then the two accumulators of one weight after the other.
     """
-    is_known = bool(options)
-    wanted = [bool(options.get("use_ema")), options.get("gradient_accumulation_steps") not in (None, 1)]
-    for has_rate, extras in itertools.product((True, False), (0, 1, 2)):
-        if is_known and extras != sum(wanted):
-            continue
+    kept = optional_state(options)
+    counts = {len(kept), len([name for name in kept if name not in drop])} if options else {0, 1, 2}
+    for has_rate, extras in itertools.product((True, False), sorted(counts)):
         rest = list(states[1:])
         learning_rate = None
         if has_rate:
@@ -224,23 +241,34 @@ def _readings(states: Sequence[Stored], options: dict[str, Any]) -> Iterator[tup
         count, left = divmod(len(rest), 2 + extras)
         if left or not count:
             continue
-        beside, rest = rest[: extras * count], rest[extras * count :]
+        beside = [rest[start : start + count] for start in range(0, extras * count, count)]
+        rest = rest[extras * count :]
         pairs = list(zip(rest[::2], rest[1::2], strict=True))
         shapes = [one.shape for one, _ in pairs]
-        if [two.shape for _, two in pairs] == shapes and [stored.shape for stored in beside] == shapes * extras:
-            yield learning_rate, extras, pairs
+        if all([stored.shape for stored in column] == shapes for column in ([two for _, two in pairs], *beside)):
+            yield _Reading(learning_rate, beside, pairs)
 
 
-def _check_dropped(extras: int, options: dict[str, Any], drop: Collection[str], count: int, pairs: int) -> None:
-    wanted = {"ema", "gradient_accumulation"}
-    if extras and not options and not (wanted <= set(drop) if extras == 2 else wanted & set(drop)):
-        used, advice = "use_ema or gradient_accumulation_steps", "drop={'ema'} or drop={'gradient_accumulation'}"
-        if extras == 2:
-            used, advice = "use_ema and gradient_accumulation_steps", "drop={'ema', 'gradient_accumulation'}"
-        raise KerasFileError(
-            f"its optimizer has {count} variables for {pairs} weights: it was used with {used}, which AdadeltaKeras "
-            f"does not do. Pass {advice} to leave them out"
-        )
+def _names(
+    reading: _Reading, options: dict[str, Any], drop: Collection[str], uses: Collection[str], count: int
+) -> list[str]:
+    """What the variables beside the accumulators are, of `SLOT_OF`."""
+    extras = len(reading.beside)
+    if options:
+        kept = optional_state(options)
+        return kept if len(kept) == extras else [name for name in kept if name not in drop]
+    if extras in (0, len(SLOT_OF)):
+        return list(SLOT_OF)[:extras]
+    names = [name for name in SLOT_OF if name in uses or name in drop]
+    if len(names) == 1 or set(SLOT_OF) <= set(drop):  # all is left out, whatever it is
+        return names[:1]
+    them = " or ".join(DROPPABLE[name] for name in SLOT_OF)
+    ways = " or ".join(OPTIONS_OF[name][0] for name in SLOT_OF)
+    raise KerasFileError(
+        f"its optimizer has {count} variables for {len(reading.pairs)} weights: it had {them}, and the file does not "
+        f"say which. Give AdadeltaKeras what it had of {ways}; or pass "
+        f"{' or '.join(f'drop={{{name!r}}}' for name in SLOT_OF)} to leave them out"
+    )
 
 
 # ---- Orders of the weights ------------------------------------------------------------------------------------------
