@@ -264,6 +264,7 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
     "decay": {"decay": 0.5},
     "maximize": {"maximize": True},
     "weight_decay": {"weight_decay": 0.25},
+    "averages": {"use_ema": True, "ema_momentum": 0.75, "loss_scale_factor": 3.0, "clipnorm": 0.7},
 }
 
 

@@ -50,6 +50,17 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, capturable: bool, 
         pair.assert_same(f"at step {step}")
 
 
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("path", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_gradients_that_are_accumulated(dtype: torch.dtype, path: dict[str, bool], twins: Callable[..., Any]) -> None:
+    """Beside averages, of parameters without a gradient too, that overwrite parameters."""
+    options = {"gradient_accumulation_steps": 2, "loss_scale_factor": 3.0, "weight_decay": 0.25, "use_ema": True}
+    pair = twins(params(dtype), groups=2, cuda=path, **options, ema_overwrite_frequency=2, global_clipnorm=0.9)
+    for step in range(8):
+        pair.step([None if i == 1 and step < 4 else grad for i, grad in enumerate(grads_of(step, dtype))])
+        pair.assert_same(f"at step {step}")
+
+
 @pytest.mark.parametrize("path", ["fused", "foreach", "single_tensor"])
 @pytest.mark.parametrize("clip", [{}, {"clipnorm": 0.7}], ids=["unclipped", "clipnorm"])
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
