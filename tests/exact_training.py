@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "schedule and decay": {"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5), "decay": 0.25},
     "single_tensor": {"foreach": False, "clipnorm": 2.0},
     "foreach": {"foreach": True, "global_clipnorm": 5.0},
+    "averages": {"use_ema": True, "ema_momentum": 0.75, "weight_decay": 0.1, "ema_overwrite_frequency": 3},
+    "accumulation": {"gradient_accumulation_steps": 2, "use_ema": True, "clipnorm": 2.0, "loss_scale_factor": 4.0},
 }
 if kernels.is_loaded:
     OPTIONS["fused"] = {"fused": True, "clipnorm": 2.0}

@@ -53,7 +53,7 @@ def test_fsdp2_trains_as_one_process_does(processes: Processes) -> None:
         for name, (ours, iterations, are_dtensors) in results.items():
             expected, count = alone(OPTIONS[name])
             assert_same(ours, expected, name)
-            assert iterations == count == STEPS
+            assert iterations == count
             assert are_dtensors
 
 
