@@ -79,20 +79,15 @@ void check(bool condition, const std::string& what) {
 enum Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kComplex64 };
 
 int32_t torch_dtype(Dtype dtype) {
-  switch (dtype) {
-    case kFloat32:
-      return aoti_torch_dtype_float32();
-    case kFloat64:
-      return aoti_torch_dtype_float64();
-    case kFloat16:
-      return aoti_torch_dtype_float16();
-    case kBFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case kInt64:
-      return aoti_torch_dtype_int64();
-    default:
-      return aoti_torch_dtype_complex64();
-  }
+  const int32_t dtypes[] = {
+      aoti_torch_dtype_float32(),
+      aoti_torch_dtype_float64(),
+      aoti_torch_dtype_float16(),
+      aoti_torch_dtype_bfloat16(),
+      aoti_torch_dtype_int64(),
+      aoti_torch_dtype_complex64()
+  };
+  return dtypes[dtype];
 }
 
 int64_t item_size(Dtype dtype) { return dtype == kFloat32 ? 4 : dtype == kFloat16 || dtype == kBFloat16 ? 2 : 8; }
