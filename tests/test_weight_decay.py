@@ -11,12 +11,15 @@ from cases import (
     Path,
     assert_like_oracle,
     assert_unchanged,
+    coo_gradient,
     dtype_name,
     gradients,
+    optimizer_oracle_of,
     optimizer_with,
     randn,
     snapshot,
     to_numpy,
+    to_oracle,
 )
 from reference.oracle import OracleOptimizer, SparseGradient
 from torch.nn import Parameter
@@ -99,6 +102,20 @@ def test_a_sparse_gradient_decays_all_rows(path: Path, dtype: torch.dtype) -> No
         optimizer.step()
         oracle.step([SparseGradient(indices.numpy(), to_numpy(values))])
     like(optimizer, oracle)
+
+
+def test_tables_are_clipped_by_their_own_norms(path: Path) -> None:
+    shapes, options = ((9, 4), (5, 2)), {"weight_decay": 0.1, "clipnorm": 0.5}
+    params = [Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = AdadeltaKeras(params, 1.0, **options, **path.options)
+    expected = optimizer_oracle_of(params, learning_rate=1.0, **options)
+    for seed in range(3):
+        grads = [coo_gradient(shape, torch.float32, 6, seed=10 * seed + i) for i, shape in enumerate(shapes)]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+        expected.step(to_oracle(grads))
+        like(optimizer, expected, f"after step {seed}")
 
 
 def test_a_table_that_is_listed_twice_decays_twice(path: Path) -> None:

@@ -58,14 +58,16 @@ def test_a_batch_names_its_lists_in_the_order_of_the_ops() -> None:
 def test_a_batch_with_averages_names_them_last() -> None:
     made = [[torch.full((1,), float(10 * i + k)) for k in range(3)] for i in range(5)]
     segments = [Segment(1, 1.0, 0.9, 1e-7), Segment(2, 0.5, 0.9, 1e-7, ema_momentum=0.9, overwrites=True)]
-    options = GradientOptions(clipnorm=1.0, square_sums=torch.ones(3).double(), loss_scale_factor=2.0)
+    options = GradientOptions(clipnorm=1.0, square_sums=torch.arange(3.0).double(), loss_scale_factor=2.0)
     batch = Batch(Backend.FUSED, False, False, *made[:4], segments, options, averages=made[4])
     assert all(one is other for one, other in zip(batch.lists, made, strict=True))
     assert all(one is other for one, other in zip(batch.owners, made, strict=True))
     for k, row in enumerate(batch.rows):
         assert all(len(own) == 1 and own[0] is tensors[k] for own, tensors in zip(row.lists, made, strict=True))
         assert row.segments == [segments[min(k, 1)]._replace(size=1)]
-        assert row.gradient_options.loss_scale_factor == 2.0
+        assert row.gradient_options._replace(square_sums=None) == options._replace(square_sums=None)
+        assert row.gradient_options.square_sums is not None
+        assert row.gradient_options.square_sums.tolist() == [k]
     batch.averages = []
     assert len(batch.lists) == 4
     assert all(row.averages == [] and len(row.lists) == 4 for row in batch.rows)

@@ -14,6 +14,7 @@ from cases import (
     assert_optimizer_like_oracle,
     assert_same_bits,
     assert_unchanged,
+    coo,
     coo_gradient,
     gradients,
     optimizer_oracle_of,
@@ -106,12 +107,13 @@ def test_sparse_gradients_and_weight_decay(path: Path) -> None:  # noqa: F811
             assert_optimizer_like_oracle(optimizer, expected, f"after step {k}")
 
 
-def test_a_parameter_that_is_updated_twice_is_averaged_once(path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("second", [torch.ones(3), coo([[0, 2]], torch.ones(2), (3,))], ids=["dense", "sparse"])
+def test_a_parameter_that_is_updated_twice_is_averaged_once(path: Path, second: Tensor) -> None:  # noqa: F811
     params = [Parameter(torch.ones(3)), Parameter(torch.ones(3))]
     optimizer = AdadeltaKeras(params, 1.0, **EMA, **path.options)
     for k in range(3):
         before = [optimizer.state[param][averages.KEY].clone() if k else param.detach().clone() for param in params]
-        optimizer.apply_gradients([(torch.ones(3), params[0]), (torch.ones(3), params[1]), (torch.ones(3), params[0])])
+        optimizer.apply_gradients([(torch.ones(3), params[0]), (torch.ones(3), params[1]), (second, params[0])])
         for param, was in zip(params, before, strict=True):
             assert_same_bits(optimizer.state[param][averages.KEY], moved(was, param) if k else param)
 

@@ -110,6 +110,17 @@ def test_mixed_dtypes(options: dict[str, Any]) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("options", [{}, {"clipvalue": 0.3}], ids=str)
+def test_a_norm_over_mixed_dtypes_has_the_bits_of_an_eager_one(options: dict[str, Any]) -> None:
+    """It is taken in float64, of gradients in the opmath dtypes, and not traced."""
+    compiled, eager = (Training(b, {"global_clipnorm": 0.9, **options}, MIXED[:2]) for b in ("aot_eager", None))
+    for step in range(3):
+        for training in (compiled, eager):
+            training.take(step)
+        assert_same_training(compiled, eager, step)
+
+
+@needs_library
 def test_inductor_gives_the_same_bits() -> None:
     options = {"lr": torch.tensor([0.3], dtype=torch.float64), "decay": 0.3, "clipvalue": 5.0, "global_clipnorm": 0.9}
     compiled, eager = Training("inductor", options), Training(None, options)

@@ -232,6 +232,14 @@ def test_state_is_made_without_a_step_for_a_checkpoint_to_be_loaded_into(path: P
         assert optimizer.iterations == (spoil == "state")
 
 
+@pytest.mark.parametrize("calls", [None, 2])
+def test_gradients_are_divided_by_the_factor_of_the_loss_once(path: Path, calls: int | None) -> None:
+    """Before they are summed, before callbacks, or in the update: where they come to first."""
+    options: dict[str, Any] = {"gradient_accumulation_steps": calls, "loss_scale_factor": 3.0, "clipvalue": 0.2}
+    aggregated, plain = (trained(path, 4, gradient_aggregator=given, **options)[0] for given in (list, None))
+    assert_same_training(aggregated, plain)
+
+
 @pytest.mark.parametrize("key", ["clipvalue", "clipnorm", "global_clipnorm", "decay"])
 def test_a_bool_is_no_number_where_one_stood(path: Path, key: str) -> None:
     """To the partition of the last step True is 1.0, and False 0.0."""
