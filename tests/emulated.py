@@ -83,10 +83,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipvalue-factor": {"clipvalue": 0.3, "factor": 0.37, "maximize": True},
     "scale": {"grad_scale": torch.tensor(3.0)},
     "scale-clipvalue-factor": {"grad_scale": torch.tensor(0.3), "clipvalue": 0.3, "factor": 0.37},
-    "loss-scale": {"loss_scale_factor": 3.0},
+    "loss-scale": {"loss_scale_factor": 0.7},  # which float32 does not have
     "both-scales-clipnorm": {
         "grad_scale": torch.tensor(0.3),
-        "loss_scale_factor": 7.0,
+        "loss_scale_factor": 0.7,
         "clipvalue": 0.3,
         "clipnorm": 0.7,
         "square_sums": True,
@@ -180,7 +180,7 @@ SQUARE_OPTIONS: dict[str, dict[str, Any]] = {
     "clipvalue": {"clipvalue": 0.3},
     "in-double": {"in_double": True},
     "scale": {"grad_scale": torch.tensor(0.3), "clipvalue": 2.0},
-    "both-scales": {"grad_scale": torch.tensor(0.3), "loss_scale_factor": 7.0},
+    "both-scales": {"grad_scale": torch.tensor(0.3), "loss_scale_factor": 0.7},
 }
 
 

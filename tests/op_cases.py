@@ -300,8 +300,9 @@ CLIPS = {
     "scale": Clip(scale=3.0),
     "scale-clipvalue-factor": Clip(scale=0.3, clipvalue=0.3, factor=0.37),
     "scale-clipnorm": Clip(scale=3.0, clipnorm=0.7, maximize=True),
-    "loss-scale": Clip(loss_scale=7.0),
-    "both-scales-clipnorm": Clip(scale=3.0, loss_scale=7.0, clipvalue=0.3, clipnorm=0.7),
+    # Nor one that float32 has: parameters of float64 take that of float64.
+    "loss-scale": Clip(loss_scale=0.7),
+    "both-scales-clipnorm": Clip(scale=3.0, loss_scale=0.7, clipvalue=0.3, clipnorm=0.7),
 }
 
 

@@ -236,6 +236,17 @@ def test_memory_that_is_known_from_the_call_before(call: str) -> None:
     assert_same_lists(good, twin)
 
 
+def test_the_memory_of_a_parameter_that_is_gone() -> None:
+    """It is no longer written to: a gradient of the next call may lie there."""
+    lists = dense_lists([(20,)] * 3)
+    dense(*lists, *OWN)
+    fewer = [lists[0][:2], [lists[0][2], lists[1][1]], *(states[:2] for states in lists[2:])]
+    expected = [[x.clone() for x in tensors] for tensors in fewer]
+    for made in (fewer, expected):
+        dense(*made, *segment(2, 1.0, 0.9, 1e-7))
+    assert_same_lists(fewer, expected)
+
+
 def test_empty_tensors_share_nothing() -> None:
     memory = torch.ones(20)
     lists = [[memory, memory[5:5]], [torch.ones(20), memory[3:3]], *([torch.ones(20), memory[7:7]] for _ in range(2))]

@@ -210,7 +210,15 @@ def test_averages_with_scales_and_clipping(dtype: torch.dtype) -> None:
     averages = averages_of(params)
     clip = CLIPS["both-scales-clipnorm"]
     expected = oracle_after(
-        params, averages, [grads], 0.9, False, clip.scale, loss_scale_factor=7.0, clipvalue=0.3, clipnorm=0.7
+        params,
+        averages,
+        [grads],
+        0.9,
+        False,
+        clip.scale,
+        loss_scale_factor=clip.loss_scale,
+        clipvalue=0.3,
+        clipnorm=0.7,
     )
     states = states_of(params)
     options = clip.options(params, grads)

@@ -163,6 +163,18 @@ def test_the_first_index_out_of_range_is_found(seed: int) -> None:
     assert emulated.first_invalid_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
 
 
+@pytest.mark.parametrize("index", [(4, 0), (-1, 1), (0, 3), (1, -1), (4, 3)], ids=str)
+def test_an_index_out_of_range_in_either_of_two_dimensions(index: tuple[int, int]) -> None:
+    """It is found, and no row is taken for that of the other dimension."""
+    lists, expected = (sparse_lists([((4, 3, 2), 2)]) for _ in range(2))
+    lists[1][0] = torch.cat([torch.tensor(index)[:, None], lists[1][0]], dim=1)
+    lists[2][0] = torch.cat([torch.ones(1, 2), lists[2][0]])
+    assert emulated.first_invalid_indices(*lists).tolist() == [0]
+    emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
+    adadelta.sparse_adadelta_(*expected, *segment(1, *HYPERPARAMETERS))
+    assert_same_lists([lists[part] for part in (0, 3, 4)], [expected[part] for part in (0, 3, 4)])
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_an_index_out_of_range_is_left_out(layout: str) -> None:
     """To raise, the device would have to be waited for; memory beside the table is not written."""

@@ -28,6 +28,8 @@ int64_t fail_launches(int64_t error, int64_t before) {
   return cudaGetLastError();
 }
 
+void set_stream(int64_t number) { emulator::current_stream = static_cast<int>(number); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
@@ -41,9 +43,11 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta, CUDA, m) {
 STABLE_TORCH_LIBRARY(fake_cuda_ops, m) {
   m.def("launches() -> int");
   m.def("fail_launches(int error, int before=0) -> int");
+  m.def("set_stream(int number) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fake_cuda_ops, CompositeExplicitAutograd, m) {
   m.impl("launches", TORCH_BOX(&launches));
   m.impl("fail_launches", TORCH_BOX(&fail_launches));
+  m.impl("set_stream", TORCH_BOX(&set_stream));
 }

@@ -20,6 +20,7 @@ NO_KERNEL_IMAGE, INVALID_DEVICE_FUNCTION, INVALID_VALUE = 209, 98, 1
 def launches_work_again() -> Iterator[None]:
     yield
     launcher.fail_launches(0)
+    launcher.set_stream(0)
 
 
 def optimizer_of(dtypes: list[torch.dtype], device: str, **options: Any) -> AdadeltaKeras:
@@ -82,6 +83,16 @@ def test_a_launch_goes_to_the_device_of_the_tensors_and_its_stream() -> None:
                 optimizer_of([torch.float32], device, clipnorm=1.0).step()
                 assert launcher.launches() - before == 3
                 assert torch.cuda.current_device() == current
+
+
+def test_a_launch_goes_to_the_stream_that_is_current() -> None:
+    """Which may be another at every step. A launch fails in any other."""
+    optimizer = optimizer_of([torch.float32], "cuda", clipnorm=1.0)
+    for number in (0, 1, 2, 0):
+        launcher.set_stream(number)
+        before = launcher.launches()
+        optimizer.step()
+        assert launcher.launches() - before == 3
 
 
 def test_what_a_step_launches() -> None:

@@ -31,8 +31,12 @@ inline int64_t launches_before_error = 0;     // which succeed
 inline cudaError_t last_error = cudaSuccess;  // which cudaGetLastError has not seen
 inline int (*current_device)() = nullptr;
 
-// A stream has the address that its device's index gives it.
-inline cudaStream_t stream_of(int device) { return reinterpret_cast<cudaStream_t>(16 * (device + 1)); }
+inline int current_stream = 0;  // on every device: the default one, or another number
+
+// A stream has the address that its device's index and its number give it.
+inline cudaStream_t stream_of(int device) {
+  return reinterpret_cast<cudaStream_t>(16 * (device + 1) + 1024 * current_stream);
+}
 
 }  // namespace emulator
 
