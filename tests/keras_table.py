@@ -230,6 +230,7 @@ ROWS: Final = {
     "channels first": Row(_torch_channels_first),
 }
 
+
 def _torch_gates() -> nn.Module:
     return _Net(
         lambda net, x: net.out(net.gru(x)[0][:, -1]),
@@ -355,7 +356,11 @@ def loaded(
 ) -> tuple[str, Job | None]:
     """What had to be passed, "loads" for nothing, and the job; None if the file is refused for good."""
     name = f"{name}, one group" if (name, generation) == ("sequences", "keras3") else name
-    row, is_numbered, config = (ROWS | LIVE_ROWS | ADDED_ROWS)[name], kind in ("keras", "weights.h5"), str(truth["config"])
+    row, is_numbered, config = (
+        (ROWS | LIVE_ROWS | ADDED_ROWS)[name],
+        kind in ("keras", "weights.h5"),
+        str(truth["config"]),
+    )
     options = row.numbered if is_numbered else row.named
     ways: list[tuple[str, str, dict[str, Any]]] = [("loads", "", {})]
     if config and kind not in ("h5", "keras"):
