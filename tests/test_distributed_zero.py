@@ -256,3 +256,22 @@ def test_what_is_no_norm_group() -> None:
     assert copy.deepcopy(group) is group
     with pytest.raises(RuntimeError, match=r"norm_group: torch.distributed is not initialized.* leave norm_group out"):
         group.agree(1, True, False, None)
+
+
+def what_is_not_for_zero() -> list[str]:
+    model = Model()
+    zero = zero_of(model, {"use_ema": True})
+    train(model, zero, range(1), whole_batch)
+    fresh = zero_of(Model(), {"weight_decay": 0.1}).optim
+    return [
+        error_of(lambda: zero.optim.swap_averages().__enter__()),
+        error_of(zero.optim.finalize_variable_values),
+        error_of(lambda: fresh.exclude_from_weight_decay(var_list=fresh.param_groups[0]["params"])),
+    ]
+
+
+def test_what_would_be_done_to_the_parameters_of_one_process_only(two: Processes) -> None:
+    for swap, finalize, exclude in two.run(what_is_not_for_zero):
+        assert swap.startswith("RuntimeError: swap_averages would change the parameters of this process only")
+        assert finalize.startswith("RuntimeError: finalize_variable_values would change the parameters of this process")
+        assert exclude.startswith("ValueError: exclude_from_weight_decay is not for ZeroRedundancyOptimizer")

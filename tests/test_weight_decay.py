@@ -270,6 +270,20 @@ def test_a_penalty_is_not_for_sparse_gradients(path: Path) -> None:
     optimizer.step()
 
 
+def test_a_penalty_that_comes_later_is_not_clipped_either() -> None:
+    with pytest.raises(ValueError, match=r"clipnorm=1\.0 cannot be combined with decoupled_weight_decay=False"):
+        AdadeltaKeras([Parameter(torch.ones(2))], weight_decay=lambda: 0.1, decoupled_weight_decay=False, clipnorm=1.0)
+    param = Parameter(torch.ones(2))
+    optimizer = AdadeltaKeras([param], decoupled_weight_decay=False, clipnorm=1.0)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match=r"clipnorm=1\.0 cannot be combined with decoupled_weight_decay=False"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
 # ---- torch.optim ----------------------------------------------------------------------------------------------------
 
 

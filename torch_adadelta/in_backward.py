@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torch_adadelta.backends import functional
 from torch_adadelta.backends.dtensor import is_dtensor
 from torch_adadelta.backends.opmath import opmath_dtypes
 from torch_adadelta.optimizer import AdadeltaKeras
@@ -82,7 +83,8 @@ class StepInBackward:
             plan.counts, plan.writes = False, []  # once, at the end
             self._has_written = True
             execution.run_plan(plan)
-            self._updated.append(param)
+            if not functional.is_sparse(param.grad):  # whose average was part of the update
+                self._updated.append(param)
             param.grad = None
 
     def _finish(self) -> None:

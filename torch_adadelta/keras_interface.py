@@ -46,6 +46,10 @@ class KerasInterface(Optimizer):
     def _check_nothing_pending(self, what: str) -> None:
         raise NotImplementedError
 
+    def check_not_swapped(self, what: str) -> None:
+        """Raises RuntimeError inside of `swap_averages`."""
+        raise NotImplementedError
+
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -265,6 +269,7 @@ class KerasInterface(Optimizer):
             ValueError: wrong number or shape; or gradients wait for their update, and there are no sums of them; then
                 nothing was set.
         """
+        self.check_not_swapped("no weights can be set")
         params = self._params()
         values = [torch.as_tensor(weight) for weight in weights]
         if len(values) == 2 * len(params):

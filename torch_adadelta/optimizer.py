@@ -276,6 +276,7 @@ class AdadeltaKeras(KerasInterface):
         A schedule is in it as its configuration. Of callables, the aggregator and the transformers it holds the names:
         the optimizer that loads it must have been given them.
         """
+        self.check_not_swapped("no state_dict can be taken")
         self._sync_groups()
         self._sources.update_metadata(self.param_groups, self._callbacks)
         state_dict = super().state_dict()
@@ -295,6 +296,7 @@ class AdadeltaKeras(KerasInterface):
         def note(optimizer: Any, state_dict: Any) -> None:
             self._loading = state_dict
 
+        self.check_not_swapped("no state_dict can be loaded")
         hook = self.register_load_state_dict_pre_hook(note)  # the last one, which sees what the others have made of it
         try:
             super().load_state_dict(state_dict)
@@ -303,6 +305,7 @@ class AdadeltaKeras(KerasInterface):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_not_swapped("no copy can be taken")
         self._sync_groups()
         self._sources.update_metadata(self.param_groups, self._callbacks)
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN_ATTRIBUTES}}
@@ -324,7 +327,9 @@ class AdadeltaKeras(KerasInterface):
             norm_variables.canonicalize(
                 groups, known.get("_norm_group") is not None or known.get("_is_made_by_zero", False)
             )
-            accumulation.check_pending(groups, params)
+            is_part = known.get("_norm_group") is not None or known.get("_is_made_by_zero", False)
+            if not is_part:  # others may have the sums
+                accumulation.check_pending(groups, params)
             for group in groups[:1]:
                 known["_callbacks"].check_clip_options(group)
         for group_index, group in enumerate(groups):
@@ -378,8 +383,9 @@ class AdadeltaKeras(KerasInterface):
         all_sources = (self._sources.defaults, *self._sources.of_groups)
         for group, sources in zip((self.defaults, *self.param_groups), all_sources, strict=True):
             new = {option.key: value, **options.new_metadata()}
-            bound.append((group, sources, new, bind_hyperparameter(new, option, None, self.iterations)))
-            options.check_combinations({**group, option.key: new[option.key]})
+            source = bind_hyperparameter(new, option, None, self.iterations)
+            bound.append((group, sources, new, source))
+            options.check_combinations({**group, option.key: new[option.key] if source is None else None})
         for group, sources, new, source in bound:
             group[option.key] = new[option.key]
             if option.takes_schedule:
@@ -402,6 +408,9 @@ class AdadeltaKeras(KerasInterface):
         if option.key == "gradient_accumulation_steps":
             self._check_nothing_pending(f"gradient_accumulation_steps={value!r}")
             accumulation.check_pending([{**self.param_groups[0], **new}], {})
+        if option.key == "use_ema" and not self.param_groups[0]["use_ema"]:  # averages of before are none any more
+            for state in self.state.values():
+                state.pop(averages.KEY, None)
         for group in (self.defaults, *self.param_groups):
             group[option.key] = new[option.key]
 
@@ -507,7 +516,15 @@ class AdadeltaKeras(KerasInterface):
             ValueError: a step was taken already; a parameter is none of the optimizer's; parameters have no names.
         """
         if int(self.iterations) or any(map(has_state, self.state.values())):
-            raise ValueError("exclude_from_weight_decay must be called before the first step")
+            raise ValueError(
+                "exclude_from_weight_decay must be called before the first step. Give the parameters a param group "
+                "with weight_decay=0 instead"
+            )
+        if self._is_made_by_zero:
+            raise ValueError(
+                "exclude_from_weight_decay is not for ZeroRedundancyOptimizer, which keeps what it knows of param "
+                "groups itself. Give the parameters a param group with weight_decay=0"
+            )
         places = exclusions.find(self.param_groups, var_list, var_names)
         for group, own in zip(self.param_groups, places, strict=True):
             group[exclusions.KEY] = own
@@ -559,12 +576,19 @@ class AdadeltaKeras(KerasInterface):
     def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
         """Sets parameters to their averages, as Keras' `fit` does in the end. Without `use_ema` it does nothing.
 
+        Under FSDP2 call ``model.reshard()`` afterwards, for a model may have kept its unsharded parameters.
+
         Args:
             var_list: these parameters only; None for all. One without an average is left as it is.
+
+        Raises:
+            TypeError, ValueError: `var_list` is no list of the optimizer's parameters.
+            RuntimeError: inside of `swap_averages`; or under ZeRO, which would have to tell other processes.
         """
-        wanted = None if var_list is None else set(map(id, var_list))
+        wanted = None if var_list is None else exclusions.known_ids(self.param_groups, var_list)
         if not self.use_ema:
             return
+        self._check_averages_are_here("finalize_variable_values")
         with torch.no_grad():
             for param, average in self._averages():
                 if wanted is None or id(param) in wanted:
@@ -574,11 +598,13 @@ class AdadeltaKeras(KerasInterface):
     def swap_averages(self) -> Iterator[None]:
         """A context in which parameters and averages have changed places, to evaluate a model with its averages.
 
-        Afterwards, and after an exception too, both are what they were, to the bit. No step can be taken inside.
+        Afterwards, and after an exception too, both are what they were, to the bit. No step can be taken inside, and
+        nothing saved or loaded. Under FSDP2 call ``model.reshard()`` at the beginning and the end of the context, for a
+        model may have kept its unsharded parameters.
 
         Raises:
             ValueError: without `use_ema`.
-            RuntimeError: inside of another.
+            RuntimeError: inside of another; or under ZeRO, which would have to tell other processes.
 
         Example:
             >>> param = torch.nn.Parameter(torch.ones(3))
@@ -592,6 +618,7 @@ class AdadeltaKeras(KerasInterface):
             raise ValueError("swap_averages needs averages: make the optimizer with use_ema=True")
         if self._are_swapped:
             raise RuntimeError("swap_averages is on already")
+        self._check_averages_are_here("swap_averages")
         params, own = map(list, zip(*self._averages(), strict=True)) if self._averages() else ([], [])
         kept = [tensor.detach().clone() for tensor in (*params, *own)]
         self._are_swapped = True
@@ -601,6 +628,19 @@ class AdadeltaKeras(KerasInterface):
         finally:
             _copy(kept, [*params, *own])
             self._are_swapped = False
+
+    def check_not_swapped(self, what: str) -> None:
+        """Raises RuntimeError inside of `swap_averages`."""
+        if self._are_swapped:
+            raise RuntimeError(f"{what} inside of swap_averages: the parameters are the averages now. Leave it first")
+
+    def _check_averages_are_here(self, what: str) -> None:
+        self.check_not_swapped(f"{what} cannot be called")
+        if self._is_made_by_zero:
+            raise RuntimeError(
+                f"{what} would change the parameters of this process only: ZeroRedundancyOptimizer spreads them over "
+                "several. Use ema_overwrite_frequency, or DistributedDataParallel without it"
+            )
 
     def scale_loss(self, loss: Any) -> Any:
         """``loss * loss_scale_factor``, or the loss where there is none."""
@@ -653,8 +693,7 @@ class AdadeltaKeras(KerasInterface):
 
     def step_request(self) -> StepRequest:
         """All that a step depends on, for `step/`."""
-        if self._are_swapped:
-            raise RuntimeError("no step can be taken inside of swap_averages: the parameters are the averages now")
+        self.check_not_swapped("no step can be taken")
         return StepRequest(
             self.param_groups,
             self.state,
@@ -675,6 +714,7 @@ class AdadeltaKeras(KerasInterface):
             self._explicit is None
             and not self._callbacks.transformers
             and self._norm_group is None
+            and not self._are_swapped
             and self.found_inf is None
             and (self.param_groups[0]["clipnorm"] is None or not norm_variables.any_in(self.param_groups))
             and getattr(self, "grad_scale", None) is None

@@ -337,6 +337,12 @@ _INSTEAD_OF_COUNTING: Final = {
 }
 
 
+_INSTEAD_OF_RECORDING: Final = {
+    "gradient_accumulation_steps": "Add up the losses instead",
+    "use_ema": "Compute the averages of the parameters after each step",
+}
+
+
 def counts_on_host(options: dict[str, Any]) -> str | None:
     """The option for which the host must know the number of steps, if there is one."""
     if options["gradient_accumulation_steps"] is not None:
@@ -355,8 +361,14 @@ def without_neutral(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in asks_for_nothing}
 
 
-def check_on_device(options: dict[str, Any]) -> None:
-    """Raises ValueError if the host would have to know a number of steps that is kept on the device."""
+def check_recordable(options: dict[str, Any]) -> None:
+    """Raises ValueError if an option cannot be captured in a CUDA graph, or recorded by autograd, as others ask."""
+    for name, instead in _INSTEAD_OF_RECORDING.items():
+        if options["differentiable"] and options[name]:
+            raise ValueError(
+                f"{name}={options[name]!r} cannot be combined with differentiable=True: autograd would not follow all "
+                f"of it. {instead}"
+            )
     key = counts_on_host(options)
     if options["capturable"] and key is not None:
         raise ValueError(
@@ -369,7 +381,7 @@ def check_combinations(options: dict[str, Any]) -> None:
     """Raises ValueError if options of a group exclude each other."""
     check_norms(options)
     check_weight_decay(options)
-    check_on_device(options)
+    check_recordable(options)
 
 
 def canonicalize_wide(options: dict[str, Any]) -> None:

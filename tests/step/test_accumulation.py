@@ -18,6 +18,7 @@ from cases import (
     snapshot,
     to_oracle,
 )
+from processes import Processes
 from torch import Tensor
 from torch.nn import Parameter
 from training import advance, path  # noqa: F401
@@ -345,3 +346,70 @@ def test_the_loss_is_scaled() -> None:
     optimizer.loss_scale_factor = 8
     assert optimizer.scale_loss(3.0) == 24.0
     assert optimizer.loss_scale_factor == 8.0
+
+
+# ---- Others ---------------------------------------------------------------------------------------------------------
+
+
+def accumulate_together(options: dict[str, Any]) -> list[Any]:
+    """Two processes with a parameter each, one of which has no gradient in some calls."""
+    rank = torch.distributed.get_rank()
+    param = Parameter(torch.ones(3))
+    optimizer = AdadeltaKeras([param], 1.0, gradient_accumulation_steps=2, norm_group="world", **options)
+    counts = []
+    for call in range(6):
+        param.grad = None if rank == 1 and call in (0, 3) else torch.full((3,), 1.0 + call)
+        optimizer.step()
+        counts.append(int(optimizer.param_groups[0]["iterations"]))
+        copy.deepcopy(optimizer)
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore:no gradient in the call that updates")
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("options", [{}, {"global_clipnorm": 0.5, "use_ema": True}], ids=str)
+def test_processes_with_other_parameters_count_together(two: Processes, options: dict[str, Any]) -> None:
+    assert two.run(accumulate_together, options) == [[1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_the_aggregator_is_not_called_between_updates() -> None:
+    calls: list[int] = []
+
+    def aggregator(pairs: Any) -> Any:
+        calls.append(len(pairs))
+        return pairs
+
+    param = Parameter(torch.ones(3))
+    optimizer = AdadeltaKeras([param], 1.0, gradient_accumulation_steps=2, gradient_aggregator=aggregator)
+    optimizer.step()
+    advance(optimizer, 2)
+    assert calls == [1]
+
+
+def test_a_callback_may_load_other_sums(path: Path) -> None:  # noqa: F811
+    param = Parameter(torch.ones(3))
+    optimizer = AdadeltaKeras([param], 1.0, gradient_accumulation_steps=2, **path.options)
+    advance(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    def load(pairs: Any) -> Any:
+        optimizer.load_state_dict(saved)
+        return pairs
+
+    optimizer.gradient_transformers = [load]
+    advance(optimizer)
+    assert not optimizer.state[param][accumulation.KEY].any()
+
+
+def test_sums_of_inference_mode_are_refused() -> None:
+    param = Parameter(torch.ones(3))
+    optimizer = AdadeltaKeras([param], 1.0, gradient_accumulation_steps=2)
+    with torch.inference_mode():
+        param.grad = torch.ones(3)
+        optimizer.step()
+    with pytest.raises(
+        RuntimeError, match="parameter 0 of group 0: its state gradient_accumulator was made in inference"
+    ):
+        advance(optimizer)
+    assert param.tolist() == [1.0] * 3
+    assert count_of(optimizer) == 1

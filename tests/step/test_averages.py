@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from training import advance, path  # noqa: F401
 
-from torch_adadelta import AdadeltaKeras
+from torch_adadelta import AdadeltaKeras, step_in_backward
 from torch_adadelta.step import averages
 
 MOMENTUM = 0.75
@@ -179,6 +179,46 @@ def test_a_skipped_step_changes_no_average() -> None:
     assert optimizer.iterations == 3
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_is_averaged_once(path: Path) -> None:  # noqa: F811
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(3))]
+    optimizer = AdadeltaKeras([params[0], params[0], params[1], params[1]], 1.0, **EMA, **path.options)
+    before = None
+    for k in range(4):
+        params[0].grad = torch.full((3,), 1.0 + k)
+        optimizer.step()
+        average = optimizer.state[params[0]][averages.KEY]
+        assert_same_bits(average, params[0] if before is None else moved(before, params[0]))
+        before = average.clone()
+    assert optimizer.state[params[1]][averages.KEY].tolist() == [1.0] * 3
+
+
+def test_sparse_gradients_in_the_backward_pass() -> None:
+    tables = [torch.nn.Embedding(5, 2, sparse=True) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    ours, usual = (AdadeltaKeras(table.parameters(), 1.0, **EMA, ema_overwrite_frequency=2) for table in tables)
+    step_in_backward(ours)
+    for k in range(4):
+        usual.zero_grad()
+        for table in tables:
+            table(torch.tensor([k, 1])).square().sum().backward()
+        usual.step()
+        assert_same_bits(tables[0].weight, tables[1].weight.detach())
+        for key, tensor in usual.state[tables[1].weight].items():
+            assert_same_bits(ours.state[tables[0].weight][key], tensor, key)
+
+
+def test_a_lazy_parameter_has_no_average_yet() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LazyLinear(1))
+    optimizer = AdadeltaKeras(model.parameters(), 1.0, **EMA)
+    model[0](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 2
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 4
+
+
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +247,53 @@ def test_parameters_and_averages_are_swapped_and_come_back() -> None:
         raise KeyError("mine")
     assert_unchanged(optimizer, before)
     advance(optimizer)
+
+
+def test_nothing_is_saved_or_loaded_while_they_are_swapped() -> None:
+    optimizer, _ = trained()
+    saved, weights = optimizer.state_dict(), optimizer.get_weights()
+    compiled_step = torch.compile(optimizer.step, backend="eager")
+    compiled_step()
+    before = snapshot(optimizer)
+    calls: list[Callable[[], Any]] = [
+        optimizer.state_dict,
+        lambda: optimizer.load_state_dict(saved),
+        lambda: optimizer.set_weights(weights),
+        lambda: copy.deepcopy(optimizer),
+        lambda: optimizer.finalize_variable_values(),
+        compiled_step,
+    ]
+    with optimizer.swap_averages():
+        for call in calls:
+            with pytest.raises(RuntimeError, match="inside of swap_averages"):
+                call()
+    assert_unchanged(optimizer, before)
+
+
+def test_averages_are_not_for_recorded_steps() -> None:
+    options: tuple[dict[str, Any], ...] = ({"use_ema": True}, {"gradient_accumulation_steps": 2})
+    for option in options:
+        with pytest.raises(ValueError, match="cannot be combined with differentiable=True"):
+            AdadeltaKeras([torch.ones(1)], differentiable=True, **option)
+
+
+def test_averages_that_are_switched_on_again_begin_anew(path: Path) -> None:  # noqa: F811
+    optimizer, params = trained(torch.float32, **path.options)
+    optimizer.use_ema = False
+    with torch.no_grad():
+        params[0].add_(100)
+    optimizer.use_ema = True
+    before = params[0].detach().clone()
+    advance(optimizer)
+    assert_same_bits(optimizer.state[params[0]][averages.KEY], moved(before, params[0]))
+
+
+def test_finalizing_takes_parameters_of_the_optimizer() -> None:
+    optimizer, params = trained()
+    with pytest.raises(TypeError, match="var_list must be a list"):
+        optimizer.finalize_variable_values(params[0])
+    with pytest.raises(ValueError, match="that is no parameter of this optimizer"):
+        optimizer.finalize_variable_values([torch.ones(2)])
 
 
 def test_swapping_needs_averages() -> None:

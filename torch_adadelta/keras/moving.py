@@ -206,6 +206,7 @@ def load_keras(
 def _check_arguments(optimizer: Any, model: Any) -> None:
     if not isinstance(optimizer, AdadeltaKeras):
         raise TypeError(f"optimizer must be an AdadeltaKeras, got {type(optimizer).__name__}")
+    optimizer.check_not_swapped("no file of Keras can be read or written")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for group_index, group in enumerate(optimizer.param_groups):

@@ -50,47 +50,46 @@ class Addition(NamedTuple):
     grad: Tensor
 
 
-class Accumulated(NamedTuple):
-    """What a call makes of its gradients: additions, or the means for an update and the sums that become 0 with it."""
-
-    additions: list[Addition]
-    params: list[Tensor]
-    means: list[Tensor]
-    finished: list[Tensor]
-
-
-def accumulate(
+def additions(
     groups: list[Group],
     state: State,
     params: list[Tensor],
     grads: list[Tensor],
     new_state: State,
     names: validation.NameOf,
-) -> Accumulated:
-    """What is to be done with gradients. Sums that are missing are made, in `new_state`. Writes nothing."""
+) -> list[Addition]:
+    """What a call adds to sums. Those that are missing are made, in `new_state`. Writes nothing."""
     validation.check_sums(params, grads, names)
-    loss_scale_factor = groups[0]["loss_scale_factor"]
     totals = [sum_of(param, state, new_state, names) for param in params]
-    grads = dtensor.aligned(params, grads)
-    if not is_update(groups[0]):
-        added = [
-            functional.unscaled_in(total, grad, loss_scale_factor) for total, grad in zip(totals, grads, strict=True)
-        ]
-        return Accumulated(list(map(Addition, totals, added)), [], [], [])
-    n = steps_of(groups[0])
+    factor = groups[0]["loss_scale_factor"]
+    rows = zip(totals, dtensor.aligned(params, grads), strict=True)
+    return [Addition(total, functional.unscaled_in(total, grad, factor)) for total, grad in rows]
+
+
+def means(
+    groups: list[Group],
+    state: State,
+    params: list[Tensor],
+    grads: list[Tensor],
+    new_state: State,
+    names: validation.NameOf,
+) -> dict[Tensor, Tensor]:
+    """For each parameter with a gradient in the call that updates, the mean of all since the last update.
+
+    Warns of parameters without one, whose sums are lost.
+    """
     sums: dict[Tensor, Tensor] = {}
-    for param, total, grad in zip(params, totals, grads, strict=True):  # one may be listed twice
-        sums[param] = functional.added(sums.get(param, total), functional.unscaled_in(total, grad, loss_scale_factor))
-    finished = all_sums(groups, state, new_state)
+    rows = additions(groups, state, params, grads, new_state, names)
+    for param, (total, grad) in zip(params, rows, strict=True):  # one may be listed twice
+        sums[param] = functional.added(sums.get(param, total), grad)
     lost = [param for group in groups for param in group["params"] if param not in sums and KEY in state.get(param, {})]
-    if lost:
+    if lost and params:
         some = ", ".join(map(names, lost[:5])) + (", ..." if len(lost) > 5 else "")
         warnings.warn(
             f"no gradient in the call that updates: {some}; what was summed before is dropped, as in Keras",
             stacklevel=2,
         )
-    means = [functional.divided(total, n) for total in sums.values()]
-    return Accumulated([], list(sums), means, finished)
+    return {param: functional.divided(total, steps_of(groups[0])) for param, total in sums.items()}
 
 
 def new_sum(param: Tensor) -> Tensor:

@@ -197,7 +197,11 @@ def _segment(group: dict[str, Any], size: int, param: Tensor, is_excluded: bool)
     epsilon = _as_tensor("epsilon", group["epsilon"], device)
     epsilon = torch.where(epsilon == 0, BY_KEY["epsilon"].zero_means, epsilon)
     rho, weight_decay = _as_tensor("rho", group["rho"], device), group["weight_decay"]
-    weight_decay = 0.0 if is_excluded or is_zero(weight_decay) else _as_tensor("weight_decay", weight_decay, device)
+    weight_decay = (
+        0.0
+        if is_excluded or weight_decay is None or is_zero(weight_decay)
+        else _as_tensor("weight_decay", weight_decay, device)
+    )
     segment = Segment(size, lr, rho, epsilon, group["maximize"], weight_decay, group["decoupled_weight_decay"])
     if not group["use_ema"]:
         return segment

@@ -19,18 +19,15 @@ def find(groups: list[Group], var_list: Iterable[Tensor] | None, var_names: Iter
 
     Raises:
         TypeError: the arguments are of other types.
-        ValueError: a parameter is in no group; or there are patterns, and parameters without names.
+        ValueError: a parameter is in no group; or a pattern is no regular expression, or parameters have no names.
     """
-    given = _listed("var_list", var_list, Tensor)
     patterns = _listed("var_names", var_names, str)
-    wanted = set(map(id, given))
-    unknown = wanted - {id(param) for group in groups for param in group["params"]}
-    for param in given:
-        if id(param) in unknown:
-            raise ValueError(
-                f"var_list has a tensor of shape {tuple(param.shape)} that is no parameter of this optimizer; pass it "
-                "to the constructor or to add_param_group before"
-            )
+    wanted = known_ids(groups, var_list)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"var_names has {pattern!r}, which is no regular expression: {error}") from error
     if patterns and not all("param_names" in group for group in groups):
         raise ValueError(
             f"var_names={patterns!r} needs names: give the optimizer model.named_parameters(), or pass var_list"
@@ -45,6 +42,20 @@ def find(groups: list[Group], var_list: Iterable[Tensor] | None, var_names: Iter
         ]
         places.append(found or None)
     return places
+
+
+def known_ids(groups: list[Group], var_list: Any) -> set[int]:
+    """The ids of some parameters of the groups, checked."""
+    given = _listed("var_list", var_list, Tensor)
+    wanted = set(map(id, given))
+    unknown = wanted - {id(param) for group in groups for param in group["params"]}
+    for param in given:
+        if id(param) in unknown:
+            raise ValueError(
+                f"var_list has a tensor of shape {tuple(param.shape)} that is no parameter of this optimizer; pass it "
+                "to the constructor or to add_param_group before"
+            )
+    return wanted
 
 
 def _listed(name: str, value: Any, kind: type) -> list[Any]:

@@ -4,7 +4,7 @@ What was found of the last step is kept, as a partition: which parameters one ca
 matches, only gradients and numbers are new.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
@@ -22,7 +22,7 @@ from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
 from torch_adadelta.step import accumulation, averages, exclusions, norm_variables, validation
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
-from torch_adadelta.step.selection import PLAIN_TYPES, by_device, select_backend
+from torch_adadelta.step.selection import PLAIN_TYPES, by_device, is_lazy, select_backend
 from torch_adadelta.step.sources import Group, GroupWrite, Sources, StepValues, is_capturing
 
 State = dict[Tensor, dict[str, Any]]
@@ -99,7 +99,7 @@ class Inputs(NamedTuple):
     values: StepValues
     clipping: Clipping
     sums: State | None = None  # new ones of gradients
-    finished: Sequence[Tensor] = ()  # sums of gradients that become 0
+    ends_sums: bool = False  # whether all sums of gradients become 0
     is_part: bool = False  # whether other parameters are updated apart, in the same step
 
 
@@ -151,6 +151,8 @@ class SegmentSpec:
         if not is_known and self.segment is not None and self.given is not None and all(map(is_, given, self.given)):
             return self.segment
         lr, rho, epsilon, weight_decay = values.of(self.group, self.T)
+        if not group["decoupled_weight_decay"]:  # the value may be new
+            options.check_weight_decay({**group, "weight_decay": weight_decay})
         decay = 0.0 if self.is_excluded else weight_decay, group["decoupled_weight_decay"]
         self.segment = Segment(self.size, lr, rho, epsilon, group["maximize"], *decay)
         is_fixed = not values.sources[self.group] and not group["decay"] and all(type(x) in (float, int) for x in given)
@@ -401,13 +403,14 @@ def plan(request: StepRequest) -> StepPlan | None:
     """
     rows = gather(request)
     sums: State = {}
-    finished: Sequence[Tensor] = ()
-    if request.groups[0]["gradient_accumulation_steps"] is not None:
+    ends_sums = request.groups[0]["gradient_accumulation_steps"] is not None
+    if ends_sums:
         check_groups(request)
-        accumulated = _accumulated(request, rows, sums)
-        if isinstance(accumulated, StepPlan):
-            return accumulated
-        rows, finished = accumulated
+        if rows.params and _makes_state_only(request, rows):
+            return _plan_of_state(request, rows)
+        if not accumulation.is_update(request.groups[0]):
+            return _plan_of_sums(request, rows)
+        rows = _means(request, rows, sums)
     kept = request.partitions.find(request, rows)
     if kept is None:
         check_groups(request)
@@ -431,7 +434,7 @@ def plan(request: StepRequest) -> StepPlan | None:
         clipping, _ = _clipping(request, rows)
     if rows.params:
         values = StepValues(request.groups, request.sources.of_groups)
-        return assemble(request, Inputs(rows, values, clipping, sums, finished), kept)
+        return assemble(request, Inputs(rows, values, clipping, sums, ends_sums), kept)
     if clipping.over_parts is not None or clipping.over_processes is not None:  # others wait for this process
         set_gradient_options([], clipping)
     if not others_have_gradients and not request.is_part and any(group["params"] for group in request.groups):
@@ -439,7 +442,8 @@ def plan(request: StepRequest) -> StepPlan | None:
     if torch.version.cuda is not None and is_capturing():
         validation.check_capture(request.groups, [], {}, request.name_of)
     new_state: State = {}
-    return StepPlan(request, [], new_state, [], average_rest(request, [], new_state), finished=list(finished))
+    finished = accumulation.all_sums(request.groups, request.state, {}) if ends_sums else []
+    return StepPlan(request, [], new_state, [], average_rest(request, [], new_state), finished=finished)
 
 
 def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Columns] | None = None) -> StepPlan:
@@ -487,7 +491,7 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
     # Norms that were summed over processes cannot be summed again: the others would not take part.
     is_shared = clipping.over_parts is not None or clipping.over_processes is not None
     inputs_again = inputs if is_cached and not is_shared else None
-    finished = list(inputs.finished)
+    finished = accumulation.all_sums(request.groups, request.state, new_state) if inputs.ends_sums else []
     return StepPlan(request, batches, new_state, values.writes, passes, finished=finished, inputs=inputs_again)
 
 
@@ -504,27 +508,30 @@ def check_groups(request: StepRequest) -> None:
     norm_variables.check(groups, request.norm_group is not None or request.is_part)
 
 
-def _accumulated(request: StepRequest, rows: Rows, sums: State) -> StepPlan | tuple[Rows, list[Tensor]]:
-    """The plan of a call that only adds gradients to their sums; or the means for an update, and the sums that end.
+def _in_order(rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and gradients in the order in which they were given."""
+    numbers = range(len(rows.params)) if rows.order is None else rows.order
+    in_order = sorted(range(len(rows.params)), key=numbers.__getitem__)
+    return [rows.params[row] for row in in_order], [rows.grads[row] for row in in_order]
 
-    Sums that are missing are made, in `sums`.
-    """
-    is_update = accumulation.is_update(request.groups[0])
-    if not rows.params:
-        return rows, accumulation.all_sums(request.groups, request.state, {}) if is_update else []
-    if _makes_state_only(request, rows):
-        return _plan_of_state(request, rows)
-    in_order = range(len(rows.params)) if rows.order is None else sorted(rows.order, key=rows.order.__getitem__)
-    params, grads = ([tensors[row] for row in in_order] for tensors in (rows.params, rows.grads))
-    accumulated = accumulation.accumulate(request.groups, request.state, params, grads, sums, request.name_of)
-    if is_update:
-        return _explicit_rows(
-            request.groups, list(zip(accumulated.means, accumulated.params, strict=True))
-        ), accumulated.finished
-    if request.norm_group is not None:
-        _clipping(request, rows)  # the others are asked, too
-    passes = average_rest(request, [], sums)
-    return StepPlan(request, [], sums, [], passes, accumulated.additions)
+
+def _plan_of_sums(request: StepRequest, rows: Rows) -> StepPlan | None:
+    """The plan of a call that only adds gradients to their sums; None if there is nothing to do."""
+    sums: State = {}
+    additions = accumulation.additions(request.groups, request.state, *_in_order(rows), sums, request.name_of)
+    others_have_gradients = False
+    if request.norm_group is not None:  # the others are asked, too
+        _, others_have_gradients = _clipping(request, rows)
+    has_params = any(group["params"] for group in request.groups)
+    if not rows.params and not others_have_gradients and not request.is_part and has_params:
+        return None
+    return StepPlan(request, [], sums, [], average_rest(request, [], sums), additions)
+
+
+def _means(request: StepRequest, rows: Rows, sums: State) -> Rows:
+    """The means of all gradients since the last update. Sums that are missing are made, in `sums`."""
+    means = accumulation.means(request.groups, request.state, *_in_order(rows), sums, request.name_of)
+    return _explicit_rows(request.groups, [(mean, param) for param, mean in means.items()])
 
 
 def _plan_of_state(request: StepRequest, rows: Rows) -> StepPlan:
@@ -546,9 +553,9 @@ def average_rest(request: StepRequest, others: list[Tensor], new_state: State) -
     known = set(map(id, others))
     rest = [
         param
-        for group in request.groups
-        for param in group["params"]
-        if id(param) not in known and (param.requires_grad or averages.KEY in request.state.get(param, ()))
+        for param in dict.fromkeys(param for group in request.groups for param in group["params"])
+        if id(param) not in known and not is_lazy(param)
+        if param.requires_grad or averages.KEY in request.state.get(param, ())
     ]
     return averages.passes(request.groups, rest, request.state, new_state, request.name_of, request.found_inf)
 
@@ -571,9 +578,7 @@ def _is_zero(value: Any) -> bool:
 
 def _run_callbacks(request: StepRequest, rows: Rows) -> Rows:
     """The same rows with the gradients that aggregator and transformers return for those in their order."""
-    numbers = range(len(rows.params)) if rows.order is None else rows.order
-    in_order = sorted(range(len(rows.params)), key=numbers.__getitem__)
-    params, grads = ([tensors[row] for row in in_order] for tensors in (rows.params, rows.grads))
+    params, grads = _in_order(rows)
     for param, grad in zip(params, grads, strict=True):
         validation.check_gradient(partial(request.name_of, param), param, grad)
     aggregates = request.explicit is None or request.explicit.aggregates
@@ -581,6 +586,7 @@ def _run_callbacks(request: StepRequest, rows: Rows) -> Rows:
         is_unscaled = request.groups[0]["gradient_accumulation_steps"] is not None
         factor = None if is_unscaled else request.groups[0]["loss_scale_factor"]
         grads = request.callbacks.run(params, grads, aggregates, request.grad_scale, factor, request.name_of)
+    numbers = range(len(rows.params)) if rows.order is None else rows.order
     return rows._replace(grads=[grads[number] for number in numbers])
 
 

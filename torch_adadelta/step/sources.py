@@ -138,7 +138,7 @@ def bind_group(group: Group, previous: dict[str, Source], iterations: Any) -> di
     for option in options.OPTIONS:
         if option.kind in (Kind.FLAG, Kind.CHOICE):
             group[option.key] = options.canonicalize(option, group[option.key])
-    options.check_combinations(group)
+    options.check_combinations({**group, **dict.fromkeys(sources)})  # what a callable gives is not known yet
     check_choice(group)
     return sources
 

@@ -202,6 +202,8 @@ def check_wide_state(name: Callable[[], str], param: Tensor, key: str, tensor: A
             f"state[{key!r}] = state[{key!r}].to({dtype})"
         )
     _check_form(name, param, kind, tensor)
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name()}: its {kind} was made in inference mode, outside which it cannot be updated")
 
 
 def check_sums(params: list[Tensor], grads: list[Tensor], names: NameOf) -> None:
