@@ -693,7 +693,8 @@ class AdadeltaKeras(KerasInterface):
 
     def step_request(self) -> StepRequest:
         """All that a step depends on, for `step/`."""
-        self.check_not_swapped("no step can be taken")
+        if self._are_swapped:
+            self.check_not_swapped("no step can be taken")
         return StepRequest(
             self.param_groups,
             self.state,
