@@ -76,7 +76,7 @@ class AdadeltaKeras(KerasInterface):
 
     Args:
         params: parameters, named parameters or param groups, as for every ``torch.optim`` optimizer. A group may set
-            ``lr`` (or ``learning_rate``), ``rho``, ``epsilon`` and the flags for itself.
+            ``lr`` (or ``learning_rate``), ``rho``, ``epsilon``, weight decay and the flags for itself.
         learning_rate: the factor lr: a number >= 0, a one-element Tensor, a callable without arguments that returns one
             of them, or a `schedules.LearningRateSchedule`. The default is that of Keras; the paper and
             ``torch.optim.Adadelta`` use 1.0.
@@ -123,12 +123,12 @@ class AdadeltaKeras(KerasInterface):
         differentiable: let autograd record ``step()``, which then runs single-tensor operations.
 
     A sparse gradient (``torch.sparse_coo``, as of ``nn.Embedding(..., sparse=True)``) updates the rows that occur in
-    it, and leaves all others of the parameter and its state as they are.
+    it, and leaves all others of the parameter and its state as they are. Weight decay and averages are of all rows.
 
     A Python number for ``learning_rate``, ``rho`` or ``decay`` is rounded to float32 first, as Keras does, whatever the
-    dtype of the parameters; a Tensor or NumPy scalar keeps its precision. ``epsilon`` is not rounded. A callable is
-    called once a step. Aggregator and transformers see gradients in the opmath dtype and may overwrite them: they
-    are copies. ``.grad`` is never written to.
+    dtype of the parameters; a Tensor or NumPy scalar keeps its precision. Other options are not rounded. A callable is
+    called once in each step that updates. Aggregator and transformers see gradients in the opmath dtype and may
+    overwrite them: they are copies. ``.grad`` is never written to.
 
     Raises:
         TypeError: an argument of the wrong type, a parameter that is neither floating-point nor complex.
