@@ -78,7 +78,7 @@ class StepInBackward:
             clipping = (
                 Clipping(given[0], loss_scale_factor=given[1]) if any(x is not None for x in given) else NO_CLIPPING
             )
-            inputs = Inputs(rows, self._values, clipping, is_part=True)
+            inputs = Inputs(rows, self._values, clipping, averages_rest=False)
             plan = planning.assemble(request, inputs, partitions.find(request, rows))
             plan.counts, plan.writes = False, []  # once, at the end
             self._has_written = True

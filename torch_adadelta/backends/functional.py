@@ -47,7 +47,7 @@ from torch_adadelta.backends.opmath import (
 # ---- The formula ----------------------------------------------------------------------------------------------------
 
 
-class _Momentum(NamedTuple):
+class _EmaFactors(NamedTuple):
     """That of averages, in T."""
 
     m: Value
@@ -55,14 +55,14 @@ class _Momentum(NamedTuple):
     copies: bool  # it is 0, and no Tensor
 
 
-def _momentum_in_T(momentum: Value, T: torch.dtype, device: torch.device) -> _Momentum:
+def _momentum_in_T(momentum: Value, T: torch.dtype, device: torch.device) -> _EmaFactors:
     if not isinstance(momentum, Tensor) and momentum == 0:  # no compiler traces the rounding of a number
-        return _Momentum(0.0, 1.0, True)
+        return _EmaFactors(0.0, 1.0, True)
     m = cast(momentum, T, device)
-    return _Momentum(m, one_minus(m, T), not isinstance(m, Tensor) and m == 0)
+    return _EmaFactors(m, one_minus(m, T), not isinstance(m, Tensor) and m == 0)
 
 
-def _averaged(e: Tensor, p: Tensor, momentum: _Momentum) -> Tensor:
+def _averaged(e: Tensor, p: Tensor, momentum: _EmaFactors) -> Tensor:
     """An average after the update of its parameter, which is as it was stored, in T."""
     m, one_minus_m, copies = momentum
     if copies:
@@ -81,7 +81,7 @@ class _Hyperparameters(NamedTuple):
     weight_decay: Value
     is_decoupled: bool
     decays: bool  # whether there may be weight decay
-    momentum: _Momentum
+    momentum: _EmaFactors
     overwrites: bool
 
 
@@ -314,7 +314,7 @@ def _average_together(
             p.copy_(torch.where(is_finite, e.to(p.dtype), p))
 
 
-def _foreach_average_(p_out: list[Tensor], e_out: list[Tensor], momentum: _Momentum, overwrites: bool) -> None:
+def _foreach_average_(p_out: list[Tensor], e_out: list[Tensor], momentum: _EmaFactors, overwrites: bool) -> None:
     """Moves averages in T on, whose parameters were stored already."""
     m, one_minus_m, copies = momentum
     if copies:

@@ -100,7 +100,7 @@ class Inputs(NamedTuple):
     clipping: Clipping
     sums: State | None = None  # new ones of gradients
     ends_sums: bool = False  # whether all sums of gradients become 0
-    is_part: bool = False  # whether other parameters are updated apart, in the same step
+    averages_rest: bool = True  # whether the averages of all other parameters move on with this plan
 
 
 @dataclass
@@ -477,7 +477,7 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
     passes: list[averages.AveragePass] = []
     if request.groups[0]["use_ema"]:
         in_batches = averages.attach(request.groups, request.state, batches, new_state, request.name_of)
-        passes = passes if inputs.is_part else average_rest(request, in_batches, new_state)
+        passes = average_rest(request, in_batches, new_state) if inputs.averages_rest else []
     if partition.needs_checks:
         refused = validation.check_batches(batches, request.name_of)
     if refused is None and clipping is not NO_CLIPPING:
