@@ -74,10 +74,9 @@ class StepInBackward:
             request = self._optimizer.step_request()._replace(partitions=partitions)
             sizes = [int(index == other) for other in range(len(request.groups))]
             rows = Rows([param], [param.grad], sizes)
-            given = request.groups[0]["clipvalue"], request.groups[0]["loss_scale_factor"]
-            clipping = (
-                Clipping(given[0], loss_scale_factor=given[1]) if any(x is not None for x in given) else NO_CLIPPING
-            )
+            group = request.groups[0]
+            clipping = Clipping(group["clipvalue"], loss_scale_factor=group["loss_scale_factor"])
+            clipping = NO_CLIPPING if clipping == NO_CLIPPING else clipping
             inputs = Inputs(rows, self._values, clipping, averages_rest=False)
             plan = planning.assemble(request, inputs, partitions.find(request, rows))
             plan.counts, plan.writes = False, []  # once, at the end

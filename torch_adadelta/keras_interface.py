@@ -18,6 +18,9 @@ from torch_adadelta.step.planning import ExplicitGradients
 # The names of the state in Keras.
 SLOTS: Final = {"accum_grad": "square_avg", "accum_var": "acc_delta"}
 
+# What a step would begin with, where an option asks for more state than there is.
+NEW_STATE: Final = {averages.KEY: averages.new_average, accumulation.KEY: accumulation.new_sum}
+
 # What newer generations of Keras add to the configuration, and has no meaning here.
 _MEANINGLESS: Final = ("jit_compile", "is_legacy_optimizer")
 
@@ -225,10 +228,11 @@ class KerasInterface(Optimizer):
         Then, with `use_ema`, all averages; and with `gradient_accumulation_steps` all sums of gradients. State is the
         optimizer's own; for a parameter without any, there are zeros, and the parameter itself for its average.
         """
-        states = [self._state_of(param) for param in self._params()]
+        keys = self._optional_keys()
+        states = [self._state_of(param, keys) for param in self._params()]
         count = self.param_groups[0]["iterations"]
         iterations = count if isinstance(count, Tensor) else torch.tensor(count, dtype=torch.int64)
-        return [iterations, *(state[key] for key in (*SLOTS.values(), *self._optional_keys()) for state in states)]
+        return [iterations, *(state[key] for key in (*SLOTS.values(), *keys) for state in states)]
 
     def _optional_keys(self) -> list[str]:
         """The keys of the state besides the accumulators, if there is such."""
@@ -238,15 +242,14 @@ class KerasInterface(Optimizer):
         }
         return [key for key, is_used in wanted.items() if is_used or any(key in entry for entry in self.state.values())]
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, optional_keys: Iterable[str]) -> dict[str, Tensor]:
         """The state of a parameter beside what others keep there; what a step would begin with if there is none yet."""
         state = dict(self.state.get(param) or {})
         if not has_state(state):
             state.update(new_state_of(param))
-        new = {averages.KEY: averages.new_average, accumulation.KEY: accumulation.new_sum}
-        for key in self._optional_keys():
+        for key in optional_keys:
             if key not in state:
-                state[key] = new[key](param)
+                state[key] = NEW_STATE[key](param)
         return state
 
     @property
@@ -274,9 +277,9 @@ class KerasInterface(Optimizer):
         values = [torch.as_tensor(weight) for weight in weights]
         if len(values) == 2 * len(params):
             values.insert(0, torch.tensor(0))
-        keys = list(SLOTS.values())
+        keys, optional_keys = list(SLOTS.values()), self._optional_keys()
         if len(values) != 1 + len(keys) * len(params):
-            keys += self._optional_keys()
+            keys += optional_keys
         if len(values) != 1 + len(keys) * len(params):
             raise ValueError(
                 f"You called `set_weights(weights)` on optimizer {self.name} with a weight list of length "
@@ -290,7 +293,7 @@ class KerasInterface(Optimizer):
         if accumulation.KEY not in keys:
             self._check_nothing_pending("the state")
             accumulation.check_pending([{**self.param_groups[0], "iterations": int(count)}], {})
-        states = [self._state_of(param) for param in params]
+        states = [self._state_of(param, optional_keys) for param in params]
         slots = [state[key] for key in keys for state in states]
         for index, (slot, value) in enumerate(zip(slots, values[1:], strict=True), 1):
             if slot.shape != value.shape:

@@ -324,10 +324,8 @@ class AdadeltaKeras(KerasInterface):
             known["_callbacks"].check_known(groups)
             sources.of_groups = checkpoint.restore_groups(groups, known["defaults"], sources, previous)
             exclusions.check(groups)
-            norm_variables.canonicalize(
-                groups, known.get("_norm_group") is not None or known.get("_is_made_by_zero", False)
-            )
             is_part = known.get("_norm_group") is not None or known.get("_is_made_by_zero", False)
+            norm_variables.canonicalize(groups, is_part)
             if not is_part:  # others may have the sums
                 accumulation.check_pending(groups, params)
             for group in groups[:1]:
@@ -619,7 +617,8 @@ class AdadeltaKeras(KerasInterface):
         if self._are_swapped:
             raise RuntimeError("swap_averages is on already")
         self._check_averages_are_here("swap_averages")
-        params, own = map(list, zip(*self._averages(), strict=True)) if self._averages() else ([], [])
+        pairs = self._averages()
+        params, own = [param for param, _ in pairs], [average for _, average in pairs]
         kept = [tensor.detach().clone() for tensor in (*params, *own)]
         self._are_swapped = True
         try:

@@ -48,14 +48,14 @@ from torch_adadelta.backends.opmath import (
 
 
 class _EmaFactors(NamedTuple):
-    """That of averages, in T."""
+    """What averages and parameters are multiplied by, in T."""
 
     m: Value
     one_minus: Value
     copies: bool  # it is 0, and no Tensor
 
 
-def _momentum_in_T(momentum: Value, T: torch.dtype, device: torch.device) -> _EmaFactors:
+def _ema_factors(momentum: Value, T: torch.dtype, device: torch.device) -> _EmaFactors:
     if not isinstance(momentum, Tensor) and momentum == 0:  # no compiler traces the rounding of a number
         return _EmaFactors(0.0, 1.0, True)
     m = cast(momentum, T, device)
@@ -91,7 +91,7 @@ def _in_T(segment: Segment, T: torch.dtype, device: torch.device) -> _Hyperparam
     if isinstance(weight_decay, Tensor) or weight_decay != 0:  # no compiler traces the rounding of a number
         weight_decay = cast(weight_decay, T, device)
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
-    momentum = _momentum_in_T(segment.ema_momentum, T, device)
+    momentum = _ema_factors(segment.ema_momentum, T, device)
     return _Hyperparameters(
         lr,
         rho,
@@ -303,7 +303,7 @@ def _pieces(p: Tensor, e: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _average_together(
     params: list[Tensor], averages: list[Tensor], momentum: Value, overwrites: bool, found_inf: Tensor | None
 ) -> None:
-    in_T = _momentum_in_T(momentum, averages[0].dtype, averages[0].device)
+    in_T = _ema_factors(momentum, averages[0].dtype, averages[0].device)
     if found_inf is None:
         _foreach_average_(params, averages, in_T, overwrites)
         return

@@ -12,9 +12,6 @@ from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.options import OPTIONS
 from torch_adadelta.step import accumulation, averages, exclusions
 
-# What a step would begin with, where an option asks for more state than there is.
-NEW_STATE: Final = {averages.KEY: averages.new_average, accumulation.KEY: accumulation.new_sum}
-
 # In the configuration of the new class and of Keras 3.
 DEFAULTS: Final = {
     option.name: option.default for option in OPTIONS if option.is_keras3 and option.name != "decoupled_weight_decay"

@@ -27,6 +27,7 @@ from torch_adadelta.keras.config import CLIPPING, DROPPABLE, dropped_options
 from torch_adadelta.keras.errors import Array, KerasFileError, Stored
 from torch_adadelta.keras.layers import ACCUMULATORS, SLOTS
 from torch_adadelta.keras.matching import Match, Move, Unit, match
+from torch_adadelta.keras_interface import NEW_STATE
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.options import BY_NAME, OPTIMIZER_WIDE, OPTIONS
 from torch_adadelta.step import averages
@@ -360,7 +361,7 @@ def _states(
                 )
             state = states.setdefault(param, new_state_of(param))
             if key not in state:
-                state[key] = additions.NEW_STATE[key](param)
+                state[key] = NEW_STATE[key](param)
             if _is_rounded(array, state[key]):
                 rounded.add(_name_of(found, param))
             state[key].copy_(torch.from_numpy(array))
@@ -658,7 +659,7 @@ def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, 
             elif key == averages.KEY and not move.tensor.requires_grad and move.row is None:
                 continue  # that of the template stays
             else:
-                tensor = additions.NEW_STATE.get(key, torch.zeros_like)(move.tensor)
+                tensor = NEW_STATE.get(key, torch.zeros_like)(move.tensor)
             tensor = tensor.detach().cpu()
             array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
             shape = stored.shape if move.row is None else stored.shape[1:]

@@ -67,19 +67,14 @@ def additions(
 
 
 def means(
-    groups: list[Group],
-    state: State,
-    params: list[Tensor],
-    grads: list[Tensor],
-    new_state: State,
-    names: validation.NameOf,
+    groups: list[Group], state: State, params: list[Tensor], rows: list[Addition], names: validation.NameOf
 ) -> dict[Tensor, Tensor]:
     """For each parameter with a gradient in the call that updates, the mean of all since the last update.
 
-    Warns of parameters without one, whose sums are lost.
+    `rows` are the additions of this call, one for each of `params`. Warns of parameters without one, whose sums are
+    lost.
     """
     sums: dict[Tensor, Tensor] = {}
-    rows = additions(groups, state, params, grads, new_state, names)
     for param, (total, grad) in zip(params, rows, strict=True):  # one may be listed twice
         sums[param] = functional.added(sums.get(param, total), grad)
     lost = [param for group in groups for param in group["params"] if param not in sums and KEY in state.get(param, {})]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_adadelta.backends import functional
 from torch_adadelta.backends.opmath import as_real, opmath_dtype
 from torch_adadelta.options import CLIP_OPTIONS
 
@@ -98,9 +99,7 @@ def copied_to_T(
     g = grad.to(dtype, copy=True).resolve_conj().resolve_neg()
     if grad_scale is not None:
         as_real(g).div_(grad_scale.to(g.device, T, non_blocking=g.device.type != "cpu").reshape(()))
-    if loss_scale_factor is not None:
-        as_real(g).div_(torch.full((), loss_scale_factor, dtype=T, device=g.device))
-    return g
+    return functional.divided(g, loss_scale_factor or 1.0)
 
 
 def _run(

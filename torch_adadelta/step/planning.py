@@ -530,7 +530,9 @@ def _plan_of_sums(request: StepRequest, rows: Rows) -> StepPlan | None:
 
 def _means(request: StepRequest, rows: Rows, sums: State) -> Rows:
     """The means of all gradients since the last update. Sums that are missing are made, in `sums`."""
-    means = accumulation.means(request.groups, request.state, *_in_order(rows), sums, request.name_of)
+    params, grads = _in_order(rows)
+    added = accumulation.additions(request.groups, request.state, params, grads, sums, request.name_of)
+    means = accumulation.means(request.groups, request.state, params, added, request.name_of)
     return _explicit_rows(request.groups, [(mean, param) for param, mean in means.items()])
 
 
