@@ -43,6 +43,35 @@ def round_to_bfloat16(x: Array) -> Array:
     return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
 
 
+def split_master(master: Array) -> tuple[Array, Array]:
+    """A float32 array as bfloat16 values, as float32, and what they lack of it, as int16.
+
+    The values are the nearest, ties away from zero: then what they lack always fits. nan becomes the quiet nan of its
+    sign, which lacks nothing.
+    """
+    bits = np.asarray(master, np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        upper = (bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+        remainder = (bits - upper).astype(np.uint16).view(np.int16)
+    is_nan = np.isnan(master)
+    upper = np.where(is_nan, (bits & np.uint32(0x80000000)) | np.uint32(0x7FC00000), upper)
+    return upper.view(np.float32), np.where(is_nan, np.int16(0), remainder)
+
+
+def join_master(param: Array, remainder: Array) -> Array:
+    """The float32 array that `split_master` took apart.
+
+    A pair that it never makes is of a parameter that somebody else wrote. Zeros and infinities then are their own
+    masters; whatever else is within half a unit in the last place of the parameter, and a nan is a nan.
+    """
+    bits = np.asarray(param, np.float32).view(np.uint32)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    is_stale = ((magnitude == 0) & (remainder < 0)) | ((magnitude == 0x7F800000) & (remainder > 0))
+    with np.errstate(over="ignore"):
+        joined = bits + remainder.astype(np.int32).view(np.uint32)
+    return np.asarray(np.where(is_stale, bits, joined).view(np.float32))
+
+
 class _Format(NamedTuple):
     T: Any  # the opmath dtype
     store: Callable[[Array], Array]
@@ -248,8 +277,10 @@ class Oracle:
         maximize: negate the gradients.
         weight_decay: a Python number or NumPy scalar, cast to T; 0 for none.
         decoupled_weight_decay: whether it is taken off the parameter, or else added to the gradient.
+        master_weights: whether a bfloat16 parameter has a `remainder`, and the update runs on what they make together.
+        state_dtype: the dtype of square_avg and acc_delta, a name in `DTYPES`; None for that of the parameter.
 
-    `p`, `square_avg` and `acc_delta` are arrays in T (see the top of this file), or in complex T. They, the
+    `p`, `square_avg` and `acc_delta` are arrays in T (see the top of this file), or in complex T. They, `remainder`, the
     hyperparameters and `rsqrt` (that of `update`) may be assigned to between steps.
     """
 
@@ -264,9 +295,14 @@ class Oracle:
         maximize: bool = False,
         weight_decay: Any = 0.0,
         decoupled_weight_decay: bool = True,
+        master_weights: bool = False,
+        state_dtype: str | None = None,
     ) -> None:
         p = np.asarray(p)
-        self.format = _FORMATS[p.dtype.name if dtype is None else dtype]
+        dtype = dtype or p.dtype.name
+        self.format = _FORMATS[dtype]
+        self.store_state = _FORMATS[state_dtype or dtype].store
+        self.remainder = np.zeros(p.shape, np.int16) if master_weights and dtype == "bfloat16" else None
         self.learning_rate, self.rho, self.epsilon, self.maximize = learning_rate, rho, epsilon, maximize
         self.weight_decay, self.decoupled_weight_decay = weight_decay, decoupled_weight_decay
         self.rsqrt = rsqrt
@@ -285,25 +321,33 @@ class Oracle:
         if grad is None:
             return
         by = coefficients(self.learning_rate, self.rho, self.epsilon, self.format.T)
-        p, a, u = self.p, self.square_avg, self.acc_delta
         if isinstance(grad, SparseGradient):
             assert self.decoupled_weight_decay or not self.weight_decay, "no gradient of rows that do not occur"
             values = self._signed(self._in_T(grad.values))
-            p = self._kept(self.format.store(self._decayed(self._in_T(p), by)))
-            p, a, u = p.copy(), a.copy(), u.copy()
+            self.set_param(self._kept(self._decayed(self._in_T(self.master), by)))
+            p, a, u = self.master.copy(), self.square_avg.copy(), self.acc_delta.copy()
             for row, g in sum_duplicates(SparseGradient(grad.indices, values)).items():
                 p[row], a[row], u[row] = self._updated(g, p[row], a[row], u[row], by)
         else:
             g = self._signed(self._in_T(grad))
             if self.weight_decay and not self.decoupled_weight_decay:
                 with np.errstate(all="ignore"):
-                    g = g + self._in_T(p) * self.format.T(self.weight_decay)
-            p, a, u = self._updated(g, p, a, u, by, decays=True)
-        self.p, self.square_avg, self.acc_delta = p, a, u
+                    g = g + self._in_T(self.master) * self.format.T(self.weight_decay)
+            p, a, u = self._updated(g, self.master, self.square_avg, self.acc_delta, by, decays=True)
+        self.set_param(p)
+        self.square_avg, self.acc_delta = a, u
+
+    @property
+    def master(self) -> Array:
+        """The parameter as the update sees it."""
+        return self.p if self.remainder is None else join_master(self.p, self.remainder)
 
     def set_param(self, p: Array) -> None:
         """Stores a parameter, which is in T or in complex T."""
-        self.p = self._kept(self.format.store(self._in_T(p)))
+        if self.remainder is not None:
+            self.p, self.remainder = split_master(p)
+        else:
+            self.p = self._kept(self.format.store(self._in_T(p)))
 
     def _signed(self, g: Array) -> Array:
         return -g if self.maximize else g
@@ -319,10 +363,11 @@ class Oracle:
     def _updated(
         self, g: Array, p: Array, square_avg: Array, acc_delta: Array, by: Coefficients, decays: bool = False
     ) -> tuple[Array, Array, Array]:
+        """The parameter, not rounded yet, and the state, which is."""
         wide = self._decayed(self._in_T(p), by) if decays else self._in_T(p)
         new = update(wide, g, self._in_T(square_avg), self._in_T(acc_delta), by, self.rsqrt)
-        p, square_avg, acc_delta = (self._kept(self.format.store(x)) for x in new[:3])
-        return p, square_avg, acc_delta
+        square_avg, acc_delta = (self._kept(self.store_state(x)) for x in new[1:3])
+        return self._kept(new.p), square_avg, acc_delta
 
     def gradient(self, grad: Array | SparseGradient | None) -> Array:
         """A gradient as the pipeline sees it: in T, or in complex T; of a sparse one the values."""
@@ -354,6 +399,7 @@ class OracleOptimizer:
             such a parameter that are in none have one of their own.
         weight_decay, decoupled_weight_decay: as for `Oracle`.
         excluded: the numbers of the parameters without weight decay.
+        master_weights, state_dtype: as for `Oracle`.
         use_ema, ema_momentum, ema_overwrite_frequency, gradient_accumulation_steps, loss_scale_factor: Python numbers, as
             Keras 3 has them.
 
@@ -382,6 +428,8 @@ class OracleOptimizer:
         ema_overwrite_frequency: int | None = None,
         gradient_accumulation_steps: int | None = None,
         loss_scale_factor: float | None = None,
+        master_weights: bool = False,
+        state_dtype: str | None = None,
     ) -> None:
         names: Sequence[str | None] = dtypes or [None] * len(params)
         self.oracles = [
@@ -394,6 +442,8 @@ class OracleOptimizer:
                 maximize=maximize,
                 weight_decay=0.0 if i in excluded else weight_decay,
                 decoupled_weight_decay=decoupled_weight_decay,
+                master_weights=master_weights,
+                state_dtype=state_dtype,
             )
             for i, (p, name) in enumerate(zip(params, names, strict=True))
         ]
@@ -419,7 +469,7 @@ class OracleOptimizer:
             return
         n = self.gradient_accumulation_steps
         if self.use_ema and self.averages is None:
-            self.averages = [oracle.p for oracle in self.oracles]
+            self.averages = [oracle.master for oracle in self.oracles]
         grads = [None if grad is None else self.unscaled(i, grad) for i, grad in enumerate(grads)]
         if n > 1:
             grads = self.accumulated(grads)
@@ -474,7 +524,7 @@ class OracleOptimizer:
         """Moves the averages on at update i, and overwrites the parameters with them where it is time for that."""
         assert self.averages is not None
         for number, oracle in enumerate(self.oracles):
-            p = oracle.p
+            p = oracle.master
             T = p.real.dtype.type
             m = T(self.ema_momentum) if i else T(0)
             e = p.copy()
