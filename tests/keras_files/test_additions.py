@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
+import h5py
 from keras_added import ADDED, CELLS, COUNT, KINDS, MODEL, gates, load
 from keras_stored import DATA, build, edited, with_options, written_config
 from keras_table import check, has_options, recorded
@@ -47,7 +48,7 @@ def test_state_that_the_optimizer_does_not_use_is_refused(generation: str, kind:
                     load(folder, generation, kind, own)
 
 
-def test_options_of_the_optimizer_are_kept_if_they_agree(folder: Path) -> None:
+def test_options_of_the_optimizer_are_kept_if_they_agree(folder: Path, tmp_path: Path) -> None:
     for n, message in (
         (2, None),
         (4, None),
@@ -62,6 +63,14 @@ def test_options_of_the_optimizer_are_kept_if_they_agree(folder: Path) -> None:
         _, optimizer, _ = load(folder, "keras3", "h5", own, hyperparameters=False)
         assert (optimizer.ema_momentum, optimizer.gradient_accumulation_steps) == (0.99, n)
         assert (optimizer.weight_decay, optimizer.iterations) == (0.125, COUNT // n)
+    for steps in (-2, "two"):  # which say nothing
+        path = tmp_path / "m.h5"
+        path.write_bytes((folder / "keras3" / "model.h5").read_bytes())
+        with h5py.File(path, "r+") as file:
+            with_options(gradient_accumulation_steps=steps)(file)
+        model, optimizer = gates(use_ema=True, gradient_accumulation_steps=2)
+        load_keras(path, optimizer, model, hyperparameters=False)
+        assert optimizer.iterations == 2
     for own in ({}, {"use_ema": True}, {"gradient_accumulation_steps": 2}):
         with pytest.raises(KerasFileError, match="Give it the option as Keras had it"):
             load(folder, "keras3", "h5", own, hyperparameters=False)
@@ -155,10 +164,13 @@ def test_what_keras_cannot_express_is_refused_or_dropped(tmp_path: Path) -> None
 
     excluding = build(weight_decay=0.25)
     excluding[1].exclude_from_weight_decay([excluding[0][0].bias])
+    coupled_in_part = with_groups(0.25, 0.25)
+    coupled_in_part[1].param_groups[1]["decoupled_weight_decay"] = False
     for (model, optimizer), drop, message, written in (
         (excluding, "exclusions", "some parameters are excluded from weight decay", 0.25),
         (with_groups(0.25, 0.0), "exclusions", "some parameters are excluded from weight decay", 0.25),
         (with_groups(0.0, 0.25), "exclusions", "some parameters are excluded from weight decay", 0.25),
+        (coupled_in_part, "weight_decay", "decoupled_weight_decay=False, which Keras does not have", None),
         (with_groups(0.25, 0.5), "weight_decay", "weight_decay=0.25 and 0.5 in its groups, where Keras has one", None),
         (
             build(weight_decay=0.25, decoupled_weight_decay=False),
@@ -218,6 +230,7 @@ def test_the_sums_fit_the_number_of_calls_in_the_template(folder: Path, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load_keras(folder / "keras3" / "model.h5", optimizer, model)
+    save_keras(tmp_path / "m.h5", optimizer, model, path, hyperparameters=False)
     optimizer.load_state_dict(
         {
             **optimizer.state_dict(),

@@ -50,6 +50,7 @@ MAPS_OF = [7, 9, 3]
         ("Conv2D", {"filters": 4, "kernel_size": [3, 1], "dilation_rate": [2, 1]}, 3 * 9, 4),
         ("Conv2D", {"filters": 4, "kernel_size": 3, "strides": 2, "padding": "same"}, 4 * 5, 4),
         ("Conv2D", {"filters": 4, "kernel_size": "a"}, -1, 4),
+        ("Conv2D", {"filters": 4, "kernel_size": [2]}, -1, 4),
         ("Conv2D", {"filters": 4, "kernel_size": 3, "strides": 0}, -1, 4),
         ("SeparableConv2D", {"filters": 4, "kernel_size": 2}, 6 * 8, 4),
         ("Conv2DTranspose", {"filters": 4, "kernel_size": [2, 4], "strides": 2}, 14 * 20, 4),
@@ -65,6 +66,8 @@ MAPS_OF = [7, 9, 3]
         ("ZeroPadding2D", {"padding": 2}, 11 * 13, 3),
         ("ZeroPadding2D", {"padding": [1, 2]}, 9 * 13, 3),
         ("ZeroPadding2D", {"padding": [[1, 2], [0, 4]]}, 10 * 13, 3),
+        ("ZeroPadding2D", {"padding": [[1, "a"], [0, 4]]}, -1, 3),
+        ("ZeroPadding2D", {"padding": [1]}, -1, 3),
         ("Cropping2D", {"cropping": [[1, 2], [0, 4]]}, 4 * 5, 3),
         ("Cropping2D", {"cropping": "a"}, -1, 3),
         ("UpSampling2D", {}, 14 * 18, 3),
@@ -118,11 +121,11 @@ def test_sizes_that_the_configuration_does_not_have() -> None:
     unknown = ("Conv2D", {"kernel_size": 1})
     flat = taken([7, 9, 3], unknown, FLATTEN)
     assert flat is not None
-    assert flat.first == FeatureOrder((63, -1), (1, 0))
+    assert (flat.first, flat.channels) == (FeatureOrder((63, -1), (1, 0)), -1)
     for class_name, kernel, channels in (
         ("Conv2D", (1, 1, 3, 5), 5),
         ("Conv2DTranspose", (1, 1, 5, 3), 5),
-        ("DepthwiseConv2D", (1, 1, 3, 2), 6),
+        ("DepthwiseConv2D", (2, 1, 3, 2), 6),
     ):
         flat = taken([7, 9, 3], (class_name, {"kernel_size": 1}), FLATTEN, l1=kernel)
         assert flat is not None
@@ -135,6 +138,34 @@ def test_sizes_that_the_configuration_does_not_have() -> None:
         **{"l1/pointwise": (1, 1, 6, 5)},
     )
     assert own.inputs()["last"].first == FeatureOrder((63, 5), (1, 0))
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        *("Activation", "ReLU", "LeakyReLU", "ELU", "PReLU", "Softmax", "ThresholdedReLU", "Dropout"),
+        *("SpatialDropout1D", "SpatialDropout2D"),
+        *("GaussianNoise", "GaussianDropout", "AlphaDropout", "Rescaling", "ActivityRegularization", "Masking"),
+        *("UnitNormalization", "Normalization", "Identity", "LayerNormalization", "RMSNormalization"),
+        *("BatchNormalization", "SyncBatchNormalization", "GroupNormalization"),
+    ],
+)
+def test_layers_that_leave_every_axis_where_it_is(class_name: str) -> None:
+    flat = taken([7, 9, 3], CONV, (class_name, {}), FLATTEN)
+    assert flat is not None
+    assert flat.first == last_first(63, 4)
+    inputs = axes_of([7, 9, 3], CONV, ("Reshape", {"target_shape": [7, 36]}), (class_name, {})).inputs()
+    has_weights = class_name.endswith("Normalization") and class_name not in ("UnitNormalization", "Normalization")
+    assert ("l3" in inputs) == has_weights
+
+
+@pytest.mark.parametrize(
+    "class_name", ["LSTM", "GRU", "SimpleRNN", "RNN", "GroupedQueryAttention", "MultiHeadAttention"]
+)
+def test_layers_that_make_features_of_their_own(class_name: str) -> None:
+    rows = (CONV, ("Reshape", {"target_shape": [7, 36]}), (class_name, {"units": 5, "return_sequences": True}))
+    assert taken([7, 9, 3], *rows, FLATTEN) is None
+    assert axes_of([7, 9, 3], *rows).inputs()["l3"].first == last_first(9, 4)
 
 
 # ---- Axes -----------------------------------------------------------------------------------------------------------
@@ -155,6 +186,15 @@ def last_first(*view: int) -> FeatureOrder:
         ([6, 3], [("LSTM", {"units": 4})], None),
         ([6, 3], [("MultiHeadAttention", {}), FLATTEN], None),
         ([7, 9, 3], [CONV, ("GlobalAveragePooling2D", {})], None),
+        ([9, 3], [FLATTEN], None),
+        (None, [("Reshape", {"target_shape": [3, 4]})], None),
+        ([6, 3], [("Bidirectional", {"layer": {"class_name": "LSTM"}})], None),
+        ([7, 9, 3], [CONV, ("GlobalMaxPooling2D", {"keepdims": True}), ("UpSampling2D", {}), FLATTEN], last_first(4, 4)),
+        ([7, 9, 3], [("Dense", {"units": 8}), FLATTEN], last_first(63, 8)),
+        ([9, 3], [FLATTEN, ("Flatten", FIRST)], None),
+        ([7, 9, 3], [wrapped("Flatten")], None),
+        (None, [("BatchNormalization", {})], None),
+        (None, [("Dense", {"units": 5}), FLATTEN], None),
         ([7, 9, 3], [CONV, ("GlobalMaxPooling2D", {"keepdims": True}), FLATTEN], None),
         # Maps, of which the channels come last in Keras.
         ([6], [("Embedding", {"output_dim": 4}), ("Conv1D", {"filters": 3, "kernel_size": 2}), FLATTEN], last_first(5, 3)),
@@ -170,12 +210,15 @@ def last_first(*view: int) -> FeatureOrder:
         ([7, 9, 3], [CONV, ("Permute", {"dims": [1, 3, 2]}), FLATTEN], FeatureOrder((7, 4, 9), (1, 0, 2))),
         ([7, 9, 3], [CONV, FLATTEN, ("RepeatVector", {"n": 2}), FLATTEN], FeatureOrder((2, 63, 4), (0, 2, 1))),
         ([2, 7, 9, 3], [wrapped("Conv2D", filters=4, kernel_size=1), wrapped("Flatten")], last_first(63, 4)),
+        ([2, 7, 9, 3], [wrapped("Flatten")], last_first(63, 3)),
+        (None, [CONV, FLATTEN], last_first(-1, 4)),
+        ([9, 3], [CONV, FLATTEN], last_first(-1, 4)),
         ([2, 7, 9, 3], [wrapped("Conv2D", filters=4, kernel_size=1), wrapped("MaxPooling2D"), wrapped("Flatten"),
                         ("LSTM", {"units": 4})], None),
     ],
-    ids=range(20),
+    ids=range(32),
 )  # fmt: skip
-def test_what_a_layer_takes(shape: list[int], entries: Layers, expected: FeatureOrder | None) -> None:
+def test_what_a_layer_takes(shape: list[int] | None, entries: Layers, expected: FeatureOrder | None) -> None:
     flat = taken(shape, *entries)
     if expected is None:
         assert flat is None
@@ -192,6 +235,11 @@ def test_what_a_layer_takes(shape: list[int], entries: Layers, expected: Feature
         ([7, 9, 3], [CONV, ("Reshape", {"target_shape": [5, 5]})], "Reshape of the maps of l1"),
         ([7, 9, 3], [CONV, ("Reshape", {"target_shape": [-1, 5]})], "Reshape of the maps of l1"),
         ([7, 9, 3], [CONV, ("Reshape", {"target_shape": [14, 18]})], "Reshape of the maps of l1"),
+        ([7, 9, 3], [CONV, ("Reshape", {"target_shape": [-1, 0]})], "Reshape of the maps of l1"),
+        ([7, 9, 3], [CONV, ("Reshape", {"target_shape": [7, 9]})], "Reshape of the maps of l1"),
+        ([7, None, 3], [CONV, ("Reshape", {"target_shape": [-1, 4]})], "Reshape of the maps of l1"),
+        ([None, 9, 3], [CONV, ("Reshape", {"target_shape": [63, 4]})], "Reshape of the maps of l1"),
+        ([7, 9, 3], [CONV, ("Mine", {}), ("Dense", {"units": 5}), FLATTEN], "Mine of the maps of l1"),
         ([7, 9, 3], [CONV, ("Permute", {"dims": [1, 2]})], "Permute of the maps of l1"),
         (
             [7, 9, 3],
@@ -209,9 +257,9 @@ def test_what_a_layer_takes(shape: list[int], entries: Layers, expected: Feature
         ([7, 9, 3], [CONV, ("Concatenate", {"axis": {}})], "Concatenate of the maps of l1"),
         ([7, 9], [("Permute", {"dims": [2, 1]}), ("Reshape", {"target_shape": [63]})], "maps of in"),
     ],
-    ids=range(13),
+    ids=range(18),
 )
-def test_an_order_that_is_not_known(shape: list[int] | None, entries: Layers, why: str) -> None:
+def test_an_order_that_is_not_known(shape: list[Any] | None, entries: Layers, why: str) -> None:
     flat = taken(shape, *entries)
     assert flat is not None
     assert any(option in flat.why for option in why.split("|")), flat
@@ -235,7 +283,15 @@ def test_weights_that_run_over_other_axes_than_the_last() -> None:
     axes = axes_of([7, 9, 3], CONV, ("LayerNormalization", {"axis": [1, 2, 3]}), ("LayerNormalization", {"axis": "a"}))
     assert axes.inputs()["l2"].why == "normalisation over several axes of the maps of l1"
     assert "l3" not in axes.inputs()
-    assert axes_of([9, 3], ("LayerNormalization", {"axis": [1, 2]})).inputs() == {}
+    for indices in ([1, 2], [1, 9], [1, "a"]):
+        assert axes_of([9, 3], ("LayerNormalization", {"axis": indices})).inputs() == {}
+    separable = ("SeparableConv1D", {"filters": 12, "kernel_size": 1})
+    assert list(axes_of([7, 9, 3], CONV, ("Reshape", {"target_shape": [7, 36]}), separable).inputs()) == [
+        "l3/depthwise"
+    ]
+    assert list(axes_of([6, 3], separable, ("Reshape", {"target_shape": [6, 4, 3]}), CONV).outputs()) == [
+        "l1/pointwise"
+    ]
     flat = axes_of([7, 9, 3], CONV, FLATTEN, ("LayerNormalization", {})).inputs()["l3"]
     assert flat.first == last_first(63, 4)
     flat = axes_of([7, 9, 3], CONV, ("Reshape", {"target_shape": [7, 36]}), ("MultiHeadAttention", {})).inputs()["l3"]
@@ -281,6 +337,17 @@ def test_what_nobody_takes_may_be_maps() -> None:
     assert axes_of([4], ENTER, ("Reshape", {"target_shape": [63, 3]})).outputs() == {}
     both = axes_of([4], ENTER, SPLIT, CONV, ("Mine", {})).outputs()["l1"]
     assert both.first == last_first(63, 3)
+    assert axes_of([7, 9, 3], CONV, ("Reshape", {"target_shape": [63, 2, 2]})).outputs() == {}
+
+
+def test_a_layer_that_nobody_knows_may_make_maps_if_it_has_convolutions() -> None:
+    for layer, kernel, why in (
+        ("l1", (1, 1, 3, 4), "Mine of the maps of in"),
+        ("l1", (3, 4), None),
+        ("l2", (1, 1, 3, 4), None),
+    ):
+        flat = taken([6], ("Mine", {}), **{layer: kernel})
+        assert (None if flat is None else flat.why) == why
 
 
 # ---- Several paths --------------------------------------------------------------------------------------------------
@@ -317,25 +384,44 @@ def test_features_that_two_layers_take_for_different_maps() -> None:
     made = (vector, ("Dense", "enter", {"units": 189}, ["vector"]), ("Reshape", "in", SPLIT[1], ["enter"]))
     flat = graph(*made, conv("a"), conv("b"), last="b").outputs()["enter"]
     assert flat.first == last_first(63, 3)
-    flat = graph(*made, conv("a"), conv("b", **FIRST), last="b").outputs()["enter"]
-    assert (flat.first, flat.is_open) == (None, True)
+    made = (*made[:2], ("BatchNormalization", "norm", {}, ["enter"]), ("Reshape", "in", SPLIT[1], ["norm"]))
+    axes = graph(*made, conv("a"), conv("b", **FIRST), last="b")
+    for flat in (axes.outputs()["enter"], axes.inputs()["norm"]):
+        assert (flat.first, flat.is_open, flat.why) == (None, True, "Reshape to the maps of b")
 
 
 @pytest.mark.parametrize(
     ("merge", "config", "sources", "expected"),
     [
-        ("Add", {}, [conv("a"), conv("b")], last_first(63, 4)),
+        *(
+            (merge, {}, [conv("a"), conv("b")], last_first(63, 4))
+            for merge in ("Add", "Subtract", "Multiply", "Average", "Minimum")
+        ),
+        ("Add", {}, [conv("a"), ("Conv2D", "b", {"kernel_size": 1}, ["in"])], last_first(63, 4)),
         ("Maximum", {}, [conv("a"), ("GlobalMaxPooling2D", "b", {"keepdims": True}, ["a"])], last_first(63, 4)),
         ("Concatenate", {}, [conv("a"), conv("b", filters=2)], last_first(63, 6)),
         ("Concatenate", {"axis": 3}, [conv("a"), conv("b", filters=2)], last_first(63, 6)),
         ("Concatenate", {"axis": 1}, [conv("a"), conv("b")], None),
-        ("Concatenate", {"axis": 5}, [conv("a"), conv("b")], None),
+        ("Concatenate", {"axis": 4}, [conv("a"), conv("b")], None),
         ("Concatenate", {}, [conv("a"), ("Mine", "b", {}, ["a"])], None),
+        ("Concatenate", {}, [("Mine", "a", {}, ["in"]), ("Mine", "b", {}, ["in"])], None),
         ("Add", {}, [conv("a"), ("Flatten", "b", {}, ["a"])], None),
+        ("Add", {}, [conv("a"), conv("c", filters=1), ("GlobalMaxPooling2D", "b", {}, ["c"])], None),
         ("Add", {}, [conv("a"), ("Permute", "b", {"dims": [2, 1, 3]}, ["a"])], None),
+        (
+            "Add",
+            {},
+            [
+                conv("c"),
+                ("Flatten", "a", {}, ["c"]),
+                ("Permute", "p", {"dims": [3, 1, 2]}, ["c"]),
+                ("Flatten", "b", {}, ["p"]),
+            ],
+            None,
+        ),
         ("Add", {}, [conv("a"), ("Mine", "b", {}, ["a"])], None),
     ],
-    ids=range(10),
+    ids=range(18),
 )
 def test_paths_that_meet(merge: str, config: dict[str, Any], sources: Any, expected: FeatureOrder | None) -> None:
     both = (merge, "both", config, ["a b"])
@@ -348,10 +434,26 @@ def test_paths_that_meet(merge: str, config: dict[str, Any], sources: Any, expec
 def test_features_that_are_added_to_flattened_maps_have_their_order() -> None:
     skip = ("Dense", "skip", {"units": 252}, ["vector"])
     vector = ("InputLayer", "vector", {"batch_shape": [None, 5]}, [])
-    ends = (("Flatten", "f", {}, ["a"]), skip, ("Add", "add", {}, ["f skip"]), ("Dense", "d", {"units": 2}, ["add"]))
-    axes = graph(IMAGE, vector, conv("a"), *ends, last="d")
-    assert (axes.outputs()["skip"].first, axes.outputs()["skip"].channels) == (last_first(63, 4), 4)
-    assert axes.inputs()["d"].first == last_first(63, 4)
+    for both in ("f skip", "skip f"):
+        ends = (("Flatten", "f", {}, ["a"]), skip, ("Add", "add", {}, [both]), ("Dense", "d", {"units": 2}, ["add"]))
+        axes = graph(IMAGE, vector, conv("a"), *ends, last="d")
+        assert (axes.outputs()["skip"].first, axes.outputs()["skip"].channels) == (last_first(63, 4), 4)
+        assert axes.inputs()["d"].first == last_first(63, 4)
+    axes = graph(IMAGE, vector, conv("a"), ends[0], ("Dense", "skip", {"units": 1}, ["vector"]), *ends[2:], last="d")
+    assert axes.outputs() == {}  # one number is added to all
     free = ("InputLayer", "in", {"batch_shape": [None, None, 9, 3]}, [])
     axes = graph(free, vector, conv("a"), *ends, last="d")
     assert (axes.outputs()["skip"].first, axes.outputs()["skip"].why) == (None, "Add to the Flatten of the maps of a")
+
+
+def test_paths_that_meet_in_the_order_of_both() -> None:
+    """Sequences, which are no maps; and maps that have their channels first in Keras, too."""
+    joint, dense = ("Flatten", "f", {}, ["both"]), ("Dense", "d", {"units": 2}, ["f"])
+    sources = [("Dense", name, {"units": 4}, ["in"]) for name in "ab"]
+    sequence = ("InputLayer", "in", {"batch_shape": [None, 6, 3]}, [])
+    assert graph(sequence, *sources, ("Concatenate", "both", {}, ["a b"]), joint, dense, last="d").inputs() == {}
+    flats = [("Reshape", f"f{name}", {"target_shape": [-1]}, [name]) for name in "ab"]
+    first = ("InputLayer", "in", {"batch_shape": [None, 3, 7, 9]}, [])
+    axes = graph(first, conv("a", **FIRST), conv("b", **FIRST), *flats, ("Add", "f", {}, ["fa fb"]), dense, last="d")
+    assert axes.outputs() == {}
+    assert (axes.inputs()["d"].first, axes.inputs()["d"].is_open) == (KEEP_ORDER, False)

@@ -92,7 +92,16 @@ def test_a_tensor_that_is_not_what_the_index_says_is_refused(value: bytes, messa
 
 
 def test_a_tensor_without_a_checksum_or_a_file_without_bytes(tmp_path: Path) -> None:
-    found = written(tmp_path, {"x": entry(1, (4,), 0, FOUR, crc=b""), "y": entry(1, (0, 3), 0, b"")}, FOUR)
+    found = written(
+        tmp_path,
+        {
+            "w": entry(1, (4,), 0, FOUR, extra=message((9, 1))),
+            "x": entry(1, (4,), 0, FOUR, crc=b""),
+            "y": entry(1, (0, 3), 0, b""),
+        },
+        FOUR,
+    )
+    assert found.stored("w").read().tolist() == [0, 1, 2, 3]
     assert found.stored("x").read().tolist() == [0, 1, 2, 3]
     assert found.stored("y").read().shape == (0, 3)
     with pytest.raises(KerasFileError, match="it holds no z"):
@@ -149,7 +158,7 @@ def test_an_index_that_is_none_is_refused(index: bytes, message: str, tmp_path: 
 
 
 def test_an_index_without_a_header_or_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "c.index").write_bytes(table(block(ROWS[1:])))
+    (tmp_path / "c.index").write_bytes(table(block(ROWS[1:]), sealed(bytes(4))))  # the last block is empty
     assert list(Bundle(tmp_path / "c")) == ["x"]
     monkeypatch.setattr(bundle, "_MAX_INDEX", 10)
     with pytest.raises(KerasFileError, match=r"the index has 1\d\d bytes"):
@@ -232,6 +241,8 @@ def test_which_checkpoint_a_path_means(tmp_path: Path) -> None:
     ):
         listing.write_text(text)
         assert find_prefix(tmp_path) == (None if expected is None else tmp_path / expected)
+    listing.write_bytes(b'model_checkpoint_path: "\xff"\n')
+    assert find_prefix(tmp_path) is None
     # A listing does not lead out of its directory.
     (tmp_path / "saved" / "checkpoint").write_text('model_checkpoint_path: "../outside"\n')
     (tmp_path / "saved" / "variables" / "variables.index").unlink()

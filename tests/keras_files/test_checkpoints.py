@@ -1,5 +1,6 @@
 """What a file holds, of every format and generation: layers and weights by name, their state, iterations, options."""
 
+import io
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ import pytest
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
+import h5py
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras_memory import layer_of
 from keras_stored import (
     DATA,
     KERNEL,
+    SCHEDULE,
     WITH_STATE,
     assert_is,
     assert_refused,
@@ -131,7 +134,7 @@ def test_layers_come_in_the_order_of_the_model() -> None:
 
 @pytest.mark.parametrize("name", ["k3.keras", "k3.h5", "new.keras", "new.h5"])
 def test_a_configuration_that_is_given_takes_the_place_of_that_in_the_file(name: str) -> None:
-    with opened(DATA / name) as checkpoint:
+    with opened(str(DATA / name)) as checkpoint:
         given = sequential(*((layer.path, layer.class_name, {"mark": 1}) for layer in checkpoint.layers))
         assert not any("mark" in layer.config for layer in checkpoint.layers)
     with opened(DATA / name, given) as checkpoint:
@@ -142,10 +145,13 @@ def test_an_array_of_another_shape_than_it_said_is_damage() -> None:
     stored = Stored("x", (2,), np.dtype("f4"), lambda: np.zeros(3))
     with pytest.raises(KerasFileError, match=r"m: x has shape \(3,\), not \(2,\)"):
         checkpoints.explained(checkpoint_of(0), stored)
-    for error in (OSError("bad"), MemoryError(), RecursionError(), KeyError("x"), AssertionError(), EOFError()):
+    for error in (
+        *(OSError("bad"), MemoryError(), RecursionError(), KeyError("x"), AssertionError(), EOFError()),
+        *(AttributeError(), NotImplementedError(), OverflowError(), TypeError(), ValueError(), zipfile.BadZipFile()),
+    ):
         with pytest.raises(KerasFileError, match=rf"m: it is damaged, or no file of Keras \({type(error).__name__}"):
             raise_as_damage(error)
-    for error in (FileNotFoundError(), ImportError(), PermissionError(), KeyboardInterrupt()):
+    for error in (FileNotFoundError(), ImportError(), IsADirectoryError(), PermissionError(), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             raise_as_damage(error)
 
@@ -168,6 +174,8 @@ def raise_as_damage(error: BaseException) -> None:
         ("adadelta/dense_kernel_average", ("average", "dense_kernel")),
         ("adadelta/dense_kernel_gradient_accumulator", ("gradient_accumulator", "dense_kernel")),
         ("dense/kernel/momentum", ("", "")),
+        ("dense/kernel/accum_grad/norm", ("", "")),
+        ("adadelta/dense_kernel_average_of_all", ("", "")),
     ],
 )
 def test_names_of_state(name: str, expected: tuple[str, str]) -> None:
@@ -239,6 +247,10 @@ def test_a_learning_rate_that_is_a_variable_comes_before_the_configuration(tmp_p
             model, optimizer = build()
             load_keras(path, optimizer, model)
             assert optimizer.learning_rate == 0.125
+    with opened(
+        edited(tmp_path, with_options(learning_rate=SCHEDULE), "k3.h5")
+    ) as checkpoint:  # but not before a schedule
+        assert checkpoint.hyperparameters["learning_rate"] == SCHEDULE
 
 
 @pytest.mark.parametrize(
@@ -273,6 +285,13 @@ def test_zip_bombs_are_not_unpacked(tmp_path: Path) -> None:
     assert_refused(path)
 
 
+def without_optimizer(data: bytes) -> bytes:
+    buffer = io.BytesIO(data)
+    with h5py.File(buffer, "r+") as file:
+        del file["optimizer"]
+    return buffer.getvalue()
+
+
 def test_archives_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.keras"
     for names, message in (
@@ -293,12 +312,20 @@ def test_archives_that_are_none_are_refused(tmp_path: Path) -> None:
         ({"method": zipfile.ZIP_LZMA}, "compressed in a way that Keras does not use"),
     ):
         assert_refused(zipped(tmp_path, **members), message)
+    assert_refused(
+        zipped(tmp_path, model=without_optimizer), r"it has no group optimizer.*Save with model\.save, or tf"
+    )
     data = bytearray(zipped(tmp_path).read_bytes())
     for signature, at in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
         for found in re.finditer(re.escape(signature), bytes(data)):
             data[found.start() + at] |= 1
     path.write_bytes(data)
     assert_refused(path, r": \w+\.json is encrypted$")
+    with zipfile.ZipFile(DATA / "k3.keras") as whole, zipfile.ZipFile(path, "w") as archive:
+        for name in ("config.json", "model.weights.h5"):
+            archive.writestr(name, whole.read(name))
+    with opened(path) as checkpoint:  # what the metadata say, the names in it do, too
+        assert checkpoint.generation == KERAS3
     path.write_bytes(b"something else")
     assert_refused(path, "it is no .h5, .keras or .weights.h5 file")
     assert_refused(tmp_path, "the directory holds no TensorFlow checkpoint")

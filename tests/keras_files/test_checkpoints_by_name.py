@@ -45,12 +45,25 @@ def test_parts_of_a_layer_have_one_vocabulary(tmp_path: Path) -> None:
     }
     path = named(tmp_path, None, a=both, b=attention, c=[f"gru_cell/{role}" for role in rnn])
     assert layers_of(path) == {f"{name} None": roles for name, roles in expected.items()}
-    config = sequential(("a", "Bidirectional", {}), ("b", "MultiHeadAttention", {}), ("c", "GRU", {}))
+    config = sequential(
+        ("a", "Bidirectional", {"layer": {"class_name": "LSTM", "config": {}}}),
+        ("b", "MultiHeadAttention", {}),
+        ("c", "GRU", {}),
+    )
     path = named(tmp_path, config, a=both, b=attention, c=[f"gru_cell/{role}" for role in rnn])
     assert layers_of(path) == {
         f"{name} {cls}": expected[name]
         for name, cls in (("a", "Bidirectional"), ("b", "MultiHeadAttention"), ("c", "GRU"))
     }
+    path = named(tmp_path, sequential(("m", "Mine", {})), m=["feed_forward_1/kernel"])
+    assert layers_of(path) == {"m Mine": ["feed_forward_1/kernel"]}
+    assert layers_of(named(tmp_path, None, query=["kernel"])) == {"query None": ["kernel"]}  # a layer of such a name
+    numbered = write_numbered(tmp_path / "m.weights.h5", {"layers/query": [(2, 3)]})
+    assert layers_of(numbered) == {"query None": ["0"]}
+    numbered = write_numbered(tmp_path / "m.weights.h5", {"layers/block/up": [(2, 3)]})
+    assert layers_of(numbered, config=sequential(("b", "Block", {}))) == {"b Block": ["up/0"]}
+    path = named(tmp_path, None, net=["x/kernel", "y/kernel"])
+    assert layers_of(path) == {"net/x None": ["kernel"], "net/y None": ["kernel"]}
     # A layer with some parts of an attention, and not all, is none.
     path = named(tmp_path, None, b=["query/kernel", "key/kernel", "scale"])
     assert layers_of(path) == {"b/query None": ["kernel"], "b/key None": ["kernel"], "b None": ["scale"]}
@@ -68,6 +81,9 @@ def test_a_time_distributed_layer_is_what_it_applies(tmp_path: Path) -> None:
     assert layers_of(path) == {"t Dense": ["kernel"]}
     with opened(path) as checkpoint:
         assert checkpoint.layers[0].config["units"] == 7
+    for config in ({}, {"layer": 3}, {"layer": {"class_name": "Dense"}}):  # of which nobody knows
+        path = named(tmp_path, sequential(("t", "TimeDistributed", config)), t=["kernel"])
+        assert layers_of(path) == {"t TimeDistributed": ["kernel"]}
 
 
 def test_a_layer_that_was_renamed_has_weights_of_its_old_name(tmp_path: Path) -> None:
@@ -112,24 +128,45 @@ def test_parts_of_numbered_layers(tmp_path: Path) -> None:
         ):  # of those of mine, which are Dense layers
             layers_of(write_numbered(tmp_path / "m.weights.h5", groups, names))
     known = {group: shapes for group, shapes in groups.items() if "mine" not in group}
-    path = write_numbered(tmp_path / "m.weights.h5", {**known, "alpha": [(5, 5)], "beta/forward": [(6, 6)]})
+    more = {
+        "alpha": [(5, 5)],
+        "beta/forward": [(6, 6)],
+        "one/forward_layer": [(7, 7)],
+        "one/backward_layer": [(8, 8)],
+        **{f"two/{way}_layer/cell": [(2, 16), (4, 16), (16,)] for way in ("forward", "backward")},
+    }
+    path = write_numbered(tmp_path / "m.weights.h5", {**known, **more})
     with opened(path) as checkpoint:
         assert {layer.path: layer.is_known for layer in checkpoint.layers} == {
-            "alpha": False, "attend": True, "beta/forward": False, "bidirectional": True
+            "alpha": False, "attend": True, "beta/forward": False, "bidirectional": True, "one": False, "two": True
         }  # fmt: skip
     roles = ["kernel", "recurrent_kernel", "bias"]
     assert layers_of(write_numbered(tmp_path / "m.weights.h5", known)) == {
         "attend None": [f"{part}/0" for part in parts],
         "bidirectional Bidirectional": [f"{way}/{role}" for way in ("forward", "backward") for role in roles],
     }
+    private = {f"attend/_{part}_dense": groups[f"attend/{part}_dense"] for part in parts}  # as tf_keras names them
+    assert layers_of(write_numbered(tmp_path / "m.weights.h5", private)) == {"attend None": [f"{p}/0" for p in parts]}
+    wrapped = write_numbered(tmp_path / "m.weights.h5", {"layers/time_distributed/layer": [(2, 3), (3,)]})
+    assert layers_of(wrapped) == {"time_distributed TimeDistributed": ["0", "1"]}
 
 
 def test_layers_of_one_name_have_that_of_their_group(tmp_path: Path) -> None:
-    groups = {"layers/dense": [(2, 3), (3,)], "out": [(4, 4)]}
+    groups = {"layers/dense": [(2, 3), (3,)], "net/dense": [(5, 5)], "out": [(4, 4)]}
     path = write_numbered(tmp_path / "m.weights.h5", groups, dict.fromkeys(groups, "same"))
-    assert layers_of(path) == {"layers/dense Dense": ["kernel", "bias"], "out None": ["0"]}
+    assert layers_of(path) == {"layers/dense Dense": ["kernel", "bias"], "net/same None": ["0"], "out None": ["0"]}
     path = write_numbered(tmp_path / "m.weights.h5", groups, {"layers/dense": "one", "out": "a/b"})
-    assert layers_of(path) == {"one Dense": ["kernel", "bias"], "out None": ["0"]}
+    assert layers_of(path) == {"one Dense": ["kernel", "bias"], "net/dense None": ["0"], "out None": ["0"]}
+
+
+def test_layers_come_in_the_order_of_their_state(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path / "m.weights.h5", {"b": [(2, 3)], "a": [(4, 4)]})
+    with opened(path) as checkpoint:
+        assert ([layer.path for layer in checkpoint.layers], checkpoint.is_ordered) == (["b", "a"], True)
+    with h5py.File(path, "r+") as file:
+        file["aa/vars/0"] = np.ones((5, 5), "f4")
+    with opened(path) as checkpoint:
+        assert ([layer.path for layer in checkpoint.layers], checkpoint.is_ordered) == (["b", "a", "aa"], False)
 
 
 def test_names_that_two_layers_have(tmp_path: Path) -> None:
@@ -146,6 +183,10 @@ def test_names_that_two_layers_have(tmp_path: Path) -> None:
         "one/dense Dense": ["kernel"], "two/dense Dense": ["kernel"]
     }  # fmt: skip
     outer = {"class_name": "Sequential", "config": {"name": "outer", "layers": [nested("one", "two")]}}
+    layers = {"model": {f"{name}/dense/kernel": np.ones((2, 2)) for name in ("one", "two")}}
+    assert layers_of(write_h5(tmp_path / "m.h5", layers, outer)) == {
+        "model/one/dense Dense": ["kernel"], "model/two/dense Dense": ["kernel"]
+    }  # fmt: skip
     layers = {"model": {"dense/kernel": np.ones((2, 2))}}
     with pytest.raises(KerasFileError, match="two layers of its model are named dense, and which one model/dense"):
         layers_of(write_h5(tmp_path / "m.h5", layers, outer))
@@ -155,12 +196,13 @@ def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
     path = named(tmp_path, None, a=["kernel", "gru_cell/kernel"])  # of one part of a layer
     with pytest.raises(KerasFileError, match="it holds two weights named a/gru_cell/kernel"):
         layers_of(path)
-    path = write_h5(tmp_path / "m.h5", {"a": {"kernel": np.ones((2, 2))}, "b": {"kernel": np.ones((2, 2))}})
-    with h5py.File(path, "r+") as file:
-        file["model_weights/b"].attrs["weight_names"] = [b"a/kernel:0"]
-        file["model_weights/b/a/kernel:0"] = np.ones((2, 2))
-    with pytest.raises(KerasFileError, match="it holds two weights named a/kernel; name the layers"):
-        layers_of(path)
+    for config in (None, sequential(("a", "Dense", {}), ("b", "Dense", {}))):
+        path = named(tmp_path, config, a=["kernel"], b=["kernel"])
+        with h5py.File(path, "r+") as file:
+            file["model_weights/b"].attrs["weight_names"] = [b"a/kernel:0"]
+            file["model_weights/b/a/kernel:0"] = np.ones((2, 2))
+        with pytest.raises(KerasFileError, match="it holds two weights named a/kernel; name the layers"):
+            layers_of(path)
 
 
 def test_a_name_that_may_mean_two_weights_is_refused(tmp_path: Path) -> None:
@@ -176,6 +218,24 @@ def test_frozen_layers_are_marked(tmp_path: Path) -> None:
     config = sequential(("a", "Dense", {"trainable": False}), ("b", "Dense", {}))
     with opened(named(tmp_path, config, a=["kernel"], b=["kernel"])) as checkpoint:
         assert [layer.is_frozen for layer in checkpoint.layers] == [True, False]
+
+
+def test_weights_that_are_one_number_have_state(tmp_path: Path) -> None:
+    """They are no learning rate, whatever their names are, and neither is one that is called so."""
+    path = write_h5(tmp_path / "m.h5", {"a": {"gain": np.array(2.0), "learning_rate": np.full(2, 3.0)}})
+    with h5py.File(path, "r+") as file:
+        for old, new in (("grad", "grad"), ("var", "delta_var")):
+            own = f"Adadelta/accumulated_{new}/a/learning_rate:0"
+            renamed(f"Adadelta/a/learning_rate/accum_{old}:0", own)(file)
+    numbered = write_numbered(tmp_path / "m.weights.h5", {"layers/dense": [()]})
+    with h5py.File(numbered, "r+") as file:  # as tf_keras writes it, which has no learning rate there
+        del file["optimizer/vars/1"]
+        for number in (2, 3):
+            file.move(f"optimizer/vars/{number}", f"optimizer/vars/{number - 1}")
+    for own_path, expected in ((path, [4.0, 9.0]), (numbered, [1.0])):
+        with opened(own_path) as checkpoint:
+            states = [variable.square_avg for _, variable in checkpoint.variables()]
+            assert [state and float(state.read().flat[0]) for state in states] == expected
 
 
 # ---- Files of numbers -----------------------------------------------------------------------------------------------
@@ -195,7 +255,14 @@ def test_frozen_layers_are_marked(tmp_path: Path) -> None:
         ("BatchNormalization", {}, 3, None),  # gamma or beta
         ("LayerNormalization", {"center": False}, 1, ["gamma"]),
         ("GRU", {"use_bias": True}, 3, ["kernel", "recurrent_kernel", "bias"]),
-        ("SeparableConv2D", {}, 3, ["depthwise_kernel", "pointwise_kernel", "bias"]),
+        *((f"SeparableConv{n}D", {}, 3, ["depthwise_kernel", "pointwise_kernel", "bias"]) for n in (1, 2)),
+        *((f"{kind}Conv{n}D", {}, 2, ["kernel", "bias"]) for kind in ("", "Depthwise") for n in (1, 2, 3)),
+        *((f"Conv{n}DTranspose", {}, 2, ["kernel", "bias"]) for n in (1, 2, 3)),
+        *((name, {"center": True}, 2, ["gamma", "beta"]) for name in ("LayerNormalization", "GroupNormalization")),
+        *((name, {}, 3, ["kernel", "recurrent_kernel", "bias"]) for name in ("LSTM", "GRU", "SimpleRNN")),
+        ("RMSNormalization", {}, 1, ["scale"]),
+        ("MultiHeadAttention", {}, 2, ["kernel", "bias"]),
+        ("SyncBatchNormalization", {"center": False}, 3, ["gamma", "moving_mean", "moving_variance"]),
         ("Bidirectional", {"layer": {"class_name": "GRU", "config": {"use_bias": False}}}, 2, ["kernel", "recurrent_kernel"]),
         ("Bidirectional", {}, 3, ["kernel", "recurrent_kernel", "bias"]),
         ("Mine", {}, 1, None),
@@ -221,14 +288,35 @@ def test_names_of_numbered_weights(class_name: str | None, config: Any, count: i
         (lambda f: f.move("optimizer/vars/3", "optimizer/vars/x"), "its optimizer holds x, which is no number"),
         (lambda f: f.move("optimizer", "optimizer/inner_optimizer"), "LossScaleOptimizer|it has no group optimizer"),
         (lambda f: f.create_group("optimizer/inner_optimizer"), "its optimizer is a LossScaleOptimizer"),
-        (lambda f: f["optimizer/vars"].attrs.update(name="adamw_1"), "its optimizer is adamw, not Adadelta"),
+        *(
+            (
+                lambda f, name=name: f["optimizer/vars"].attrs.update(name=name),
+                f"its optimizer is {name.partition('_1')[0]}, not",
+            )
+            for name in (
+                *(
+                    "adam",
+                    "adamw_1",
+                    "adamax",
+                    "nadam",
+                    "rms_prop",
+                    "rmsprop",
+                    "adagrad",
+                    "sgd_12",
+                    "ftrl",
+                    "lion",
+                    "lamb",
+                ),
+                *("adafactor", "muon"),
+            )
+        ),
         (lambda f: [f.pop(f"optimizer/vars/{n}") for n in range(2, 10)], "no step was taken"),
         (lambda f: f.pop("optimizer"), "it has no group optimizer"),
         (lambda f: f.pop("layers"), "it holds no weights"),
         (lambda f: f.__setitem__("layers/loop", f["layers"]), "nested"),
         (replaced("optimizer/vars/0", np.float32(4)), "the first variable of its optimizer is not the iterations"),
     ],
-    ids=range(12),
+    ids=range(24),
 )
 def test_a_file_of_numbers_that_is_not_whole_is_refused(edit: Any, message: str, tmp_path: Path) -> None:
     assert_refused(edited(tmp_path, edit, "k3.weights.h5"), message)
@@ -238,8 +326,10 @@ def test_other_groups_hold_no_weights(tmp_path: Path) -> None:
     def fill(file: Any) -> None:
         for group in (
             "metrics/mean/vars/0",
-            "compile_metrics/vars/0",
-            "_loss_tracker/vars/0",
+            *(
+                f"{name}/vars/0"
+                for name in ("compile_metrics", "_compile_metrics", "_metrics", "loss", "_loss_tracker")
+            ),
             "layers/drop/seed_generator/vars/0",
         ):
             file[group] = np.ones(3, "f4")

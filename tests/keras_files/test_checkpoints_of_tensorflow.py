@@ -91,9 +91,17 @@ def test_the_objects_of_each_generation(generation: str, tmp_path: Path) -> None
     weights = ["dense/kernel", "norm/moving_mean", "norm/gamma", *(f"d{n}/kernel" for n in range(12))]
     objects = Objects(generation, weights)
     # What a saved model has beside its layers.
-    for name in ("save_counter", "keras_api", "metrics", "train_function"):
+    for name in (
+        *("save_counter", "keras_api", "metrics", "compiled_metrics", "_metrics", "signatures", "seed_generator"),
+        "train_function",
+    ):
         objects.root["children"].append((name, objects.add(f"other/{name}", np.ones(1, "f4"))))
     objects.model["children"].append(("drop", objects.add("drop/seed_generator/state", np.ones(1, "i8"))))
+    objects.root["children"].append(("step", objects.optimizer["children"][0][1]))  # the iterations
+    if generation != LEGACY:  # numbers that only the list of all variables has
+        listed = objects.nodes[dict(objects.optimizer["children"])["_variables"]]["children"]
+        for name in ("learning_rate", "iteration"):
+            listed.append((str(len(listed)), objects.add(f"adadelta/{name}", np.array(0.25, "f4"))))
     with opened(objects.write(tmp_path)) as checkpoint:
         assert (checkpoint.generation, checkpoint.count(), checkpoint.is_ordered) == (generation, 7, True)
         assert checkpoint.hyperparameters == {"learning_rate": 0.5, **({"rho": 0.75} if generation == LEGACY else {})}
@@ -107,6 +115,13 @@ def test_the_legacy_class_keeps_its_decay_beside_the_learning_rate(tmp_path: Pat
     objects.optimizer["children"].append(("decay", objects.add("Adadelta/decay", np.array(0.25, "f4"))))
     with opened(objects.write(tmp_path)) as checkpoint:
         assert checkpoint.hyperparameters == {"learning_rate": 0.5, "rho": 0.75, "decay": 0.25}
+
+
+def test_a_configuration_says_what_the_layers_are(tmp_path: Path) -> None:
+    layers = [{"class_name": "Dense", "config": {"name": "dense"}}]
+    config = {"class_name": "Sequential", "config": {"layers": layers}}
+    with opened(Objects(LEGACY, ["dense/kernel"]).write(tmp_path), config) as checkpoint:
+        assert [layer.class_name for layer in checkpoint.layers] == ["Dense"]
 
 
 def test_keras_3_has_what_is_frozen_behind_what_is_trained(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ def test_objects_are_parsed() -> None:
         ("[]", "x is a list, not a JSON object"),
         ('"text"', "x is a str, not"),
         (json.dumps(nested(151)), "x is nested more than 150 deep"),
+        (json.dumps({"deep": nested(150), "flat": {}}), "x is nested more than 150 deep"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "x is n"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_what_is_no_object_is_refused(text: str, message: str) -> None:
     with pytest.raises(KerasFileError, match=message):
@@ -191,7 +192,7 @@ def chain(*names: str, **options: Any) -> dict[str, Any]:
 
 def test_a_sequential_model() -> None:
     model = ModelConfig(chain("a", "b", "c"))
-    assert (model.name, model.is_complete, model.is_chain) == ("model", True, True)
+    assert (model.is_complete, model.is_chain) == (True, True)
     assert [layer.path for layer in model.layers] == list(model.by_path()) == ["a", "b", "c"]
     assert [layer.group for layer in model.layers] == ["layers/dense", "layers/dense_1", "layers/dense_2"]
     assert model.inputs == {"a": [], "b": ["a"], "c": ["b"]}
@@ -203,6 +204,8 @@ def test_a_sequential_model() -> None:
 
 @pytest.mark.parametrize("is_keras3", [False, True])
 def test_a_functional_model(is_keras3: bool) -> None:
+    """Calls are counted from the first that the layer had, perhaps in another model: one too high is the last."""
+
     def of(name: str, *where: int) -> Any:
         return tensor(name, *where, is_keras3=is_keras3)
 
@@ -211,9 +214,9 @@ def test_a_functional_model(is_keras3: bool) -> None:
         layer("InputLayer", "y"),
         layer("Dense", "shared", [of("x")], [of("y")]),
         layer("Custom>Conv2DTranspose", "b", [of("shared")]),
-        layer("Add", "add", [of("shared", 1), of("x")] if not is_keras3 else [[of("shared", 1), of("x")]]),
-        input_layers=[["x", 0, 0]],
-        output_layers=["add", 0, 0],
+        layer("Add", "add", [of("shared", 9), of("x")] if not is_keras3 else [[of("shared", 9), of("x")]]),
+        input_layers={"x": ["x", 0, 0]} if is_keras3 else [["x", 0, 0]],
+        output_layers={"sum": ["add", 0, 0]} if is_keras3 else ["add", 0, 0],
     )
     model = ModelConfig(config)
     assert model.calls == {
@@ -231,7 +234,7 @@ def test_a_functional_model(is_keras3: bool) -> None:
 
 
 def test_keywords_of_a_call_are_inputs_too() -> None:
-    call = [["x", 0, 0, {"value": ["y", 0, 0]}]]
+    call = [["x", 0, 0, {"value": ["y", 0, 0], "size": ["z", 1]}]]
     keras3 = {"args": [tensor("x", is_keras3=True)], "kwargs": {"value": tensor("y", is_keras3=True)}}
     for node in (call, keras3):
         attend = {"class_name": "Attention", "config": {"name": "a"}, "inbound_nodes": [node]}
@@ -259,21 +262,24 @@ def test_a_model_in_a_model() -> None:
         layer("InputLayer", "x"),
         layer("InputLayer", "y"),
         inner,
+        layer("Dense", "first", [["inner", 0, 0, {}]]),
         layer("Dense", "last", [["inner", 1, 1, {}]]),
-        output_layers=[["last", 0, 0]],
+        output_layers=[["first", 0, 0]],
     )
     model = ModelConfig(config)
     assert model.is_complete
     assert model.calls["inner/one"] == [[Call("inner/left", 0)], [Call("inner/left", 1)]]
     assert model.calls["inner/left"] == [[Call("y", 0)], [Call("x", 0)]]
     assert model.calls["inner/right"] == [[Call("x", 0)], [Call("y", 0)]]
+    assert model.calls["first"] == [[Call("inner/one", 0)]]
     assert model.calls["last"] == [[Call("inner/two", 1)]]
+    assert model.outputs == [Call("first", 0)]
     by_path = model.by_path()
     assert by_path["inner/one"].group == "layers/functional/layers/dense"
-    assert by_path["last"].group == "layers/dense"
+    assert by_path["first"].group == "layers/dense"
     assert (by_path["inner/one"].is_trainable, by_path["inner/two"].is_trainable) == (True, False)
     inner["config"]["trainable"] = False  # of the whole
-    assert [layer.path for layer in ModelConfig(config).layers if layer.is_trainable] == ["x", "y", "last"]
+    assert [layer.path for layer in ModelConfig(config).layers if layer.is_trainable] == ["x", "y", "first", "last"]
 
 
 def test_a_sequential_model_in_another() -> None:
@@ -292,13 +298,22 @@ def test_a_sequential_model_in_another() -> None:
         {"class_name": "Net", "config": {}},
         {"class_name": "Net"},
         model_of(layer("Dense", "a", [["nothing", 0, 0, {}]]), output_layers=["a", 0, 0]),
-        model_of({"class_name": "Functional", "config": {"name": "inner"}}, class_name="Sequential"),
+        *(
+            model_of({"class_name": name, "config": {"name": "inner"}}, class_name="Sequential")
+            for name in ("Sequential", "Functional", "Model")
+        ),
     ],
-    ids=["subclass", "nothing", "input", "inner"],
+    ids=["subclass", "nothing", "input", "sequential", "functional", "model"],
 )
 def test_a_model_that_is_not_all_known_is_not_complete(config: dict[str, Any]) -> None:
     model = ModelConfig(config)
     assert (model.is_complete, model.is_chain) == (False, False)
+
+
+def test_a_model_of_a_class_of_its_own_has_the_layers_that_it_lists() -> None:
+    inner = {"class_name": "Mine", "config": chain("a")["config"] | {"name": "inner"}}
+    model = ModelConfig(model_of(inner, class_name="Sequential"))
+    assert [layer.path for layer in model.layers] == ["inner/a"]
 
 
 @pytest.mark.parametrize("entry", [3, {}, {"class_name": "Dense"}, {"config": []}])

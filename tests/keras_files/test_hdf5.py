@@ -203,9 +203,12 @@ def test_texts() -> None:
 
 
 def test_an_attribute_larger_than_the_file_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = opened(attributes(names=np.array([b"a" * 500] * 10)))
-    assert file.attribute_list("", "names") == ["a" * 500] * 10
-    monkeypatch.setattr(hdf5, "MAX_EXPANSION", 0.1)
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as filled:
+        filled.attrs["names"] = np.array([b"a" * 500] * 10)
+    monkeypatch.setattr(hdf5, "MAX_EXPANSION", 1)
+    assert Hdf5(buffer, 5000).attribute_list("", "names") == ["a" * 500] * 10
+    file = Hdf5(buffer, 4999)
     with pytest.raises(KerasFileError, match="the attribute names has 5000 bytes, and the file"):
         file.attribute_list("", "names")
 
@@ -246,6 +249,8 @@ def test_hdf5_that_loops_waits_or_crashes_is_an_error(tmp_path: Path, monkeypatc
 def test_without_h5py(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints of TensorFlow are read."""
     monkeypatch.setattr(hdf5, "h5py", None)
+    with pytest.raises(ImportError, match="or h5py alone"):
+        probe(DATA / "k3.h5")
     model, optimizer = build()
     with pytest.warns(UserWarning, match="not in the file"):
         load_keras(DATA / "tf24_tfck2", optimizer, model)

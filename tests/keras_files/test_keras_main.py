@@ -150,7 +150,7 @@ def test_convert_leaves_what_it_does_not_know_as_it_is(tmp_path: Path, capsys: p
     rng = np.random.default_rng(0)
     parts = {"query": (4, 2, 2), "key": (4, 2, 2), "value": (4, 2, 2), "attention_output": (2, 2, 4)}
     attention = {f"{part}/kernel": rng.standard_normal(shape) for part, shape in parts.items()}
-    layers = {"gru": recurrent(3, 2, 3, (2, 6)), "attend": attention, "odd": {"shift": np.ones((2, 3))}}
+    layers = {"gru": recurrent(3, 2, 3, (2, 6)), "attend": attention, "odd": {"shift": np.ones((2, 3), ">f8")}}
     path, out = write_h5(tmp_path / "m.h5", layers), tmp_path / "out.pt"
     assert main(["convert", str(path), str(out)]) == 0
     assert "odd stays in the layout of Keras: no module of PyTorch is known for it" in capsys.readouterr().out
@@ -159,6 +159,7 @@ def test_convert_leaves_what_it_does_not_know_as_it_is(tmp_path: Path, capsys: p
     load(path, module, mapping={"odd": None})
     for name, param in module.named_parameters():
         assert torch.equal(found[f"weights.{name}"], param), name
+    assert_is(found["weights.odd.shift"], np.ones((2, 3)))
     assert_is(found["acc_delta.odd.shift"], np.full((2, 3), 0.5))
 
 
@@ -201,6 +202,15 @@ def test_the_command_takes_the_word_and_the_order(tmp_path: Path) -> None:
         assert main(["inspect", str(DATA / "k3.keras"), "--state-order", *order]) == status
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["inspect"], ["convert", "m.h5"], *(["inspect", "m.h5", f"--{name}", "no"] for name in ("drop", "uses"))],
+)
+def test_arguments_are_checked(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+
+
 def test_all_recorded_files_are_shown() -> None:
     assert all(main(["inspect", str(DATA / name)]) == 0 for names in WITH_STATE.values() for name in names)
 
@@ -215,6 +225,7 @@ def test_the_command_shows_and_converts_it(folder: Path, tmp_path: Path, capsys:
         if generation == "new" and kind == "weights.h5":
             assert main(["inspect", str(path), *more]) == 1
             assert "does not say which" in capsys.readouterr().err
+            assert main(["inspect", str(path), *more, "--uses", "gradient_accumulation", "--uses", "ema"]) == 1
             more += ["--uses", "ema"]
         assert main(["inspect", str(path), *more]) == 0
         shown = capsys.readouterr().out

@@ -23,6 +23,7 @@ from torch_adadelta.keras.layouts import (
     Layout,
     Unfit,
     forms,
+    kinds_of,
     of_maps,
     ordered_pieces,
     placed,
@@ -320,6 +321,29 @@ def test_a_layout_for_another_shape_is_refused(layout: Layout) -> None:
         layout.result((2, 3))
 
 
+@pytest.mark.parametrize(
+    ("kinds", "modules"),
+    [
+        ("dense", [nn.Linear(1, 1)]),
+        ("embedding", [nn.Embedding(1, 1), nn.EmbeddingBag(1, 1)]),
+        ("batch_norm", [nn.BatchNorm1d(1), nn.BatchNorm2d(1), nn.BatchNorm3d(1), nn.SyncBatchNorm(1)]),
+        ("layer_norm", [nn.LayerNorm(1)]),
+        ("group_norm", [nn.GroupNorm(1, 1)]),
+        ("rms_norm", [nn.RMSNorm(1)]),
+        ("lstm", [nn.LSTM(1, 1), nn.LSTMCell(1, 1)]),
+        ("gru", [nn.GRU(1, 1), nn.GRUCell(1, 1)]),
+        ("rnn", [nn.RNN(1, 1), nn.RNNCell(1, 1)]),
+        ("attention", [nn.MultiheadAttention(1, 1)]),
+        ("conv depthwise", [nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1)]),
+        ("conv_transpose", [nn.ConvTranspose1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.ConvTranspose3d(1, 1, 1)]),
+        ("", [nn.ReLU(), nn.Bilinear(1, 1, 1)]),
+    ],
+)
+def test_the_kinds_of_layers_that_a_module_may_be(kinds: str, modules: list[nn.Module]) -> None:
+    for module in modules:
+        assert kinds_of(module) == kinds.split()
+
+
 # ---- What is no layer of a kind, and does not fit a module -----------------------------------------------------------
 
 
@@ -334,7 +358,7 @@ def form_of(class_name: str | None, config: dict[str, Any] | None = None, **shap
         ("Dense", {"kernel": (2, 3, 4)}),
         ("Dense", {"kernel": (2, 3), "bias": (2,)}),
         ("Dense", {"kernel": (2, 3), "scale": (3,)}),
-        ("Conv2D", {"kernel": (2, 3)}),
+        *((f"{name}Conv2D{more}", {"kernel": (1,) * ones + (2, 3)}) for name, more in (("", ""), ("", "Transpose"), ("Depthwise", "")) for ones in (0, 4)),
         ("Conv2D", {"kernel": (3, 3, 2, 4), "bias": (2,)}),
         ("Conv2DTranspose", {"kernel": (3, 3, 2, 4), "bias": (4,)}),
         ("DepthwiseConv2D", {"kernel": (3, 3, 2, 4), "bias": (4,)}),
@@ -345,20 +369,41 @@ def form_of(class_name: str | None, config: dict[str, Any] | None = None, **shap
         ("LayerNormalization", {"gamma": (3,), "beta": (4,)}),
         ("LSTM", {"kernel": (2, 12), "recurrent_kernel": (4, 12)}),
         ("LSTM", {"kernel": (2, 12), "recurrent_kernel": (3, 12), "bias": (2, 12)}),
+        ("LSTM", {"kernel": (2, 12), "recurrent_kernel": (3, 12, 1)}),
         ("GRU", {"kernel": (2, 12), "recurrent_kernel": (3, 12)}),
         ("SimpleRNN", {"kernel": (2, 3, 1), "recurrent_kernel": (3, 3)}),
         ("MultiHeadAttention", {"query__kernel": (6, 2, 3), "key__kernel": (6, 2, 4), "value__kernel": (6, 2, 3), "output__kernel": (2, 3, 6)}),
         ("MultiHeadAttention", {"query__kernel": (6, 2, 3), "key__kernel": (6, 2, 3), "value__kernel": (6, 2, 3), "output__kernel": (2, 4, 6)}),
-        ("MultiHeadAttention", {"query__kernel": (6, 6), "key__kernel": (6, 6), "value__kernel": (6, 6), "output__kernel": (6, 6)}),
+        ("MultiHeadAttention", {"query__kernel": (6, 2, 3), "key__kernel": (6, 2, 3), "value__kernel": (6, 2, 3), "output__kernel": (2, 3)}),
+        ("MultiHeadAttention", {"query__kernel": (6, 2, 3), "key__kernel": (6, 2, 3), "value__kernel": (6, 3, 2), "output__kernel": (3, 2, 6)}),
         ("Mine", {"kernel": (2, 3)}),
+        (None, {"0": (2, 3), "odd": (3,)}),
     ],
-    ids=range(20),
+    ids=range(28),
 )  # fmt: skip
-def test_weights_of_other_shapes_are_no_such_layer(class_name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_weights_of_other_shapes_are_no_such_layer(class_name: str | None, shapes: dict[str, tuple[int, ...]]) -> None:
     assert form_of(class_name, **shapes) == []
     if class_name in ("LSTM", "GRU"):
         two = {f"{side}__{role}": shape for side in ("forward", "backward") for role, shape in shapes.items()}
         assert form_of("Bidirectional", {"layer": {"class_name": class_name}}, **two) == []
+
+
+def test_a_normalisation_over_several_devices_is_one() -> None:
+    (form,) = form_of("SyncBatchNormalization", moving_mean=(3,), moving_variance=(3,))
+    assert form.kind == "batch_norm"
+
+
+def test_both_directions_of_a_layer_that_nobody_knows() -> None:
+    shapes = {"kernel": (2, 12), "recurrent_kernel": (3, 12)}
+    both = {f"{side}__{role}": shape for side in ("forward", "backward") for role, shape in shapes.items()}
+    (form,) = form_of("Bidirectional", {"layer": {"class_name": "Mine"}}, **both)
+    assert form.kind == "lstm"
+
+
+def test_names_of_the_kernel_of_a_depthwise_convolution() -> None:
+    for class_name in ("DepthwiseConv2D", None):
+        (form,) = form_of(class_name, depthwise_kernel=(3, 3, 2, 4))
+        assert (form.kind, form.roles) == ("depthwise", {"kernel": "depthwise_kernel"})
 
 
 RNN = {"kernel": (2, 9), "recurrent_kernel": (3, 9), "bias": (9,)}
@@ -410,8 +455,9 @@ def test_features_in_another_order(norm: str) -> None:
     roles = {"batch_norm": ["gamma", "moving_mean", "moving_variance"], "layer_norm": ["beta"], "rms_norm": ["scale"]}[
         norm
     ]
-    for piece in ordered_pieces(Form(norm, dict.fromkeys(roles, (6,)), {}), False, inputs, outputs):
-        np.testing.assert_array_equal(piece.layout.to_torch(np.arange(6)), np.arange(6).reshape(2, 3).T.ravel())
+    for order in (inputs, FeatureOrder((2, 3), (1, 0))):
+        for piece in ordered_pieces(Form(norm, dict.fromkeys(roles, (6,)), {}), False, order, outputs):
+            np.testing.assert_array_equal(piece.layout.to_torch(np.arange(6)), np.arange(6).reshape(2, 3).T.ravel())
     assert [p.layout for p in ordered_pieces(Form("layer_norm", {"gamma": (2, 3)}, {}), False, inputs, outputs)] == [
         Layout((0, 1))
     ]
@@ -424,6 +470,9 @@ def test_features_that_cannot_be_in_another_order() -> None:
             ordered_pieces(lstm, False, *orders)
     assert len(ordered_pieces(lstm, False, KEEP_ORDER, KEEP_ORDER)) == 2
     (dense,) = form_of("Dense", kernel=(6, 8))
+    (whole,) = form_of("Dense", kernel=(6, 8), bias=(8,))
+    found = [piece.layout for piece in ordered_pieces(whole, False, KEEP_ORDER, KEEP_ORDER)]
+    assert found == [Layout((1, 0)), Layout((0,))]
     for order, message in (
         (of_maps(4), "6 features are no maps of 4 channels"),
         (of_maps(0), "6 features are no maps of 0 channels"),

@@ -1,4 +1,4 @@
-"""Which layer of Keras is which module of PyTorch, and what the modules show of flattened maps."""
+"""Which layer of Keras is which module of PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
-from keras_memory import checkpoint_of, layer_of, moved
-from keras_stored import DATA, Net, Weights, assert_is, assert_same_datasets, build, dense, load, sequential, write_h5
+from keras_memory import checkpoint_of, layer_of
+from keras_stored import DATA, Net, assert_is, assert_same_datasets, build, dense, load, sequential, write_h5
 
 from torch_adadelta.keras import KerasFileError, Layout, load_keras, save_keras
-from torch_adadelta.keras.layouts import Unfit
-from torch_adadelta.keras.matching import Flattening, Match, canonical, is_chain, match, units
+from torch_adadelta.keras.layouts import Piece
+from torch_adadelta.keras.matching import Match, _are_same, is_chain, match, units
 
 
 def test_several_possibilities_are_an_error_that_lists_both_sides(tmp_path: Path) -> None:
@@ -103,6 +103,11 @@ def test_names_that_some_have_decide_nothing() -> None:
     with pytest.raises(KerasFileError, match="by match='names', some names differ"):
         matched(Net(a=linear(4, 3)), {"one": (4, 3)}, how="names")
     assert matched(Net(one=linear(4, 3)), {"one": (4, 3)}, how="names") == {"one/kernel": "one.weight"}
+    two = Net(x=Net(one=linear(4, 4)), y=Net(one=linear(4, 4)))
+    with pytest.raises(KerasFileError, match=r"one may be x\.one or y\.one"):
+        matched(two, {"one": (4, 4)})
+    with pytest.raises(KerasFileError, match="cannot be told"):
+        matched(two, {"a/one": (4, 4), "b/one": (4, 4)})
     # A name does not make fit what does not.
     assert matched(Net(one=linear(3, 4), two=linear(4, 4)), {"two": (3, 4), "one": (4, 4)}) == {
         "two/kernel": "one.weight", "one/kernel": "two.weight"
@@ -189,6 +194,10 @@ def test_a_layer_may_be_left_out() -> None:
     # What has neither state nor weights that PyTorch knows is not missed.
     layers = {"one": (4, 3), "odd": ("Discretization", {"bins": (5,)})}
     assert matched(Net(a=linear(4, 3)), layers) == {"one/kernel": "a.weight"}
+    odd = layer_of("odd", "Discretization", {}, {"bins": np.ones(5), "sums": np.ones(4)})
+    odd.variables[1].square_avg = odd.variables[1].value
+    with pytest.raises(KerasFileError, match="odd fits none of them"):
+        match(checkpoint_of(None, [odd]), Net())
     model = Net(a=linear(4, 3))
     model.scale = nn.Parameter(torch.ones(2))
     with pytest.raises(KerasFileError, match="outside of modules that are known: scale"):
@@ -210,8 +219,30 @@ def test_kinds_that_the_file_does_not_tell_apart() -> None:
     # Of one channel, both kinds of convolution lie in the same way.
     one = {"kernel": (3, 1, 2)}
     assert matched(Net(c=nn.Conv1d(1, 2, 3, bias=False)), {"conv": (None, one)}) == {"conv/kernel": "c.weight"}
+    with pytest.raises(KerasFileError, match="cannot be told"):
+        matched(Net(n=nn.LayerNorm(4)), {"norm": (None, {"0": (4,)})})
     with pytest.raises(KerasFileError, match="norm may be a layer_norm or layer_norm, and the file does not say which"):
         matched(Net(n=nn.LayerNorm(4)), {"norm": (None, {"0": (4,)})}, mapping={"norm": "n"})  # gamma or beta
+
+
+@pytest.mark.parametrize(
+    ("shape", "ours", "theirs", "expected"),
+    [
+        ((4, 3), Layout((1, 0)), Layout((1, 0)), True),
+        ((4, 3), Layout((1, 0)), Layout((0, 1), (3, 4)), False),
+        ((1, 3), Layout((1, 0)), Layout((0, 1), (3, 1)), True),
+        ((1, 1 << 20), Layout((1, 0)), Layout((0, 1), (1 << 20, 1)), True),
+        ((1, (1 << 20) + 1), Layout((1, 0)), Layout((0, 1), ((1 << 20) + 1, 1)), False),  # too large to be tried
+    ],
+    ids=range(5),
+)
+def test_layouts_that_move_every_element_to_the_same_place(
+    shape: tuple[int, ...], ours: Layout, theirs: Layout, expected: bool
+) -> None:
+    layer = layer_of("layer", None, {}, {"kernel": np.broadcast_to(1.0, shape)})
+    for param, row in (("weight", None), ("other", None), ("weight", 1)):
+        pieces = [Piece("kernel", "weight", ours)], [Piece("kernel", param, theirs, row)]
+        assert _are_same(*pieces, layer) == (expected and (param, row) == ("weight", None))
 
 
 def test_a_fit_is_of_the_module_not_of_its_shapes() -> None:
@@ -261,6 +292,8 @@ def test_weights_are_given_explicitly(tmp_path: Path) -> None:
         ({"one/kernel": ("a.weight", (0,))}, "cannot be turned"),
         ({"one/kernel": ("a.nothing", (1, 0))}, "the model has no parameter of that name"),
         ({"one/kernel": None}, "the model has no parameter of that name"),
+        ({"one/kernel": ["a.weight"]}, "the model has no parameter of that name"),
+        ({"one": ("a", (1, 0))}, r"is \('a', \(1, 0\)\), which is no module with parameters"),
         ({"one/nothing": "a.weight"}, "has 'one/nothing', and one has kernel, bias"),
         ({"nothing": "a"}, "no layer and no weight"),
         ({"one": "b"}, "no module with parameters"),
@@ -325,6 +358,9 @@ def test_the_modules_of_a_model() -> None:
     assert [sorted(unit.names.values()) for unit in deep] == [
         [f"rnn.weight_hh_l{number}", f"rnn.weight_ih_l{number}"] for number in range(12)
     ]
+    tied = nn.RNN(3, 3, bias=False)
+    tied.weight_hh_l0 = tied.weight_ih_l0
+    assert set(units(Net(tied=tied))[0][0].tensors) == {"weight_ih", "weight_hh"}
     one, two = nn.PReLU(), nn.PReLU()
     two.weight = one.weight
     assert list(units(Net(one=one, two=two))[1]) == ["one.weight"]
@@ -355,193 +391,3 @@ def test_which_models_are_chains() -> None:
     assert is_chain(nn.Sequential(linears[0], nn.Sequential(*linears[1:])))
     assert not is_chain(Mine(*linears))
     assert not is_chain(nn.Sequential(linears[0], nn.ModuleList(linears[1:])))
-
-
-# ---- Flattened maps -------------------------------------------------------------------------------------------------
-
-CHANNELS_FIRST = "channels_first"
-
-
-def maps_and(kernel: np.ndarray) -> dict[str, Weights]:
-    rng = np.random.default_rng(0)
-    return {
-        "conv": {"kernel": rng.standard_normal((3, 3, 1, 4)), "bias": np.ones(4)},
-        "dense": {"kernel": kernel, "bias": np.ones(5)},
-    }
-
-
-@pytest.mark.parametrize(
-    ("between", "is_flat"),
-    [
-        ([("flatten", "Flatten", {})], True),
-        ([("pool", "MaxPooling2D", {}), ("flatten", "Flatten", {}), ("drop", "Dropout", {})], True),
-        ([("custom", "Whatever", {})], None),
-        ([("reshape", "Reshape", {"target_shape": [24]})], None),
-        ([("pool", "GlobalAveragePooling2D", {}), ("flatten", "Flatten", {})], False),
-        ([("flatten", "Flatten", {}), ("norm", "Concatenate", {})], None),
-    ],
-)
-def test_flattened_maps_need_a_word(between: list[Any], is_flat: bool | None, tmp_path: Path) -> None:
-    kernel = np.random.default_rng(0).standard_normal((2 * 3 * 4, 5))
-    config = sequential(("conv", "Conv2D", {"filters": 4}), *between, ("dense", "Dense", {}))
-    path = write_h5(tmp_path / "m.h5", maps_and(kernel), config)
-    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
-    if is_flat is not False:
-        with pytest.raises(KerasFileError, match=r"flatten='channels_(first|last)'"):
-            load(path, model)
-    if is_flat:
-        load(path, model, flatten=CHANNELS_FIRST)
-        assert_is(model.dense.weight, kernel.reshape(6, 4, 5).transpose(2, 1, 0).reshape(5, 24))
-        shown = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)).double()
-        load(path, shown)
-        assert_is(shown[3].weight, model.dense.weight.detach().numpy())
-    load(path, model, flatten="channels_last")
-    assert_is(model.dense.weight, kernel.T)
-
-
-def test_without_a_configuration_nothing_says_whether_there_is_a_flatten(tmp_path: Path) -> None:
-    kernel = np.random.default_rng(0).standard_normal((2 * 3 * 4, 5))
-    path = write_h5(tmp_path / "m.h5", maps_and(kernel))
-    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
-    with pytest.raises(KerasFileError, match="the file does not say whether flattened feature maps come in here"):
-        load(path, model)
-    load(path, model, flatten={"dense": 4})
-    assert_is(model.dense.weight, kernel.reshape(6, 4, 5).transpose(2, 1, 0).reshape(5, 24))
-    load(path, model, flatten={"dense": "channels_last"})
-    assert_is(model.dense.weight, kernel.T)
-    load(path, model, flatten={"conv": "channels_last"})  # of which the others are not
-    assert_is(model.dense.weight, kernel.T)
-    for flatten, message in (
-        ({"dense": 7}, "24 features are no maps of 7 channels: the convolutions in the file have 1 or 4"),
-        (
-            {"dense": CHANNELS_FIRST},
-            "the file does not say how many channels flattened maps have here; give their number",
-        ),
-        (CHANNELS_FIRST, "the file does not say whether"),
-    ):
-        with pytest.raises(KerasFileError, match=message):
-            load(path, model, flatten=flatten)
-    # A model without maps has nothing to flatten.
-    one = write_h5(tmp_path / "d.h5", {"dense": {"kernel": kernel, "bias": np.ones(5)}})
-    load(one, Net(dense=nn.Linear(24, 5)))
-    with pytest.raises(KerasFileError, match="does not say whether"):
-        load(one, Net(dense=nn.Linear(24, 5), pool=nn.MaxPool2d(2)))
-
-
-def test_words_that_say_nothing(tmp_path: Path) -> None:
-    config = sequential(("conv", "Conv2D", {"filters": 4}), ("flatten", "Flatten", {}), ("dense", "Dense", {}))
-    path = write_h5(tmp_path / "m.h5", maps_and(np.ones((24, 5))), config)
-    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
-    for word in (0, -4, True, "first", (4, None, None), (None, True), 4.0):
-        with pytest.raises(
-            ValueError, match=r"flatten\['dense'\] must be 'channels_first' or 'channels_last', a number of"
-        ):
-            load(path, model, flatten={"dense": word})
-    with pytest.raises(ValueError, match="flatten has 'other', which is no layer with weights; there are conv, dense"):
-        load(path, model, flatten={"other": 4})
-    for flatten, message in (
-        ({"conv": 1}, "flatten has 'conv', and by the configuration it takes no features that are maps in one row"),
-        ({"dense": (4, 5)}, "flatten has 'dense', and by the configuration it gives no features"),
-        ({"dense": 3}, "24 features are no maps of 3 channels: a Flatten of the maps of conv has 4"),
-    ):
-        with pytest.raises(KerasFileError, match=message):
-            load(path, model, flatten=flatten)
-    for flatten in ({"dense": 4}, {"dense": (4, None)}, {"dense": CHANNELS_FIRST}):
-        load(path, model, flatten=flatten)
-
-
-def test_the_order_of_keras_need_not_have_the_channels_last() -> None:
-    """A Reshape of maps with the channels first; the model of PyTorch permutes them to the end."""
-    options = {"filters": 4, "kernel_size": 3, "data_format": CHANNELS_FIRST, "batch_shape": [None, 1, 4, 5]}
-    config = sequential(
-        ("conv", "Conv2D", options), ("flat", "Reshape", {"target_shape": [24]}), ("dense", "Dense", {})
-    )
-    kernel = np.arange(24.0 * 5).reshape(24, 5)
-    layers = [layer_of("conv", "Conv2D", {}, {"kernel": np.ones((3, 3, 1, 4))})]
-    layers.append(layer_of("dense", "Dense", {}, {"kernel": kernel}))
-    model = Net(conv=nn.Conv2d(1, 4, 3, bias=False), dense=linear(24, 5))
-    for flatten, expected in (
-        ("channels_last", kernel.reshape(4, 6, 5).transpose(2, 1, 0)),
-        (CHANNELS_FIRST, kernel.T),
-    ):
-        moved(checkpoint_of(config, layers), model, flatten=flatten)
-        assert_is(model.dense.weight, expected.reshape(5, 24))
-
-
-def test_an_input_whose_format_nobody_says() -> None:
-    config = sequential(
-        ("flat", "Reshape", {"target_shape": [60], "batch_shape": [None, 3, 4, 5]}), ("dense", "Dense", {})
-    )
-    kernel = np.arange(60.0 * 2).reshape(60, 2)
-    layers = [layer_of("dense", "Dense", {}, {"kernel": kernel})]
-    model = Net(dense=linear(60, 2))
-    for flatten in (None, CHANNELS_FIRST):
-        with pytest.raises(KerasFileError, match=r"nothing says which axis|order cannot be told"):
-            moved(checkpoint_of(config, layers), model, flatten=flatten)
-    moved(checkpoint_of(config, layers), model, flatten="channels_last")
-    assert_is(model.dense.weight, kernel.T)
-
-
-def test_without_a_configuration_the_convolutions_say_how_many_channels_there_are() -> None:
-    up = layer_of("up", "Conv2DTranspose", {}, {"kernel": np.ones((2, 2, 5, 3))})
-    dense_layer = layer_of("dense", "Dense", {}, {"kernel": np.arange(24.0).reshape(2, 12)})
-    norm = layer_of("norm", "BatchNormalization", {}, {"moving_mean": np.arange(12.0), "moving_variance": np.ones(12)})
-    model = Net(up=nn.ConvTranspose2d(3, 5, 2, bias=False), dense=linear(2, 12), norm=nn.BatchNorm1d(12, affine=False))
-    checkpoint = checkpoint_of(None, [up, dense_layer, norm])
-    with pytest.raises(
-        KerasFileError, match="12 features are no maps of 5 channels: the convolutions in the file have 3"
-    ):
-        moved(checkpoint, model, flatten={"dense": (None, 5)})
-    with pytest.raises(KerasFileError, match="norm → norm: the file does not say whether"):
-        moved(checkpoint, model, mapping={"norm": "norm"})
-    moved(checkpoint, model, flatten={"dense": (None, 3), "norm": 3})
-    assert_is(model.dense.weight, np.arange(24.0).reshape(2, 4, 3).transpose(2, 1, 0).reshape(12, 2))
-    assert_is(model.norm.running_mean, np.arange(12.0).reshape(4, 3).T.ravel())
-
-
-def test_the_one_kind_of_module_that_a_layer_can_be() -> None:
-    def parameters(class_name: str | None, **shapes: tuple[int, ...]) -> list[tuple[str, str]]:
-        layer = layer_of("layer", class_name, {}, {role: np.ones(shape) for role, shape in shapes.items()})
-        flattening = Flattening(checkpoint_of(None, [layer]), None)
-        return [(piece.role, piece.param) for piece in canonical(layer, flattening)]
-
-    assert parameters("GRU", kernel=(2, 9), recurrent_kernel=(3, 9)) == [
-        ("kernel", "weight_ih_l0"), ("recurrent_kernel", "weight_hh_l0")
-    ]  # fmt: skip
-    assert parameters(None, gamma=(4,), beta=(4,)) == [
-        ("gamma", "weight"),
-        ("beta", "bias"),
-    ]  # of one layout in all kinds
-    assert parameters(None, kernel=(3, 3, 4, 4), bias=(4,)) == [("kernel", "weight"), ("bias", "bias")]
-    for shapes in ({"kernel": (3, 3, 1, 2), "bias": (2,)}, {"odd": (2,)}):
-        with pytest.raises(Unfit, match="no module of PyTorch is known for it"):
-            parameters(None, **shapes)
-
-
-@pytest.mark.parametrize(
-    ("modules", "flattened", "unflattened"),
-    [
-        ([nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(2, 2)], "2", ""),
-        ([nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Identity(), nn.Linear(2, 2)], "5", ""),
-        ([nn.MaxPool2d(2), nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Linear(2, 2)], "2 3", ""),
-        ([nn.Sequential(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2)), nn.Flatten(), nn.LayerNorm(2)], "2", ""),
-        ([nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(2, 2)], "2", ""),
-        ([nn.Flatten(), nn.Linear(2, 2)], "", ""),
-        ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Linear(2, 2)], "", ""),
-        ([nn.Conv2d(1, 2, 1), nn.Flatten(1, 2), nn.Linear(2, 2)], "", ""),
-        ([nn.Conv2d(1, 2, 1), Net(), nn.Flatten(), nn.Linear(2, 2)], "", ""),
-        ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
-        ([nn.Conv2d(1, 2, 1), nn.Linear(2, 2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
-        ([nn.Conv2d(1, 2, 1), nn.MultiheadAttention(2, 1), nn.Flatten(), nn.Linear(2, 2)], "", ""),
-        ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "0"),
-        ([nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Unflatten(-1, (2, 4)), nn.BatchNorm1d(2)], "", "0 1"),
-        ([nn.Linear(2, 8), nn.Unflatten(2, (2, 4)), nn.Conv2d(2, 2, 1)], "", ""),
-        ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), Net(), nn.Conv2d(2, 2, 1)], "", ""),
-        ([nn.Linear(2, 8), nn.Linear(8, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "1"),
-    ],
-    ids=range(17),
-)
-def test_what_a_sequential_shows(modules: list[nn.Module], flattened: str, unflattened: str) -> None:
-    found, _ = units(nn.ModuleDict({"m": nn.Sequential(*modules)}))
-    assert [unit.path.partition(".")[2] for unit in found if unit.is_flattened] == flattened.split()
-    assert [unit.path.partition(".")[2] for unit in found if unit.is_unflattened] == unflattened.split()

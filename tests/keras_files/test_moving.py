@@ -62,6 +62,7 @@ def test_weights_stay_unless_asked_for() -> None:
     assert all(map(torch.equal, model.parameters(), before))
     assert optimizer.rho == 0.949999988079071
     assert optimizer.clipnorm is None  # the file's configuration has none
+    assert optimizer.norm_variables is None
     assert str(report).replace(str(DATA), "DATA") == (
         """\
 DATA/tf24.h5: .h5 of TensorFlow 2.4 or the legacy class of tf_keras
@@ -153,9 +154,18 @@ def test_a_loaded_job_is_saved_and_loaded_by_pytorch() -> None:
 
 @pytest.mark.parametrize("weights", [False, True])
 def test_statistics_come_with_the_weights(weights: bool, tmp_path: Path) -> None:
-    norm = {"gamma": np.ones(3), "beta": np.zeros(3), "moving_mean": np.arange(3.0), "moving_variance": np.full(3, 2.0)}
+    norm = {
+        "gamma": np.ones(3),
+        "beta": np.zeros(3),
+        "moving_mean": np.arange(3, dtype=">f8"),
+        "moving_variance": np.full(3, 2.0),
+    }
     model = Net(norm=nn.BatchNorm1d(3))
-    load_keras(write_h5(tmp_path / "m.h5", {"norm": norm}), AdadeltaKeras(model.parameters()), model, weights=weights)
+    model.register_buffer("calls", torch.zeros(2, dtype=torch.int64))
+    path = write_h5(tmp_path / "m.h5", {"norm": norm, "count": {"moving_calls": np.array([5, 6])}})
+    mapping = {"count/moving_calls": "calls"}
+    load_keras(path, AdadeltaKeras(model.parameters()), model, weights=weights, mapping=mapping)
+    assert_is(model.calls, np.array([5, 6]) * weights)
     assert_is(model.norm.running_mean, np.arange(3.0) * weights)
     assert_is(model.norm.running_var, np.full(3, 1.0 + weights))
 
@@ -168,6 +178,9 @@ def test_arguments_are_checked() -> None:
             function(path, torch.optim.SGD(model.parameters()), model)
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
             function(path, optimizer, {})
+        averaging = AdadeltaKeras(model.parameters(), use_ema=True)
+        with averaging.swap_averages(), pytest.raises(RuntimeError, match="no file of Keras can be read or written"):
+            function(path, averaging, model)
     for own, kind in ((nn.Linear(1, 1, device="meta"), "on meta"), (nn.Linear(1, 1, dtype=torch.complex64), "complex")):
         with pytest.raises(ValueError, match=f"weight.* is {kind}; load into a plain model first"):
             load_keras(path, AdadeltaKeras(own.named_parameters()), own)
@@ -209,6 +222,10 @@ def test_what_keras_froze_is_frozen(tmp_path: Path) -> None:
         model.a.requires_grad_(False)
         optimizer = load(own, model)
         assert set(optimizer.state) == set(model.parameters() if own == path else model.b.parameters())
+    # Without a configuration, too, what has no state need not be in the optimizer.
+    with h5py.File(before, "r+") as file:
+        del file.attrs["model_config"]
+    load_keras(before, AdadeltaKeras(model.b.parameters()), model)
 
 
 def test_a_second_bias_must_be_frozen_at_zero(tmp_path: Path) -> None:
@@ -221,6 +238,7 @@ def test_a_second_bias_must_be_frozen_at_zero(tmp_path: Path) -> None:
         load_keras(path, AdadeltaKeras(model.parameters()), model)
     load(path, model)
     assert not model.rnn.bias_hh_l0.any()  # set with the weights
+    load_keras(path, AdadeltaKeras(model.parameters()), model)
 
 
 def test_second_biases_are_frozen() -> None:
@@ -243,17 +261,18 @@ def test_a_weight_that_keras_does_not_have_must_be_neutral(tmp_path: Path) -> No
     path = write_h5(tmp_path / "m.h5", {"one": {"kernel": np.ones((3, 2))}, "norm": {"beta": np.ones(5)}}, sequential(
         ("one", "Dense", {"use_bias": False}), ("norm", "LayerNormalization", {"scale": False})
     ))  # fmt: skip
-    model = Net(a=nn.Linear(3, 2), n=nn.LayerNorm(5))
+    model = Net(a=nn.Linear(3, 2), n=Net(m=nn.LayerNorm(5)))
+    load_keras(path, AdadeltaKeras([model.a.weight, model.n.m.bias]), model, weights=True)
     with pytest.raises(KerasFileError, match=r"a\.bias would be trained. Keras has no such weight. Set it to 0"):
         load(path, model)
     model.a.bias.requires_grad_(False)
-    with pytest.raises(KerasFileError, match=r"n\.weight would be trained. Keras has no such weight. Set it to 1"):
+    with pytest.raises(KerasFileError, match=r"n\.m\.weight would be trained. Keras has no such weight. Set it to 1"):
         load(path, model)
-    model.n.weight.requires_grad_(False).fill_(3)
+    model.n.m.weight.requires_grad_(False).fill_(3)
     with pytest.raises(KerasFileError, match=r"is not [01]\. Keras has no such weight"):
         load_keras(path, AdadeltaKeras(model.parameters()), model)
     load(path, model)
-    assert (model.a.bias.any(), bool((model.n.weight == 1).all())) == (False, True)
+    assert (model.a.bias.any(), bool((model.n.m.weight == 1).all())) == (False, True)
 
 
 def test_parts_of_one_parameter_are_trained_together(tmp_path: Path) -> None:
@@ -268,6 +287,7 @@ def test_state_that_cannot_be_is_refused(tmp_path: Path) -> None:
     for edit, message in (
         (replaced(KERNEL, -np.ones((3, 2), "f4")), r"square_avg of 0\.weight has negative numbers"),
         (with_options(rho=2), "Invalid rho"),
+        (with_options(rho="much"), "rho must be a number"),
         (with_options(clipnorm=1.0, global_clipnorm=1.0), "Cannot accept both"),
     ):
         assert_refused(edited(tmp_path, edit), message)
@@ -283,6 +303,8 @@ def test_state_of_what_is_frozen_by_now_is_left_out(tmp_path: Path) -> None:
     load_keras(path, optimizer, model, weights=True)
     assert set(optimizer.state) == set(model.b.parameters())
     save_keras(tmp_path / "back.h5", optimizer, model, path)
+    model.a.float()
+    assert load_keras(path, optimizer, model).notes == []  # nothing was rounded
     assert_same_datasets(path, tmp_path / "back.h5")
 
 
@@ -395,7 +417,8 @@ def test_an_rnn_of_another_activation_is_told(tmp_path: Path) -> None:
     ):  # fmt: skip
         config = sequential(("rnn", "SimpleRNN", {"activation": activation}))
         path = write_h5(tmp_path / "m.h5", {"rnn": recurrent(3, 2, 1, (2,))}, config)
-        assert warnings_of(path, freeze_second_biases(Net(rnn=nn.RNN(3, 2, nonlinearity=nonlinearity)))) == expected
+        for cls in (nn.RNN, nn.RNNCell):
+            assert warnings_of(path, freeze_second_biases(Net(rnn=cls(3, 2, nonlinearity=nonlinearity)))) == expected
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])
@@ -428,6 +451,10 @@ def test_repeated_indices_of_an_embedding(version: str, backend: str, tmp_path: 
         if (version, backend) == ("3.15.1", "tensorflow")
         else ""
     )
+    with h5py.File(path, "r+") as file:
+        without_state("embed")(file)
+    model.embed.requires_grad_(False)
+    assert warnings_of(path, model) == ""
 
 
 # ---- Norms ----------------------------------------------------------------------------------------------------------
@@ -502,6 +529,9 @@ def test_norms_of_parameters_that_are_not_one_to_one(tmp_path: Path) -> None:
             f"same for {expected}: there gradients are clipped differently, for norm_variables is not for norm_group, nor "
             "for ZeroRedundancyOptimizer"
         ] * len(options)
+    other = Net(one=nn.Linear(4, 3))
+    plain = write_h5(tmp_path / "p.h5", {"one": layers["one"]}, clipnorm=1.0)
+    assert load_keras(plain, AdadeltaKeras(other.parameters(), norm_group="world"), other).notes == []
     for options in ({"clipvalue": 1.0}, {"global_clipnorm": 1.0}, {}):
         assert warnings_of(write_h5(tmp_path / "n.h5", layers, **options), model()) == ""
     lstm = write_h5(tmp_path / "l.h5", {"lstm": recurrent(3, 2, 4, (8,))}, clipnorm=1.0)

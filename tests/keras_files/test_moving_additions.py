@@ -30,8 +30,8 @@ from keras_stored import (
 from keras_table import has_options
 
 from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta.keras import KerasFileError, load_keras, save_keras
 from torch_adadelta.keras import config as configs
-from torch_adadelta.keras import load_keras, save_keras
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
 
@@ -74,6 +74,18 @@ def test_pending_gradients_of_before_are_no_obstacle(folder: Path) -> None:
         load_keras(folder / "keras3" / "model.h5", optimizer, model)
     assert (optimizer.gradient_accumulation_steps, optimizer.param_groups[0]["iterations"]) == (2, COUNT)
     assert optimizer.iterations == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [(None, "gradient_accumulation_steps of the AdadeltaKeras is None"), (5, "sums that are not zero")],
+)
+def test_sums_of_gradients_must_be_what_the_optimizer_goes_on_with(
+    steps: int | None, message: str, folder: Path
+) -> None:
+    own = {"use_ema": True, "gradient_accumulation_steps": steps}
+    with pytest.raises(KerasFileError, match=message):
+        load(folder, "keras3", "weights.h5", own)
 
 
 def test_the_decay_of_keras_is_decoupled(tmp_path: Path) -> None:
@@ -152,6 +164,18 @@ def test_what_is_frozen_has_neither_average_nor_sum(tmp_path: Path) -> None:
     for name, array in before.items():
         expected = array * (0 if "adadelta/a_" in name and "gradient_accumulator" in name else 1)
         np.testing.assert_array_equal(after[name], expected, err_msg=name)
+
+
+def test_a_row_whose_parameter_is_frozen_has_the_average_that_a_step_would_begin_with(tmp_path: Path) -> None:
+    weights = recurrent(3, 2, 3, (2, 6))
+    path = with_additions(tmp_path / "m.h5", {"gru": weights})
+    model = Net(gru=nn.GRU(3, 2))
+    model.gru.bias_hh_l0.requires_grad_(False)
+    optimizer = AdadeltaKeras(model.named_parameters())
+    load_keras(path, optimizer, model, weights=True)
+    save_keras(tmp_path / "back.h5", optimizer, model, path)
+    (average,) = [array for name, array in datasets(tmp_path / "back.h5").items() if name.endswith("bias_average")]
+    np.testing.assert_array_equal(average, weights["cell/bias"] * [[-3], [1]])
 
 
 def test_a_schedule_beside_all_of_it(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_what_is_written_is_read_again(name: str, tmp_path: Path) -> None:
 
 def test_what_was_not_trained_yet_gets_zeros(tmp_path: Path) -> None:
     model, optimizer = build()
-    save_keras(tmp_path / "m.h5", optimizer, model, DATA / "tf24.h5", weights=False)
+    save_keras(str(tmp_path / "m.h5"), optimizer, model, str(DATA / "tf24.h5"), weights=False)
     before, after = datasets(DATA / "tf24.h5"), datasets(tmp_path / "m.h5")
     assert all(not after[name].any() for name in after if name.startswith("optimizer"))
     assert all(np.array_equal(after[name], before[name]) for name in after if name.startswith("model"))
@@ -107,6 +107,11 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     model.register_parameter("other", nn.Parameter(torch.ones(1)))
     with pytest.raises(KerasFileError):
         save_keras(target, optimizer, model, DATA / "k3.h5")
+    model, _ = build()
+    with pytest.raises(
+        KerasFileError, match=r"Keras trained d2/kernel, but 1\.weight is no parameter of the optimizer"
+    ):
+        save_keras(target, AdadeltaKeras(model[0].parameters()), model, DATA / "k3.h5")
     model, optimizer = build(learning_rate=schedules.ExponentialDecay(0.5, 3, 0.5))
     with pytest.raises(ValueError, match="the learning rate of the optimizer is a schedule, and that of"):
         save_keras(target, optimizer, model, DATA / "k3.h5")

@@ -115,9 +115,12 @@ def of_linears(model: nn.Sequential) -> dict[str, torch.Tensor]:
     return {f"{name}/{n}": p for name, m in zip(names, model, strict=True) for n, p in enumerate((m.weight, m.bias))}
 
 
-def test_layers_of_a_class_come_by_their_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_rate", [False, True])
+def test_layers_of_a_class_come_by_their_numbers(has_rate: bool, tmp_path: Path) -> None:
     """Not by the alphabet, by which dense_10 comes before dense_2."""
-    file = File(tmp_path / "m.weights.h5", dense(12), list(dense(12)))
+    file = File(tmp_path / "m.weights.h5", dense(12), list(dense(12)), has_rate=has_rate)
+    with opened(file.path) as checkpoint:
+        assert (checkpoint.learning_rate is not None) == has_rate
     model = linears([], 12)
     optimizer = AdadeltaKeras(model.parameters())
     load_keras(file.path, optimizer, model, weights=True, match="order")
@@ -465,14 +468,41 @@ def test_statistics_have_no_state(tmp_path: Path) -> None:
         assert [variable.has_state for _, variable in checkpoint.variables()] == [True, True, False, False]
 
 
+def test_what_a_normalization_counted_has_no_state(tmp_path: Path) -> None:
+    """It has the shapes of a layer that is frozen by now, and is not trained."""
+    layers = [("Normalization", "seen", {}), ("LayerNormalization", "norm", {"trainable": False}), ("Dense", "out", {})]
+    config = {
+        "class_name": "Sequential",
+        "config": {"layers": [{"class_name": cls, "config": {"name": name, **own}} for cls, name, own in layers]},
+    }
+    groups: Groups = {f"layers/{name}": [(3,), (3,)] for name in ("normalization", "layer_normalization")}
+    groups["layers/dense"] = [(3, 1), (1,)]
+    file = File(tmp_path / "m.keras", groups, list(groups)[1:], config, OPTIMIZER)
+    with opened(file.path) as checkpoint:
+        assert {v.role: v.has_state for layer, v in checkpoint.variables() if layer.path == "seen"} == {
+            "0": False,
+            "1": False,
+        }
+        assert {v.role: v.has_state for layer, v in checkpoint.variables() if layer.path == "norm"} == {
+            "gamma": True,
+            "beta": True,
+        }
+    with (
+        pytest.raises(KerasFileError, match="has 'seen/0', which is no weight"),
+        opened(file.path, state_order=["seen/0"]),
+    ):
+        pass
+
+
 def test_too_many_orders_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: Groups = {f"a{n}": [(2, 2)] for n in range(5)}
     file = File(tmp_path / "m.weights.h5", groups, list(groups))
     names = [f"{name}/0" for name in groups]
-    for limit, value in (("_MAX_TRIES", 3), ("_MAX_FREE", 4)):
+    for limit, value in (("_MAX_TRIES", 3), ("_MAX_FREE", 4), ("_MAX_FREE", 5)):
         with monkeypatch.context() as patch:
             patch.setattr(state_orders, limit, value)
-            with pytest.raises(KerasFileError, match="there are too many orders to try"), opened(file.path):
+            message = "several orders of them fit" if value == 5 else "there are too many orders to try"
+            with pytest.raises(KerasFileError, match=message), opened(file.path):
                 pass
             with opened(file.path, state_order=names) as checkpoint:
                 assert all(variable.has_state for _, variable in checkpoint.variables())

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from torch_adadelta.keras.checkpoints import Checkpoint, Layer, Variable, explained, opened
 from torch_adadelta.keras.config import DROPPABLE, SLOT_OF
-from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.keras.layers import SLOTS
 from torch_adadelta.keras.layouts import Piece, Unfit, same
 from torch_adadelta.keras.matching import FLATTEN, Flattening, canonical
@@ -67,7 +66,7 @@ def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[st
     The names are "iterations", those of the hyperparameters that are numbers, and "weights." or the
     key of a state before the path of a layer and the name that its module has for the parameter.
     """
-    found = {"iterations": torch.tensor(checkpoint.count(), dtype=torch.int64)}
+    found = {"iterations": torch.tensor(checkpoint.count())}
     for name, value in _told(checkpoint).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             found[name] = torch.tensor(float(value), dtype=torch.float64)
@@ -90,18 +89,17 @@ def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[st
 def _parameters(checkpoint: Checkpoint, layer: Layer, layout: list[Piece], key: str) -> dict[str, Any]:
     """The weights of a layer, or their state, as arrays by the names of PyTorch's parameters."""
     by_role: dict[str, Variable] = {variable.role: variable for variable in layer.variables}
-    parts: dict[str, list[tuple[int, Any]]] = {}
+    parts: dict[str, list[Any]] = {}  # in the order of their rows
     for piece in layout:
         stored = getattr(by_role[piece.role], key)
         if stored is None:
             continue
         array = explained(checkpoint, stored)
         array = piece.layout.to_torch(array if piece.row is None else array[piece.row])
-        parts.setdefault(piece.param, []).append((piece.first or 0, array))
+        parts.setdefault(piece.param, []).append(array)
     found = {}
     for name, arrays in parts.items():
-        ordered = [array for _, array in sorted(arrays, key=lambda part: part[0])]
-        joined = ordered[0] if len(ordered) == 1 else np.concatenate(ordered)
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         found[name] = np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
     return found
 
@@ -163,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(table(checkpoint))
             else:
                 print("\n".join(convert(checkpoint, options.out, options.flatten)))
-    except (KerasFileError, FileNotFoundError, ImportError, ValueError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -354,7 +354,7 @@ class Axes:
         if any(value.axes is None or len(value.axes) != len(first.axes or ()) for value in ranked):
             return self._unknown(layer, sources)
         for other in ranked[1:]:
-            if first.axes is None or other.axes is None or not _unified(first, other, layer):
+            if not _unified(first, other, layer):
                 return self._unknown(layer, sources)
         if any(value.doubt for value in ranked):
             return replace(first, doubt=next(value.doubt for value in ranked if value.doubt))
@@ -412,7 +412,7 @@ class Axes:
             return
         if 1 not in (_size(value.axes[0]), _size(value.axes[-1])):  # one channel is first and last
             for feature in _spread(value.axes):
-                if feature.order is None and len([leaf for leaf in _leaves([feature]) if leaf.size != 1]) > 1:
+                if feature.order is None:
                     feature.is_unclear = True
                     feature.why = feature.why or "Reshape to what may be maps"
 
@@ -437,8 +437,6 @@ def _spread(axes: list[Features]) -> Features:
     places: dict[int, tuple[Feature, set[int]]] = {}
     for number, axis in enumerate(axes):
         for leaf in _leaves(axis):
-            if leaf.size == 1:
-                continue
             top = leaf
             while top.whole is not None:
                 top = top.whole.root
@@ -489,7 +487,7 @@ def _flattened(layer: LayerConfig, config: dict[str, Any], value: Value) -> Valu
     if is_first:
         axes = [*axes[1:], axes[0]]
     why = f"{layer.class_name} of the {value.why}" if value.is_maps else value.why
-    return replace(value, axes=[_joined(axes)], torch=value.torch_order(), why=why)
+    return replace(value, axes=[_joined(axes)], why=why)
 
 
 def _reshaped(layer: LayerConfig, config: dict[str, Any], value: Value) -> Value | None:

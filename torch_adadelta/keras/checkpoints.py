@@ -121,8 +121,7 @@ def opened(
         KerasFileError: it is none of these, damaged, or without the state of an Adadelta.
         ImportError: it needs h5py, which is not installed.
     """
-    unknown = set(drop) - set(configs.DROPPABLE)
-    if isinstance(drop, str) or unknown:
+    if set(drop) - set(configs.DROPPABLE):
         raise ValueError(f"drop must be a set of {', '.join(configs.DROPPABLE)}; got {drop!r}")
     path = Path(path)
     closers: list[Any] = []
@@ -142,7 +141,7 @@ def damage_named(path: Path) -> Iterator[None]:
         yield
     except KerasFileError as error:
         raise KerasFileError(f"{path}: {error}") from error
-    except (FileNotFoundError, ImportError, IsADirectoryError, PermissionError):
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except (
         ArithmeticError,
@@ -151,9 +150,7 @@ def damage_named(path: Path) -> Iterator[None]:
         LookupError,
         MemoryError,
         OSError,
-        RecursionError,
         RuntimeError,
-        NotImplementedError,
         TypeError,
         ValueError,
         zipfile.BadZipFile,
@@ -668,7 +665,7 @@ def _numbered_roles(class_name: str | None, config: dict[str, Any], count: int) 
     entries = [entry.partition("?")[::2] for entry in _NUMBERED.get(class_name or "", ())]
     if config:
         entries = [(role, key) for role, key in entries if not key or config.get(key, True)]
-    elif len(entries) == count + 1 and sum(bool(key) for _, key in entries) == 1:
+    elif len(entries) == count + 1:
         entries = [(role, key) for role, key in entries if not key]
     return [role for role, _ in entries] if len(entries) == count else None
 
@@ -816,7 +813,7 @@ def _unknown(group: str, hdf5: Hdf5) -> tuple[str | None, dict[str, Any], str]:
     parts = group.split("/")
     path = [part for part in parts if part != "layers"]
     if len(parts) > 1 and parts[-2] == "layers":
-        class_name = _BY_SNAKE_CASE.get(re.sub(r"_\d+$", "", parts[-1])) or _BY_SNAKE_CASE.get(parts[-1])
+        class_name = _BY_SNAKE_CASE.get(re.sub(r"_\d+$", "", parts[-1]))
     else:
         class_name = None
     vars_group = hdf5.get(f"{group}/vars")

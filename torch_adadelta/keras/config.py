@@ -174,9 +174,6 @@ class ModelConfig:
         self.layers: list[LayerConfig] = []
         self.calls: dict[str, list[list[Call]]] = {}  # of a layer by its path: for each call, the calls before it
         self.is_complete = True  # whether all of the model is known: it is not if the model is a subclass
-        self.name = ""
-        if isinstance(config.get("config"), dict):
-            self.name = str(config["config"].get("name", ""))
         self._left = _MAX_CALLS
         self.outputs = self._add(config, "", "", True, [[]])[0]
 
@@ -241,8 +238,6 @@ class ModelConfig:
             width = len(sources)
             outputs[name] = [found[start : start + width] for start in range(0, len(found), width)]
             last = outputs[name][0] if outputs[name] else [[] for _ in sources]
-        if is_sequential:
-            return last
         names = _named(options.get("output_layers"))
         found = [_flat(_taken(outputs, source, number) for source in names) for number in range(len(sources))]
         return found if any(found) else last
@@ -275,10 +270,10 @@ class _Source(NamedTuple):
 def _taken(outputs: dict[str, list[list[list[Call]]]], source: _Source, number: int) -> list[Call]:
     """The calls that give a tensor, in one call of the model; more than one if which output it is cannot be told."""
     calls = outputs.get(source.name, [])
-    if not calls or number >= len(calls[min(source.call, len(calls) - 1)]):
+    if not calls:
         return []
     found = calls[min(source.call, len(calls) - 1)][number]
-    return [found[source.output]] if len(found) > 1 and 0 <= source.output < len(found) else found
+    return [found[source.output]] if 0 <= source.output < len(found) else found
 
 
 def _flat(lists: Iterator[list[Any]] | Any) -> list[Any]:

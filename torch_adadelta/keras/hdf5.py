@@ -181,11 +181,7 @@ class Hdf5:
     def attribute_text(self, item: Any, name: str) -> str | None:
         """An attribute that is a text, or None if there is none."""
         value = self._attribute(item, name)
-        if value is None:
-            return None
-        if isinstance(value, np.ndarray) and value.shape == ():
-            value = value[()]
-        return _decoded(name, value)
+        return None if value is None else _decoded(name, value)
 
     def root_text(self, name: str) -> str | None:
         """The same of the file itself."""

@@ -91,19 +91,14 @@ def units(model: nn.Module) -> tuple[list[Unit], dict[str, Tensor]]:
     found: list[Unit] = []
     seen: set[int] = set()
     loose: dict[str, Tensor] = {}
-    covered: set[str] = set()
     for path, module in model.named_modules():
-        if any(path.startswith(f"{other}.") for other in covered):
-            continue
         own = dict(module.named_parameters(recurse=isinstance(module, nn.MultiheadAttention), remove_duplicate=False))
         if isinstance(module, ALL_MODULES) and not hasattr(module, "parametrizations"):
-            if isinstance(module, nn.MultiheadAttention):
-                covered.add(path)
             buffers = dict(module.named_buffers(recurse=False))
             buffers.pop("num_batches_tracked", None)
             own |= buffers
             for unit in _split_layers(path, module, own):
-                if not all(id(tensor) in seen for tensor in unit.tensors.values()) and unit.tensors:
+                if not all(id(tensor) in seen for tensor in unit.tensors.values()):
                     found.append(unit)
                 seen |= set(map(id, unit.tensors.values()))
         else:
@@ -141,7 +136,7 @@ def _split_layers(path: str, module: nn.Module, tensors: dict[str, Tensor]) -> I
 
 def _steps(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules of nested nn.Sequentials, in the order in which they run."""
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    if type(module).forward is nn.Sequential.forward:
         for name, child in module.named_children():
             yield from _steps(child, _joined(path, name))
     else:
@@ -318,7 +313,7 @@ class Flattening:
 
     def _unknown(self, layer: Layer, unit: Unit | None, words: tuple[Word, Word]) -> tuple[FeatureOrder, FeatureOrder]:
         """The same where the file does not say what the layers do."""
-        if any(map(_is_count, words)) or self._words or self._word == "channels_last":
+        if self._words or self._word == "channels_last":
             first, second = (of_maps(word) if isinstance(word, int) else KEEP_ORDER for word in words)
             if "channels_first" in words:
                 raise Unfit("the file does not say how many channels flattened maps have here; give their number")
@@ -444,7 +439,7 @@ class _Matching:
                 self._layers.remove(layers[key])
             elif key in layers and isinstance(target, str) and target in by_unit:
                 self._take(layers[key], by_unit[target], f"mapping[{key!r}]")
-            elif key in layers and isinstance(target, str):
+            elif key in layers:
                 raise ValueError(f"mapping[{key!r}] is {target!r}, which is no module with parameters. " + self._both())
             else:
                 path, _, role = key.rpartition("/")
@@ -558,8 +553,7 @@ class _Matching:
         if how == "auto":
             self._by_shapes()
             model = self._checkpoint.model
-            is_ordered = model is not None and model.is_chain and self._checkpoint.in_order(self._layers) is not None
-            if self._layers and self._units and is_chain and is_ordered:
+            if is_chain and model is not None and model.is_chain:
                 self._by_order("in order")
         if self._layers or self._units:
             self._fail()
@@ -600,7 +594,6 @@ class _Matching:
                     if any(self._options(layer, unit) for layer in layers):
                         units.append(unit)
                         left_units.remove(unit)
-                        grown = True
                 for layer in list(left_layers):
                     if any(self._options(layer, unit) for unit in units):
                         layers.append(layer)
@@ -609,16 +602,12 @@ class _Matching:
             yield layers, units
 
     def _by_shapes(self) -> None:
-        """Takes what has one possibility left, until nothing has."""
-        is_changed = True
-        while is_changed:
-            is_changed = False
-            for layer in list(self._layers):
-                options = [unit for unit in self._units if self._options(layer, unit)]
-                rivals = [other for other in self._layers if options and self._options(other, options[0])]
-                if len(options) == 1 and len(rivals) == 1 and len(self._options(layer, options[0])) == 1:
-                    self._take(layer, options[0], "by shape")
-                    is_changed = True
+        """Takes what has one possibility. Nothing else fits such a module, so that no other layer gets one by that."""
+        for layer in list(self._layers):
+            options = [unit for unit in self._units if self._options(layer, unit)]
+            rivals = [other for other in self._layers if options and self._options(other, options[0])]
+            if len(options) == 1 and len(rivals) == 1 and len(self._options(layer, options[0])) == 1:
+                self._take(layer, options[0], "by shape")
 
     def result(self) -> Match:
         return self._match

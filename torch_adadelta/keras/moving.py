@@ -29,9 +29,8 @@ from torch_adadelta.keras.layers import ACCUMULATORS, SLOTS
 from torch_adadelta.keras.matching import Match, Move, Unit, match
 from torch_adadelta.keras_interface import NEW_STATE
 from torch_adadelta.optimizer import AdadeltaKeras
-from torch_adadelta.options import BY_NAME, OPTIMIZER_WIDE, OPTIONS
+from torch_adadelta.options import BY_NAME, OPTIONS
 from torch_adadelta.step import averages
-from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.validation import name_in
 
 _WEIGHTS: Final = "model.weights.h5"
@@ -80,7 +79,7 @@ def freeze_second_biases(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, nn.LSTM | nn.LSTMCell | nn.RNN | nn.RNNCell):
-            for name, param in module.named_parameters(recurse=False):
+            for name, param in module.named_parameters():
                 if name.startswith("bias_hh"):
                     param.requires_grad_(False)
                     with torch.no_grad():
@@ -192,7 +191,7 @@ def load_keras(
         for name, value in settings.items():
             setattr(optimizer, name, value)
         if not _has_a_part(optimizer):
-            optimizer.norm_variables = [variable.pieces for variable in variables] or None
+            optimizer.norm_variables = [variable.pieces for variable in variables]
         optimizer._set_count(count)
         for param in [param for group in optimizer.param_groups for param in group["params"]]:
             optimizer.state.pop(param, None)
@@ -236,6 +235,11 @@ def _params(optimizer: AdadeltaKeras) -> set[Tensor]:
     return {param for group in optimizer.param_groups for param in group["params"]}
 
 
+def _neutral(name: str) -> float:
+    """The value of a parameter that Keras does not have at which it does nothing."""
+    return 1.0 if name.rpartition(".")[2].startswith("weight") else 0.0
+
+
 def _is_param(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
@@ -267,7 +271,7 @@ def _check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKer
     for name, tensor in found.neutral:
         if not _is_param(tensor):
             continue
-        neutral = 1.0 if name.rpartition(".")[2].startswith("weight") else 0.0
+        neutral = _neutral(name)
         is_second = name.rpartition(".")[2].startswith("bias_hh")
         reason = (
             "PyTorch's LSTM adds two biases, which get the same gradient, where Keras has one: trained, both would "
@@ -320,14 +324,9 @@ def _settings(
         defaults = {option.name: option.default for option in OPTIONS if option.keras and option.name not in kept}
         found = {**defaults, **found}
     try:
-        trial = AdadeltaKeras([torch.zeros(1)], **found)
+        AdadeltaKeras([torch.zeros(1)], **found)
     except (ValueError, TypeError) as error:
         raise KerasFileError(f"{checkpoint.path}: {error}") from error
-    options: dict[str, Any] = {
-        **{option.key: optimizer.param_groups[0][option.key] for option in OPTIMIZER_WIDE},
-        **{option.key: trial.param_groups[0][option.key] for option in OPTIMIZER_WIDE if option.keras in found},
-    }
-    Callbacks(None, optimizer.gradient_transformers).check_clip_options(options)
     # One norm or the other: the old one goes before the new one comes. So does weight decay that no clip option admits.
     last = [name for name in CLIPPING if found.get(name) is not None]
     return {name: found[name] for name in sorted(found, key=lambda name: (name in last, name != _DECOUPLED))}
@@ -378,8 +377,7 @@ def _values(found: Match, checkpoint: Checkpoint, notes: list[str]) -> list[tupl
         values.append((tensor, torch.from_numpy(array)))
     for name, tensor in found.neutral:
         if _is_param(tensor):
-            neutral = 1.0 if name.rpartition(".")[2].startswith("weight") else 0.0
-            values.append((tensor, torch.full((), neutral)))
+            values.append((tensor, torch.full((), _neutral(name))))
     return values
 
 
@@ -423,9 +421,8 @@ def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple
             if move.row is not None:
                 read[id(stored)] = array  # another move takes the other row
                 array = array[move.row]
-            parts.append((move.first or 0, move.layout.to_torch(array)))
-        parts.sort(key=lambda part: part[0])
-        joined = parts[0][1] if len(parts) == 1 else np.concatenate([part for _, part in parts])
+            parts.append(move.layout.to_torch(array))
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
         yield tensor, np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
 
 
@@ -544,7 +541,7 @@ def _recurrent_differences(layer: Layer, unit: Unit) -> Iterator[str]:
         value = config.get(key)
         if isinstance(value, dict):
             value = value.get("config", value.get("class_name"))
-        if isinstance(value, str) and value != expected and not (key == "activation" and value == _nonlinearity(unit)):
+        if isinstance(value, str) and value not in (expected, _nonlinearity(unit)):
             yield f"{layer.path} has {key}={value!r}, and {unit.path} has {expected}"
     for key, does in (("go_backwards", "goes forwards"), ("stateful", "begins each batch anew")):
         if config.get(key) is True:
@@ -603,7 +600,7 @@ def save_keras(
         `path` is not touched then.
     """
     _check_arguments(optimizer, model)
-    if isinstance(drop, str) or set(drop) - set(additions.DROPPABLE_ON_SAVE):
+    if set(drop) - set(additions.DROPPABLE_ON_SAVE):
         raise ValueError(f"drop must be a set of {', '.join(additions.DROPPABLE_ON_SAVE)}; got {drop!r}")
     path, template = Path(path), Path(template)
     lambdas = {"lambda"} & set(drop)

@@ -53,7 +53,7 @@ class _Block:
                 yield self.variables[:count]
             return
         yield self.variables
-        if self.is_optional and self.variables:
+        if self.is_optional:
             yield []
 
     def tasks(self) -> "_Tasks":
@@ -86,7 +86,6 @@ class _Tasks(NamedTuple):
         """The layers that may come next, each with what is left then."""
         if self.block is not None:
             yield self.block, _Tasks()
-            return
         steps = [step for step in self.steps if not step.is_done]
         if steps:
             for block, left in steps[0].next():
@@ -131,7 +130,7 @@ def assigned(
     Raises:
         KerasFileError: the variables are not those of an Adadelta, or it cannot be told which is which.
     """
-    if not states or states[0].shape != () or states[0].dtype.kind not in "iu":
+    if states[0].shape != () or states[0].dtype.kind not in "iu":
         raise KerasFileError("the first variable of its optimizer is not the iterations")
     weights = _weights(layers)
     given = None if state_order is None else _given(state_order, weights)
@@ -235,11 +234,11 @@ def _readings(states: Sequence[Stored], options: dict[str, Any], drop: Collectio
         rest = list(states[1:])
         learning_rate = None
         if has_rate:
-            if not rest or rest[0].shape != () or rest[0].dtype.kind != "f":
+            if rest[0].shape != () or rest[0].dtype.kind != "f":
                 continue
             learning_rate = rest.pop(0)
         count, left = divmod(len(rest), 2 + extras)
-        if left or not count:
+        if left:
             continue
         beside = [rest[start : start + count] for start in range(0, extras * count, count)]
         rest = rest[extras * count :]

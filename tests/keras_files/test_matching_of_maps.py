@@ -1,0 +1,274 @@
+"""What the file, the user and the modules say of flattened maps, and what follows for the weights behind them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+pytest.importorskip("h5py", reason="needs the extra 'keras'")
+
+from keras_memory import checkpoint_of, layer_of, moved
+from keras_stored import Net, Weights, assert_is, load, sequential, write_h5
+
+from torch_adadelta.keras import KerasFileError
+from torch_adadelta.keras.layouts import Unfit
+from torch_adadelta.keras.matching import Flattening, canonical, units
+
+CHANNELS_FIRST = "channels_first"
+
+
+def maps_and(kernel: np.ndarray) -> dict[str, Weights]:
+    rng = np.random.default_rng(0)
+    return {
+        "conv": {"kernel": rng.standard_normal((3, 3, 1, 4)), "bias": np.ones(4)},
+        "dense": {"kernel": kernel, "bias": np.ones(5)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("between", "is_flat"),
+    [
+        ([("flatten", "Flatten", {})], True),
+        ([("pool", "MaxPooling2D", {}), ("flatten", "Flatten", {}), ("drop", "Dropout", {})], True),
+        ([("custom", "Whatever", {})], None),
+        ([("reshape", "Reshape", {"target_shape": [24]})], None),
+        ([("pool", "GlobalAveragePooling2D", {}), ("flatten", "Flatten", {})], False),
+        ([("flatten", "Flatten", {}), ("norm", "Concatenate", {})], None),
+    ],
+)
+def test_flattened_maps_need_a_word(between: list[Any], is_flat: bool | None, tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).standard_normal((2 * 3 * 4, 5))
+    config = sequential(("conv", "Conv2D", {"filters": 4}), *between, ("dense", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", maps_and(kernel), config)
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    if is_flat is not False:
+        with pytest.raises(KerasFileError, match=r"flatten='channels_(first|last)'"):
+            load(path, model)
+    if is_flat:
+        load(path, model, flatten=CHANNELS_FIRST)
+        assert_is(model.dense.weight, kernel.reshape(6, 4, 5).transpose(2, 1, 0).reshape(5, 24))
+        shown = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)).double()
+        load(path, shown)
+        assert_is(shown[3].weight, model.dense.weight.detach().numpy())
+    load(path, model, flatten="channels_last")
+    assert_is(model.dense.weight, kernel.T)
+
+
+def test_without_a_configuration_nothing_says_whether_there_is_a_flatten(tmp_path: Path) -> None:
+    kernel = np.random.default_rng(0).standard_normal((2 * 3 * 4, 5))
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    for config in ({"class_name": "Mine", "config": {}}, None):  # a subclass, whose configuration says nothing
+        path = write_h5(tmp_path / "m.h5", maps_and(kernel), config)
+        with pytest.raises(KerasFileError, match="the file does not say whether flattened feature maps come in here"):
+            load(path, model)
+    load(path, model, flatten={"dense": 4})
+    assert_is(model.dense.weight, kernel.reshape(6, 4, 5).transpose(2, 1, 0).reshape(5, 24))
+    load(path, model, flatten={"dense": "channels_last"})
+    assert_is(model.dense.weight, kernel.T)
+    load(path, model, flatten={"conv": "channels_last"})  # of which the others are not
+    assert_is(model.dense.weight, kernel.T)
+    for flatten, message in (
+        ({"dense": 7}, "24 features are no maps of 7 channels: the convolutions in the file have 1 or 4"),
+        (
+            {"dense": CHANNELS_FIRST},
+            "the file does not say how many channels flattened maps have here; give their number",
+        ),
+        (CHANNELS_FIRST, "the file does not say whether"),
+    ):
+        with pytest.raises(KerasFileError, match=message):
+            load(path, model, flatten=flatten)
+    # A model without maps has nothing to flatten.
+    one = write_h5(tmp_path / "d.h5", {"dense": {"kernel": kernel, "bias": np.ones(5)}})
+    load(one, Net(dense=nn.Linear(24, 5)))
+    with pytest.raises(KerasFileError, match="does not say whether"):
+        load(one, Net(dense=nn.Linear(24, 5), pool=nn.MaxPool2d(2)))
+
+
+def test_words_that_say_nothing(tmp_path: Path) -> None:
+    config = sequential(("conv", "Conv2D", {"filters": 4}), ("flatten", "Flatten", {}), ("dense", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", maps_and(np.ones((24, 5))), config)
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    for word in (0, -4, True, "first", (4, None, None), (None, True), 4.0):
+        with pytest.raises(
+            ValueError, match=r"flatten\['dense'\] must be 'channels_first' or 'channels_last', a number of"
+        ):
+            load(path, model, flatten={"dense": word})
+    with pytest.raises(ValueError, match="flatten has 'other', which is no layer with weights; there are conv, dense"):
+        load(path, model, flatten={"other": 4})
+    for flatten, message in (
+        ({"conv": 1}, "flatten has 'conv', and by the configuration it takes no features that are maps in one row"),
+        ({"dense": (4, 5)}, "flatten has 'dense', and by the configuration it gives no features"),
+        ({"dense": 3}, "24 features are no maps of 3 channels: a Flatten of the maps of conv has 4"),
+    ):
+        with pytest.raises(KerasFileError, match=message):
+            load(path, model, flatten=flatten)
+    for flatten in ({"dense": 4}, {"dense": [4, None]}, {"dense": CHANNELS_FIRST}):
+        load(path, model, flatten=flatten)
+
+
+def test_the_order_of_keras_need_not_have_the_channels_last() -> None:
+    """A Reshape of maps with the channels first; the model of PyTorch permutes them to the end."""
+    options = {"filters": 4, "kernel_size": 3, "data_format": CHANNELS_FIRST, "batch_shape": [None, 1, 4, 5]}
+    config = sequential(
+        ("conv", "Conv2D", options), ("flat", "Reshape", {"target_shape": [24]}), ("dense", "Dense", {})
+    )
+    kernel = np.arange(24.0 * 5).reshape(24, 5)
+    layers = [layer_of("conv", "Conv2D", {}, {"kernel": np.ones((3, 3, 1, 4))})]
+    layers.append(layer_of("dense", "Dense", {}, {"kernel": kernel}))
+    model = Net(conv=nn.Conv2d(1, 4, 3, bias=False), dense=nn.Linear(24, 5, bias=False))
+    for flatten, expected in (
+        ("channels_last", kernel.reshape(4, 6, 5).transpose(2, 1, 0)),
+        (CHANNELS_FIRST, kernel.T),
+        (None, kernel.T),
+    ):
+        moved(checkpoint_of(config, layers), model, flatten=flatten)
+        assert_is(model.dense.weight, expected.reshape(5, 24))
+
+
+def test_an_input_whose_format_nobody_says() -> None:
+    config = sequential(
+        ("flat", "Reshape", {"target_shape": [60], "batch_shape": [None, 3, 4, 5]}), ("dense", "Dense", {})
+    )
+    kernel = np.arange(60.0 * 2).reshape(60, 2)
+    layers = [layer_of("dense", "Dense", {}, {"kernel": kernel})]
+    model = Net(dense=nn.Linear(60, 2, bias=False))
+    for flatten in (None, CHANNELS_FIRST):
+        with pytest.raises(KerasFileError, match="nothing says which axis has the channels"):
+            moved(checkpoint_of(config, layers), model, flatten=flatten)
+    moved(checkpoint_of(config, layers), model, flatten="channels_last")
+    assert_is(model.dense.weight, kernel.T)
+    # Of a Flatten, the number of channels tells which axis they are in.
+    config = sequential(("flat", "Flatten", {"batch_shape": [None, 3, 4, 5]}), ("dense", "Dense", {}))
+    for flatten in (None, CHANNELS_FIRST):
+        with pytest.raises(KerasFileError, match="nothing says which axis has the channels"):
+            moved(checkpoint_of(config, layers), model, flatten=flatten)
+    with pytest.raises(KerasFileError, match=r"60 features are no maps of 4 channels: a Flatten of the .* has 3 or 5"):
+        moved(checkpoint_of(config, layers), model, flatten={"dense": 4})
+    for channels, expected in ((3, kernel.T), (5, kernel.reshape(12, 5, 2).transpose(2, 1, 0).reshape(2, 60))):
+        moved(checkpoint_of(config, layers), model, flatten={"dense": channels})
+        assert_is(model.dense.weight, expected)
+
+
+def test_without_a_configuration_the_convolutions_say_how_many_channels_there_are() -> None:
+    up = layer_of("up", "Conv2DTranspose", {}, {"kernel": np.ones((2, 2, 5, 3))})
+    dense_layer = layer_of("dense", "Dense", {}, {"kernel": np.arange(24.0).reshape(2, 12)})
+    norm = layer_of("norm", "BatchNormalization", {}, {"moving_mean": np.arange(12.0), "moving_variance": np.ones(12)})
+    model = Net(
+        up=nn.ConvTranspose2d(3, 5, 2, bias=False),
+        dense=nn.Linear(2, 12, bias=False),
+        norm=nn.BatchNorm1d(12, affine=False),
+    )
+    checkpoint = checkpoint_of(None, [up, dense_layer, norm])
+    with pytest.raises(
+        KerasFileError, match="12 features are no maps of 5 channels: the convolutions in the file have 3"
+    ):
+        moved(checkpoint, model, flatten={"dense": (None, 5)})
+    deep = layer_of("deep", "DepthwiseConv2D", {}, {"kernel": np.ones((1, 1, 4, 2))})
+    with pytest.raises(KerasFileError, match="of 7 channels: the convolutions in the file have 3 or 4 or 5 or 8"):
+        Flattening(checkpoint_of(None, [up, norm, deep]), {"norm": 7})
+    with pytest.raises(KerasFileError, match="norm → norm: the file does not say whether"):
+        moved(checkpoint, model, mapping={"norm": "norm"})
+    moved(checkpoint, model, flatten={"dense": (None, 3), "norm": 3})
+    assert_is(model.dense.weight, np.arange(24.0).reshape(2, 4, 3).transpose(2, 1, 0).reshape(12, 2))
+    assert_is(model.norm.running_mean, np.arange(12.0).reshape(4, 3).T.ravel())
+
+
+def test_weights_that_may_run_over_flattened_maps() -> None:
+    """Of each kind, and where nothing says whether they do."""
+    rnn = {"recurrent_kernel": (2, 2)}
+    attention = {f"{part}/kernel": (4, 2, 2) for part in ("query", "key", "value")} | {"output/kernel": (2, 2, 4)}
+    conv = layer_of("conv", "Conv2D", {}, {"kernel": np.ones((3, 3, 1, 4))})
+    for class_name, shapes in (
+        ("Dense", {"kernel": (4, 2)}),
+        ("LayerNormalization", {"gamma": (4,)}),
+        ("RMSNormalization", {"scale": (4,)}),
+        ("LSTM", {"kernel": (4, 8), "recurrent_kernel": (2, 8)}),
+        ("GRU", {"kernel": (4, 6), "recurrent_kernel": (2, 6)}),
+        ("SimpleRNN", {"kernel": (4, 2), **rnn}),
+        ("MultiHeadAttention", attention),
+    ):
+        layer = layer_of("layer", class_name, {}, {role: np.ones(shape) for role, shape in shapes.items()})
+        with pytest.raises(Unfit, match="the file does not say whether flattened feature maps come in here"):
+            canonical(layer, Flattening(checkpoint_of(None, [conv, layer]), None))
+    assert canonical(conv, Flattening(checkpoint_of(None, [conv]), None))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(nn.Conv1d(1, 2, 1), nn.ConvTranspose3d(1, 2, 1), nn.MaxPool1d(1), nn.AvgPool2d(1), nn.AdaptiveMaxPool2d(1)),
+        *(nn.AdaptiveAvgPool3d(1), nn.LPPool2d(2, 1), nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ReplicationPad3d(1)),
+        *(nn.Upsample(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), nn.GroupNorm(1, 2)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_that_take_maps(module: nn.Module) -> None:
+    found, _ = units(nn.Sequential(module, nn.Flatten(), nn.Linear(2, 2)))
+    assert [unit.path for unit in found if unit.is_flattened] == ["2"]
+
+
+def test_the_one_kind_of_module_that_a_layer_can_be() -> None:
+    def parameters(class_name: str | None, **shapes: tuple[int, ...]) -> list[tuple[str, str]]:
+        layer = layer_of("layer", class_name, {}, {role: np.ones(shape) for role, shape in shapes.items()})
+        flattening = Flattening(checkpoint_of(None, [layer]), None)
+        return [(piece.role, piece.param) for piece in canonical(layer, flattening)]
+
+    assert parameters("GRU", kernel=(2, 9), recurrent_kernel=(3, 9)) == [
+        ("kernel", "weight_ih_l0"), ("recurrent_kernel", "weight_hh_l0")
+    ]  # fmt: skip
+    assert parameters(None, gamma=(4,), beta=(4,)) == [
+        ("gamma", "weight"),
+        ("beta", "bias"),
+    ]  # of one layout in all kinds
+    assert parameters(None, kernel=(3, 3, 4, 4), bias=(4,)) == [("kernel", "weight"), ("bias", "bias")]
+    shapes = {f"{part}/kernel": (4, 2, 2) for part in ("query", "key", "value")} | {"output/kernel": (2, 2, 4)}
+    assert [param for _, param in parameters("MultiHeadAttention", **shapes)] == ["in_proj_weight"] * 3 + [
+        "out_proj.weight"
+    ]
+    behind = layer_of("dense", "Dense", {}, {"kernel": np.ones((4, 2))})
+    conv = layer_of("conv", "Conv2D", {}, {"kernel": np.ones((3, 3, 1, 4))})
+    with pytest.raises(Unfit, match="the file does not say whether flattened feature maps come in here"):
+        canonical(behind, Flattening(checkpoint_of(None, [conv, behind]), None))
+    for shapes in ({"kernel": (3, 3, 1, 2), "bias": (2,)}, {"odd": (2,)}):
+        with pytest.raises(Unfit, match="no module of PyTorch is known for it"):
+            parameters(None, **shapes)
+
+
+@pytest.mark.parametrize(
+    ("modules", "flattened", "unflattened"),
+    [
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(2, 2)], "2", ""),
+        ([nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Identity(), nn.Linear(2, 2)], "5", ""),
+        ([nn.MaxPool2d(2), nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Linear(2, 2)], "2 3", ""),
+        ([nn.Sequential(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2)), nn.Flatten(), nn.LayerNorm(2)], "2", ""),
+        ([nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(2, 2)], "2", ""),
+        ([nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(1, 2), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), Net(), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Linear(2, 2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.MultiheadAttention(2, 1), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Sequential(nn.Linear(2, 2))], "2.0", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Sequential(nn.BatchNorm1d(2))], "2.0", ""),
+        ([nn.Conv2d(1, 2, 1), nn.LayerNorm(2), nn.Flatten(), nn.Linear(2, 2)], "", ""),
+        ([nn.Conv2d(1, 2, 1), nn.Flatten(), nn.LayerNorm(2, elementwise_affine=False), nn.Linear(2, 2)], "", ""),
+        (
+            [nn.Conv2d(1, 2, 1), nn.Flatten(), nn.BatchNorm1d(2), nn.Unflatten(1, (2, 1, 1)), nn.Conv2d(2, 2, 1)],
+            "2",
+            "",
+        ),
+        ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "0"),
+        ([nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Unflatten(-1, (2, 4)), nn.BatchNorm1d(2)], "", "0 1"),
+        ([nn.Linear(2, 8), nn.Unflatten(2, (2, 4)), nn.Conv2d(2, 2, 1)], "", ""),
+        ([nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), Net(), nn.Conv2d(2, 2, 1)], "", ""),
+        ([nn.Linear(2, 8), nn.Linear(8, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 1)], "", "1"),
+    ],
+    ids=range(22),
+)
+def test_what_a_sequential_shows(modules: list[nn.Module], flattened: str, unflattened: str) -> None:
+    found, _ = units(nn.ModuleDict({"m": nn.Sequential(*modules)}))
+    assert [unit.path.partition(".")[2] for unit in found if unit.is_flattened] == flattened.split()
+    assert [unit.path.partition(".")[2] for unit in found if unit.is_unflattened] == unflattened.split()
