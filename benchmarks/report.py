@@ -440,12 +440,19 @@ def fill_in(page: Path, results: Results) -> None:
     if readme := readme_table(results):
         blocks["readme"] = readme.markdown()
 
-    def block(match: re.Match[str]) -> str:
-        if match[1] not in blocks:
-            raise ValueError(f"{page} asks for {match[1]!r}, which this run has not; it has {', '.join(blocks)}")
-        return f"<!-- bench: {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->"
+    asked = re.findall(_BLOCK, page.read_text(encoding="utf-8"), re.DOTALL)
+    if missing := [name for name in asked if name not in blocks]:
+        raise ValueError(f"{page} asks for {missing[0]!r}, which this run has not; it has {', '.join(blocks)}")
+    put_blocks(page, blocks)
 
-    text = page.read_text(encoding="utf-8")
-    page.write_text(
-        re.sub(r"<!-- bench: ([\w-]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL), encoding="utf-8"
-    )
+
+_BLOCK: Final = r"<!-- bench: ([\w-]+) -->\n.*?<!-- end -->"
+
+
+def put_blocks(page: Path, blocks: Mapping[str, str]) -> None:
+    """Puts texts into a page by their names; what it has of other names stays."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- bench: {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->" if match[1] in blocks else match[0]
+
+    page.write_text(re.sub(_BLOCK, block, page.read_text(encoding="utf-8"), flags=re.DOTALL), encoding="utf-8")

@@ -11,7 +11,8 @@
 
 namespace torch_adadelta {
 
-// The hyperparameters of a segment, in the order in which the ops receive them.
+// What the ops receive of a segment, in this order: its hyperparameters, and how the state of its parameters is kept,
+// which no kernel reads.
 enum Hyperparameter : int {
   kLr,
   kRho,
@@ -21,7 +22,10 @@ enum Hyperparameter : int {
   kIsDecoupled,
   kEmaMomentum,
   kOverwrites,
-  kHyperparameters
+  kHyperparameters,
+  kStateDtype = kHyperparameters,
+  kHasMasters,
+  kSegmentNumbers
 };
 
 // Those of the formula in the opmath dtype T: float for 16-bit and float32 parameters, else double.

@@ -16,13 +16,16 @@
 namespace torch_adadelta {
 
 // How messages about a parameter call its tensors, and how those about another parameter do.
-constexpr const char* kOwnNames[kTensors] = {"it", "its gradient", "its square_avg", "its acc_delta", "its average"};
+constexpr const char* kOwnNames[kTensors] = {
+    "it", "its gradient", "its square_avg", "its acc_delta", "its average", "its remainder"
+};
 constexpr const char* kOtherNames[kTensors] = {
     "parameter ",
     "the gradient of parameter ",
     "the square_avg of parameter ",
     "the acc_delta of parameter ",
-    "the average of parameter "
+    "the average of parameter ",
+    "the remainder of parameter "
 };
 
 struct MemoryRange {
@@ -31,7 +34,7 @@ struct MemoryRange {
   bool operator==(const MemoryRange& other) const { return begin == other.begin && end == other.end; }
 };
 
-// The memory of one parameter's tensors, of which only the gradient and the average may be empty.
+// The memory of one parameter's tensors, of which only the gradient and the optional ones may be empty.
 using RowMemory = std::array<MemoryRange, kTensors>;
 
 // The memory of all parameters of a call. Step after step it is the same, and what was found before still holds.

@@ -8,16 +8,18 @@
 namespace torch_adadelta {
 
 // The tensors that belong to a parameter, in the order in which the schemas list them.
-enum Slot : int { kParam, kGrad, kSquareAvg, kAccDelta, kAverage, kTensors };
+enum Slot : int { kParam, kGrad, kSquareAvg, kAccDelta, kAverage, kRemainder, kTensors };
 
-// The accumulators are the state that each parameter has. The average comes after it, where there is one.
+// The accumulators are the state that each parameter has. After it come those that a call has for all or for none.
 constexpr int kFirstState = kSquareAvg;
-constexpr int kStates = kAverage - kFirstState;
+constexpr int kFirstOptional = kAverage;
+constexpr int kStates = kFirstOptional - kFirstState;
+constexpr int kOptionals = kTensors - kFirstOptional;
 
 constexpr bool is_written(int slot) { return slot != kGrad; }
 
-// A complex tensor is a real one with a trailing dimension of two.
-enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+// A complex tensor is a real one with a trailing dimension of two. Only remainders are whole numbers.
+enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt16 };
 
 // That of the opmath dtype T.
 template <typename T>

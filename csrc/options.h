@@ -225,8 +225,17 @@ inline void check_clipvalue(double clipvalue, const CallInfo& info) {
 
 }  // namespace detail
 
-constexpr const char* kHyperparameterNames[kHyperparameters] = {
-    "lr", "rho", "epsilon", "maximize", "weight_decay", "is_decoupled", "ema_momentum", "overwrites"
+constexpr const char* kHyperparameterNames[kSegmentNumbers] = {
+    "lr",
+    "rho",
+    "epsilon",
+    "maximize",
+    "weight_decay",
+    "is_decoupled",
+    "ema_momentum",
+    "overwrites",
+    "state_dtype",
+    "has_masters"
 };
 
 // The hyperparameters and options of an update, which the schemas of its ops have in common.
@@ -244,11 +253,14 @@ class OptionArguments {
         grad_scale_(reader.optional_tensor()),
         loss_scale_factor_(reader.number()),
         found_inf_(reader.optional_tensor()),
-        check_only_(reader.boolean()) {}
+        check_only_(reader.boolean()) {
+    read_state_formats();
+  }
   OptionArguments(const OptionArguments&) = delete;
   OptionArguments& operator=(const OptionArguments&) = delete;
 
   const std::vector<int64_t>& sizes() const { return sizes_; }
+  const std::vector<StateFormat>& state_formats() const { return state_formats_; }
   bool check_only() const { return check_only_; }
 
   // What they say to an update of `param_count` parameters. Refuses what does not fit together and with them.
@@ -271,8 +283,8 @@ class OptionArguments {
   }
 
  private:
-  void read_segments(const DeviceId& device, std::vector<Segment>& segments) const {
-    const size_t count = sizes_.size() * kHyperparameters;
+  void read_state_formats() {
+    const size_t count = sizes_.size() * kSegmentNumbers;
     if (numbers_.size() != count || (!tensors_.empty() && tensors_.size() != count)) {
       refuse_call(
           sizes_.size(),
@@ -285,9 +297,32 @@ class OptionArguments {
           " and as many, or none"
       );
     }
+    for (size_t segment = 0; segment < sizes_.size(); ++segment) {
+      // One of the whole numbers from 0 to below `end`.
+      const auto choice = [&](int which, int end, const char* choices) {
+        const size_t place = segment * kSegmentNumbers + which;
+        const double number = numbers_[place];
+        const bool is_tensor = !tensors_.empty() && tensors_[place].has_value();
+        if (is_tensor || !(number >= 0 && number < end) || number != static_cast<int>(number)) {
+          refuse_call(
+              "the ", kHyperparameterNames[which], " of segment ", segment, " must be ", choices, ", and no tensor"
+          );
+        }
+        return static_cast<int>(number);
+      };
+      const int dtype = choice(kStateDtype, StateFormat::kStateDtypes, "0, 1 or 2");
+      const bool has_masters = choice(kHasMasters, 2, "0 or 1") != 0;
+      state_formats_.push_back({static_cast<StateFormat::StateDtype>(dtype), has_masters});
+    }
+  }
+
+  void read_segments(const DeviceId& device, std::vector<Segment>& segments) const {
     segments.resize(sizes_.size());
-    for (size_t k = 0; k < count; ++k) {
-      const size_t which = k % kHyperparameters, segment = k / kHyperparameters;
+    for (size_t k = 0; k < numbers_.size(); ++k) {
+      const size_t which = k % kSegmentNumbers, segment = k / kSegmentNumbers;
+      if (which >= kHyperparameters) {
+        continue;
+      }
       const char* name = kHyperparameterNames[which];
       static const OptionalTensor none;
       const OptionalTensor& tensor = tensors_.empty() ? none : tensors_[k];
@@ -335,6 +370,7 @@ class OptionArguments {
   double loss_scale_factor_;
   OptionalTensor found_inf_;
   bool check_only_;
+  std::vector<StateFormat> state_formats_;  // of each segment
 };
 
 // Owns what the dispatcher handed over to adadelta_.
@@ -345,9 +381,10 @@ class UpdateArguments {
         params_(reader.tensors()),
         grads_(reader.tensors()),
         states_{reader.tensors(), reader.tensors()},
-        averages_(reader.tensors()),
+        optionals_{reader.tensors(), reader.tensors()},
         given_(reader) {
-    read_entries(workspace, Lists<TensorList>{params_, grads_, states_, &averages_}, given_.sizes(), device_type);
+    const Lists<TensorList> lists{params_, grads_, states_, {&optionals_[0], &optionals_[1]}};
+    read_entries(workspace, lists, given_.sizes(), given_.state_formats(), device_type);
     options_ = given_.read({device_type, workspace.device_index}, workspace, params_.size());
   }
   UpdateArguments(const UpdateArguments&) = delete;
@@ -363,7 +400,7 @@ class UpdateArguments {
   std::optional<HeldGil> gil_;  // before what is destroyed while it is held
   TensorList params_, grads_;
   TensorList states_[kStates];
-  TensorList averages_;
+  TensorList optionals_[kOptionals];
   OptionArguments given_;
   UpdateOptions options_;
 };

@@ -2,7 +2,8 @@
 //
 // The parameters of an update form segments: sizes[s] consecutive ones share hyperparameters. For each segment these
 // are the numbers that adadelta.h enumerates, as double, rounded already where Keras rounds them; maximize,
-// is_decoupled and overwrites are 0 or 1.
+// is_decoupled, overwrites and has_masters are 0 or 1. state_dtype is that of square_avgs and acc_deltas: 0 for the
+// parameter's, 1 for float32, 2 for bfloat16.
 // An element of hyperparameter_tensors, which may be empty, replaces the number at its place: it has one element, on
 // the device of the parameters. With check_only an op checks its arguments and writes nothing.
 //
@@ -21,10 +22,10 @@ namespace torch_adadelta {
 template <typename Library>
 void define_ops(Library& m) {
   // averages may be empty: then ema_momentum and overwrites mean nothing. Else each has the opmath dtype of its
-  // parameter.
+  // parameter. remainders may be empty, or are those of the masters (masters.h) of bfloat16 parameters.
   m.def(
       "adadelta_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] acc_deltas, "
-      "Tensor(d!)[] averages, " ADADELTA_OPTIONS ") -> ()"
+      "Tensor(d!)[] averages, Tensor(e!)[] remainders, " ADADELTA_OPTIONS ") -> ()"
   );
   m.def(
       "grad_square_sums(Tensor[] params, Tensor[] grads, float? clipvalue=None, bool in_double=False, "
@@ -34,13 +35,13 @@ void define_ops(Library& m) {
   // is [entries, *the other dimensions of the parameter], contiguous.
   m.def(
       "sparse_adadelta_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, Tensor(b!)[] square_avgs, "
-      "Tensor(c!)[] acc_deltas, " ADADELTA_OPTIONS ") -> ()"
+      "Tensor(c!)[] acc_deltas, Tensor(d!)[] remainders, " ADADELTA_OPTIONS ") -> ()"
   );
   // For each of these lists' gradients the first entry whose index is out of range, or -1. Refuses whatever else
   // sparse_adadelta_ would refuse of the lists.
   m.def(
       "first_invalid_indices(Tensor[] params, Tensor[] indices, Tensor[] values, Tensor[] square_avgs, "
-      "Tensor[] acc_deltas) -> Tensor"
+      "Tensor[] acc_deltas, Tensor[] remainders) -> Tensor"
   );
 }
 

@@ -36,19 +36,16 @@ struct Indices {
   }
 };
 
-// The tensors that an update by a sparse gradient takes: all but the average.
-constexpr int kSparseTensors = kAverage;
-
 // One parameter with a sparse gradient, ready to be updated.
 struct SparseEntry {
-  char* data[kSparseTensors];  // that of the gradient: its values, [COO entries, row_numel]
+  char* data[kTensors];  // that of the gradient: its values, [COO entries, row_numel]; nullptr where there is none
   Indices indices;
-  Layout sparse_dims;   // of the parameter and its state, with their strides
-  Layout row;           // the dimensions of a row, in their order; the last may be the parts of a complex number
-  int64_t rows;         // of the parameter
-  int64_t row_numel;    // of real numbers
-  bool contiguous_row;  // in the parameter and its state
-  Dtype dtype[kSparseTensors];  // the state has that of the parameter
+  Layout sparse_dims;     // of the parameter and its state, with their strides
+  Layout row;             // the dimensions of a row, in their order; the last may be the parts of a complex number
+  int64_t rows;           // of the parameter
+  int64_t row_numel;      // of real numbers
+  bool contiguous_row;    // in the parameter and its state
+  Dtype dtype[kTensors];  // one for all state
   bool contiguous_values;
   uint32_t segment;
   size_t index;  // of the parameter in the lists
@@ -121,14 +118,15 @@ inline Indices read_indices(AtenTensorHandle handle, const DeviceId& device, siz
 }
 
 // Whether some dimensions of a parameter follow each other in memory, without gaps, and those of its state do, too.
-inline bool is_contiguous(const Layout& layout, Dtype dtype) {
-  int64_t expected = item_size(dtype);
+inline bool is_contiguous(const Layout& layout, const SparseEntry& entry) {
+  int64_t expected = 1;
   for (auto dim = layout.rbegin(); dim != layout.rend(); ++dim) {
     if (dim->size == 1) {
       continue;
     }
-    for (int slot = 0; slot < kSparseTensors; ++slot) {
-      if (is_written(slot) && dim->stride[slot] != expected) {
+    for (int slot = 0; slot < kTensors; ++slot) {
+      if (is_written(slot) && entry.data[slot] != nullptr &&
+          dim->stride[slot] != expected * item_size(entry.dtype[slot])) {
         return false;
       }
     }
@@ -140,18 +138,28 @@ inline bool is_contiguous(const Layout& layout, Dtype dtype) {
 }  // namespace detail
 
 // Checks that each parameter can be updated with its gradient on `device_type`, but for the range of the indices, and
-// describes it. The gradients of `lists` are the values.
+// describes it. The gradients of `lists` are the values. `formats`: of each segment, or nullptr, as in
+// check_state_dtype.
 inline SparseEntries read_sparse_entries(
-    const Lists<TensorList>& lists, const TensorList& indices, const std::vector<int64_t>& sizes, int32_t device_type
+    const Lists<TensorList>& lists,
+    const TensorList& indices,
+    const std::vector<int64_t>& sizes,
+    const StateFormat* formats,
+    int32_t device_type
 ) {
   const TensorList& params = lists.params;
-  check_lengths({
+  std::pair<size_t, const char*> lengths[1 + kTensors] = {
       {params.size(), "params"},
       {indices.size(), "indices"},
       {lists.grads.size(), "values"},
       {lists.states[0].size(), kListNames[kFirstState]},
       {lists.states[1].size(), kListNames[kFirstState + 1]},
+  };
+  size_t used = 1 + kFirstOptional;
+  lists.for_each_optional([&](Slot slot, const TensorList& list) {
+    lengths[used++] = {list.size(), kListNames[slot]};
   });
+  check_lengths(lengths, used);
   check_sizes(sizes, params.size());
   SegmentCursor segments(sizes);
   SparseEntries result;
@@ -165,8 +173,8 @@ inline SparseEntries read_sparse_entries(
     const TensorInfo &param = *tensors[kParam], &value = *tensors[kGrad];
     lists.check_storage(i);
     lists.grads.check_storage(i, kOwnNames[kGrad], value);
-    for (int slot = 0; slot < kSparseTensors; ++slot) {
-      if (is_written(slot)) {
+    for (int slot = 0; slot < kTensors; ++slot) {
+      if (is_written(slot) && tensors[slot] != nullptr) {
         detail::check_fits(param, *tensors[slot], device_type, i);
         if (param.numel > 0) {
           written_to.push_back({tensors[slot]->data, tensors[slot]->data + tensors[slot]->bytes, i});
@@ -174,7 +182,10 @@ inline SparseEntries read_sparse_entries(
       }
     }
     result.add(param, i);
-    detail::check_state_dtype(tensors, i);
+    const uint32_t segment = segments.segment_of(i);
+    const StateFormat* format = formats == nullptr ? nullptr : &formats[segment];
+    detail::check_state_dtype(tensors, format, i);
+    detail::check_remainder(tensors, format, i);
     detail::check_device(param, value, device_type, i);
     detail::check_complex(param, value, i);
 
@@ -190,35 +201,38 @@ inline SparseEntries read_sparse_entries(
       refuse(i, "its indices and values do not make a gradient of its shape");
     }
 
+    RowMemory memory{};
+    for (int slot = 0; slot < kTensors; ++slot) {
+      if (tensors[slot] != nullptr) {
+        entry.data[slot] = tensors[slot]->data;
+        entry.dtype[slot] = tensors[slot]->dtype;
+        memory[slot] = memory_of(*tensors[slot]);
+      }
+    }
     entry.rows = entry.row_numel = 1;
     for (int64_t d = 0; d < param.dim; ++d) {
       (d < sparse_dims ? entry.rows : entry.row_numel) *= param.sizes[d];
       Dimension& dim = (d < sparse_dims ? entry.sparse_dims : entry.row).emplace_back();
       dim.size = param.sizes[d];
-      for (int slot = 0; slot < kSparseTensors; ++slot) {
-        dim.stride[slot] = is_written(slot) ? tensors[slot]->strides[d] * element_size(param) : 0;
+      for (int slot = 0; slot < kTensors; ++slot) {
+        const TensorInfo* tensor = is_written(slot) ? tensors[slot] : nullptr;
+        dim.stride[slot] = tensor == nullptr ? 0 : tensor->strides[d] * element_size(*tensor);
       }
     }
     if (param.is_complex) {
       Dimension& dim = entry.row.emplace_back();
       dim.size = 2;
-      std::fill_n(dim.stride, kSparseTensors, item_size(param.dtype));
+      std::fill_n(dim.stride, kTensors, item_size(param.dtype));
       entry.row_numel *= 2;
     }
-    entry.contiguous_row = detail::is_contiguous(entry.row, param.dtype);
-    RowMemory memory{};
-    for (int slot = 0; slot < kSparseTensors; ++slot) {
-      entry.data[slot] = tensors[slot]->data;
-      entry.dtype[slot] = tensors[slot]->dtype;
-      memory[slot] = memory_of(*tensors[slot]);
-    }
+    entry.contiguous_row = detail::is_contiguous(entry.row, entry);
     if (param.numel > 0) {
       detail::check_no_overlap(tensors, i);
       aliases.add(memory);
       index_of_row.push_back(i);
     }
     entry.contiguous_values = value.numel == 0 || detail::is_contiguous(value);
-    entry.segment = segments.segment_of(i);
+    entry.segment = segment;
     entry.index = i;
   }
   detail::check_indices_apart(written_to, read_indices);
@@ -235,18 +249,21 @@ class SparseLists {
         indices_(reader.tensors()),
         values_(reader.tensors()),
         states_{reader.tensors(), reader.tensors()},
+        remainders_(reader.tensors()),
         device_type_(device_type) {}
   SparseLists(const SparseLists&) = delete;
   SparseLists& operator=(const SparseLists&) = delete;
 
   size_t size() const { return params_.size(); }
 
-  SparseEntries read(const std::vector<int64_t>& sizes) const {
-    return read_sparse_entries({params_, values_, states_}, indices_, sizes, device_type_);
+  SparseEntries read(const std::vector<int64_t>& sizes, const StateFormat* formats) const {
+    return read_sparse_entries(
+        {params_, values_, states_, {nullptr, &remainders_}}, indices_, sizes, formats, device_type_
+    );
   }
 
   // The same, where there are no segments.
-  SparseEntries read() const { return read({static_cast<int64_t>(size())}); }
+  SparseEntries read() const { return read({static_cast<int64_t>(size())}, nullptr); }
 
   DeviceId device(const CallInfo& info) const { return {device_type_, info.device_index}; }
 
@@ -258,6 +275,7 @@ class SparseLists {
  private:
   TensorList params_, indices_, values_;
   TensorList states_[kStates];
+  TensorList remainders_;
   int32_t device_type_;
 };
 
@@ -267,7 +285,7 @@ class SparseArguments {
   SparseArguments(ArgumentReader reader, int32_t device_type)
       : lists_(reader, device_type),
         given_(reader),
-        entries_(lists_.read(given_.sizes())),
+        entries_(lists_.read(given_.sizes(), given_.state_formats().data())),
         options_(given_.read(device(), entries_, lists_.size())) {
     for (const SparseEntry& entry : entries_.entries) {
       if (!entry.contiguous_values) {

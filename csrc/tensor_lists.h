@@ -6,6 +6,7 @@
 #include "dtypes.h"
 #include "gil.h"
 #include "refusal.h"
+#include "segments.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -25,7 +26,7 @@
 
 namespace torch_adadelta {
 
-constexpr const char* kListNames[kTensors] = {"params", "grads", "square_avgs", "acc_deltas", "averages"};
+constexpr const char* kListNames[kTensors] = {"params", "grads", "square_avgs", "acc_deltas", "averages", "remainders"};
 
 // What PyTorch knows of one tensor. Pointers into its sizes and strides stay valid as long as the tensor lives.
 struct TensorInfo {
@@ -107,8 +108,8 @@ class TensorList {
     }
   }
 
-  // `name` is how messages about its parameter call the tensor.
-  TensorInfo info(size_t index, const char* name, bool written) const {
+  // `name` is how messages about its parameter call the tensor. Only a remainder may have the dtype int16.
+  TensorInfo info(size_t index, const char* name, bool written, bool is_remainder = false) const {
     const AtenTensorHandle handle = handles_[index];
     TensorInfo info{};
     int32_t layout = 0;
@@ -129,7 +130,7 @@ class TensorList {
     }
     info.sizes = sizes;
     info.strides = strides;
-    set_dtype(info, name, index);
+    set_dtype(info, name, index, is_remainder);
     info.numel = 1;
     int64_t last = 0;
     for (int64_t d = 0; d < info.dim; ++d) {
@@ -154,7 +155,7 @@ class TensorList {
 
   // The same of a list that holds one of the tensors of each parameter. `storage` is where the result may lie.
   const TensorInfo& info(size_t index, Slot slot, TensorInfo& storage) const {
-    storage = info(index, kOwnNames[slot], is_written(slot) ? 1 : 0);
+    storage = info(index, kOwnNames[slot], is_written(slot), slot == kRemainder);
     return storage;
   }
 
@@ -187,11 +188,11 @@ class TensorList {
   }
 
  private:
-  static void set_dtype(TensorInfo& info, const char* name, size_t index) {
+  static void set_dtype(TensorInfo& info, const char* name, size_t index, bool is_remainder) {
     static const int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
                          float16 = aoti_torch_dtype_float16(), bfloat16 = aoti_torch_dtype_bfloat16(),
                          complex32 = aoti_torch_dtype_complex32(), complex64 = aoti_torch_dtype_complex64(),
-                         complex128 = aoti_torch_dtype_complex128();
+                         complex128 = aoti_torch_dtype_complex128(), int16 = aoti_torch_dtype_int16();
     const int32_t type = info.scalar_type;
     if (type == float32 || type == complex64) {
       info.dtype = Dtype::kFloat32;
@@ -201,6 +202,8 @@ class TensorList {
       info.dtype = Dtype::kFloat16;
     } else if (type == bfloat16) {
       info.dtype = Dtype::kBFloat16;
+    } else if (type == int16 && is_remainder) {
+      info.dtype = Dtype::kInt16;
     } else {
       refuse(index, name, " has a dtype that the kernels do not know (ScalarType ", type, ")");
     }
@@ -221,45 +224,6 @@ void check_lengths(const std::pair<size_t, const char*> (&lists)[count], size_t 
     lengths << (i == 0 ? ": " : ", ") << lists[i].first << ' ' << lists[i].second;
   }
   refuse_call("the lists differ in length", lengths.str());
-}
-
-// Which segment the parameters of a call belong to: sizes[s] of them, one after the other, to segment s.
-class SegmentCursor {
- public:
-  explicit SegmentCursor(const std::vector<int64_t>& sizes) : sizes_(sizes) {}
-
-  // For each index from 0 on, in this order.
-  uint32_t segment_of(size_t index) {
-    while (index >= end_) {
-      end_ += static_cast<size_t>(sizes_[next_++]);
-    }
-    return static_cast<uint32_t>(next_ - 1);
-  }
-
- private:
-  const std::vector<int64_t>& sizes_;
-  size_t next_ = 0;
-  size_t end_ = 0;  // of the segments before `next_`
-};
-
-inline void check_sizes(const std::vector<int64_t>& sizes, size_t param_count) {
-  uint64_t sum = 0;
-  for (const int64_t size : sizes) {
-    if (size < 0 || static_cast<uint64_t>(size) > param_count - sum) {
-      sum = param_count + 1;
-      break;
-    }
-    sum += static_cast<uint64_t>(size);
-  }
-  if (sum != param_count) {
-    std::ostringstream listed;
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      listed << (i == 0 ? "" : ", ") << sizes[i];
-    }
-    refuse_call(
-        "the sizes of the segments are ", listed.str(), ", which do not add up to ", param_count, " parameters"
-    );
-  }
 }
 
 // What the parameters of a call have in common.
@@ -292,13 +256,13 @@ using Layout = std::vector<Dimension>;
 // One parameter, ready to be updated. If it is dense, all its tensors hold element i at index i of their memory;
 // otherwise `layout` leads from an index to each address.
 struct Entry {
-  char* data[kTensors];  // that of the average is nullptr where there is none
+  char* data[kTensors];  // nullptr where there is none
   int64_t numel;         // of real numbers
   int64_t end;           // where its elements end in the concatenation of all entries
   const Layout* layout;  // nullptr if dense
   size_t index;          // of the parameter in the lists
   uint32_t segment;
-  Dtype dtype[kTensors];  // the state has that of the parameter, the average T
+  Dtype dtype[kTensors];  // one for all state, T for the average
 };
 
 // What read_entries finds. Its owner keeps it from call to call: to allocate and free so much at every step costs a
@@ -320,7 +284,7 @@ struct Workspace : CallInfo {
   }
 };
 
-// The tensors of one parameter, nullptr for an average that there is not.
+// The tensors of one parameter, nullptr for those that a call does not have.
 using TensorRow = std::array<const TensorInfo*, kTensors>;
 
 namespace detail {
@@ -425,17 +389,52 @@ inline void check_fits(const TensorInfo& param, const TensorInfo& tensor, int32_
 
 // The following look at the tensors that are written to: the parameter and its state. They refuse those that are not …
 
-// … of the dtype that the parameter asks for.
-inline void check_state_dtype(const TensorRow& tensors, size_t index) {
-  const Dtype own = tensors[kParam]->dtype;
+// … of the dtype that the parameter and its segment ask for. Who knows no segment, nullptr, takes any that one could
+// ask for.
+inline void check_state_dtype(const TensorRow& tensors, const StateFormat* format, size_t index) {
+  const TensorInfo& param = *tensors[kParam];
+  const Dtype own = param.dtype, opmath = own == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const char* kind = param.is_complex ? "complex" : own == Dtype::kFloat64 ? "float64" : nullptr;
+  Dtype wanted = own;
+  if (format == nullptr) {
+    const Dtype state = tensors[kFirstState]->dtype;
+    wanted = kind == nullptr && (state == Dtype::kFloat32 || state == Dtype::kBFloat16) ? state : own;
+  } else if (format->dtype != StateFormat::kOwn) {
+    if (kind != nullptr) {
+      refuse(index, "it is ", kind, ", and has state of its own dtype: state_dtype must be 0, not ", format->dtype);
+    }
+    wanted = format->dtype == StateFormat::kFloat32 ? Dtype::kFloat32 : Dtype::kBFloat16;
+  }
   for (int slot = kFirstState; slot < kFirstState + kStates; ++slot) {
-    if (tensors[slot]->dtype != own) {
-      refuse(index, "its state has another dtype than the parameter");
+    if (tensors[slot]->dtype != wanted) {
+      const bool is_own = format == nullptr || format->dtype == StateFormat::kOwn;
+      refuse(index, "its state has another dtype than ", is_own ? "the parameter" : "its state_dtype");
     }
   }
-  const Dtype opmath = own == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   if (tensors[kAverage] != nullptr && tensors[kAverage]->dtype != opmath) {
     refuse(index, "its average has another dtype than that in which the parameter is updated");
+  }
+}
+
+// … with a remainder where a master needs one, and only there. `format` as in check_state_dtype.
+inline void check_remainder(const TensorRow& tensors, const StateFormat* format, size_t index) {
+  const TensorInfo &param = *tensors[kParam], *remainder = tensors[kRemainder];
+  const bool is_bfloat16 = param.dtype == Dtype::kBFloat16;
+  const bool has_masters = format == nullptr ? remainder != nullptr : format->has_masters;
+  if (has_masters && (param.is_complex || param.dtype == Dtype::kFloat16)) {
+    refuse(index, "it is ", param.is_complex ? "complex" : "float16", ", and has no master: has_masters must be 0");
+  }
+  if (remainder == nullptr ? has_masters && is_bfloat16 : !has_masters || !is_bfloat16) {
+    refuse(
+        index,
+        remainder == nullptr ? "it has a master, but no remainder" : "it has a remainder",
+        remainder == nullptr ? ""
+        : is_bfloat16        ? ", but has_masters is 0"
+                             : ", but is not bfloat16"
+    );
+  }
+  if (remainder != nullptr && remainder->dtype != Dtype::kInt16) {
+    refuse(index, "its remainder has another dtype than int16");
   }
 }
 
@@ -455,10 +454,18 @@ template <typename StateList>
 struct Lists {
   const TensorList& params;
   const TensorList& grads;
-  const StateList* states;               // kStates of them
-  const TensorList* averages = nullptr;  // nullptr or empty: none
+  const StateList* states;                                // kStates of them
+  std::array<const TensorList*, kOptionals> optionals{};  // nullptr or empty: none
 
-  bool has_averages() const { return averages != nullptr && averages->size() > 0; }
+  // Calls run(slot, list) for the optional lists that there are.
+  template <typename Run>
+  void for_each_optional(const Run& run) const {
+    for (int k = 0; k < kOptionals; ++k) {
+      if (optionals[k] != nullptr && optionals[k]->size() > 0) {
+        run(static_cast<Slot>(kFirstOptional + k), *optionals[k]);
+      }
+    }
+  }
 
   TensorRow row(size_t index, std::array<TensorInfo, kTensors>& storage) const {
     TensorRow tensors{&params.info(index, kParam, storage[kParam]), &grads.info(index, kGrad, storage[kGrad])};
@@ -466,9 +473,9 @@ struct Lists {
       const int slot = kFirstState + state;
       tensors[slot] = &states[state].info(index, static_cast<Slot>(slot), storage[slot]);
     }
-    if (has_averages()) {
-      tensors[kAverage] = &averages->info(index, kAverage, storage[kAverage]);
-    }
+    for_each_optional([&](Slot slot, const TensorList& list) {
+      tensors[slot] = &list.info(index, slot, storage[slot]);
+    });
     return tensors;
   }
 
@@ -479,10 +486,9 @@ struct Lists {
     for (int state = 0; state < kStates; ++state) {
       lengths[kFirstState + state] = {states[state].size(), kListNames[kFirstState + state]};
     }
-    if (has_averages()) {
-      lengths[kAverage] = {averages->size(), kListNames[kAverage]};
-    }
-    torch_adadelta::check_lengths(lengths, has_averages() ? kTensors : kAverage);
+    size_t used = kFirstOptional;
+    for_each_optional([&](Slot slot, const TensorList& list) { lengths[used++] = {list.size(), kListNames[slot]}; });
+    torch_adadelta::check_lengths(lengths, used);
   }
 
   // Of what is written to.
@@ -494,16 +500,21 @@ struct Lists {
       const int slot = kFirstState + state;
       states[state].check_storage(index, kOwnNames[slot], *tensors[slot]);
     }
-    if (has_averages()) {
-      averages->check_storage(index, kOwnNames[kAverage], *tensors[kAverage]);
-    }
+    for_each_optional([&](Slot slot, const TensorList& list) {
+      list.check_storage(index, kOwnNames[slot], *tensors[slot]);
+    });
   }
 };
 
-// Checks that each parameter's tensors can be updated together on `device_type`, and describes them.
+// Checks that each parameter's tensors can be updated together on `device_type`, and describes them. `sizes` and
+// `formats` are those of the segments.
 template <typename StateList>
 void read_entries(
-    Workspace& workspace, const Lists<StateList>& lists, const std::vector<int64_t>& sizes, int32_t device_type
+    Workspace& workspace,
+    const Lists<StateList>& lists,
+    const std::vector<int64_t>& sizes,
+    const std::vector<StateFormat>& formats,
+    int32_t device_type
 ) {
   lists.check_lengths();
   const size_t count = lists.params.size();
@@ -524,7 +535,9 @@ void read_entries(
       }
     }
     workspace.add(param, i);
-    detail::check_state_dtype(tensors, i);
+    const uint32_t segment = segments.segment_of(i);
+    detail::check_state_dtype(tensors, &formats[segment], i);
+    detail::check_remainder(tensors, &formats[segment], i);
     if (param.numel == 0) {
       continue;
     }
@@ -553,7 +566,7 @@ void read_entries(
     entry.end = end;
     entry.layout = dense ? nullptr : &workspace.layouts.emplace_back(detail::dimensions(tensors));
     entry.index = i;
-    entry.segment = segments.segment_of(i);
+    entry.segment = segment;
     if (is_on_host) {  // as for prefetch_after: a tenth less
       for (int slot = 0; slot < kTensors; ++slot) {
         if (tensors[slot] != nullptr) {

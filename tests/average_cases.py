@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import assert_like_oracle, assert_same_bits, optimizer_oracle_of, randn, to_numpy
+from cases import assert_like_oracle, assert_same_bits, dtype_name, optimizer_oracle_of, randn, to_numpy
 from reference.oracle import OracleOptimizer
 from torch import Tensor
 
@@ -43,9 +43,17 @@ def oracle_after(
     momentum: Any,
     overwrites: bool,
     scale: float = 1.0,
+    kept: Any = None,
+    remainders: Sequence[Tensor] = (),
     **options: Any,
 ) -> OracleOptimizer:
-    """The oracle of optimizers after the steps with these gradients, which are divided by a scale first."""
+    """The oracle of optimizers after the steps with these gradients, which are divided by a scale first.
+
+    `kept` is a `Kept` of op_cases.py.
+    """
+    if kept is not None:
+        name = None if kept.state_dtype is None else dtype_name(kept.state_dtype)
+        options |= {"master_weights": kept.has_masters, "state_dtype": name}
     lr, rho, epsilon = HYPERPARAMETERS
     oracle = optimizer_oracle_of(
         params,
@@ -57,6 +65,8 @@ def oracle_after(
         ema_overwrite_frequency=1 if overwrites else None,
         **options,
     )
+    for one, remainder in zip(oracle.oracles, remainders, strict=bool(remainders)):
+        one.remainder = remainder.numpy().copy()
     oracle.averages = [to_numpy(x).copy() for x in averages]
     oracle.iterations = 1  # at 0 the momentum is 0
     for own in grads:

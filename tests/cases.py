@@ -156,6 +156,8 @@ def assert_like_oracle(param: Tensor, state: dict[str, Tensor], oracle: Oracle, 
         ("param", param, oracle.p),
     ):
         assert_same_bits(actual, expected, f"{name} {what}")
+    if oracle.remainder is not None and "remainder" in state:
+        np.testing.assert_array_equal(state["remainder"].numpy(), oracle.remainder, err_msg=f"remainder {what}")
 
 
 def optimizer_oracle_of(params: Sequence[Tensor], **options: Any) -> OracleOptimizer:
@@ -181,6 +183,7 @@ def assert_optimizer_like_oracle(optimizer: AdadeltaKeras, expected: OracleOptim
     for index, (param, one) in enumerate(zip(params, expected.oracles, strict=True)):
         state = {
             **{key: torch.zeros_like(param) for key in ("square_avg", "acc_delta")},
+            "remainder": torch.zeros_like(param, dtype=torch.int16),
             **optimizer.state.get(param, {}),
         }
         assert_like_oracle(param, state, one, f"of parameter {index} {what}")

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 from cases import PATHS, Path
 from processes import Processes
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torch_adadelta.backends import kernels
 
@@ -24,6 +26,14 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
         pytest.skip(f"this processor has no {chosen.capability}")
     yield chosen
     kernels.set_cpu_capability(before)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -28,12 +28,26 @@ def batch_of(
     is_decoupled: bool = True,
     ema_momentum: Any = 0.0,
     overwrites: bool = False,
+    state_dtype: int = 0,
+    has_masters: bool = False,
     is_sparse: bool = False,
     averages: Sequence[Tensor] = (),
+    remainders: Sequence[Tensor] = (),
     **options: Any,
 ) -> Batch:
     """A batch of one segment. `options` are those of `GradientOptions`."""
-    values = (lr, rho, epsilon, maximize, weight_decay, is_decoupled, ema_momentum, overwrites)
+    values = (
+        lr,
+        rho,
+        epsilon,
+        maximize,
+        weight_decay,
+        is_decoupled,
+        ema_momentum,
+        overwrites,
+        state_dtype,
+        has_masters,
+    )
     return Batch(
         backend,
         is_sparse,
@@ -45,6 +59,7 @@ def batch_of(
         [Segment(len(params), *values)],
         GradientOptions(**options),
         averages=list(averages),
+        remainders=list(remainders),
     )
 
 
@@ -67,9 +82,9 @@ sparse_single_tensor = partial(single_tensor, is_sparse=True)
 sparse_fused = partial(fused, is_sparse=True)
 
 
-def check(*lists: Any) -> None:
+def check(*lists: Any, **options: Any) -> None:
     """Raises what the fused update of these lists would raise, and writes nothing."""
-    raised(kernels.update(batch_of(Backend.FUSED, *lists), check_only=True))
+    raised(kernels.update(batch_of(Backend.FUSED, *lists, **options), check_only=True))
 
 
 def square_sums(*arguments: Any, **options: Any) -> Tensor:
@@ -91,4 +106,5 @@ def sparse_op(
     """The compiled op of sparse gradients, which are given in their parts."""
     batch = batch_of(Backend.FUSED, params, values, square_avgs, acc_deltas, *rest, **options)
     arguments = kernels.hyperparameter_arguments(batch.segments) + kernels.option_arguments(batch.gradient_options)
-    torch.ops.torch_adadelta.sparse_adadelta_(params, indices, values, square_avgs, acc_deltas, *arguments)
+    states = (square_avgs, acc_deltas, batch.remainders)
+    torch.ops.torch_adadelta.sparse_adadelta_(params, indices, values, *states, *arguments)

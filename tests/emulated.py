@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,10 +35,26 @@ marks = [
 
 emulated: Any = torch.ops.torch_adadelta_emulated
 
-SMALL_TABLE, LARGE_TABLE, CHUNK = 64, 600, 16384
-SMALL_SEGMENTS, LARGE_SEGMENTS = 10, 33  # that find room beside the tensors
-# The same with averages.
-SMALL_AVERAGE_TABLE, LARGE_AVERAGE_TABLE, SMALL_AVERAGE_SEGMENTS, LARGE_AVERAGE_SEGMENTS = 48, 512, 15, 37
+CHUNK = 16384
+
+
+class Tables(NamedTuple):
+    """How many tensors tables of the two sizes hold, and how many segments find room beside them."""
+
+    small: int
+    large: int
+    small_segments: int
+    large_segments: int
+
+
+# Of parameters without and with averages and remainders.
+TABLES = {
+    "plain": Tables(64, 600, 10, 33),
+    "averages": Tables(48, 512, 15, 37),
+    "remainders": Tables(48, 512, 15, 37),
+    "both": Tables(40, 448, 17, 39),
+}
+SMALL_TABLE, LARGE_TABLE, SMALL_SEGMENTS, LARGE_SEGMENTS = TABLES["plain"]
 HYPERPARAMETERS = (0.75, 0.9, 1e-6)
 
 
@@ -107,7 +123,7 @@ def _assert_same_calls(
     hyperparameters: tuple[Any, ...],
     maximize: bool,
     options: dict[str, Any],
-    averaging: dict[str, Any],
+    values: dict[str, Any],
 ) -> int:
     results = []
     launches = 0
@@ -121,9 +137,13 @@ def _assert_same_calls(
             given["square_sums"] = adadelta.grad_square_sums(*gradients_of(lists), options.get("clipvalue"), **scale)
         for _ in range(2):
             before = emulated.launches()
-            own = several(sizes, maximize) if sizes else segment(len(lists[0]), *hyperparameters, maximize, **averaging)
-            averages = [] if op != "adadelta_" or len(lists) > 4 else [[]]
-            getattr(namespace, op)(*lists, *averages, *own, **given)
+            own = (
+                several(sizes, maximize, **values)
+                if sizes
+                else segment(len(lists[0]), *hyperparameters, maximize, **values)
+            )
+            whole = [*lists, *[[]] * (6 - len(lists))]  # without averages or remainders
+            getattr(namespace, op)(*whole, *own, **given)
             launches = emulated.launches() - before
         results.append(lists)
     for result in results[1:]:
@@ -137,16 +157,17 @@ def assert_same_update(
     sizes: Sequence[int] | None = None,
     hyperparameters: tuple[Any, ...] = HYPERPARAMETERS,
     maximize: bool = False,
-    averaging: dict[str, Any] | None = None,
+    values: dict[str, Any] | None = None,
     **options: Any,
 ) -> int:
     """Runs two steps on the CPU and emulated, on what `make` makes, and returns the number of launches of a step.
 
-    A fifth list holds averages; `averaging` is what a segment says of them. `square_sums=True` stands for the sums of the squares of the gradients; `sizes` are those of segments. A seed is the
-    order in which blocks and threads run, 0 the plain one.
+    A fifth list holds averages, a sixth remainders; `values` is what segments say of them. `square_sums=True` stands for
+    the sums of the squares of the gradients; `sizes` are those of segments. A seed is the order in which blocks and
+    threads run, 0 the plain one.
     """
     return _assert_same_calls(
-        "adadelta_", make, lambda lists: lists[:2], seeds, sizes, hyperparameters, maximize, options, averaging or {}
+        "adadelta_", make, lambda lists: lists[:2], seeds, sizes, hyperparameters, maximize, options, values or {}
     )
 
 
@@ -167,11 +188,12 @@ def assert_same_sparse_update(
     sizes: Sequence[int] | None = None,
     hyperparameters: tuple[Any, ...] = HYPERPARAMETERS,
     maximize: bool = False,
+    values: dict[str, Any] | None = None,
     **options: Any,
 ) -> int:
-    """As `assert_same_update`, for sparse gradients."""
+    """As `assert_same_update`, for sparse gradients; the sixth list holds remainders."""
     return _assert_same_calls(
-        "sparse_adadelta_", make, _values_in_opmath, seeds, sizes, hyperparameters, maximize, options, {}
+        "sparse_adadelta_", make, _values_in_opmath, seeds, sizes, hyperparameters, maximize, options, values or {}
     )
 
 

@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "single_tensor": {"foreach": False, "clipnorm": 2.0},
     "foreach": {"foreach": True, "global_clipnorm": 5.0},
     "averages": {"use_ema": True, "ema_momentum": 0.75, "weight_decay": 0.1, "ema_overwrite_frequency": 3},
+    "bfloat16 state": {"state_dtype": torch.bfloat16, "clipnorm": 2.0},
+    "masters": {"master_weights": True, "state_dtype": torch.float32, "use_ema": True, "weight_decay": 0.1},
     "accumulation": {"gradient_accumulation_steps": 2, "use_ema": True, "clipnorm": 2.0, "loss_scale_factor": 4.0},
 }
 if kernels.is_loaded:
@@ -47,6 +49,7 @@ class Model(nn.Module):
         self.scalar_like = nn.Parameter(torch.ones(1, 1, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.five.dtype)
         return (
             (x[:, :5] @ self.five).sum()
             + (x.sum(1) * self.one).sum()
@@ -65,6 +68,8 @@ def shard_of(batch: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
+    if dtensor.is_dtensor(tensor) and tensor.dtype is torch.int16:  # which no process group moves
+        return full(tensor.int()).short()
     return (tensor.full_tensor() if dtensor.is_dtensor(tensor) else tensor).detach().clone()
 
 
@@ -87,8 +92,13 @@ def everything(model: nn.Module, optimizer: AdadeltaKeras) -> dict[str, Tensor]:
     return result
 
 
+def dtype_for(options: dict[str, Any]) -> torch.dtype:
+    """The dtype of a model that is trained with these options."""
+    return torch.bfloat16 if options.get("master_weights") else torch.float32
+
+
 def alone(options: dict[str, Any], steps: int = STEPS) -> tuple[dict[str, Tensor], int]:
-    model = Model()
+    model = Model(dtype_for(options))
     optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
     train(model, optimizer, range(steps), lambda batch: batch)
     return everything(model, optimizer), optimizer.iterations
@@ -119,7 +129,7 @@ def whole_batch(batch: Tensor) -> Tensor:
     return batch
 
 
-def sharded_model() -> nn.Module:
-    model = Sum()
+def sharded_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = Sum(dtype)
     fully_shard(model)
     return model

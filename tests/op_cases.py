@@ -13,6 +13,7 @@ from cases import (
     Segments,
     assert_like_oracle,
     assert_same_bits,
+    dtype_name,
     gradients,
     oracle_of,
     randn,
@@ -55,6 +56,65 @@ def ways(threads: Sequence[int] = (1,)) -> Iterator[str]:
         torch.set_num_threads(before[1])
 
 
+# ---- How the state is kept -------------------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """How the state of a parameter is kept, as its segment says it."""
+
+    state_dtype: torch.dtype | None = None  # that of the parameter
+    has_masters: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of `Segment`."""
+        codes = {None: 0, torch.float32: 1, torch.bfloat16: 2}
+        return {"state_dtype": codes[self.state_dtype], "has_masters": self.has_masters}
+
+    def oracle_of(self, param: Tensor, remainder: Tensor | None = None, **options: Any) -> oracle.Oracle:
+        name = None if self.state_dtype is None else dtype_name(self.state_dtype)
+        result = oracle_of(param, master_weights=self.has_masters, state_dtype=name, **options)
+        if remainder is not None:
+            result.remainder = remainder.numpy().copy()
+        return result
+
+    def remainders_of(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Any, where the parameters themselves have their elements, if they need some."""
+        if not self.has_masters or any(param.dtype is not torch.bfloat16 for param in params):
+            return []
+        generator = torch.Generator().manual_seed(len(params))
+        result = []
+        for param in params:
+            memory = torch.randint(-(2**15), 2**15, whole_memory(param).shape, dtype=torch.int16, generator=generator)
+            result.append(memory.as_strided(param.shape, param.stride(), param.storage_offset()))
+        return result
+
+
+OWN_STATE = Kept()
+# By the dtypes of parameters: all that there are besides.
+KEPT = [
+    (torch.float32, Kept(torch.float32)),
+    (torch.float32, Kept(torch.bfloat16)),
+    (torch.float32, Kept(torch.bfloat16, has_masters=True)),
+    (torch.float16, Kept(torch.float32)),
+    (torch.float16, Kept(torch.bfloat16)),
+    (torch.bfloat16, Kept(torch.float32)),
+    (torch.bfloat16, Kept(torch.bfloat16)),
+    *((torch.bfloat16, Kept(dtype, has_masters=True)) for dtype in (None, torch.float32, torch.bfloat16)),
+    (torch.float64, Kept(has_masters=True)),
+]
+
+
+def kept_name(value: Any) -> str:
+    if not isinstance(value, Kept):
+        return dtype_name(value)
+    state = "own" if value.state_dtype is None else dtype_name(value.state_dtype)
+    return f"master-{state}" if value.has_masters else state
+
+
+with_kept = pytest.mark.parametrize(("dtype", "kept"), KEPT, ids=kept_name)
+
+
 # ---- Lists ----------------------------------------------------------------------------------------------------------
 
 
@@ -72,11 +132,11 @@ def lay_out(layout: str, x: Tensor) -> Tensor:
     return result.copy_(values)
 
 
-def states_of(params: list[Tensor]) -> Lists:
+def states_of(params: list[Tensor], dtype: torch.dtype | None = None) -> Lists:
     """Zeros beside each parameter, where the parameter itself has its elements, and 1 in the gaps of its memory."""
 
     def state(param: Tensor) -> Tensor:
-        memory = torch.ones_like(whole_memory(param))
+        memory = torch.ones_like(whole_memory(param), dtype=dtype)
         return memory.as_strided(param.shape, param.stride(), param.storage_offset()).zero_()
 
     return [[state(param) for param in params] for _ in range(2)]
@@ -91,6 +151,20 @@ def dense_lists(
     params = [randn(shape, dtype, torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
     grads = [gradients(shape, dtypes[i % len(dtypes)], steps=1, seed=i)[0] for i, shape in enumerate(shapes)]
     return [params, grads, *states_of(params)]
+
+
+def kept_lists(
+    shapes: Sequence[Any],
+    dtype: torch.dtype,
+    kept: Kept,
+    grad_dtypes: Sequence[torch.dtype] = (),
+    layout: str | None = None,
+) -> Lists:
+    """`dense_lists`, then no averages, and remainders if there are some. The layout is that of all but the gradients."""
+    params, grads, *_ = dense_lists(shapes, dtype, grad_dtypes)
+    if layout is not None:
+        params = [lay_out(layout, x) for x in params]
+    return [params, grads, *states_of(params, kept.state_dtype), [], kept.remainders_of(params)]
 
 
 def sparse_lists(
@@ -113,6 +187,20 @@ def sparse_lists(
     return [*made, *states_of(made[0])]
 
 
+def kept_sparse_lists(
+    tables: Sequence[tuple[tuple[int, ...], int]],
+    dtype: torch.dtype,
+    kept: Kept,
+    value_dtypes: Sequence[torch.dtype] = (),
+    layout: str | None = None,
+) -> Lists:
+    """`sparse_lists`, and remainders if there are some. The layout is that of parameters and all their state."""
+    params, indices, values, *_ = sparse_lists(tables, dtype, value_dtypes)
+    if layout is not None:
+        params = [lay_out(layout, x) for x in params]
+    return [params, indices, values, *states_of(params, kept.state_dtype), kept.remainders_of(params)]
+
+
 # Rows of one element, of no vector's and of many vectors' length; several pieces; several and no sparse dimensions.
 TABLES = (
     ((9, 5), 1), ((7, 64), 1), ((40,), 1), ((3, 2, 6), 2), ((3, 4), 2), ((5, 8), 0), ((), 0), ((4, 132), 1),
@@ -120,8 +208,8 @@ TABLES = (
 )  # fmt: skip
 
 
-def several(sizes: Sequence[int], maximize: bool = False) -> Segments:
-    """Segments that differ, some by a Tensor."""
+def several(sizes: Sequence[int], maximize: bool = False, **values: Any) -> Segments:
+    """Segments that differ, some by a Tensor, but for these values."""
     rates = [torch.tensor(0.01 * i) if i % 3 == 2 else 0.75 - 0.01 * i for i in range(len(sizes))]
     return segments(
         *(
@@ -133,6 +221,7 @@ def several(sizes: Sequence[int], maximize: bool = False) -> Segments:
                 maximize != (i % 2 == 1),
                 ema_momentum=torch.tensor(0.9 - 0.01 * i) if i % 4 == 1 else 0.3 * (i % 3),
                 overwrites=i % 5 == 2,
+                **values,
             )
             for i, size in enumerate(sizes)
         )
@@ -140,10 +229,32 @@ def several(sizes: Sequence[int], maximize: bool = False) -> Segments:
 
 
 def dense(
-    params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest: Any, averages: Any = (), **options: Any
+    params: Any,
+    grads: Any,
+    square_avgs: Any,
+    acc_deltas: Any,
+    *rest: Any,
+    averages: Any = (),
+    remainders: Any = (),
+    **options: Any,
 ) -> None:
-    """adadelta_, mostly without averages."""
-    adadelta.adadelta_(params, grads, square_avgs, acc_deltas, list(averages), *rest, **options)
+    """adadelta_, mostly without averages and remainders."""
+    states = (square_avgs, acc_deltas, list(averages), list(remainders))
+    adadelta.adadelta_(params, grads, *states, *rest, **options)
+
+
+def sparse(
+    params: Any,
+    indices: Any,
+    values: Any,
+    square_avgs: Any,
+    acc_deltas: Any,
+    *rest: Any,
+    remainders: Any = (),
+    **options: Any,
+) -> None:
+    """sparse_adadelta_, mostly without remainders."""
+    adadelta.sparse_adadelta_(params, indices, values, square_avgs, acc_deltas, list(remainders), *rest, **options)
 
 
 def with_cache(params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest: Any, **options: Any) -> None:
@@ -156,11 +267,7 @@ def with_cache(params: Any, grads: Any, square_avgs: Any, acc_deltas: Any, *rest
 
 
 # The ops that write, by name.
-CALLS: dict[str, Callable[..., None]] = (
-    {"dense": dense, "cached": with_cache, "sparse": adadelta.sparse_adadelta_}
-    if kernels.is_loaded
-    else dict.fromkeys(("dense", "cached", "sparse"), with_cache)
-)
+CALLS: dict[str, Callable[..., None]] = {"dense": dense, "cached": with_cache, "sparse": sparse}
 
 
 def lists_for(call: str) -> Lists:
@@ -174,8 +281,8 @@ def assert_same_lists(actual: Lists, expected: Lists, what: str = "") -> None:
     """Bit by bit, with the memory around each tensor."""
     for part, (tensors, others) in enumerate(zip(actual, expected, strict=True)):
         for i, (x, y) in enumerate(zip(tensors, others, strict=True)):
-            if x.dtype is torch.int64:
-                assert torch.equal(x, y)
+            if x.dtype in (torch.int64, torch.int16):
+                assert torch.equal(x, y), f"list {part}, tensor {i} {what}"
             else:
                 assert_same_bits(whole_memory(x), whole_memory(y), f"list {part}, tensor {i} {what}")
 
@@ -312,25 +419,38 @@ def assert_update(
     clip: Clip = CLIPS["plain"],
     what: str = "",
     threads: Sequence[int] = (1,),
+    kept: Kept = OWN_STATE,
+    **decay: Any,
 ) -> None:
-    """Two steps on every instruction set, the second with state that is not zero, as the oracle has them."""
-    oracles = [oracle_of(p, learning_rate=1.0, rho=0.9, epsilon=1e-6, maximize=clip.maximize) for p in params]
+    """Two steps on every instruction set, the second with state that is not zero, as the oracle has them.
+
+    `decay` is that of the weights, as a `Segment` has it.
+    """
+    remainders = kept.remainders_of(params)
+    options = {"learning_rate": 1.0, "rho": 0.9, "epsilon": 1e-6, "maximize": clip.maximize}
+    options["weight_decay"] = decay.get("weight_decay", 0.0)
+    options["decoupled_weight_decay"] = decay.get("is_decoupled", True)
+    oracles = [kept.oracle_of(p, r, **options) for p, r in zip(params, remainders or [None] * len(params), strict=True)]
     for param, grad, by_oracle in zip(params, grads, oracles, strict=True):
         clipped_grad = clip.apply(param, grad)
         by_oracle.step(clipped_grad)
         by_oracle.step(clipped_grad)
-    initial = [param.clone() for param in params]
+    initial = [x.clone() for x in (*params, *remainders)]
+    own = {**kept.options, **decay, "remainders": remainders}
     for way in ways(threads):
-        for param, values in zip(params, initial, strict=True):
-            param.copy_(values)
-        states = states_of(params)
-        gaps = [whole_memory(x).clone() for x in (*params, *states[0], *states[1])]
+        for x, values in zip((*params, *remainders), initial, strict=True):
+            x.copy_(values)
+        states = states_of(params, kept.state_dtype)
+        written = [*params, *remainders, *states[0], *states[1]]
+        gaps = [whole_memory(x).clone() for x in written]
         for _ in range(2):
-            direct.fused(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads))
+            direct.fused(params, grads, *states, *HYPERPARAMETERS, **clip.options(params, grads), **own)
+        for i, (remainder, by_oracle) in enumerate(zip(remainders, oracles, strict=bool(remainders))):
+            np.testing.assert_array_equal(remainder.numpy(), by_oracle.remainder, f"remainder {what} {i} {way}")
         for i, (param, *state, by_oracle) in enumerate(zip(params, *states, oracles, strict=True)):
             named = dict(zip(("square_avg", "acc_delta"), state, strict=True))
             assert_like_oracle(param, named, by_oracle, f"{what} {i} {way}")
-        for x, gap in zip((*params, *states[0], *states[1]), gaps, strict=True):
+        for x, gap in zip(written, gaps, strict=True):
             if x.numel() < gap.numel():
                 now = whole_memory(x).clone()
                 for memory in (now, gap):

@@ -12,6 +12,7 @@ from exact_training import (
     Model,
     alone,
     assert_same,
+    dtype_for,
     everything,
     shard_of,
     sharded_model,
@@ -33,6 +34,8 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 SAVED: dict[str, Any] = {"learning_rate": schedules.ExponentialDecay(1.0, 2, 0.5), "clipnorm": 2.0}
 
+MASTERS: dict[str, Any] = {"learning_rate": 1.0, "master_weights": True, "state_dtype": torch.float32, "use_ema": True}
+
 
 def state_dicts(model: nn.Module, optimizer: AdadeltaKeras, flattened: bool) -> dict[str, Any]:
     options = StateDictOptions(flatten_optimizer_state_dict=flattened)
@@ -40,7 +43,7 @@ def state_dicts(model: nn.Module, optimizer: AdadeltaKeras, flattened: bool) -> 
 
 
 def save_checkpoint(folder: str, options: dict[str, Any], steps: int, flattened: bool) -> int:
-    model = sharded_model()
+    model = sharded_model(dtype_for(options))
     optimizer = AdadeltaKeras(model.parameters(), **options)
     train(model, optimizer, range(steps), shard_of)
     dcp.save(state_dicts(model, optimizer, flattened), checkpoint_id=folder)
@@ -50,7 +53,8 @@ def save_checkpoint(folder: str, options: dict[str, Any], steps: int, flattened:
 def continue_checkpoint(folder: str, options: dict[str, Any], steps: range, flattened: bool) -> Any:
     """Loads into an optimizer that has not stepped, sharded or not, and trains on."""
     is_alone = not dist.is_initialized()
-    model = Model() if is_alone else sharded_model()
+    dtype = dtype_for(options)
+    model = Model(dtype) if is_alone else sharded_model(dtype)
     optimizer = AdadeltaKeras(model.parameters(), **options)
     loaded = state_dicts(model, optimizer, flattened)
     assert optimizer.iterations == 0
@@ -67,7 +71,7 @@ def continue_checkpoint(folder: str, options: dict[str, Any], steps: range, flat
 
 
 @pytest.mark.parametrize("flattened", [False, True], ids=["nested", "flattened"])
-@pytest.mark.parametrize("options", [SAVED, {"learning_rate": 1.0}], ids=["schedule", "number"])
+@pytest.mark.parametrize("options", [SAVED, {"learning_rate": 1.0}, MASTERS], ids=["schedule", "number", "masters"])
 def test_checkpoints_load_onto_another_number_of_processes(
     two: Processes, three: Processes, tmp_path: Path, options: dict[str, Any], flattened: bool
 ) -> None:
@@ -78,6 +82,17 @@ def test_checkpoints_load_onto_another_number_of_processes(
     for ours, iterations in results:
         assert iterations == count
         assert_same(ours, expected)
+
+
+def test_a_state_dict_that_is_offloaded() -> None:
+    """PyTorch refuses whatever is no Tensor, number or text in what it gathers, offloads or saves asynchronously."""
+    model = Model(torch.bfloat16)
+    optimizer, other = (AdadeltaKeras(model.parameters(), **MASTERS) for _ in range(2))
+    train(model, optimizer, range(2), whole_batch)
+    options = StateDictOptions(cpu_offload=True)
+    set_optimizer_state_dict(model, other, get_optimizer_state_dict(model, optimizer, options=options), options=options)
+    assert_same(everything(model, other), everything(model, optimizer))
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 def test_a_checkpoint_before_the_first_step(two: Processes, tmp_path: Path) -> None:

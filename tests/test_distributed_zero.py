@@ -16,6 +16,7 @@ from exact_training import (
     alone,
     assert_same,
     data,
+    dtype_for,
     error_of,
     everything,
     shard_of,
@@ -26,7 +27,7 @@ from processes import Processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_adadelta import AdadeltaKeras, schedules
+from torch_adadelta import AdadeltaKeras, schedules, to_bfloat16
 from torch_adadelta.distributed import NormGroup
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 def train_ddp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     results = {}
     for name, options in all_options.items():
-        model = DistributedDataParallel(Sum())
+        model = DistributedDataParallel(Sum(dtype_for(options)))
         optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
         train(model, optimizer, range(STEPS), shard_of)
         results[name] = everything(model, optimizer), optimizer.iterations
@@ -51,6 +52,38 @@ def test_ddp_trains_as_one_process_does(two: Processes) -> None:
             expected, count = alone(OPTIONS[name])
             assert_same(ours, expected, name)
             assert iterations == count
+
+
+def convert_wrapped() -> list[str]:
+    model = Sum(torch.float32)
+    ddp, zero = DistributedDataParallel(model), zero_of(model, {})
+    return [
+        error_of(lambda: to_bfloat16(ddp, AdadeltaKeras(ddp.parameters()))),
+        error_of(lambda: to_bfloat16(model, zero.optim)),
+    ]
+
+
+def test_what_pytorch_has_wrapped_is_not_converted(two: Processes) -> None:
+    """DDP's hooks are on what autograd drops with the dtype, and ZeRO's groups overrule those of its optimizers."""
+    for of_ddp, of_zero in two.run(convert_wrapped):
+        assert "Convert the module in it, and wrap it again" in of_ddp
+        assert "Convert the model first, and make it anew" in of_zero
+
+
+def load_into_zero(state_dict: dict[str, Any]) -> set[torch.dtype]:
+    model = Model()
+    zero = zero_of(model, {})
+    zero.load_state_dict(state_dict)
+    train(model, zero, range(3), whole_batch)
+    return {state["square_avg"].dtype for state in zero.optim.state.values()}
+
+
+def test_zero_takes_the_state_dtype_of_a_checkpoint(two: Processes) -> None:
+    """It overrules the groups of its optimizers by those that were saved, and has their state unconverted."""
+    model = Model()
+    optimizer = AdadeltaKeras(model.parameters(), 1.0, state_dtype=torch.bfloat16)
+    train(model, optimizer, range(1), whole_batch)
+    assert two.run(load_into_zero, optimizer.state_dict()) == [{torch.bfloat16}] * 2
 
 
 # ---- ZeroRedundancyOptimizer ----------------------------------------------------------------------------------------
@@ -67,7 +100,7 @@ def train_zero(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Each process has all gradients, as after DDP, and state for some of the parameters."""
     results = {}
     for name, options in all_options.items():
-        model = Model()
+        model = Model(dtype_for(options))
         options = {"lr": options.get("learning_rate", 1.0), **options}
         options.pop("learning_rate", None)
         if "global_clipnorm" in options:

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weight_decay": {"weight_decay": 0.1},
     "penalty": {"weight_decay": 0.1, "decoupled_weight_decay": False},
     "averages": {"use_ema": True, "ema_momentum": 0.75, "ema_overwrite_frequency": 2},
+    "masters": {"master_weights": True, "use_ema": True, "weight_decay": 0.1},
     "loss_scale_factor": {"loss_scale_factor": 3.0, "clipvalue": 0.05},
 }
 

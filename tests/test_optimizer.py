@@ -210,7 +210,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(path: Path, group: dict[
 
 def test_an_interrupt_while_a_group_is_added(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Before or after each call of another module: the group is there, or it is not."""
-    calls = ((validation, "check_param"), (validation, "check_not_complex"), (norm_variables, "canonicalize"),
+    calls = ((validation, "check_param"), (validation, "check_dtypes"), (norm_variables, "canonicalize"),
              (selection, "check_params"), (options, "iterations_for"), (Sources, "update_metadata"))  # fmt: skip
     for owner, name in calls:
         real = getattr(owner, name)
@@ -516,11 +516,13 @@ Parameter Group 0
     iterations: 0
     loss_scale_factor: None
     lr: 0.001
+    master_weights: False
     maximize: True
     norm_variables: None
     optimizer_name: Adadelta
     rho: 0.95
     schedule: None
+    state_dtype: None
     use_ema: False
     weight_decay: 0.0
 )""",

@@ -136,6 +136,7 @@ def test_lists_may_be_emptied_while_an_update_runs() -> None:
         from concurrent.futures import ThreadPoolExecutor
         import torch
         from torch_adadelta.backends import kernels
+        from torch_adadelta.backends.batch import Segment
 
         numel = 2**25
         square_avgs, acc_deltas = [torch.zeros(numel)], [torch.zeros(numel)]
@@ -145,7 +146,7 @@ def test_lists_may_be_emptied_while_an_update_runs() -> None:
             for _ in range(5):
                 before = square_avgs[0][0].clone()
                 params, grads = [torch.ones(numel)], [torch.ones(numel)]
-                segment = [1], [1.0, 0.95, 1e-7, 0.0, 0.0, 1.0, 0.0, 0.0], []
+                segment = kernels.hyperparameter_arguments([Segment(1, 1.0, 0.95, 1e-7)])
                 update = executor.submit(update_op, params, grads, state.number, *segment)
                 while not update.done() and square_avgs[0][0] == before:
                     pass  # until it has begun to write

@@ -3,11 +3,12 @@
 from typing import Any as _Any
 
 from torch_adadelta import compatibility as _compatibility  # noqa: F401  (first: it refuses what is too old)
+from torch_adadelta.conversion import to_bfloat16, to_float32
 from torch_adadelta.in_backward import step_in_backward
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.version import __version__
 
-__all__ = ["AdadeltaKeras", "step_in_backward", "__version__"]
+__all__ = ["AdadeltaKeras", "step_in_backward", "to_bfloat16", "to_float32", "__version__"]
 
 
 def __getattr__(name: str) -> _Any:

@@ -2,38 +2,52 @@
 
 import platform
 import sys
+from typing import Final
 
 import torch
 from torch import Tensor
 
 import torch_adadelta
-from torch_adadelta.backends import kernels
-from torch_adadelta.backends.batch import Backend, Batch, Segment
+from torch_adadelta.backends import kernels, masters
+from torch_adadelta.backends.batch import STATE_DTYPES, Backend, Batch, Segment
 from torch_adadelta.step import execution
 
+# The dtypes of parameters and of their state.
+_KINDS: Final = (
+    *((dtype, dtype) for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+)
 
-def _bits_of_one_step(backend: Backend, dtype: torch.dtype, device: str) -> list[Tensor]:
+
+def _bits_of_one_step(
+    backend: Backend, dtype: torch.dtype, state_dtype: torch.dtype, has_masters: bool, device: str
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    lists = [[torch.randn(n, generator=generator).to(device, dtype) for n in (1, 7, 1025)] for _ in range(2)]
-    lists += [[torch.rand(n, generator=generator).to(device, dtype) for n in (1, 7, 1025)] for _ in range(2)]
-    params, grads, square_avgs, acc_deltas = lists
-    segments = [Segment(len(params), 1.0, 0.95, 1e-7)]
-    execution.run(Batch(backend, False, False, params, grads, square_avgs, acc_deltas, segments))
-    return [tensor.cpu() for tensors in (params, square_avgs, acc_deltas) for tensor in tensors]
+    params, grads = ([torch.randn(n, generator=generator).to(device, dtype) for n in (1, 7, 1025)] for _ in range(2))
+    a, u = ([torch.rand(n, generator=generator).to(device, state_dtype) for n in (1, 7, 1025)] for _ in range(2))
+    remainders = [masters.new_remainder(param) for param in params] if has_masters else []
+    number = 0 if state_dtype is dtype else STATE_DTYPES.index(state_dtype)
+    segments = [Segment(len(params), 1.0, 0.95, 1e-7, state_dtype=number, has_masters=has_masters)]
+    execution.run(Batch(backend, False, False, params, grads, a, u, segments, remainders=remainders))
+    return [tensor.cpu() for tensors in (params, a, u, remainders) for tensor in tensors]
 
 
 def _verdict(backend: Backend, device: str) -> str:
-    """Runs one step of every dtype and compares it, bit by bit, with the single-tensor update on the CPU."""
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        expected = _bits_of_one_step(Backend.SINGLE_TENSOR, dtype, "cpu")
-        if not all(map(torch.equal, _bits_of_one_step(backend, dtype, device), expected)):
-            return f"WRONG: {dtype} differs from single_tensor on the CPU"
+    """Runs one step of every kind and compares it, bit by bit, with the single-tensor update on the CPU."""
+    for dtype, state_dtype in _KINDS:
+        for has_masters in {False, dtype is torch.bfloat16}:
+            kind = dtype, state_dtype, has_masters
+            expected = _bits_of_one_step(Backend.SINGLE_TENSOR, *kind, "cpu")
+            if not all(map(torch.equal, _bits_of_one_step(backend, *kind, device), expected)):
+                what = f"{dtype}{' with masters' if has_masters else ''} and state of {state_dtype}"
+                return f"WRONG: {what} differs from single_tensor on the CPU"
     return "ok, same bits as single_tensor on the CPU"
 
 
 def _verdicts(device: str) -> list[str]:
     is_loaded = kernels.is_cuda_loaded if device == "cuda" else kernels.is_loaded
-    print(f"\nOne step of each path on {device}, float32, float64, float16 and bfloat16:")
+    print(f"\nOne step of each path on {device}, of every real dtype, with masters and state of others:")
     verdicts = []
     for backend in Backend:
         runs = backend is not Backend.FUSED or is_loaded

@@ -134,7 +134,7 @@ class Adadelta(_KerasAdadelta):
         segment = Segment(len(params), lr, rho, epsilon)
         if torch.compiler.is_compiling():
             arguments = kernels.hyperparameter_arguments([segment])
-            kernels.adadelta_(params, grads, square_avgs, acc_deltas, [], *arguments)
+            kernels.adadelta_(params, grads, square_avgs, acc_deltas, [], [], *arguments)
             return None
         batch = Batch(Backend.FUSED, False, False, params, grads, square_avgs, acc_deltas, [segment])
         refusal = kernels.update(batch)

@@ -10,16 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from torch_adadelta import schedules
-from torch_adadelta.backends.batch import has_state, new_state_of
+from torch_adadelta.backends.batch import has_state
 from torch_adadelta.options import OPTIONS, without_neutral
 from torch_adadelta.step import accumulation, averages
 from torch_adadelta.step.planning import ExplicitGradients
 
 # The names of the state in Keras.
 SLOTS: Final = {"accum_grad": "square_avg", "accum_var": "acc_delta"}
-
-# What a step would begin with, where an option asks for more state than there is.
-NEW_STATE: Final = {averages.KEY: averages.new_average, accumulation.KEY: accumulation.new_sum}
 
 # What newer generations of Keras add to the configuration, and has no meaning here.
 _MEANINGLESS: Final = ("jit_compile", "is_legacy_optimizer")
@@ -51,6 +48,10 @@ class KerasInterface(Optimizer):
 
     def check_not_swapped(self, what: str) -> None:
         """Raises RuntimeError inside of `swap_averages`."""
+        raise NotImplementedError
+
+    def initial_state(self, param: Tensor, key: str) -> Tensor:
+        """What a step begins with, where a parameter has no state by this key yet."""
         raise NotImplementedError
 
     def _params(self) -> list[Tensor]:
@@ -245,11 +246,9 @@ class KerasInterface(Optimizer):
     def _state_of(self, param: Tensor, optional_keys: Iterable[str]) -> dict[str, Tensor]:
         """The state of a parameter beside what others keep there; what a step would begin with if there is none yet."""
         state = dict(self.state.get(param) or {})
-        if not has_state(state):
-            state.update(new_state_of(param))
-        for key in optional_keys:
+        for key in (*SLOTS.values(), *optional_keys):
             if key not in state:
-                state[key] = NEW_STATE[key](param)
+                state[key] = self.initial_state(param, key)
         return state
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torch_adadelta import checkpoint, distributed, options
+from torch_adadelta.backends import dtensor, masters
 from torch_adadelta.backends.batch import has_state
 from torch_adadelta.distributed import NormGroup
 from torch_adadelta.keras_interface import KerasInterface
@@ -23,6 +24,7 @@ from torch_adadelta.step import (
     execution,
     norm_variables,
     planning,
+    precision,
     selection,
     validation,
 )
@@ -52,9 +54,10 @@ def _option(name: str, doc: str) -> property:
 
 
 @torch.no_grad()
-def _copy(tensors: Iterable[Tensor], to: Iterable[Tensor]) -> None:
-    for tensor, target in zip(tensors, to, strict=True):
-        target.copy_(tensor)
+def _restore(tensors: Iterable[Tensor | None], values: Iterable[Tensor | None]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        if tensor is not None and value is not None:
+            tensor.copy_(value)
 
 
 class AdadeltaKeras(KerasInterface):
@@ -69,10 +72,10 @@ class AdadeltaKeras(KerasInterface):
         \theta_t &= \theta_{t-1} - \text{lr}\, d_t
 
     :math:`a` is ``state[param]["square_avg"]`` (``accum_grad`` in Keras), :math:`u` is ``state[param]["acc_delta"]``
-    (``accum_var``); both have the parameter's shape, layout and dtype, and appear when it first has a gradient. The
-    arithmetic runs in float64 for float64 (and complex128) parameters, else in float32; 16-bit parameters and state
-    are rounded once, when they are stored. Complex parameters are pairs of reals. All implementations give the same
-    bits.
+    (``accum_var``); both have the parameter's shape and layout and, without ``state_dtype``, its dtype, and appear when
+    it first has a gradient. The arithmetic runs in float64 for float64 (and complex128) parameters, else in float32;
+    16-bit parameters and state are rounded once, when they are stored. Complex parameters are pairs of reals. All
+    implementations give the same bits.
 
     Args:
         params: parameters, named parameters or param groups, as for every ``torch.optim`` optimizer. A group may set
@@ -115,6 +118,11 @@ class AdadeltaKeras(KerasInterface):
             None. The sums are ``state[param]["gradient_accumulator"]``. `iterations` counts updates,
             ``param_groups[0]["iterations"]``, which schedules see, steps.
         loss_scale_factor: what gradients are divided by before anything else; a number > 0 or None. See `scale_loss`.
+        master_weights: let a bfloat16 parameter be the upper half of a float32 master, on which the update runs, and
+            keep the lower one in ``state[param]["remainder"]`` (int16). Parameters of float32 and float64 are their
+            own masters. Not for parameters of float16 and complex ones. See `master_params` and `to_bfloat16`.
+        state_dtype: the dtype of ``square_avg`` and ``acc_delta``: ``torch.float32``, ``torch.bfloat16``, or None for
+            that of the parameter. Not for parameters of float64 and complex ones.
         maximize: ascend instead of descend.
         foreach: True for PyTorch's multi-tensor operations, False for single-tensor operations, None for the best that
             applies.
@@ -186,6 +194,8 @@ class AdadeltaKeras(KerasInterface):
         ema_overwrite_frequency: int | None = None,
         gradient_accumulation_steps: int | None = None,
         loss_scale_factor: float | None = None,
+        master_weights: bool = False,
+        state_dtype: torch.dtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -231,9 +241,10 @@ class AdadeltaKeras(KerasInterface):
             group["iterations"] = options.iterations_for(group, group["iterations"])
             for index, param in enumerate(group["params"]):
                 validation.check_param(partial(validation.name_in, self.param_groups, count, index), param)
-            validation.check_not_complex(self.param_groups, first=count)
+            validation.check_dtypes(self.param_groups, first=count)
             norm_variables.canonicalize(self.param_groups, self._norm_group is not None or self._is_made_by_zero)
             selection.check_params(group)
+            options.warn_of_rho(group)
             self._sources.update_metadata(self.param_groups, self._callbacks, first=count)
         except BaseException:
             del self.param_groups[count:], self._sources.of_groups[count:], self._sources.snapshots[count:]
@@ -370,8 +381,8 @@ class AdadeltaKeras(KerasInterface):
     def _set(self, option: Option, value: Any) -> None:
         if option.kind is Kind.HYPERPARAMETER:
             self._set_hyperparameter(option, value)
-        elif option.kind is Kind.FLAG:
-            self._set_flag(option, value)
+        elif option.kind in (Kind.FLAG, Kind.DTYPE):
+            self._set_in_groups(option, value)
         else:
             self._set_wide(option, value)
 
@@ -383,7 +394,9 @@ class AdadeltaKeras(KerasInterface):
             new = {option.key: value, **options.new_metadata()}
             source = bind_hyperparameter(new, option, None, self.iterations)
             bound.append((group, sources, new, source))
-            options.check_combinations({**group, option.key: new[option.key] if source is None else None})
+            number = new[option.key] if source is None else None
+            options.check_combinations({**group, option.key: number})
+            options.warn_of_rho({**group, option.key: number})
         for group, sources, new, source in bound:
             group[option.key] = new[option.key]
             if option.takes_schedule:
@@ -400,7 +413,7 @@ class AdadeltaKeras(KerasInterface):
         options.canonicalize_wide(new)
         self._callbacks.check_clip_options(new)
         distributed.check_norm_group(self._norm_group, new, self._is_made_by_zero)
-        validation.check_not_complex([{**group, **new} for group in self.param_groups])
+        validation.check_dtypes([{**group, **new} for group in self.param_groups])
         for group in self.param_groups:
             options.check_combinations({**group, **new})
         if option.key == "gradient_accumulation_steps":
@@ -412,10 +425,15 @@ class AdadeltaKeras(KerasInterface):
         for group in (self.defaults, *self.param_groups):
             group[option.key] = new[option.key]
 
-    def _set_flag(self, option: Option, value: Any) -> None:
+    def _set_in_groups(self, option: Option, value: Any) -> None:
         value = options.canonicalize(option, value)
-        for group in self.param_groups:
-            options.check_combinations({**group, option.key: value})
+        new = [{**group, option.key: value} for group in self.param_groups]
+        for group in new:
+            options.check_combinations(group)
+            options.warn_of_rho(group)
+        validation.check_dtypes(new)
+        if option.key in ("master_weights", "state_dtype"):
+            precision.convert_state(new, self.state)
         for group in (self.defaults, *self.param_groups):
             group[option.key] = value
 
@@ -457,6 +475,20 @@ class AdadeltaKeras(KerasInterface):
         """,
     )
     loss_scale_factor = _option("loss_scale_factor", "What gradients are divided by first, or None. Can be set.")
+    master_weights = _option(
+        "master_weights",
+        """Whether bfloat16 parameters have float32 masters.
+
+        Setting it sets all groups: the masters begin as the parameters, or what they have more than these is dropped.
+        """,
+    )
+    state_dtype = _option(
+        "state_dtype",
+        """The dtype of `square_avg` and `acc_delta`, or None for that of the parameters.
+
+        Setting it sets all groups, and converts the state.
+        """,
+    )
 
     @property
     def name(self) -> str:
@@ -561,13 +593,71 @@ class AdadeltaKeras(KerasInterface):
                 "the steps that are left of gradient_accumulation_steps first, or load other state"
             )
 
+    # ---- Masters ------------------------------------------------------------------------------------------------
+
+    def master_params(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter with its master: what the update sees of it.
+
+        With ``master_weights=True`` that of a bfloat16 parameter is a new float32 Tensor. Else it is the parameter
+        itself, detached.
+
+        Example:
+            >>> param = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+            >>> optimizer = AdadeltaKeras([param], master_weights=True)
+            >>> for param, master in optimizer.master_params():
+            ...     print(param.dtype, master.dtype)
+            torch.bfloat16 torch.float32
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if selection.is_lazy(param):  # and has no values yet
+                    continue
+                remainder = precision.remainder_in(group, param, self.state)
+                master = masters.master_of(param, remainder)
+                is_whole = remainder is not None or not precision.needs_remainder(group, param)
+                yield param, master if is_whole else master.float()
+
+    def set_master(self, param: Tensor, value: Tensor) -> None:
+        """Gives a parameter other values, which its master keeps in float32 if it has one.
+
+        Args:
+            param: one of the optimizer's parameters.
+            value: of its shape, in any dtype.
+
+        Raises:
+            KeyError: it is none of them.
+            ValueError: the shapes differ, or one of both is a DTensor.
+            RuntimeError: inside of `swap_averages`.
+        """
+        self.check_not_swapped("no master can be set")
+        group = precision.groups_of(self.param_groups)[param]
+        ours, theirs = (f"{type(x).__name__} of shape {tuple(x.shape)}" for x in (param, value))
+        if value.shape != param.shape or dtensor.is_dtensor(value) is not dtensor.is_dtensor(param):
+            raise ValueError(f"{self._name_of(param)} is a {ours}, and its master cannot be a {theirs}")
+        (value,) = dtensor.aligned([param], [value])
+        masters.set_master(param, self._remainder_of(group, param), value)
+
+    def _remainder_of(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        """What a parameter lacks of its master, made if it is missing; None if it is its own."""
+        return (
+            precision.remainder_of(param, self.state, self.state) if precision.needs_remainder(group, param) else None
+        )
+
+    def initial_state(self, param: Tensor, key: str) -> Tensor:
+        """What a step begins with, where a parameter has no state by this key yet."""
+        group = precision.groups_of(self.param_groups)[param]
+        if key == averages.KEY:
+            return averages.new_average(param, precision.remainder_in(group, param, self.state))
+        return accumulation.new_sum(param) if key == accumulation.KEY else precision.new_state(group, param)[key]
+
     # ---- Averages -----------------------------------------------------------------------------------------------
 
-    def _averages(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter with an average, and that."""
+    def _averages(self) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+        """Each parameter with an average, its remainder if it has one, and the average."""
         return [
-            (param, self.state[param][averages.KEY])
-            for param in self._params()
+            (param, self._remainder_of(group, param), self.state[param][averages.KEY])
+            for group in self.param_groups
+            for param in group["params"]
             if averages.KEY in self.state.get(param, {})
         ]
 
@@ -587,10 +677,9 @@ class AdadeltaKeras(KerasInterface):
         if not self.use_ema:
             return
         self._check_averages_are_here("finalize_variable_values")
-        with torch.no_grad():
-            for param, average in self._averages():
-                if wanted is None or id(param) in wanted:
-                    param.copy_(average)
+        for param, remainder, average in self._averages():
+            if wanted is None or id(param) in wanted:
+                masters.set_master(param, remainder, average)
 
     @contextmanager
     def swap_averages(self) -> Iterator[None]:
@@ -617,15 +706,18 @@ class AdadeltaKeras(KerasInterface):
         if self._are_swapped:
             raise RuntimeError("swap_averages is on already")
         self._check_averages_are_here("swap_averages")
-        pairs = self._averages()
-        params, own = [param for param, _ in pairs], [average for _, average in pairs]
-        kept = [tensor.detach().clone() for tensor in (*params, *own)]
+        rows = self._averages()
+        kept = [[None if tensor is None else tensor.detach().clone() for tensor in row] for row in rows]
+        own = [masters.master_of(param, remainder).clone() for param, remainder, _ in rows]
         self._are_swapped = True
         try:
-            _copy(kept, [*own, *params])
+            for (param, remainder, average), master in zip(rows, own, strict=True):
+                masters.set_master(param, remainder, average)
+                average.copy_(master)
             yield
         finally:
-            _copy(kept, [*params, *own])
+            for row, before in zip(rows, kept, strict=True):
+                _restore(row, before)
             self._are_swapped = False
 
     def check_not_swapped(self, what: str) -> None:

@@ -17,11 +17,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torch_adadelta.backends.batch import STATE_DTYPES
 from torch_adadelta.backends.opmath import Value, is_numpy_scalar, round_to_float32
 
 DEFAULT_EPSILON: Final = 1e-7
 
 _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
+
+# A bfloat16 number, of 8 significant bits, times more than 1 - 2**-9 rounds to itself.
+_LARGEST_BFLOAT16_RHO: Final = 0.998
 
 
 class Kind(Enum):
@@ -33,6 +37,7 @@ class Kind(Enum):
     SWITCH = auto()  # of the whole optimizer: True or False
     FLAG = auto()  # of each group: True or False
     CHOICE = auto()  # of each group: True, False, or None for what applies
+    DTYPE = auto()  # of each group: a torch.dtype, or None for the parameter's
     NAME = auto()  # of the whole optimizer: a str
 
 
@@ -118,6 +123,8 @@ OPTIONS: Final = (
     Option("fused", "fused", Kind.CHOICE, None),
     Option("capturable", "capturable", Kind.FLAG, False),
     Option("differentiable", "differentiable", Kind.FLAG, False),
+    Option("master_weights", "master_weights", Kind.FLAG, False),
+    Option("state_dtype", "state_dtype", Kind.DTYPE, None, range="None, torch.float32 or torch.bfloat16"),
     # The key is not "name": people name their param groups with that.
     Option("name", "optimizer_name", Kind.NAME, "Adadelta", keras="name"),
     Option("decay", "decay", Kind.NUMBER, 0.0, **_SINGLE, rounds_to_float32=True, keras="decay"),
@@ -244,6 +251,13 @@ def canonicalize(option: Option, value: Any) -> Any:
     elif option.kind in (Kind.FLAG, Kind.SWITCH):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    elif option.kind is Kind.DTYPE:
+        if isinstance(value, str):  # as it is saved
+            value = next((dtype for dtype in STATE_DTYPES if str(dtype) == value), value)
+        if value is not None and not isinstance(value, torch.dtype):
+            raise TypeError(f"{name} must be {option.range}, got {value!r} of type {type(value).__name__}")
+        if value not in STATE_DTYPES:
+            raise ValueError(f"Invalid {name}: {value}; it must be {option.range}")
     elif option.kind is Kind.CHOICE:
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} must be True, False or None, got {value!r}")
@@ -338,9 +352,22 @@ _INSTEAD_OF_COUNTING: Final = {
 
 
 _INSTEAD_OF_RECORDING: Final = {
+    "master_weights": "Train float32 parameters",
     "gradient_accumulation_steps": "Add up the losses instead",
     "use_ema": "Compute the averages of the parameters after each step",
 }
+
+
+def warn_of_rho(group: dict[str, Any]) -> None:
+    """Warns if averages of a group are kept in bfloat16 and would never decay."""
+    rho, dtype = group["rho"], group["state_dtype"]
+    kept = {dtype} if dtype is not None else {param.dtype for param in group.get("params", ())}
+    if torch.bfloat16 in kept and isinstance(rho, float | int) and _LARGEST_BFLOAT16_RHO < rho < 1:
+        warnings.warn(
+            f"rho={rho!r} with state in bfloat16: square_avg and acc_delta never decay, for what they would lose in a "
+            f"step is rounded away. Use state_dtype=torch.float32, or a rho <= {_LARGEST_BFLOAT16_RHO}",
+            stacklevel=5,
+        )
 
 
 def counts_on_host(options: dict[str, Any]) -> str | None:
@@ -389,6 +416,13 @@ def canonicalize_wide(options: dict[str, Any]) -> None:
     for option in OPTIMIZER_WIDE:
         options[option.key] = canonicalize(option, options[option.key])
     check_norms(options)
+
+
+def canonicalize_choices(options: dict[str, Any]) -> None:
+    """Checks those options of a group that are no numbers."""
+    for option in OPTIONS:
+        if option.kind in (Kind.FLAG, Kind.CHOICE, Kind.DTYPE):
+            options[option.key] = canonicalize(option, options[option.key])
 
 
 def check_agreement(groups: list[dict[str, Any]]) -> None:

@@ -103,13 +103,17 @@ AccumulatorCache::AccumulatorCache(ArgumentReader reader)
 }
 
 const Workspace& AccumulatorCache::read(
-    const TensorList& params, const TensorList& grads, const std::vector<int64_t>& sizes
+    const TensorList& params, const TensorList& grads, const OptionArguments& given
 ) {
-  const int32_t cpu = aoti_torch_device_type_cpu();
+  const auto read_with = [&](const auto* states) {
+    using StateList = std::remove_cvref_t<decltype(*states)>;
+    const Lists<StateList> lists{params, grads, states};
+    read_entries(workspace_, lists, given.sizes(), given.state_formats(), aoti_torch_device_type_cpu());
+  };
   if (std::all_of(known_, known_ + kStates, [](const CachedTensorInfo& state) { return state.are_as_known(); })) {
-    read_entries(workspace_, Lists<CachedTensorInfo>{params, grads, known_}, sizes, cpu);
+    read_with(known_);
   } else {
-    read_entries(workspace_, Lists<TensorList>{params, grads, states_}, sizes, cpu);
+    read_with(states_);
     for (int state = 0; state < kStates; ++state) {
       known_[state].look(kOwnNames[kFirstState + state]);
     }
@@ -124,7 +128,7 @@ CachedUpdateArguments::CachedUpdateArguments(ArgumentReader reader)
       given_(reader),
       cache_(find_cache(number_)),
       lock_(cache_->mutex()),
-      workspace_(&cache_->read(params_, grads_, given_.sizes())),
+      workspace_(&cache_->read(params_, grads_, given_)),
       options_(given_.read({aoti_torch_device_type_cpu(), workspace_->device_index}, *workspace_, params_.size())) {}
 
 CachedUpdateArguments::~CachedUpdateArguments() {

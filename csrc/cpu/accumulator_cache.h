@@ -44,7 +44,7 @@ class AccumulatorCache {
   std::mutex& mutex() { return mutex_; }
 
   // What read_entries finds of these parameters and gradients with these accumulators.
-  const Workspace& read(const TensorList& params, const TensorList& grads, const std::vector<int64_t>& sizes);
+  const Workspace& read(const TensorList& params, const TensorList& grads, const OptionArguments& given);
 
  private:
   std::mutex mutex_;

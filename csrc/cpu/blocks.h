@@ -37,6 +37,8 @@ void load_contiguous(const KernelTable& kernels, T* to, const char* from, Dtype 
         return kernels.float_from_half(to, half, count);
       case Dtype::kBFloat16:
         return kernels.float_from_bfloat16(to, half, count);
+      default:
+        return;
     }
   } else {
     float as_float[kBlock];
@@ -52,6 +54,8 @@ void load_contiguous(const KernelTable& kernels, T* to, const char* from, Dtype 
       case Dtype::kBFloat16:
         kernels.float_from_bfloat16(as_float, half, count);
         break;
+      default:
+        return;
     }
     kernels.double_from_float(to, as_float, count);
   }
@@ -107,61 +111,100 @@ void for_each_run(const Layout& layout, int64_t begin, int64_t count, const Run&
   }
 }
 
-template <int slot, typename T>
-void load_strided(
-    const KernelTable& kernels, T* to, const char* base, Dtype dtype, const Layout& layout, int64_t begin, int64_t count
-) {
-  alignas(64) char items[kBlock * sizeof(double)];
-  const int64_t size = item_size(dtype);
-  const int64_t step = layout.back().stride[slot];
-  for_each_run<slot>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+// The elements [at, at + count) of a tensor as memory holds them, one after the other: where they are, or collected in
+// `room` if they lie as `layout` says.
+template <int slot>
+const char* load_items(char* room, const char* base, int64_t size, const Layout* layout, int64_t at, int64_t count) {
+  if (layout == nullptr) {
+    return base + at * size;
+  }
+  const int64_t step = layout->back().stride[slot];
+  for_each_run<slot>(*layout, at, count, [&](int64_t offset, int64_t position, int64_t length) {
     const auto collect = size == 2 ? gather<uint16_t> : size == 4 ? gather<uint32_t> : gather<uint64_t>;
-    collect(items + position * size, base + offset, step, length);
+    collect(room + position * size, base + offset, step, length);
   });
-  load_contiguous(kernels, to, items, dtype, count);
+  return room;
 }
 
-template <int slot, typename T>
-void store_strided(
-    const KernelTable& kernels,
-    char* base,
-    Dtype dtype,
-    const T* from,
-    const Layout& layout,
-    int64_t begin,
-    int64_t count
+// Calls write(where the elements belong, or `room` for what then is spread out as `layout` says).
+template <int slot, typename Write>
+void store_items(
+    char* room, char* base, int64_t size, const Layout* layout, int64_t at, int64_t count, const Write& write
 ) {
-  alignas(64) char items[kBlock * sizeof(double)];
-  store_contiguous(kernels, items, dtype, from, count);
-  const int64_t size = item_size(dtype);
-  const int64_t step = layout.back().stride[slot];
-  for_each_run<slot>(layout, begin, count, [&](int64_t offset, int64_t position, int64_t length) {
+  if (layout == nullptr) {
+    return write(base + at * size);
+  }
+  write(room);
+  const int64_t step = layout->back().stride[slot];
+  for_each_run<slot>(*layout, at, count, [&](int64_t offset, int64_t position, int64_t length) {
     const auto spread = size == 2 ? scatter<uint16_t> : size == 4 ? scatter<uint32_t> : scatter<uint64_t>;
-    spread(base + offset, items + position * size, step, length);
+    spread(base + offset, room + position * size, step, length);
   });
 }
 
 // The elements [at, at + count) of a tensor, which lie as `layout` says, or one after the other where that is nullptr.
 template <int slot, typename T>
-ADADELTA_INLINE void load_block(
+void load_block(
     const KernelTable& kernels, T* to, const char* base, Dtype dtype, const Layout* layout, int64_t at, int64_t count
 ) {
-  if (layout == nullptr) {
-    load_contiguous(kernels, to, base + at * item_size(dtype), dtype, count);
-  } else {
-    load_strided<slot>(kernels, to, base, dtype, *layout, at, count);
+  alignas(64) char room[kBlock * sizeof(double)];
+  const char* items = load_items<slot>(room, base, item_size(dtype), layout, at, count);
+  load_contiguous(kernels, to, items, dtype, count);
+}
+
+// The same of one of a parameter's tensors, which `data` and `dtypes` have by slot. A parameter that has a remainder
+// stands for its master.
+template <int slot, typename T>
+void load_block(
+    const KernelTable& kernels,
+    T* to,
+    char* const* data,
+    const Dtype* dtypes,
+    const Layout* layout,
+    int64_t at,
+    int64_t count
+) {
+  if constexpr (slot == kParam && std::is_same_v<T, float>) {
+    if (data[kRemainder] != nullptr) {
+      alignas(64) char rooms[2][kBlock * sizeof(uint16_t)];
+      const char* param = load_items<kParam>(rooms[0], data[kParam], sizeof(uint16_t), layout, at, count);
+      const char* remainder = load_items<kRemainder>(rooms[1], data[kRemainder], sizeof(uint16_t), layout, at, count);
+      return kernels.float_from_master(
+          to, reinterpret_cast<const uint16_t*>(param), reinterpret_cast<const uint16_t*>(remainder), count
+      );
+    }
   }
+  load_block<slot>(kernels, to, data[slot], dtypes[slot], layout, at, count);
 }
 
 template <int slot, typename T>
-ADADELTA_INLINE void store_block(
-    const KernelTable& kernels, char* base, Dtype dtype, const T* from, const Layout* layout, int64_t at, int64_t count
+void store_block(
+    const KernelTable& kernels,
+    char* const* data,
+    const Dtype* dtypes,
+    const T* from,
+    const Layout* layout,
+    int64_t at,
+    int64_t count
 ) {
-  if (layout == nullptr) {
-    store_contiguous(kernels, base + at * item_size(dtype), dtype, from, count);
-  } else {
-    store_strided<slot>(kernels, base, dtype, from, *layout, at, count);
+  alignas(64) char room[kBlock * sizeof(double)];
+  if constexpr (slot == kParam && std::is_same_v<T, float>) {
+    if (data[kRemainder] != nullptr) {
+      alignas(64) char other_room[kBlock * sizeof(uint16_t)];
+      return store_items<kParam>(room, data[kParam], sizeof(uint16_t), layout, at, count, [&](char* param) {
+        store_items<kRemainder>(
+            other_room, data[kRemainder], sizeof(uint16_t), layout, at, count, [&](char* remainder) {
+              kernels.master_from_float(
+                  reinterpret_cast<uint16_t*>(param), reinterpret_cast<uint16_t*>(remainder), from, count
+              );
+            }
+        );
+      });
+    }
   }
+  store_items<slot>(room, data[slot], item_size(dtypes[slot]), layout, at, count, [&](char* items) {
+    store_contiguous(kernels, items, dtypes[slot], from, count);
+  });
 }
 
 }  // namespace torch_adadelta::cpu

@@ -76,14 +76,14 @@ std::vector<CooEntry> coo_entries_by_row(const SparseEntry& entry) {
 
 // Where the row that a COO entry names begins, in the parameter and its state.
 struct Row {
-  char* data[kSparseTensors];
+  char* data[kTensors];
 
   Row(const SparseEntry& entry, int64_t position) {
-    std::copy_n(entry.data, kSparseTensors, data);
+    std::copy_n(entry.data, kTensors, data);
     for (int64_t d = 0; d < entry.indices.dims; ++d) {
       const Dimension& dim = entry.sparse_dims[d];
       const int64_t index = entry.indices.at(d, position);
-      for (int slot = 0; slot < kSparseTensors; ++slot) {
+      for (int slot = 0; slot < kTensors; ++slot) {
         data[slot] += index * dim.stride[slot];
       }
     }
@@ -105,10 +105,16 @@ void update_row(
   constexpr Dtype kT = kDtypeOf<T>;
   constexpr GradientClip<T> kUnclipped = {std::numeric_limits<T>::infinity(), T(1), T(1)};
   const auto add = kernels.in<T>().add;
-  const auto update = kernels.in<T>().update;
+  const auto update = kernels.update<T>();
+  const bool in_place = entry.contiguous_row && entry.dtype[kParam] == kT && entry.dtype[kFirstState] == kT;
   const Row row(entry, first->position);
   const Layout* layout = entry.contiguous_row ? nullptr : &entry.row;
-  alignas(64) T blocks[kSparseTensors][kBlock];
+  constexpr int kBlocks = kFirstOptional;
+  alignas(64) T blocks[kBlocks][kBlock];
+  char* data[kTensors] = {};
+  for (int slot = 0; slot < kBlocks; ++slot) {
+    data[slot] = reinterpret_cast<char*>(blocks[slot]);
+  }
   T *grad = blocks[kGrad], *param = blocks[kParam];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
@@ -123,27 +129,24 @@ void update_row(
         add(grad, param, count, clip);
       }
     }
-    if (layout == nullptr && entry.dtype[kParam] == kT) {
-      update(
-          reinterpret_cast<T*>(row.data[kParam]) + at,
-          grad,
-          reinterpret_cast<T*>(row.data[kSquareAvg]) + at,
-          reinterpret_cast<T*>(row.data[kAccDelta]) + at,
-          count,
-          kUnclipped,
-          h
-      );
+    if (in_place) {
+      for (int slot = 0; slot < kBlocks; ++slot) {
+        if (is_written(slot)) {
+          data[slot] = row.data[slot] + at * static_cast<int64_t>(sizeof(T));
+        }
+      }
+      update(data, 0, count, kUnclipped, h);
       continue;
     }
-    for_each_slot<kSparseTensors>([&](auto slot) {
+    for_each_slot<kBlocks>([&](auto slot) {
       if constexpr (is_written(slot)) {
-        load_block<slot>(kernels, blocks[slot], row.data[slot], entry.dtype[slot], layout, at, count);
+        load_block<slot>(kernels, blocks[slot], row.data, entry.dtype, layout, at, count);
       }
     });
-    update(param, grad, blocks[kSquareAvg], blocks[kAccDelta], count, kUnclipped, h);
-    for_each_slot<kSparseTensors>([&](auto slot) {
+    update(data, 0, count, kUnclipped, h);
+    for_each_slot<kBlocks>([&](auto slot) {
       if constexpr (is_written(slot)) {
-        store_block<slot>(kernels, row.data[slot], entry.dtype[slot], blocks[slot], layout, at, count);
+        store_block<slot>(kernels, row.data, entry.dtype, blocks[slot], layout, at, count);
       }
     });
   }
@@ -162,13 +165,14 @@ constexpr int64_t kMostBytesAhead = 1024;
 // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
 ADADELTA_INLINE void prefetch_row(const SparseEntry& entry, int64_t position, int64_t column) {
   const Row row(entry, position);
-  const int64_t size = item_size(entry.dtype[kParam]);
-  const int64_t bytes = std::min(std::min(kColumns, entry.row_numel - column) * size, kMostBytesAhead);
-  for (int64_t byte = column * size; byte < column * size + bytes; byte += 64) {
-    for (int slot = 0; slot < kSparseTensors; ++slot) {
-      if (is_written(slot)) {
-        __builtin_prefetch(row.data[slot] + byte, 0, 2);
-      }
+  for (int slot = 0; slot < kTensors; ++slot) {
+    if (!is_written(slot) || row.data[slot] == nullptr) {
+      continue;
+    }
+    const int64_t size = item_size(entry.dtype[slot]);
+    const int64_t bytes = std::min(std::min(kColumns, entry.row_numel - column) * size, kMostBytesAhead);
+    for (int64_t byte = column * size; byte < column * size + bytes; byte += 64) {
+      __builtin_prefetch(row.data[slot] + byte, 0, 2);
     }
   }
 }

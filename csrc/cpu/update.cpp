@@ -24,22 +24,27 @@ __attribute__((noinline)) void update_by_blocks(
     const Hyperparameters<T>& h
 ) {
   const bool has_average = entry.data[kAverage] != nullptr;
-  alignas(64) T blocks[kTensors][kBlock];
+  constexpr int kBlocks = kRemainder;  // which becomes a part of the parameter's
+  alignas(64) T blocks[kBlocks][kBlock];
+  char* data[kTensors] = {};
+  for (int slot = 0; slot < kBlocks; ++slot) {
+    data[slot] = reinterpret_cast<char*>(blocks[slot]);
+  }
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = std::min(kBlock, end - at);
     const auto load = [&](auto slot) {
-      load_block<slot>(kernels, blocks[slot], entry.data[slot], entry.dtype[slot], entry.layout, at, count);
+      load_block<slot>(kernels, blocks[slot], entry.data, entry.dtype, entry.layout, at, count);
     };
     const auto store = [&](auto slot) {
-      store_block<slot>(kernels, entry.data[slot], entry.dtype[slot], blocks[slot], entry.layout, at, count);
+      store_block<slot>(kernels, entry.data, entry.dtype, blocks[slot], entry.layout, at, count);
     };
-    for_each_slot([&](auto slot) {
+    for_each_slot<kBlocks>([&](auto slot) {
       if (slot != kAverage || has_average) {
         load(slot);
       }
     });
-    kernels.in<T>().update(blocks[kParam], blocks[kGrad], blocks[kSquareAvg], blocks[kAccDelta], count, clip, h);
-    for_each_slot([&](auto slot) {
+    kernels.update<T>()(data, 0, count, clip, h);
+    for_each_slot<kBlocks>([&](auto slot) {
       if constexpr (is_written(slot) && slot != kAverage) {
         store(slot);
       }
@@ -48,7 +53,7 @@ __attribute__((noinline)) void update_by_blocks(
       constexpr std::integral_constant<int, kParam> param{};
       constexpr std::integral_constant<int, kAverage> average{};
       load(param);  // as it was rounded
-      kernels.in<T>().average(blocks[param], blocks[average], count, h);
+      kernels.average<T>()(data, 0, count, h);
       store(average);
       if (h.overwrites) {
         store(param);
@@ -71,42 +76,20 @@ void update_range(
     const GradientClip<T>& clip,
     const Hyperparameters<T>& h
 ) {
-  if (entry.layout != nullptr || entry.dtype[kGrad] != entry.dtype[kParam]) {
+  const auto param_dtype = static_cast<int>(entry.dtype[kParam]);
+  const int format = entry.data[kRemainder] != nullptr ? kMaster : param_dtype;
+  const auto update = kernels.in<T>().updates[format][static_cast<int>(entry.dtype[kFirstState])];
+  if (entry.layout != nullptr || entry.dtype[kGrad] != entry.dtype[kParam] || update == nullptr) {
     return update_by_blocks(kernels, entry, begin, end, clip, h);
   }
-  const auto update_in_place = [&](auto update, auto average, auto* param) {
-    using Item = std::remove_pointer_t<decltype(param)>;
-    auto* averages = reinterpret_cast<T*>(entry.data[kAverage]);
-    const int64_t stretch = averages == nullptr ? end - begin : kStretch;
-    for (int64_t at = begin; at < end; at += stretch) {
-      const int64_t count = std::min(stretch, end - at);
-      update(
-          param + at,
-          reinterpret_cast<const Item*>(entry.data[kGrad]) + at,
-          reinterpret_cast<Item*>(entry.data[kSquareAvg]) + at,
-          reinterpret_cast<Item*>(entry.data[kAccDelta]) + at,
-          count,
-          clip,
-          h
-      );
-      if (averages != nullptr) {
-        average(param + at, averages + at, count, h);
-      }
-    }
-  };
-  if constexpr (std::is_same_v<T, float>) {
-    if (entry.dtype[kParam] == Dtype::kFloat16) {
-      return update_in_place(
-          kernels.update_half, kernels.average_half, reinterpret_cast<uint16_t*>(entry.data[kParam])
-      );
-    }
-    if (entry.dtype[kParam] == Dtype::kBFloat16) {
-      return update_in_place(
-          kernels.update_bfloat16, kernels.average_bfloat16, reinterpret_cast<uint16_t*>(entry.data[kParam])
-      );
-    }
+  if (entry.data[kAverage] == nullptr) {
+    return update(entry.data, begin, end - begin, clip, h);
   }
-  update_in_place(kernels.in<T>().update, kernels.in<T>().average, reinterpret_cast<T*>(entry.data[kParam]));
+  for (int64_t at = begin; at < end; at += kStretch) {
+    const int64_t count = std::min(kStretch, end - at);
+    update(entry.data, at, count, clip, h);
+    kernels.in<T>().averages[format](entry.data, at, count, h);
+  }
 }
 
 // ---- The ops --------------------------------------------------------------------------------------------------------

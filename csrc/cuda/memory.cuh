@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../dtypes.h"
+#include "../masters.h"
 #include "../options.h"
 
 #include <cuda_bf16.h>
@@ -51,6 +52,16 @@ __device__ __forceinline__ Item narrow(T value) {
   } else {
     return value;
   }
+}
+
+template <typename Item>
+constexpr Dtype kDtypeOfItem = std::is_same_v<Item, float>    ? Dtype::kFloat32
+                               : std::is_same_v<Item, double> ? Dtype::kFloat64
+                               : std::is_same_v<Item, __half> ? Dtype::kFloat16
+                                                              : Dtype::kBFloat16;
+
+__device__ __forceinline__ float load_master(uint16_t param, uint16_t remainder) {
+  return __uint_as_float(join_master(param, remainder));
 }
 
 // Returns run(pointer to items of the dtype).
@@ -113,6 +124,88 @@ __device__ __forceinline__ void store_vector(Item* to, const Vector<Item, count>
 __device__ __forceinline__ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
 }
+
+// `count` neighbours of a tensor, as memory has them.
+template <typename Item, int count>
+struct PlainGroup {
+  Vector<Item, count> items;
+
+  template <typename T>
+  __device__ __forceinline__ T get(int k) const {
+    return widen<T>(items.items[k]);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void set(int k, T value) {
+    items.items[k] = narrow<Item>(value);
+  }
+};
+
+// A tensor, as kernels read and write it.
+template <typename ItemType>
+struct Plain {
+  using Item = ItemType;
+  static constexpr bool kIsMaster = false;
+
+  Item* items;
+
+  __device__ __forceinline__ Plain(char* data, char*, int64_t begin) : items(reinterpret_cast<Item*>(data) + begin) {}
+
+  __device__ __forceinline__ bool is_aligned() const { return cuda::is_aligned(items); }
+
+  template <int count>
+  __device__ __forceinline__ PlainGroup<Item, count> load(int64_t at) const {
+    return {load_vector<count>(items + at)};
+  }
+
+  template <int count>
+  __device__ __forceinline__ void store(int64_t at, const PlainGroup<Item, count>& group) const {
+    store_vector(items + at, group.items);
+  }
+};
+
+template <int count>
+struct MasterGroup {
+  Vector<uint16_t, count> params, remainders;
+
+  template <typename T>
+  __device__ __forceinline__ T get(int k) const {
+    return load_master(params.items[k], remainders.items[k]);
+  }
+
+  __device__ __forceinline__ void set(int k, float value) {
+    const SplitMaster halves = split_master(__float_as_uint(value));
+    params.items[k] = halves.param;
+    remainders.items[k] = halves.remainder;
+  }
+};
+
+// A bfloat16 parameter and its remainder, which stand for its master.
+struct Master {
+  using Item = __nv_bfloat16;  // of the gradient
+  static constexpr bool kIsMaster = true;
+
+  uint16_t* params;
+  uint16_t* remainders;
+
+  __device__ __forceinline__ Master(char* data, char* remainder, int64_t begin)
+      : params(reinterpret_cast<uint16_t*>(data) + begin), remainders(reinterpret_cast<uint16_t*>(remainder) + begin) {}
+
+  __device__ __forceinline__ bool is_aligned() const {
+    return cuda::is_aligned(params) && cuda::is_aligned(remainders);
+  }
+
+  template <int count>
+  __device__ __forceinline__ MasterGroup<count> load(int64_t at) const {
+    return {load_vector<count>(params + at), load_vector<count>(remainders + at)};
+  }
+
+  template <int count>
+  __device__ __forceinline__ void store(int64_t at, const MasterGroup<count>& group) const {
+    store_vector(params + at, group.params);
+    store_vector(remainders + at, group.remainders);
+  }
+};
 
 // ---- Layouts --------------------------------------------------------------------------------------------------------
 

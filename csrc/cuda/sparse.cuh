@@ -38,14 +38,14 @@ struct SparseUpdate {
   int64_t row_numel;
   int64_t pieces;  // that a row is cut into
   int lanes;       // threads for each piece, a power of two
-  char* data[kSparseTensors];
+  char* data[kTensors];
   uint32_t index;
-  Dtype dtype[kSparseTensors];
+  Dtype dtype[kTensors];
 };
 
 struct StridedSparseUpdate {
   SparseUpdate update;
-  Strides<kSparseTensors> strides;  // those of the gradient are 0
+  Strides<kTensors> strides;  // those of the gradient are 0
 };
 
 static_assert(sizeof(NumberRows) <= 4096 && sizeof(StridedSparseUpdate) <= 4096);
@@ -150,10 +150,12 @@ struct Unchanged {
 
 // A parameter whose rows follow each other in memory, as those of its state do. A thread takes `width` neighbours, to
 // which all addresses are aligned.
-template <typename Item, int width>
-__global__ void __launch_bounds__(kRowThreads, sizeof(Item) == 8 ? 4 : 8) update_rows_kernel(
+template <typename StateItem, typename Param, int width>
+__global__ void __launch_bounds__(kRowThreads, sizeof(StateItem) == 8 ? 4 : 8) update_rows_kernel(
     const SparseUpdate __grid_constant__ update
 ) {
+  using Item = typename Param::Item;
+  using State = Plain<StateItem>;
   using T = OpmathType<Item>;
   const Share share(update, width);
   if (!share.has_work) {
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(Item) == 8 ? 4 : 8) update
   }
   const GradientPipeline<T, false> pipeline(update.options, update.index, update.segment.maximize());
   T sum[width];
-  if (update.dtype[kGrad] == update.dtype[kParam]) {
+  if (update.dtype[kGrad] == kDtypeOfItem<Item>) {
     const SameDtype<Item> values{reinterpret_cast<const Item*>(update.data[kGrad])};
     sum_coo_entries(sum, update, share, values, pipeline);
   } else {
@@ -169,10 +171,10 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(Item) == 8 ? 4 : 8) update
     sum_coo_entries(sum, update, share, values, pipeline);
   }
   update_vector<width>(
-      reinterpret_cast<Item*>(update.data[kParam]),
+      Param(update.data[kParam], update.data[kRemainder], 0),
       Summed<T, width>{sum},
-      reinterpret_cast<Item*>(update.data[kSquareAvg]),
-      reinterpret_cast<Item*>(update.data[kAccDelta]),
+      State(update.data[kSquareAvg], nullptr, 0),
+      State(update.data[kAccDelta], nullptr, 0),
       static_cast<const AverageUpdate<T>*>(nullptr),
       share.row * update.row_numel + share.column,
       Unchanged(),
@@ -192,9 +194,9 @@ __global__ void __launch_bounds__(kRowThreads) update_strided_rows_kernel(
   const GradientPipeline<T, false> pipeline(update.options, update.index, update.segment.maximize());
   T sum[1];
   sum_coo_entries(sum, update, share, AnyDtype{update.data[kGrad], update.dtype[kGrad]}, pipeline);
-  int64_t offsets[kSparseTensors];
+  int64_t offsets[kTensors];
   find_offsets(strided.strides, share.row * update.row_numel + share.column, offsets);
-  update_item(sum[0], update.data, offsets, update.dtype[kParam], hyperparameters<T>(update.segment));
+  update_item(sum[0], update.data, offsets, update.dtype, hyperparameters<T>(update.segment));
 }
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
@@ -227,11 +229,16 @@ inline std::array<torch::stable::Tensor, 2> sorted(const torch::stable::Tensor& 
   return {to<torch::stable::Tensor>(stack[0]), to<torch::stable::Tensor>(stack[1])};
 }
 
-template <typename Item, typename Device>
+template <typename Format, typename Device>
 void update_rows(const Device& device, const SparseUpdate& update, int width, int64_t blocks) {
-  constexpr int kWidth = kVectorBytes / sizeof(OpmathType<Item>);
+  using Param = typename Format::Param;
+  using StateItem = typename Format::StateItem;
+  constexpr int kWidth = kVectorBytes / sizeof(OpmathType<typename Param::Item>);
   device.launch(
-      width == 1 ? update_rows_kernel<Item, 1> : update_rows_kernel<Item, kWidth>, blocks, kRowThreads, update
+      width == 1 ? update_rows_kernel<StateItem, Param, 1> : update_rows_kernel<StateItem, Param, kWidth>,
+      blocks,
+      kRowThreads,
+      update
   );
 }
 
@@ -245,15 +252,15 @@ class SparseLaunch {
     update_.count = entry.indices.count;
     update_.rows = entry.rows;
     update_.row_numel = entry.row_numel;
-    std::copy_n(entry.data, kSparseTensors, update_.data);
-    std::copy_n(entry.dtype, kSparseTensors, update_.dtype);
+    std::copy_n(entry.data, kTensors, update_.data);
+    std::copy_n(entry.dtype, kTensors, update_.dtype);
     update_.index = static_cast<uint32_t>(entry.index);
 
     layout_.insert(layout_.end(), entry.row.begin(), entry.row.end());
-    dense_ = detail::is_contiguous(layout_, entry.dtype[kParam]);
+    dense_ = detail::is_contiguous(layout_, entry);
     const int vector = entry.dtype[kParam] == Dtype::kFloat64 ? 2 : 4;
     bool vectors = dense_ && entry.row_numel % vector == 0;
-    for (int slot = 0; slot < kSparseTensors; ++slot) {
+    for (int slot = 0; slot < kTensors; ++slot) {
       const int64_t alignment = std::min<int64_t>(vector * item_size(entry.dtype[slot]), kVectorBytes);
       vectors = vectors && reinterpret_cast<uintptr_t>(entry.data[slot]) % alignment == 0;
     }
@@ -265,7 +272,7 @@ class SparseLaunch {
     }
     update_.pieces = (per_row + update_.lanes - 1) / update_.lanes;
     blocks_ = (update_.count * update_.pieces * update_.lanes + kRowThreads - 1) / kRowThreads;
-    check_launch<0, kSparseTensors>(entry.index, std::max(blocks_, number_blocks(entry)), dense_ ? nullptr : &layout_);
+    check_launch<0, kTensors>(entry.index, std::max(blocks_, number_blocks(entry)), dense_ ? nullptr : &layout_);
   }
 
   // Brings the COO entries into the order of their rows. Writes to memory of its own only.
@@ -293,16 +300,11 @@ class SparseLaunch {
       );
       return;
     }
-    switch (entry_.dtype[kParam]) {
-      case Dtype::kFloat32:
-        return update_rows<float>(device, update_, width_, blocks_);
-      case Dtype::kFloat64:
-        return update_rows<double>(device, update_, width_, blocks_);
-      case Dtype::kFloat16:
-        return update_rows<__half>(device, update_, width_, blocks_);
-      case Dtype::kBFloat16:
-        return update_rows<__nv_bfloat16>(device, update_, width_, blocks_);
-    }
+    for_each_format([&](auto format) {
+      if (format.is_of(entry_)) {
+        update_rows<decltype(format)>(device, update_, width_, blocks_);
+      }
+    });
   }
 
  private:
@@ -351,7 +353,7 @@ void first_invalid_indices(StableIValue* stack, uint64_t, uint64_t) {
     const SparseLists lists(reader, Device::type());
     const SparseEntries entries = lists.read();
     for (const SparseEntry& entry : entries.entries) {
-      check_launch<0, kSparseTensors>(entry.index, number_blocks(entry), nullptr);
+      check_launch<0, kTensors>(entry.index, number_blocks(entry), nullptr);
     }
     const Device device(entries.device_index);
     const torch::stable::Tensor result = lists.new_result(entries);

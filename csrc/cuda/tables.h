@@ -18,9 +18,9 @@ constexpr int64_t kParameterBytes = 32764;
 // Tables of two sizes: a launch takes longer the larger its parameters are.
 constexpr int kSmallTable = 64;
 constexpr int kLargeTable = 600;
-// What finds room in them with averages.
-constexpr int kSmallAverageTable = 48;
-constexpr int kLargeAverageTable = 512;
+// What finds room in them with averages or remainders, and with both.
+constexpr int kSmallTables[] = {kSmallTable, 48, 40};
+constexpr int kLargeTables[] = {kLargeTable, 512, 448};
 constexpr int64_t kSmallBytes = 4096;
 
 constexpr int64_t kMaxBlocks = 2147483647;

@@ -15,22 +15,28 @@ namespace torch_adadelta::cuda {
 // Elements that a block works on.
 constexpr int64_t kChunk = 16384;
 
-// How many tensors a parameter has: with its average, or without.
-template <bool averages>
-constexpr int kSlots = averages ? kTensors : kAverage;
+// Which of the optional tensors each parameter of a launch has.
+template <bool averages, bool remainders>
+struct Optionals {
+  static constexpr bool kAverages = averages;
+  static constexpr int kCount = averages + remainders;
+  static constexpr int kSlots = kFirstOptional + kCount;
+  static constexpr int kSmall = kSmallTables[kCount];
+  static constexpr int kLarge = kLargeTables[kCount];
 
-template <bool averages>
-constexpr int kSmall = averages ? kSmallAverageTable : kSmallTable;
+  // The slot of a place in the table, and the last place, in which the remainder stands.
+  static constexpr int slot(int place) {
+    return place < kFirstOptional || (averages && place == kAverage) ? place : static_cast<int>(kRemainder);
+  }
+  static constexpr int kLast = kSlots - 1;
+};
 
-template <bool averages>
-constexpr int kLarge = averages ? kLargeAverageTable : kLargeTable;
-
-template <int capacity, bool averages>
+template <int capacity, typename Own>
 struct TensorTable {
   GradientOptions options;
   Chunks<capacity> chunks;
   uint32_t index[capacity];  // of the parameter in the lists
-  char* data[kSlots<averages>][capacity];
+  char* data[Own::kSlots][capacity];
   int64_t numel[capacity];
   Dtype grad_dtype[capacity];
   uint8_t segment[capacity];  // the place of its segment in the table
@@ -39,34 +45,34 @@ struct TensorTable {
 constexpr int64_t table_bytes(int capacity) { return capacity <= kSmallTable ? kSmallBytes : kParameterBytes; }
 
 // How many segments find room beside the tensors.
-template <int capacity, bool averages>
+template <int capacity, typename Own>
 constexpr int kSegments =
-    std::min<int64_t>((table_bytes(capacity) - sizeof(TensorTable<capacity, averages>)) / sizeof(Segment), 256);
+    std::min<int64_t>((table_bytes(capacity) - sizeof(TensorTable<capacity, Own>)) / sizeof(Segment), 256);
 
-template <int capacity, bool averages>
-struct UpdateTable : TensorTable<capacity, averages> {
-  Segment segments[kSegments<capacity, averages>];
+template <int capacity, typename Own>
+struct UpdateTable : TensorTable<capacity, Own> {
+  Segment segments[kSegments<capacity, Own>];
 };
 
-template <bool averages>
+template <typename Own>
 constexpr bool kTablesFit =
-    kSegments<kSmall<averages>, averages> >= 8 && sizeof(UpdateTable<kSmall<averages>, averages>) <= kSmallBytes &&
-    kSegments<kLarge<averages>, averages> >= 32 && sizeof(UpdateTable<kLarge<averages>, averages>) <= kParameterBytes;
-static_assert(kTablesFit<false> && kTablesFit<true>);
+    kSegments<Own::kSmall, Own> >= 8 && sizeof(UpdateTable<Own::kSmall, Own>) <= kSmallBytes &&
+    kSegments<Own::kLarge, Own> >= 32 && sizeof(UpdateTable<Own::kLarge, Own>) <= kParameterBytes;
+static_assert(kTablesFit<Optionals<false, false>> && kTablesFit<Optionals<true, false>>);
+static_assert(kTablesFit<Optionals<false, true>> && kTablesFit<Optionals<true, true>>);
 
 // One parameter that is not dense.
-template <bool averages>
 struct StridedUpdate {
   GradientOptions options;
   Segment segment;
-  Strides<kSlots<averages>> strides;
-  char* data[kSlots<averages>];
+  Strides<kTensors> strides;
+  char* data[kTensors];
   int64_t numel;
   uint32_t index;
-  Dtype dtype[kSlots<averages>];
+  Dtype dtype[kTensors];
 };
 
-static_assert(sizeof(StridedUpdate<true>) <= 4096);
+static_assert(sizeof(StridedUpdate) <= 4096);
 
 // ---- Kernels --------------------------------------------------------------------------------------------------------
 
@@ -140,7 +146,8 @@ struct AnyDtype {
   }
 };
 
-// What a block needs to move the averages of its elements on; in shared memory, for the update leaves no registers.
+// What a block needs to move the averages of its elements on; in shared memory, as then the pipeline of the gradients
+// is, for the update leaves no registers.
 template <typename T>
 struct AverageUpdate {
   T* data;
@@ -150,12 +157,19 @@ struct AverageUpdate {
 };
 
 // `count` neighbours, from index `at` on. The gradient may be the parameter: all is read before anything is written.
-template <int count, bool averages = false, typename Item, typename Gradient, typename Pipeline, typename T>
+template <
+    int count,
+    bool averages = false,
+    typename Param,
+    typename Gradient,
+    typename State,
+    typename Pipeline,
+    typename T>
 __device__ __forceinline__ void update_vector(
-    Item* param,
+    const Param& param,
     const Gradient& gradient,
-    Item* square_avg,
-    Item* acc_delta,
+    const State& square_avg,
+    const State& acc_delta,
     const AverageUpdate<T>* average,
     int64_t at,
     const Pipeline& pipeline,
@@ -163,53 +177,63 @@ __device__ __forceinline__ void update_vector(
 ) {
   T g[count];
   gradient.load(at, g);
-  auto square_avgs = load_vector<count>(square_avg + at);
-  auto acc_deltas = load_vector<count>(acc_delta + at);
-  auto params = load_vector<count>(param + at);
+  if constexpr (averages) {  // now, so that the registers that the pipeline takes are free for what follows
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      g[k] = pipeline(g[k]);
+    }
+  }
+  auto square_avgs = square_avg.template load<count>(at);
+  auto acc_deltas = acc_delta.template load<count>(at);
+  auto params = param.template load<count>(at);
 #pragma unroll
   for (int k = 0; k < count; ++k) {
-    T a = widen<T>(square_avgs.items[k]);
-    T u = widen<T>(acc_deltas.items[k]);
-    T p = widen<T>(params.items[k]);
-    adadelta_element(pipeline(g[k]), a, u, p, h);
-    square_avgs.items[k] = narrow<Item>(a);
-    acc_deltas.items[k] = narrow<Item>(u);
-    params.items[k] = narrow<Item>(p);
+    T a = square_avgs.template get<T>(k);
+    T u = acc_deltas.template get<T>(k);
+    T p = params.template get<T>(k);
+    adadelta_element(averages ? g[k] : pipeline(g[k]), a, u, p, h);
+    square_avgs.set(k, a);
+    acc_deltas.set(k, u);
+    params.set(k, p);
   }
-  store_vector(square_avg + at, square_avgs);
-  store_vector(acc_delta + at, acc_deltas);
+  square_avg.store(at, square_avgs);
+  acc_delta.store(at, acc_deltas);
   if constexpr (averages) {
     asm volatile("" ::: "memory");  // none of what follows is to be in registers before
     const T momentum = average->momentum, one_minus_momentum = average->one_minus_momentum;
     auto own = load_vector<count>(average->data + at);
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      average_element(own.items[k], widen<T>(params.items[k]), momentum, one_minus_momentum);
-      if (average->overwrites) {
-        params.items[k] = narrow<Item>(own.items[k]);
+      average_element(own.items[k], params.template get<T>(k), momentum, one_minus_momentum);
+    }
+    if (average->overwrites) {
+#pragma unroll
+      for (int k = 0; k < count; ++k) {
+        params.set(k, own.items[k]);
       }
     }
     store_vector(average->data + at, own);
   }
-  store_vector(param + at, params);
+  param.store(at, params);
 }
 
 // The first `count` elements: vectors first, if all tensors are aligned, and then one by one.
-template <bool averages, typename Item, typename Gradient, typename Pipeline, typename T>
+template <bool averages, typename Param, typename Gradient, typename State, typename Pipeline, typename T>
 __device__ __forceinline__ void update_chunk(
-    Item* param,
+    const Param& param,
     const Gradient& gradient,
-    Item* square_avg,
-    Item* acc_delta,
+    const State& square_avg,
+    const State& acc_delta,
     const AverageUpdate<T>* average,
     int count,
     const Pipeline& pipeline,
     const Hyperparameters<T>& h
 ) {
-  constexpr int kVector = kVectorBytes / sizeof(Item);
+  constexpr size_t kItem = sizeof(typename Param::Item), kStateItem = sizeof(typename State::Item);
+  constexpr int kVector = kVectorBytes / (kItem > kStateItem ? kItem : kStateItem);
   int begin = 0;
   const bool is_average_aligned = !averages || is_aligned(average->data);
-  if (is_aligned(param) && is_aligned(gradient.grad) && is_aligned(square_avg) && is_aligned(acc_delta) &&
+  if (param.is_aligned() && is_aligned(gradient.grad) && square_avg.is_aligned() && acc_delta.is_aligned() &&
       is_average_aligned) {
     const int vectors_end = count - count % kVector;
     for (int at = threadIdx.x * kVector; at < vectors_end; at += kThreads * kVector) {
@@ -222,11 +246,13 @@ __device__ __forceinline__ void update_chunk(
   }
 }
 
-template <typename Item, bool plain, bool averages, int capacity>
-__global__ void __launch_bounds__(kThreads, sizeof(Item) == 8 ? 1 : 2) update_kernel(
-    const UpdateTable<capacity, averages> __grid_constant__ table
+template <typename StateItem, typename Param, bool plain, typename Own, int capacity>
+__global__ void __launch_bounds__(kThreads, sizeof(StateItem) == 8 ? 1 : 2) update_kernel(
+    const UpdateTable<capacity, Own> __grid_constant__ table
 ) {
+  using Item = typename Param::Item;
   using T = OpmathType<Item>;
+  using State = Plain<StateItem>;
   if (is_skipped(table.options)) {
     return;
   }
@@ -235,62 +261,91 @@ __global__ void __launch_bounds__(kThreads, sizeof(Item) == 8 ? 1 : 2) update_ke
   const int64_t left = table.numel[i] - begin;
   const int count = static_cast<int>(left < kChunk ? left : kChunk);
   const Segment& segment = table.segments[table.segment[i]];
-  const GradientPipeline<T, plain> pipeline(table.options, table.index[i], segment.maximize());
+  using Pipeline = GradientPipeline<T, plain>;
+  const Pipeline pipeline(table.options, table.index[i], segment.maximize());
   const auto h = hyperparameters<T>(segment);
 
-  auto* param = reinterpret_cast<Item*>(table.data[kParam][i]) + begin;
-  auto* square_avg = reinterpret_cast<Item*>(table.data[kSquareAvg][i]) + begin;
-  auto* acc_delta = reinterpret_cast<Item*>(table.data[kAccDelta][i]) + begin;
+  const Param param(table.data[kParam][i], table.data[Own::kLast][i], begin);
+  const State square_avg(table.data[kSquareAvg][i], nullptr, begin);
+  const State acc_delta(table.data[kAccDelta][i], nullptr, begin);
   __shared__ AverageUpdate<T> average;
-  if constexpr (averages) {
+  alignas(Pipeline) __shared__ char shared_pipeline[sizeof(Pipeline)];
+  const Pipeline* used = &pipeline;
+  if constexpr (Own::kAverages) {
     if (threadIdx.x == 0) {
       T* data = reinterpret_cast<T*>(table.data[kAverage][i]) + begin;
       average = {data, h.ema_momentum, h.one_minus_ema_momentum, h.overwrites};
+      *reinterpret_cast<Pipeline*>(shared_pipeline) = pipeline;
     }
     __syncthreads();
+    used = reinterpret_cast<const Pipeline*>(shared_pipeline);
   }
-  constexpr Dtype dtype = std::is_same_v<Item, float>    ? Dtype::kFloat32
-                          : std::is_same_v<Item, double> ? Dtype::kFloat64
-                          : std::is_same_v<Item, __half> ? Dtype::kFloat16
-                                                         : Dtype::kBFloat16;
   const Dtype grad_dtype = table.grad_dtype[i];
   const char* grad = table.data[kGrad][i] + begin * item_size(grad_dtype);
-  if (grad_dtype == dtype) {
+  if (grad_dtype == kDtypeOfItem<Item>) {
     const SameDtype<Item> gradient{reinterpret_cast<const Item*>(grad)};
-    update_chunk<averages>(param, gradient, square_avg, acc_delta, &average, count, pipeline, h);
+    update_chunk<Own::kAverages>(param, gradient, square_avg, acc_delta, &average, count, *used, h);
   } else {
     const AnyDtype gradient{grad, grad_dtype};
-    update_chunk<averages>(param, gradient, square_avg, acc_delta, &average, count, pipeline, h);
+    update_chunk<Own::kAverages>(param, gradient, square_avg, acc_delta, &average, count, *used, h);
   }
 }
 
-// One element, whose parameter and state, of one dtype, and average, if it has one, lie at these offsets.
-template <int tensors, typename T>
-__device__ __forceinline__ void update_item(
-    T g, char* const (&data)[tensors], const int64_t (&offsets)[tensors], Dtype dtype, const Hyperparameters<T>& h
+// The parameter, or its master if it has a remainder, whose elements lie at these offsets.
+template <typename T>
+__device__ __forceinline__ T
+load_param(char* const (&data)[kTensors], const int64_t (&offsets)[kTensors], const Dtype (&dtypes)[kTensors]) {
+  const char* param = data[kParam] + offsets[kParam];
+  if (data[kRemainder] == nullptr) {
+    return load_item<T>(param, dtypes[kParam]);
+  }
+  const char* remainder = data[kRemainder] + offsets[kRemainder];
+  return load_master(*reinterpret_cast<const uint16_t*>(param), *reinterpret_cast<const uint16_t*>(remainder));
+}
+
+template <typename T>
+__device__ __forceinline__ void store_param(
+    char* const (&data)[kTensors], const int64_t (&offsets)[kTensors], const Dtype (&dtypes)[kTensors], T value
 ) {
   char* param = data[kParam] + offsets[kParam];
+  if (data[kRemainder] == nullptr) {
+    return store_item(param, dtypes[kParam], value);
+  }
+  const SplitMaster halves = split_master(__float_as_uint(static_cast<float>(value)));
+  *reinterpret_cast<uint16_t*>(param) = halves.param;
+  *reinterpret_cast<uint16_t*>(data[kRemainder] + offsets[kRemainder]) = halves.remainder;
+}
+
+// One element, whose tensors, those that there are, have it at these offsets.
+template <typename T>
+__device__ __forceinline__ void update_item(
+    T g,
+    char* const (&data)[kTensors],
+    const int64_t (&offsets)[kTensors],
+    const Dtype (&dtypes)[kTensors],
+    const Hyperparameters<T>& h
+) {
   char* square_avg = data[kSquareAvg] + offsets[kSquareAvg];
   char* acc_delta = data[kAccDelta] + offsets[kAccDelta];
-  T a = load_item<T>(square_avg, dtype);
-  T u = load_item<T>(acc_delta, dtype);
-  T p = load_item<T>(param, dtype);
+  T a = load_item<T>(square_avg, dtypes[kSquareAvg]);
+  T u = load_item<T>(acc_delta, dtypes[kAccDelta]);
+  T p = load_param<T>(data, offsets, dtypes);
   adadelta_element(g, a, u, p, h);
-  store_item(square_avg, dtype, a);
-  store_item(acc_delta, dtype, u);
-  store_item(param, dtype, p);
-  if constexpr (tensors > kAverage) {
+  store_item(square_avg, dtypes[kSquareAvg], a);
+  store_item(acc_delta, dtypes[kAccDelta], u);
+  store_param(data, offsets, dtypes, p);
+  if (data[kAverage] != nullptr) {
     T& average = *reinterpret_cast<T*>(data[kAverage] + offsets[kAverage]);
-    average_element(average, load_item<T>(param, dtype), h.ema_momentum, h.one_minus_ema_momentum);
+    average_element(average, load_param<T>(data, offsets, dtypes), h.ema_momentum, h.one_minus_ema_momentum);
     if (h.overwrites) {
-      store_item(param, dtype, average);
+      store_param(data, offsets, dtypes, average);
     }
   }
 }
 
-template <typename T, bool averages>
-__global__ void __launch_bounds__(kThreads) strided_update_kernel(
-    const StridedUpdate<averages> __grid_constant__ update
+template <typename T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) strided_update_kernel(
+    const StridedUpdate __grid_constant__ update
 ) {
   if (is_skipped(update.options)) {
     return;
@@ -300,10 +355,10 @@ __global__ void __launch_bounds__(kThreads) strided_update_kernel(
   const int64_t begin = blockIdx.x * kChunk;
   const int64_t end = begin + kChunk < update.numel ? begin + kChunk : update.numel;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-    int64_t offsets[kSlots<averages>];
+    int64_t offsets[kTensors];
     find_offsets(update.strides, at, offsets);
     const T g = pipeline(load_item<T>(update.data[kGrad] + offsets[kGrad], update.dtype[kGrad]));
-    update_item(g, update.data, offsets, update.dtype[kParam], h);
+    update_item(g, update.data, offsets, update.dtype, h);
   }
 }
 
@@ -313,22 +368,52 @@ inline int64_t chunks_of(const Entry& entry) { return (entry.numel + kChunk - 1)
 
 using EntryIterator = std::vector<Entry>::const_iterator;
 
-// Updates the dense entries of one dtype among [first, last) until the table is full, and returns where to go on.
-template <typename Item, bool plain, bool averages, int capacity, typename Device>
+// How memory holds a parameter and its state.
+template <typename ParamType, typename StateItemType>
+struct Format {
+  using Param = ParamType;
+  using StateItem = StateItemType;
+
+  template <typename Entry>
+  static bool is_of(const Entry& entry) {
+    return entry.dtype[kParam] == kDtypeOfItem<typename Param::Item> &&
+           entry.dtype[kFirstState] == kDtypeOfItem<StateItem> &&
+           (entry.data[kRemainder] != nullptr) == Param::kIsMaster;
+  }
+};
+
+// Calls run(Format) for each of them.
+template <typename Run>
+void for_each_format(const Run& run) {
+  using BFloat16 = __nv_bfloat16;
+  run(Format<Plain<float>, float>());
+  run(Format<Plain<float>, BFloat16>());
+  run(Format<Plain<BFloat16>, BFloat16>());
+  run(Format<Plain<BFloat16>, float>());
+  run(Format<Plain<__half>, __half>());
+  run(Format<Plain<__half>, float>());
+  run(Format<Plain<__half>, BFloat16>());
+  run(Format<Plain<double>, double>());
+  run(Format<Master, float>());
+  run(Format<Master, BFloat16>());
+}
+
+// Updates the dense entries of one format among [first, last) until the table is full, and returns where to go on.
+template <typename Format, bool plain, typename Own, int capacity, typename Device>
 EntryIterator update_table(
-    const Device& device, EntryIterator first, EntryIterator last, Dtype dtype, const UpdateOptions& options
+    const Device& device, EntryIterator first, EntryIterator last, const UpdateOptions& options
 ) {
-  UpdateTable<capacity, averages> table;
+  UpdateTable<capacity, Own> table;
   table.options = options.gradient;
   int64_t blocks = 0;
   int segments = 0;
   uint32_t segment = 0;  // the last of them, if there is one
   for (; first != last; ++first) {
-    if (first->layout != nullptr || first->dtype[kParam] != dtype) {
+    if (first->layout != nullptr || !Format::is_of(*first)) {
       continue;
     }
     const bool is_new = segments == 0 || first->segment != segment;
-    if (is_new && segments == kSegments<capacity, averages>) {
+    if (is_new && segments == kSegments<capacity, Own>) {
       break;
     }
     const int i = table.chunks.add(chunks_of(*first), blocks);
@@ -341,90 +426,80 @@ EntryIterator update_table(
     }
     table.segment[i] = static_cast<uint8_t>(segments - 1);
     table.index[i] = static_cast<uint32_t>(first->index);
-    for (int slot = 0; slot < kSlots<averages>; ++slot) {
-      table.data[slot][i] = first->data[slot];
+    for (int place = 0; place < Own::kSlots; ++place) {
+      table.data[place][i] = first->data[Own::slot(place)];
     }
     table.numel[i] = first->numel;
     table.grad_dtype[i] = first->dtype[kGrad];
   }
-  device.launch(update_kernel<Item, plain, averages, capacity>, blocks, kThreads, table);
+  using Param = typename Format::Param;
+  device.launch(update_kernel<typename Format::StateItem, Param, plain, Own, capacity>, blocks, kThreads, table);
   return first;
 }
 
-// Updates the dense entries of one dtype among [first, last).
-template <typename Item, bool averages, typename Device>
-void update_dense(
-    const Device& device, EntryIterator first, EntryIterator last, Dtype dtype, const UpdateOptions& options
-) {
-  const auto is_wanted = [&](const Entry& entry) { return entry.layout == nullptr && entry.dtype[kParam] == dtype; };
-  constexpr int kMost = kSmall<averages>, kMostSegments = kSegments<kMost, averages>;
+// Updates the dense entries of one format among [first, last).
+template <typename Format, bool averages, typename Device>
+void update_dense(const Device& device, EntryIterator first, EntryIterator last, const UpdateOptions& options) {
+  using Own = Optionals<averages, Format::Param::kIsMaster>;
+  const auto is_wanted = [](const Entry& entry) { return entry.layout == nullptr && Format::is_of(entry); };
   const auto fits_small = [&] {
     int tensors = 0, segments = 0;
     uint32_t segment = 0;
-    for (auto entry = first; entry != last && tensors <= kMost && segments <= kMostSegments; ++entry) {
+    for (auto entry = first; entry != last && tensors <= Own::kSmall && segments <= kSegments<Own::kSmall, Own>;
+         ++entry) {
       if (is_wanted(*entry)) {
         segments += tensors++ == 0 || entry->segment != segment;
         segment = entry->segment;
       }
     }
-    return tensors <= kMost && segments <= kMostSegments;
+    return tensors <= Own::kSmall && segments <= kSegments<Own::kSmall, Own>;
   };
+  // Only tensors of one dtype have a kernel for plain options, and not with averages: else memory takes longer than
+  // they do.
+  constexpr bool kHasPlain = !averages && std::is_same_v<typename Format::Param, Plain<typename Format::StateItem>>;
   while ((first = std::find_if(first, last, is_wanted)) != last) {
     const bool small = fits_small();
     const auto update = [&](auto plain) {
-      first = small ? update_table<Item, plain, averages, kMost>(device, first, last, dtype, options)
-                    : update_table<Item, plain, averages, kLarge<averages>>(device, first, last, dtype, options);
+      first = small ? update_table<Format, plain, Own, Own::kSmall>(device, first, last, options)
+                    : update_table<Format, plain, Own, Own::kLarge>(device, first, last, options);
     };
-    // With averages there is no kernel for plain options: memory takes longer than they do.
-    if (!averages && options.gradient.is_plain()) {
-      update(std::bool_constant<!averages>());
+    if (kHasPlain && options.gradient.is_plain()) {
+      update(std::bool_constant<kHasPlain>());
     } else {
       update(std::false_type());
     }
   }
 }
 
-template <bool averages, typename Device>
+template <typename Device>
 void update_strided(const Device& device, const Entry& entry, const UpdateOptions& options) {
-  constexpr int slots = kSlots<averages>;
-  StridedUpdate<averages> update;
+  StridedUpdate update;
   update.options = options.gradient;
   update.segment = options.segments[entry.segment];
   copy_layout<0>(*entry.layout, update.strides);
-  std::copy_n(entry.data, slots, update.data);
-  std::copy_n(entry.dtype, slots, update.dtype);
+  std::copy_n(entry.data, kTensors, update.data);
+  std::copy_n(entry.dtype, kTensors, update.dtype);
   update.numel = entry.numel;
   update.index = static_cast<uint32_t>(entry.index);
   const bool in_double = entry.dtype[kParam] == Dtype::kFloat64;
   device.launch(
-      in_double ? strided_update_kernel<double, averages> : strided_update_kernel<float, averages>,
-      chunks_of(entry),
-      kThreads,
-      update
+      in_double ? strided_update_kernel<double> : strided_update_kernel<float>, chunks_of(entry), kThreads, update
   );
 }
 
-// Updates the entries [first, last), of which no two share memory.
-template <bool averages, typename Device>
-void update_all(const Device& device, EntryIterator first, EntryIterator last, const UpdateOptions& options) {
-  update_dense<float, averages>(device, first, last, Dtype::kFloat32, options);
-  update_dense<__nv_bfloat16, averages>(device, first, last, Dtype::kBFloat16, options);
-  update_dense<__half, averages>(device, first, last, Dtype::kFloat16, options);
-  update_dense<double, averages>(device, first, last, Dtype::kFloat64, options);
-  for (; first != last; ++first) {
-    if (first->layout != nullptr) {
-      update_strided<averages>(device, *first, options);
-    }
-  }
-}
-
-// The same. All of them have averages, or none has.
+// Updates the entries [first, last), of which no two share memory. All of them have averages, or none has.
 template <typename Device>
 void update_together(const Device& device, EntryIterator first, EntryIterator last, const UpdateOptions& options) {
-  if (first != last && first->data[kAverage] != nullptr) {
-    update_all<true>(device, first, last, options);
-  } else {
-    update_all<false>(device, first, last, options);
+  const bool averages = first != last && first->data[kAverage] != nullptr;
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    averages ? update_dense<Format, true>(device, first, last, options)
+             : update_dense<Format, false>(device, first, last, options);
+  });
+  for (; first != last; ++first) {
+    if (first->layout != nullptr) {
+      update_strided(device, *first, options);
+    }
   }
 }
 

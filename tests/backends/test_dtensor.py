@@ -13,6 +13,7 @@ from exact_training import (
     alone,
     assert_same,
     data,
+    dtype_for,
     error_of,
     everything,
     full,
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 def train_fsdp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     results = {}
     for name, options in all_options.items():
-        model = sharded_model()
+        model = sharded_model(dtype_for(options))
         optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
         train(model, optimizer, range(STEPS), shard_of)
         is_stepped = all(dtensor.is_dtensor(s) for state in optimizer.state.values() for s in state.values())
@@ -86,7 +87,9 @@ def train_on_two_dimensions(options: dict[str, Any]) -> Any:
     ]
 
 
-@pytest.mark.parametrize("options", [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}, {"state_dtype": torch.bfloat16}], ids=str
+)
 def test_a_mesh_of_two_dimensions(options: dict[str, float]) -> None:
     four = Processes(4)
     for pairs in four.run(train_on_two_dimensions, options):

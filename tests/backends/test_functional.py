@@ -18,11 +18,14 @@ from cases import (
     assert_like_oracle,
     assert_same_bits,
     coo,
+    coo_gradient,
     dtype_name,
     gradients,
+    optimizer_oracle_of,
     oracle_of,
     randn,
     to_numpy,
+    to_oracle,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -32,7 +35,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_adadelta import AdadeltaKeras
-from torch_adadelta.backends import functional, kernels
+from torch_adadelta.backends import functional, kernels, opmath
 from torch_adadelta.backends.batch import Backend, Batch, GradientOptions, Segment
 
 # 0-dim, empty, around the vector widths (4 to 32), the kernel's block (512) and its grain (32768), and some more.
@@ -79,9 +82,12 @@ def test_hyperparameters(
     path: Path, dtype: torch.dtype, learning_rate: float, rho: float, epsilon: float | None
 ) -> None:
     param = Parameter(torch.zeros(100, dtype=dtype))
-    maximize = rho == 0.9
-    optimizer = AdadeltaKeras([param], learning_rate, rho, epsilon, maximize=maximize, **path.options)
-    oracle = oracle_of(param, learning_rate=learning_rate, rho=rho, epsilon=epsilon, maximize=maximize)
+    options: Any = {
+        0.9: {"maximize": True, "weight_decay": 0.25},
+        0.0: {"maximize": True, "weight_decay": 0.25, "decoupled_weight_decay": False},
+    }.get(rho, {})
+    optimizer = AdadeltaKeras([param], learning_rate, rho, epsilon, **options, **path.options)
+    oracle = oracle_of(param, learning_rate=learning_rate, rho=rho, epsilon=epsilon, **options)
     for grad in gradients((100,), dtype, steps=10):
         param.grad = grad
         oracle.step(to_numpy(grad))
@@ -353,7 +359,7 @@ class Watch(TorchDispatchMode):
         self.batch = batch
         self.names = {
             x.untyped_storage().data_ptr(): name
-            for name, tensors in zip(("param", "grad", "square_avg", "acc_delta"), batch.lists, strict=True)
+            for name, tensors in zip(("param", "grad", "square_avg", "acc_delta"), batch.lists, strict=False)
             for x in tensors
             if not x.is_sparse
         }
@@ -418,6 +424,36 @@ def test_updates_on_a_device_without_values(update: Callable[[Batch], None], dty
     factor = functional.global_factor(0.5, sums, torch.float32)
     assert isinstance(factor, Tensor)
     assert factor.is_meta
+
+
+# ---- Sums of gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [None, 0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_gradients_are_added_to_their_sum(dtype: torch.dtype, dims: int | None) -> None:
+    """Dense and sparse ones, divided by the factor of the loss; those of complex numbers lazily conjugated."""
+    param = torch.zeros(4, 3, dtype=dtype)
+    for factor in (None, 3.0):
+        expected = optimizer_oracle_of([param], loss_scale_factor=factor, gradient_accumulation_steps=9)
+        total = torch.zeros(4, 3, dtype=opmath.wide_dtype(param))
+        for step, count in enumerate((7, 0, 5)):
+            if dims is None:
+                (values,) = gradients((4, 3), dtype, 1, seed=step)
+                grad, resolved = values.conj(), values.conj_physical()
+            else:
+                made = coo_gradient((4, 3), dtype, count, dims, seed=step)
+                both = (made._values().conj(), made._values().conj_physical())
+                grad, resolved = (coo(made._indices(), values, (4, 3)) for values in both)
+            expected.step(to_oracle([resolved]))
+            before = total.clone()
+            own = functional.unscaled_in(total, grad, factor)
+            result = functional.added(total, own)
+            assert_same_bits(total, before)
+            functional.add_to_sum(total, own)
+            assert expected.accumulators is not None
+            for actual in (result, total):
+                assert_same_bits(actual, expected.accumulators[0], f"at step {step}")
 
 
 # ---- Tensors that overlap themselves --------------------------------------------------------------------------------

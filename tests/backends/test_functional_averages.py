@@ -17,11 +17,12 @@ from average_cases import (
     oracle_after,
 )
 from cases import DTYPES, LAYOUTS, Path, assert_same_bits, dtype_name, gradients, randn, to_numpy
+from reference.formats import join_master
 from reference.oracle import scaled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_adadelta.backends import functional
+from torch_adadelta.backends import functional, masters
 from torch_adadelta.backends.batch import Backend, Batch, Segment
 
 inf, nan = torch.inf, torch.nan
@@ -149,7 +150,7 @@ def test_nothing_is_read_on_the_host(update: Any) -> None:
         segments = [Segment(2, 1.0, 0.9, 1e-3, ema_momentum=momentum, overwrites=True)]
         with torch.no_grad():
             update(Batch(Backend.SINGLE_TENSOR, False, False, *made[:4], segments, averages=made[4]))
-            functional.average(made[0], made[4], momentum, True, torch.zeros((), device="meta"))
+            functional.average(made[0], made[4], [None, None], momentum, True, torch.zeros((), device="meta"))
 
 
 # ---- By themselves --------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_nothing_is_read_on_the_host(update: Any) -> None:
 def test_averages_by_themselves(
     momentum: str, overwrites: bool, found_inf: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every dtype and layout, in pieces and together; parameters that require gradients."""
+    """Of every dtype and layout, in pieces and together; parameters that require gradients, and some with masters."""
     monkeypatch.setattr(functional, "_PIECE_ELEMENTS", (40, 40))
     m = MOMENTA[momentum]
     params = []
@@ -169,26 +170,36 @@ def test_averages_by_themselves(
         made, _ = lists_of(dtype, [(2, 3, 4, 5), (1, 1, 1, 3), (0, 1, 1, 2), (2, 1, 1, 5), (60, 1, 1, 1)])
         params += [LAYOUTS[layout](x.clone()) for layout in LAYOUTS for x in made]
     params.append(torch.tensor(3.0))
+    generator = torch.Generator().manual_seed(1)
+    remainders: list[Tensor | None] = []
+    for i, param in enumerate(params):
+        has_master = param.dtype is torch.bfloat16 and i % 2 == 0
+        drawn = torch.randint(-(2**15), 2**15, param.shape, generator=generator, dtype=torch.int16)
+        remainders.append(masters.new_remainder(param).copy_(drawn) if has_master else None)
     averages = averages_of(params)
     if float(m) == 0:
         averages[0].fill_(nan)
     averages[1:3] = map(LAYOUTS["sliced"], averages[1:3])
     changes = not found_inf
     expected = []
-    for param, average in zip(params, averages, strict=True):
+    for param, average, remainder in zip(params, averages, remainders, strict=True):
         p, e = to_numpy(param), to_numpy(average).copy()
+        p = p if remainder is None else join_master(p, remainder.numpy())
         T = e.real.dtype.type
         if changes:
             e = scaled(e, T(float(m))) + scaled(p, T(1) - T(float(m))) if float(m) else p.astype(e.dtype)
         expected.append(torch.from_numpy(np.asarray(e)))
-    initial = [param.clone() for param in params]
+    initial = [masters.master_of(param, rest).clone() for param, rest in zip(params, remainders, strict=True)]
     for param in params:
         param.requires_grad_()
     flag = None if found_inf is None else torch.tensor([found_inf])
-    functional.average(params, averages, m, overwrites, flag)
-    for i, (param, average, before, e) in enumerate(zip(params, averages, initial, expected, strict=True)):
+    functional.average(params, averages, remainders, m, overwrites, flag)
+    for i, (param, average, rest, before, e) in enumerate(
+        zip(params, averages, remainders, initial, expected, strict=True)
+    ):
         assert_same_bits(average, e, str(i))
-        assert_same_bits(param.detach(), e.to(param.dtype) if overwrites and changes else before, str(i))
+        master = masters.master_of(param, rest)
+        assert_same_bits(master, e.to(master.dtype) if overwrites and changes else before, str(i))
         assert average.dtype is average_dtype(param)
 
 
@@ -214,12 +225,12 @@ def test_they_take_little_memory(momentum: Any, found_inf: Tensor | None) -> Non
     params = [torch.ones(3, 2**16, dtype=torch.bfloat16), *(torch.ones(1000) for _ in range(200))]
     averages = [torch.zeros(x.shape) for x in params]
     with Largest() as largest:
-        functional.average(params, averages, momentum, True, found_inf)
+        functional.average(params, averages, [None] * len(params), momentum, True, found_inf)
     assert 1000 <= largest.numel <= 2**16
     assert math.isclose(float(averages[0][2, -1]), 0.1, rel_tol=1e-6)
     assert math.isclose(float(averages[-1][-1]), 0.1, rel_tol=1e-6)
 
 
 def test_none() -> None:
-    functional.average([], [], 0.9, True)
-    functional.average([torch.ones(0)], [torch.ones(0)], 0.9, True, torch.zeros(1))
+    functional.average([], [], [], 0.9, True)
+    functional.average([torch.ones(0)], [torch.ones(0)], [None], 0.9, True, torch.zeros(1))

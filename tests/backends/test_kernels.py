@@ -139,15 +139,15 @@ def test_the_instruction_set_can_be_chosen_by_the_environment() -> None:
 def test_hyperparameters_of_segments() -> None:
     lr = torch.tensor(0.5)
     assert kernels.hyperparameter_arguments([]) == ([], [], [])
-    segments = [Segment(3, 1, 0.9, 1e-7, True, 0.1, False, 0.75, True), Segment(0, 0.25, 0.5, 1e-3, False)]
+    segments = [Segment(3, 1, 0.9, 1e-7, True, 0.1, False, 0.75, True, 2, True), Segment(0, 0.25, 0.5, 1e-3, False)]
     sizes, numbers, tensors = kernels.hyperparameter_arguments(segments)
-    expected = [1.0, 0.9, 1e-7, 1.0, 0.1, 0.0, 0.75, 1.0, 0.25, 0.5, 1e-3, 0.0, 0.0, 1.0, 0.0, 0.0]
+    expected = [1.0, 0.9, 1e-7, 1.0, 0.1, 0.0, 0.75, 1.0, 2.0, 1.0, 0.25, 0.5, 1e-3, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert (sizes, numbers, tensors) == ([3, 0], expected, [])
     assert set(map(type, numbers)) == {float}
     sizes, numbers, tensors = kernels.hyperparameter_arguments([*segments, Segment(2, lr, 0.75, 1.0, True)])
-    assert (sizes, numbers[16:]) == ([3, 0, 2], [0.0, 0.75, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    assert [x is lr for x in tensors] == [False] * 16 + [True] + [False] * 7
-    assert tensors.count(None) == 23
+    assert (sizes, numbers[20:]) == ([3, 0, 2], [0.0, 0.75, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    assert [x is lr for x in tensors] == [False] * 20 + [True] + [False] * 9
+    assert tensors.count(None) == 29
 
 
 def test_options_of_gradients() -> None:
@@ -218,6 +218,22 @@ def test_the_fused_update_is_that_of_functional(name: str, kind: str, dtype: tor
     for i, (actual, wanted) in enumerate(zip(written(batch), written(expected), strict=True)):
         assert_same_bits(actual, wanted, str(i))
     del cache
+
+
+@needs_library
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_masters_are_those_of_functional(is_sparse: bool) -> None:
+    batch, expected = (make_batch(is_sparse, torch.bfloat16) for _ in range(2))
+    for one in (batch, expected):
+        one.segments = [segment._replace(has_masters=True) for segment in one.segments]
+        one.remainders = [torch.full((6, 5), 100 * i, dtype=torch.int16) for i in range(4)]
+    assert not is_sparse or kernels.first_invalid_indices(batch).tolist() == [-1] * 4  # type: ignore[union-attr]
+    assert kernels.update(batch) is None
+    (functional.sparse_single_tensor if is_sparse else functional.single_tensor)(expected)
+    for actual, wanted in zip(
+        (*written(batch), *batch.remainders), (*written(expected), *expected.remainders), strict=True
+    ):
+        assert torch.equal(actual, wanted)
 
 
 @needs_library
@@ -427,17 +443,17 @@ def test_a_dispatch_mode_sees_an_op_whose_schema_tells_what_it_writes() -> None:
 def test_fakes_say_what_the_ops_return() -> None:
     batch, sparse = make_batch(), make_batch(is_sparse=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        lists = [[mode.from_tensor(x) for x in tensors] for tensors in batch.lists]
+        lists = [[mode.from_tensor(x) for x in tensors] for tensors in batch.lists[:4]]
         fake = Batch(Backend.FUSED, False, False, *lists, [Segment(4, 1.0, 0.9, 1e-7, False)])
         assert kernels.update(fake) is None
-        sums = kernels.square_sums(lists[0], lists[1])
+        sums = kernels.square_sums(lists[0], lists[1], 0.5, True, torch.tensor(2.0))
         assert isinstance(sums, Tensor)
         assert (sums.shape, sums.dtype, sums.device.type) == ((4,), torch.float64, "cpu")
         parts = [
             [mode.from_tensor(x._indices()) for x in sparse.grads],
             [mode.from_tensor(x._values()) for x in sparse.grads],
         ]
-        found = torch.ops.torch_adadelta.first_invalid_indices(lists[0], *parts, *lists[2:])
+        found = torch.ops.torch_adadelta.first_invalid_indices(lists[0], *parts, *lists[2:], [])
         assert (found.shape, found.dtype) == ((4,), torch.int64)
 
 
@@ -505,6 +521,24 @@ def test_accumulators_that_are_not_cached(which: int, make: Callable[[Tensor], T
     lists[which][3] = torch._neg_view(torch.zeros(6, 5))
     assert kernels.cached_accumulators(*lists) is None
     assert kernels.cached_accumulators(batch.square_avgs[:2], batch.acc_deltas[:1]) is None
+
+
+@needs_library
+def test_no_accumulators_are_cached_while_a_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert kernels.cached_accumulators(batch.square_avgs, batch.acc_deltas) is None
+
+
+@needs_library
+def test_what_is_no_refusal_of_accumulators_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("of memory")
+
+    batch = make_batch()
+    monkeypatch.setattr(kernels, "_cache_accumulators", fail)
+    with pytest.raises(RuntimeError, match="of memory"):
+        kernels.cached_accumulators(batch.square_avgs, batch.acc_deltas)
 
 
 @needs_library

@@ -27,6 +27,7 @@ def test_opmath_dtype(dtype: torch.dtype) -> None:
     assert opmath.opmath_dtypes(params) == {expected, torch.float32}
     assert opmath.opmath_dtypes(params[:1]) == {expected}
     assert opmath.opmath_dtypes([]) == set()
+    assert opmath.wide_dtype(params[0]) is (expected.to_complex() if dtype.is_complex else expected)
 
 
 @pytest.mark.parametrize("dtype", COMPLEX_DTYPES, ids=dtype_name)
@@ -188,6 +189,56 @@ def test_exact_sqrt_of_what_numpy_cannot_see(kind: str, dtype: torch.dtype) -> N
             assert opmath.exact_sqrt(mode.from_tensor(x)).shape == (4,)
         return
     assert_same_bits(root, _roots(x))
+
+
+# Between two numbers of 16 bits, and a little more: rounded to float32 first, some would be exactly between them.
+_BETWEEN = [
+    sign * 2.0**exponent * (1 + k / 2048 + tiny)
+    for sign in (1, -1)
+    for exponent in (-130, -24, -14, -1, 0, 15, 127)
+    for k in (0, 1, 3, 4, 8, 12, 1020, 2036, 2045)
+    for tiny in (0.0, 2.0**-40, -(2.0**-40), 2.0**-24, -(2.0**-25))
+]
+_SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e300, -1e300, 1e-300, 65519.999999, 65520.0, 3.4e38]
+
+
+def _nearest(x: float, dtype: torch.dtype) -> float:
+    """By exact distances, ties to the even one; beyond the largest the next power of two stands for infinity."""
+    guess = torch.tensor(x).to(dtype)
+    if not math.isfinite(x) or x == 0:
+        return float(guess)
+    around = [torch.nextafter(guess, torch.tensor(to, dtype=dtype)) for to in (-math.inf, math.inf)]
+    limit = {torch.float16: 2.0**16, torch.bfloat16: 2.0**128}[dtype]
+
+    def key(y: Tensor) -> tuple[Fraction, int]:
+        value = Fraction(float(y)) if y.isfinite() else Fraction(math.copysign(limit, float(y)))
+        return abs(value - Fraction(x)), int(y.view(torch.int16)) & 1
+
+    return float(min([guess, *around], key=key))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_what_is_stored_is_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.tensor([*_BETWEEN, *_SPECIAL], dtype=torch.float64)
+    stored = opmath.stored(x, dtype)
+    assert stored.dtype is dtype
+    assert_same_bits(
+        stored.double(), torch.tensor([_nearest(value, dtype) for value in x.tolist()], dtype=torch.float64)
+    )
+    assert not torch.equal(stored.nan_to_num(), x.to(dtype).nan_to_num())  # what PyTorch does
+    as_complex = torch.complex(x, x.flip(0))
+    if dtype is torch.float16:
+        assert torch.equal(
+            torch.view_as_real(opmath.stored(as_complex, torch.complex32)).nan_to_num(),
+            torch.stack([stored, stored.flip(0)], -1).nan_to_num(),
+        )
+
+
+def test_what_is_stored_is_a_copy() -> None:
+    for dtype in DTYPES:
+        x = torch.ones(2, dtype=dtype)
+        stored = opmath.stored(x, dtype)
+        assert (stored.dtype, stored.data_ptr() != x.data_ptr()) == (dtype, True)
 
 
 def test_exact_sqrt_of_a_device_is_its_own() -> None:

@@ -10,6 +10,7 @@ import torch
 from cases import segment
 from op_cases import (
     CALLS,
+    Kept,
     Lists,
     adadelta,
     assert_refused,
@@ -17,6 +18,7 @@ from op_cases import (
     assert_same_lists,
     dense,
     dense_lists,
+    kept_lists,
     needs_library,
     sparse_lists,
 )
@@ -122,13 +124,38 @@ def test_an_average_has_memory_of_its_own(part: int, row: int, error: str) -> No
     for begin in (19, 20):
         lists = lists_for("dense")
         lists.append([torch.ones(4, 5) for _ in range(3)])
-        adadelta.adadelta_(*lists, *OWN)
+        adadelta.adadelta_(*lists, [], *OWN)
         tensors = overlapping(torch.ones(60), begin, 1)
         lists[4][1], lists[part][row] = tensors
         if begin == 19:
-            assert_refused(adadelta.adadelta_, lists, *OWN, error=error)
+            assert_refused(adadelta.adadelta_, lists, [], *OWN, error=error)
         else:
-            adadelta.adadelta_(*lists, *OWN)
+            adadelta.adadelta_(*lists, [], *OWN)
+
+
+@pytest.mark.parametrize(
+    ("part", "row", "error"),
+    [
+        (0, 1, "parameter 1: it and its remainder share memory$"),
+        (1, 1, "parameter 1: its gradient and its remainder share memory$"),
+        (3, 1, "parameter 1: its acc_delta and its remainder share memory$"),
+        (0, 0, f"parameter 0: it and the remainder of parameter 1{SHARED}"),
+        (1, 2, f"parameter 2: its gradient and the remainder of parameter 1{SHARED}"),
+        (2, 2, f"parameter 1: its remainder and the square_avg of parameter 2{SHARED}"),
+        (5, 0, f"parameter 0: its remainder and the remainder of parameter 1{SHARED}"),
+    ],
+)
+def test_a_remainder_has_memory_of_its_own(part: int, row: int, error: str) -> None:
+    own = segment(3, 1.0, 0.9, 1e-7, has_masters=True)
+    for begin in (19, 20):
+        lists = kept_lists([(4, 5)] * 3, torch.bfloat16, Kept(has_masters=True))
+        adadelta.adadelta_(*lists, *own)
+        tensors = overlapping(torch.ones(60, dtype=torch.bfloat16), begin, 1)
+        lists[5][1], lists[part][row] = tensors[0].view(torch.int16), tensors[1].view(lists[part][row].dtype)
+        if begin == 19:
+            assert_refused(adadelta.adadelta_, lists, *own, error=error)
+        else:
+            adadelta.adadelta_(*lists, *own)
 
 
 def test_a_parameter_listed_twice_has_the_same_average_twice() -> None:
@@ -136,11 +163,11 @@ def test_a_parameter_listed_twice_has_the_same_average_twice() -> None:
     lists.append([torch.ones(4, 5) for _ in range(3)])
     for part in (0, 2, 3, 4):
         lists[part][2] = lists[part][0]
-    adadelta.adadelta_(*lists, *OWN)
+    adadelta.adadelta_(*lists, [], *OWN)
     lists[4][2] = torch.ones(4, 5)
     shared = " and the square_avg of parameter 2| and the acc_delta of parameter 2| and parameter 2"
     with pytest.raises(RuntimeError, match=f"parameter 0: it(s square_avg|s acc_delta|)({shared}){SHARED}"):
-        adadelta.adadelta_(*lists, *OWN)
+        adadelta.adadelta_(*lists, [], *OWN)
 
 
 @pytest.mark.parametrize("part", [0, 2, 3])

@@ -1,10 +1,12 @@
 """csrc/cpu/kernels/convert.h: what numbers of 16 bits become, and how they are rounded, on every instruction set."""
 
 import direct
+import numpy as np
 import pytest
 import torch
 from cases import assert_same_bits, dtype_name
-from op_cases import assert_update, needs_library, ways
+from op_cases import Kept, assert_update, needs_library, ways
+from reference.formats import join_master, split_master
 from torch import Tensor
 
 pytestmark = needs_library
@@ -39,6 +41,26 @@ def test_what_is_read_of_a_gradient(dtype: torch.dtype, param_dtype: torch.dtype
         lists[1] = [values]
         direct.fused(*lists, 0.0, 0.0, 1e-7)  # type: ignore[arg-type]
         assert_same_bits(lists[2][0], expected, way)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
+def test_masters_are_put_together_and_taken_apart(state_dtype: torch.dtype) -> None:
+    """A step without a gradient leaves every float as it is, and nan a nan; a stale remainder makes neither from a number."""
+    kept = Kept(state_dtype, has_masters=True)
+    generator = torch.Generator().manual_seed(0)
+    halves = every_value(torch.bfloat16)
+    remainders = torch.randint(-(2**15), 2**15, halves.shape, dtype=torch.int16, generator=generator)
+    for way in ways():
+        param, remainder = halves.clone(), remainders.clone()
+        states = [torch.zeros(len(halves), dtype=state_dtype) for _ in range(2)]
+        grads = torch.zeros(len(halves), dtype=torch.bfloat16)
+        lists = [[param], [grads], *([x] for x in states)]
+        direct.fused(*lists, 1.0, 0.9, 1e-6, **kept.options, remainders=[remainder])  # type: ignore[arg-type]
+        masters = join_master(halves.float().numpy(), remainders.numpy())
+        expected, rest = split_master(masters)
+        assert_same_bits(param, expected, way)
+        np.testing.assert_array_equal(remainder.numpy(), rest, way)
+        assert np.array_equal(np.isnan(masters), halves.isnan().numpy())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)

@@ -77,7 +77,7 @@ def test_sparse_rows_on_several_threads(shape: tuple[int, int]) -> None:
         with threads(count):
             lists = sparse_lists([(shape, 1), ((4,), 1), (shape, 1)], count=3000 if shape[1] < 100 else 70)
             for _ in range(2):
-                adadelta.sparse_adadelta_(*lists, *segment(3, 1.0, 0.9, 1e-6))
+                adadelta.sparse_adadelta_(*lists, [], *segment(3, 1.0, 0.9, 1e-6))
             results.append(lists)
     for result in results[1:]:
         assert_same_lists(result, results[0])

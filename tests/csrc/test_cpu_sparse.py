@@ -1,9 +1,11 @@
 """csrc/cpu/sparse.cpp and csrc/sparse.h: updates by sparse gradients against the oracle, and what is refused."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import direct
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -12,20 +14,22 @@ from cases import (
     REAL_DTYPES,
     assert_like_oracle,
     dtype_name,
-    oracle_of,
     segment,
 )
 from op_cases import (
     CLIPS,
     HYPERPARAMETERS,
+    OWN_STATE,
     TABLES,
     Clip,
+    Kept,
     Lists,
     adadelta,
     assert_refused,
     assert_repeated_in_order,
     assert_same_lists,
     inf,
+    kept_sparse_lists,
     lay_out,
     nan,
     needs_library,
@@ -33,6 +37,7 @@ from op_cases import (
     states_of,
     ways,
     whole_memory,
+    with_kept,
 )
 from reference.oracle import SparseGradient
 from torch import Tensor
@@ -43,24 +48,33 @@ OWN = segment(2, *HYPERPARAMETERS)
 
 
 def assert_like_the_oracle(
-    make: Callable[[], Lists], clip: Clip = CLIPS["plain"], threads: tuple[int, ...] = (1,)
+    make: Callable[[], Lists],
+    clip: Clip = CLIPS["plain"],
+    threads: tuple[int, ...] = (1,),
+    kept: Kept = OWN_STATE,
 ) -> None:
-    """Two steps on each instruction set, with nothing written between the elements."""
-    params, indices, values, *_ = make()
+    """Two steps on each instruction set, with nothing written between the elements. A sixth list holds remainders."""
+    params, indices, values, *states = make()
     templates = [torch.empty(value.shape, dtype=param.dtype) for param, value in zip(params, values, strict=True)]
-    oracles = [oracle_of(p, learning_rate=1.0, rho=0.9, epsilon=1e-6, maximize=clip.maximize) for p in params]
+    hyperparameters = {"learning_rate": 1.0, "rho": 0.9, "epsilon": 1e-6, "maximize": clip.maximize}
+    remainders = states[2] if len(states) > 2 and states[2] else [None] * len(params)
+    oracles = [kept.oracle_of(p, r, **hyperparameters) for p, r in zip(params, remainders, strict=True)]
     for by_oracle, index, template, value in zip(oracles, indices, templates, values, strict=True):
         for _ in range(2):
             by_oracle.step(SparseGradient(index.numpy(), clip.apply(template, value)))
     for way in ways(threads):
         lists = make()
-        gaps = [whole_memory(x).clone() for part in (0, 3, 4) for x in lists[part]]
+        written = [x for part in (lists[0], *lists[3:]) for x in part]
+        gaps = [whole_memory(x).clone() for x in written]
+        own = {**kept.options, "remainders": [x for part in lists[5:] for x in part]}
         for _ in range(2):
-            direct.sparse_op(*lists, *HYPERPARAMETERS, **clip.options(templates, lists[2]))
-        for i, (param, square_avg, acc_delta, by_oracle) in enumerate(zip(lists[0], *lists[3:], oracles, strict=True)):
+            direct.sparse_op(*lists[:5], *HYPERPARAMETERS, **clip.options(templates, lists[2]), **own)
+        for remainder, by_oracle in zip(own["remainders"], oracles, strict=False):
+            np.testing.assert_array_equal(remainder.numpy(), by_oracle.remainder, way)
+        for i, (param, square_avg, acc_delta, by_oracle) in enumerate(zip(lists[0], *lists[3:5], oracles, strict=True)):
             state = {"square_avg": square_avg, "acc_delta": acc_delta}
             assert_like_oracle(param, state, by_oracle, f"{i} {way}")
-        for x, gap in zip((x for part in (0, 3, 4) for x in lists[part]), gaps, strict=True):
+        for x, gap in zip(written, gaps, strict=True):
             if x.numel() < gap.numel():
                 now = whole_memory(x).clone()
                 for memory in (now, gap):
@@ -93,6 +107,22 @@ def test_tables_and_state_of_any_layout(layout: str, dtype: torch.dtype) -> None
         return [params, *lists[1:3], *states]
 
     assert_like_the_oracle(make)
+
+
+@pytest.mark.parametrize("name", ["plain", "clipvalue-factor", "both-scales-clipnorm"])
+@with_kept
+def test_state_of_every_kind(dtype: torch.dtype, kept: Kept, name: str) -> None:
+    make = functools.partial(kept_sparse_lists, [*TABLES, ((3, 9001), 1)], dtype, kept)
+    assert_like_the_oracle(make, CLIPS[name], threads=(2,), kept=kept)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@with_kept
+def test_state_of_every_kind_and_layout(dtype: torch.dtype, kept: Kept, layout: str) -> None:
+    """With values of every dtype."""
+    tables = [((5, 3, 1, 12), dims) for dims in range(5)]
+    make = functools.partial(kept_sparse_lists, tables, dtype, kept, REAL_DTYPES, layout)
+    assert_like_the_oracle(make, kept=kept)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 10, 17, 300])
@@ -129,7 +159,7 @@ def test_indices_of_any_layout() -> None:
 
     lists, expected = make(False), make(True)
     for made in (lists, expected):
-        adadelta.sparse_adadelta_(*made, *OWN)
+        adadelta.sparse_adadelta_(*made, [], *OWN)
     for part in (0, 3, 4):
         assert all(map(torch.equal, lists[part], expected[part]))
 
@@ -155,9 +185,9 @@ def test_nothing_is_written_if_found_inf_is_not_zero(layout: str, found_inf: flo
         return [params, *lists[1:3], *states_of(params)]
 
     lists, expected = make(), make()
-    adadelta.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
+    adadelta.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
     if found_inf == 0:
-        adadelta.sparse_adadelta_(*expected, *segment(1, *HYPERPARAMETERS))
+        adadelta.sparse_adadelta_(*expected, [], *segment(1, *HYPERPARAMETERS))
     assert_same_lists(lists, expected)
 
 
@@ -179,7 +209,7 @@ def test_spelled_out() -> None:
 
 def test_check_only_and_empty_lists() -> None:
     lists, expected = sparse_lists(TABLES[:2]), sparse_lists(TABLES[:2])
-    adadelta.sparse_adadelta_(*lists, *OWN, check_only=True)
+    adadelta.sparse_adadelta_(*lists, [], *OWN, check_only=True)
     assert_same_lists(lists, expected)
     direct.sparse_fused([], [], [], [], *HYPERPARAMETERS)
 
@@ -221,16 +251,19 @@ BAD_LISTS: list[tuple[Callable[[Lists], Any], str]] = [
 def test_lists_that_do_not_fit_are_refused_unwritten(spoil: Any, error: str) -> None:
     lists = sparse_lists([((9, 4), 1), ((3, 2, 5), 2)])
     spoil(lists)
-    assert_refused(adadelta.sparse_adadelta_, lists, *OWN, error=error)
+    assert_refused(adadelta.sparse_adadelta_, lists, [], *OWN, error=error)
     with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
-        adadelta.first_invalid_indices(*lists)
+        adadelta.first_invalid_indices(*lists, [])
 
 
 @pytest.mark.parametrize("part", [0, 2, 3, 4])
 def test_tensors_on_the_meta_device(part: int) -> None:
     lists = sparse_lists([((9, 4), 1), ((3, 2, 5), 2)])
     lists[part][-1] = lists[part][-1].to("meta")
-    for call in (lambda: adadelta.sparse_adadelta_(*lists, *OWN), lambda: adadelta.first_invalid_indices(*lists)):
+    for call in (
+        lambda: adadelta.sparse_adadelta_(*lists, [], *OWN),
+        lambda: adadelta.first_invalid_indices(*lists, []),
+    ):
         with pytest.raises(RuntimeError, match="a tensor on the meta device has no elements to update"):
             call()
 
@@ -239,25 +272,25 @@ def test_values_that_are_not_contiguous() -> None:
     lists = sparse_lists([((9, 4), 1), ((9, 4), 1)])
     lists[2][1] = lists[2][1].t().contiguous().t()
     assert_refused(
-        adadelta.sparse_adadelta_, lists, *OWN, error="parameter 1: the values of its gradient are not contiguous"
+        adadelta.sparse_adadelta_, lists, [], *OWN, error="parameter 1: the values of its gradient are not contiguous"
     )
 
 
 def test_the_first_index_out_of_range() -> None:
     lists = sparse_lists([((9, 5), 1), ((4, 3, 2), 2), ((9, 5), 1), ((2, 3), 0), ((9, 0), 1)], count=1500)
-    assert adadelta.first_invalid_indices(*lists).tolist() == [-1] * 5
+    assert adadelta.first_invalid_indices(*lists, []).tolist() == [-1] * 5
     lists[1][0][0, [1499, 700, 701]] = torch.tensor([9, -1, 2**62])
     lists[1][1][:, 1200] = torch.tensor([1, 3])  # which would be row [2, 0]
     lists[1][1][0, 1201] = -(2**63)
     lists[1][2][0, 0] = 9
     lists[1][4][0, 3] = 9
-    assert adadelta.first_invalid_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
+    assert adadelta.first_invalid_indices(*lists, []).tolist() == [700, 1200, 0, -1, 3]
     for i, position in ((0, 700), (1, 1200), (2, 0), (4, 3)):
         one = [tensors[i : i + 1] for tensors in lists]
         error = f"parameter 0: index {position} of its gradient is out of range"
         before = [x.clone() for part in (0, 3, 4) for x in one[part]]
         with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
-            adadelta.sparse_adadelta_(*one, *segment(1, *HYPERPARAMETERS))
+            adadelta.sparse_adadelta_(*one, [], *segment(1, *HYPERPARAMETERS))
         assert all(map(torch.equal, [x for part in (0, 3, 4) for x in one[part]], before))
 
 
@@ -272,7 +305,7 @@ def test_tensors_without_their_memory(which: int, spoil: int) -> None:
     storage = lists[which][0].untyped_storage()
     storage.resize_(0 if spoil == 0 else storage.nbytes() - 1)
     name = ["it", "the memory of its indices", "its gradient", "its square_avg", "its acc_delta"][which]
-    for op, arguments in (("sparse_adadelta_", segment(1, 1.0, 0.9, 1e-7)), ("first_invalid_indices", ())):
+    for op, arguments in (("sparse_adadelta_", ([], *segment(1, 1.0, 0.9, 1e-7))), ("first_invalid_indices", ([],))):
         message = f"^torch_adadelta refuses parameter 0: {name} .*its storage was resized"
         with pytest.raises(RuntimeError, match=message):
             getattr(adadelta, op)(*lists, *arguments)
@@ -291,6 +324,6 @@ def test_indices_in_memory_that_is_written_to(which: int, of_another: bool, begi
     row = 1 - of_another
     lists[1][row] = memory.view(torch.int64)[begin : begin + 4][None]
     error = f"parameter {row}: its indices share memory with a tensor that would be written to"
-    assert_refused(adadelta.sparse_adadelta_, lists, *OWN, error=error)
+    assert_refused(adadelta.sparse_adadelta_, lists, [], *OWN, error=error)
     lists[1][row] = memory.view(torch.int64)[8:12][None]
-    adadelta.sparse_adadelta_(*lists, *OWN)
+    adadelta.sparse_adadelta_(*lists, [], *OWN)

@@ -7,17 +7,33 @@ from threading import Barrier
 from typing import Any
 
 import direct
+import numpy as np
 import pytest
 import torch
 from average_cases import HYPERPARAMETERS as AVERAGED
 from average_cases import MOMENTA, assert_averaged, averages_of, laid_like, oracle_after
-from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn, segment
+from cases import (
+    COMPLEX_DTYPES,
+    DTYPES,
+    LAYOUTS,
+    REAL_DTYPES,
+    assert_same_bits,
+    dtype_name,
+    gradients,
+    randn,
+    segment,
+    segments,
+)
 from op_cases import (
     CALLS,
     CLIPS,
     HYPERPARAMETERS,
+    KEPT,
+    OWN_STATE,
     Clip,
+    Kept,
     Lists,
+    adadelta,
     assert_repeated_in_order,
     assert_same_lists,
     assert_update,
@@ -30,6 +46,7 @@ from op_cases import (
     states_of,
     ways,
     whole_memory,
+    with_kept,
 )
 from torch import Tensor
 
@@ -133,6 +150,87 @@ def test_spelled_out() -> None:
     assert square_avg(four, clipnorm=2.5, square_sums=sums * inf) == [0.0, 0.0, 0.0]
 
 
+# ---- State of another dtype, and masters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@with_kept
+def test_state_of_every_kind(dtype: torch.dtype, kept: Kept, name: str) -> None:
+    params, grads, *_ = dense_lists(SIZES, dtype)
+    assert_update(params, grads, CLIPS[name], kept=kept)
+
+
+@pytest.mark.parametrize("is_decoupled", [False, True])
+@with_kept
+def test_weight_decay_of_masters(dtype: torch.dtype, kept: Kept, is_decoupled: bool) -> None:
+    """Which is of the master, not of the rounded parameter."""
+    params, grads, *_ = dense_lists(SIZES, dtype)
+    for name in ("plain", "both-scales-clipnorm"):
+        assert_update(params, grads, CLIPS[name], kept=kept, weight_decay=0.3, is_decoupled=is_decoupled)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@with_kept
+def test_state_of_every_kind_and_layout(dtype: torch.dtype, kept: Kept, layout: str) -> None:
+    """With gradients of every dtype; and parts of a large tensor, which two threads take."""
+    params, grads, *_ = dense_lists([(2, 3, 4, 70)] * 4 + [(1, 1, 1, 3), (3, 1, 5, 4001)], dtype, REAL_DTYPES)
+    assert_update([lay_out(layout, x) for x in params], grads, threads=(2,), kept=kept)
+
+
+@with_kept
+def test_special_values_of_every_kind(dtype: torch.dtype, kept: Kept) -> None:
+    special = [inf, -inf, nan, 3.3e38, -3.38e38, 1e20, 0.0, -0.0, 1e-30, 1e-40, -1e-45, 0.3]
+    values = torch.tensor(special, dtype=torch.float64).to(dtype)
+    grads = [values.repeat_interleave(len(special)), values, values.flip(0)]
+    params = [values.repeat(len(special)), values.clone(), torch.ones(len(special)).to(dtype)]
+    assert_update(params, grads, kept=kept)
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@with_kept
+def test_averages_of_every_kind(dtype: torch.dtype, kept: Kept, layout: str, overwrites: bool) -> None:
+    """Averages follow masters, and what overwrites a master is not rounded."""
+    params, grads, *_ = dense_lists([(1, 1, 1, n) for n in (0, 1, 33, 513, 2049, 4100)], dtype)
+    params = [lay_out(layout, x) for x in params]
+    averages = averages_of(params)
+    for momentum in (0.9, 0.0):
+        assert_averaged_update(params, grads, averages, momentum, overwrites, kept=kept)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_no_remainder_is_written_if_found_inf_is_not_zero(layout: str) -> None:
+    kept = Kept(torch.float32, has_masters=True)
+    params, grads, *_ = dense_lists([(2, 3, 4, 50)], torch.bfloat16)
+    params = [lay_out(layout, x) for x in params]
+    lists = [params, grads, *states_of(params, torch.float32), [], kept.remainders_of(params)]
+    before = [[x.clone() for x in part] for part in lists]
+    for options in ({"found_inf": torch.ones(1)}, {"check_only": True}):
+        adadelta.adadelta_(*lists, *segment(1, *HYPERPARAMETERS, **kept.options), **options)
+        assert all(
+            torch.equal(x, y)
+            for part, copies in zip(lists, before, strict=True)
+            for x, y in zip(part, copies, strict=True)
+        )
+
+
+def test_segments_of_every_kind_in_one_call() -> None:
+    """Each as by itself; but for those with remainders, which have a call of their own."""
+    for has_remainders in (False, True):
+        kinds = [kind for kind in KEPT if bool(kind[1].remainders_of([torch.ones(1, dtype=kind[0])])) == has_remainders]
+        parts: list[Lists] = []
+        for i, (dtype, kept) in enumerate(kinds):
+            params, grads, *_ = dense_lists([40 + i, 5], dtype)
+            parts.append([params, grads, *states_of(params, kept.state_dtype), [], kept.remainders_of(params)])
+        copies = [[[x.clone() for x in part] for part in lists] for lists in parts]
+        own = [segment(2, *HYPERPARAMETERS, **kept.options) for _, kept in kinds]
+        together = [[x for lists in copies for x in lists[k]] for k in range(6)]
+        adadelta.adadelta_(*together, *segments(*own))
+        for lists, copied, one in zip(parts, copies, own, strict=True):
+            adadelta.adadelta_(*lists, *one)
+            assert_same_lists(lists, copied)
+
+
 # ---- Averages -------------------------------------------------------------------------------------------------------
 
 
@@ -143,20 +241,25 @@ def assert_averaged_update(
     momentum: Any,
     overwrites: bool,
     threads: Sequence[int] = (1,),
+    kept: Kept = OWN_STATE,
     **options: Any,
 ) -> None:
     """One step on every instruction set, as the oracle has it. What lies between the elements stays."""
-    expected = oracle_after(params, averages, [grads], momentum, overwrites)
-    initial = [x.clone() for x in (*params, *averages)]
+    remainders = kept.remainders_of(params)
+    expected = oracle_after(params, averages, [grads], momentum, overwrites, kept=kept, remainders=remainders)
+    written = [*params, *averages, *remainders]
+    initial = [x.clone() for x in written]
     for way in ways(threads):
-        for x, values in zip((*params, *averages), initial, strict=True):
+        for x, values in zip(written, initial, strict=True):
             x.copy_(values)
-        states = states_of(params)
-        gaps = [gaps_of(x) for x in (*params, *averages)]
+        states = states_of(params, kept.state_dtype)
+        gaps = [gaps_of(x) for x in written]
         own = {"averages": averages, "ema_momentum": momentum, "overwrites": overwrites}
-        direct.fused(params, grads, *states, *AVERAGED, **own, **options)
+        direct.fused(params, grads, *states, *AVERAGED, **own, **options, **kept.options, remainders=remainders)
         assert_averaged(params, *states, averages, expected, way)
-        for x, gap in zip((*params, *averages), gaps, strict=True):
+        for x, one in zip(remainders, expected.oracles, strict=bool(remainders)):
+            np.testing.assert_array_equal(x.numpy(), one.remainder, f"remainder {way}")
+        for x, gap in zip(written, gaps, strict=True):
             assert_same_bits(gaps_of(x), gap, way)
 
 

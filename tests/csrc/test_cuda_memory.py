@@ -134,7 +134,7 @@ def test_more_elements_than_32_bits_count(sliced: int | None, dtype: torch.dtype
         x[:edge], x[-edge:] = begin, end
     emulated.set_edge_blocks(3)
     threes = ([x, y, x.clone()] for x, y in zip(small, views, strict=True))
-    emulated.adadelta_(*threes, [], *segment(3, *HYPERPARAMETERS))
+    emulated.adadelta_(*threes, [], [], *segment(3, *HYPERPARAMETERS))
     dense(*map(list, zip(first, last, strict=True)), *segment(2, *HYPERPARAMETERS))
     for one, begin, end in zip(views, first, last, strict=True):
         assert_same_bits(one[: 2 * CHUNK], begin[: 2 * CHUNK])

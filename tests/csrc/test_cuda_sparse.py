@@ -1,5 +1,7 @@
 """csrc/cuda/sparse.cuh, emulated: updates by sparse gradients, and the search for indices out of range."""
 
+import functools
+
 import emulated as emulator
 import pytest
 import torch
@@ -9,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
     TABLES,
+    Kept,
     Lists,
     adadelta,
     assert_same_lists,
     inf,
+    kept_sparse_lists,
     lay_out,
     nan,
     sparse_lists,
     states_of,
     storage_uses,
+    with_kept,
 )
 
 pytestmark = emulator.marks
@@ -47,6 +52,22 @@ def test_values_of_another_dtype(dtype: torch.dtype, name: str) -> None:
 def test_several_segments(dtype: torch.dtype) -> None:
     sizes = [0, 3, 2, 0, len(TABLES) - 5]
     assert_same_sparse_update(lambda: sparse_lists(TABLES, dtype), sizes=sizes, **options_for(dtype, "clipnorm"))
+
+
+@pytest.mark.parametrize("name", ["plain", "both-scales-clipnorm"])
+@with_kept
+def test_state_of_every_kind(dtype: torch.dtype, kept: Kept, name: str) -> None:
+    make = functools.partial(kept_sparse_lists, TABLES, dtype, kept)
+    assert assert_same_sparse_update(make, values=kept.options, **OPTIONS[name]) == 2 * (len(TABLES) - 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@with_kept
+def test_state_of_every_kind_and_layout(dtype: torch.dtype, kept: Kept, layout: str) -> None:
+    """With values of every dtype."""
+    tables = [((5, 3, 1, 12), dims) for dims in range(5)]
+    make = functools.partial(kept_sparse_lists, tables, dtype, kept, REAL_DTYPES, layout)
+    assert_same_sparse_update(make, values=kept.options)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 7, 8, 9, 127, 128, 129, 513])
@@ -128,7 +149,7 @@ def test_nothing_is_written_if_found_inf_is_not_zero(layout: str, found_inf: flo
 
     assert_same_sparse_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor(2.0))
     lists = make()
-    emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
+    emulated.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
     assert torch.equal(lists[3][0], torch.zeros(5, 3, 2, 4)) == (found_inf != 0)
 
 
@@ -154,13 +175,13 @@ def test_tensor_hyperparameters() -> None:
 def test_the_first_index_out_of_range_is_found(seed: int) -> None:
     emulated.set_seed(seed)
     lists = sparse_lists([((9, 5), 1), ((4, 3, 2), 2), ((9, 5), 1), ((2, 3), 0), ((9, 0), 1)], count=1500)
-    assert emulated.first_invalid_indices(*lists).tolist() == [-1] * 5
+    assert emulated.first_invalid_indices(*lists, []).tolist() == [-1] * 5
     lists[1][0][0, [1499, 700, 701]] = torch.tensor([9, -1, 2**62])
     lists[1][1][:, 1200] = torch.tensor([1, 3])  # which would be row [2, 0]
     lists[1][1][0, 1201] = -(2**63)
     lists[1][2][0, 0] = 9
     lists[1][4][0, 3] = 9
-    assert emulated.first_invalid_indices(*lists).tolist() == [700, 1200, 0, -1, 3]
+    assert emulated.first_invalid_indices(*lists, []).tolist() == [700, 1200, 0, -1, 3]
 
 
 @pytest.mark.parametrize("index", [(4, 0), (-1, 1), (0, 3), (1, -1), (4, 3)], ids=str)
@@ -169,9 +190,9 @@ def test_an_index_out_of_range_in_either_of_two_dimensions(index: tuple[int, int
     lists, expected = (sparse_lists([((4, 3, 2), 2)]) for _ in range(2))
     lists[1][0] = torch.cat([torch.tensor(index)[:, None], lists[1][0]], dim=1)
     lists[2][0] = torch.cat([torch.ones(1, 2), lists[2][0]])
-    assert emulated.first_invalid_indices(*lists).tolist() == [0]
-    emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
-    adadelta.sparse_adadelta_(*expected, *segment(1, *HYPERPARAMETERS))
+    assert emulated.first_invalid_indices(*lists, []).tolist() == [0]
+    emulated.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS))
+    adadelta.sparse_adadelta_(*expected, [], *segment(1, *HYPERPARAMETERS))
     assert_same_lists([lists[part] for part in (0, 3, 4)], [expected[part] for part in (0, 3, 4)])
 
 
@@ -189,15 +210,15 @@ def test_an_index_out_of_range_is_left_out(layout: str) -> None:
         return [params, [indices], [values], *states_of(params)]
 
     lists, expected = make(True), make(False)
-    emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
-    adadelta.sparse_adadelta_(*expected, *segment(1, *HYPERPARAMETERS))
+    emulated.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS))
+    adadelta.sparse_adadelta_(*expected, [], *segment(1, *HYPERPARAMETERS))
     assert_same_lists([lists[part] for part in (0, 3, 4)], [expected[part] for part in (0, 3, 4)])
 
 
 def test_check_only_launches_nothing() -> None:
     lists = sparse_lists([((9, 5), 1)])
     before = emulated.launches()
-    emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS), check_only=True)
+    emulated.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS), check_only=True)
     assert emulated.launches() == before
     assert not any(x.any() for states in lists[3:] for x in states)
 
@@ -227,8 +248,8 @@ def test_no_tensor_outlives_a_call(options: dict[str, float]) -> None:
     tensors = [x for part in lists for x in part]
     before = storage_uses(tensors)
     try:
-        emulated.sparse_adadelta_(*lists, *segment(len(lists[0]), *HYPERPARAMETERS), **options)
-        emulated.first_invalid_indices(*lists)
+        emulated.sparse_adadelta_(*lists, [], *segment(len(lists[0]), *HYPERPARAMETERS), **options)
+        emulated.first_invalid_indices(*lists, [])
     except RuntimeError:
         assert options
     assert storage_uses(tensors) == before

@@ -7,34 +7,29 @@ from cases import LAYOUTS, REAL_DTYPES, assert_same_bits, gradients, randn, segm
 from emulated import (
     CHUNK,
     HYPERPARAMETERS,
-    LARGE_AVERAGE_SEGMENTS,
-    LARGE_AVERAGE_TABLE,
     LARGE_SEGMENTS,
     LARGE_TABLE,
     OPTIONS,
-    SMALL_AVERAGE_SEGMENTS,
-    SMALL_AVERAGE_TABLE,
     SMALL_SEGMENTS,
     SMALL_TABLE,
+    TABLES,
     assert_same_square_sums,
     assert_same_update,
     emulated,
     marks,
     virtual_zeros,
 )
-from op_cases import Lists, adadelta, dense_lists, lay_out, states_of
+from op_cases import Kept, Lists, adadelta, dense_lists, kept_lists, lay_out, states_of
 from torch import Tensor
 
 pytestmark = marks
 
 
 def test_their_sizes() -> None:
-    assert (emulated.small_table(), emulated.large_table(), emulated.chunk()) == (SMALL_TABLE, LARGE_TABLE, CHUNK)
-    assert (emulated.small_segments(), emulated.large_segments()) == (SMALL_SEGMENTS, LARGE_SEGMENTS)
-    tables = (emulated.small_average_table(), emulated.large_average_table())
-    assert tables == (SMALL_AVERAGE_TABLE, LARGE_AVERAGE_TABLE)
-    segments = (emulated.small_average_segments(), emulated.large_average_segments())
-    assert segments == (SMALL_AVERAGE_SEGMENTS, LARGE_AVERAGE_SEGMENTS)
+    assert emulated.chunk() == CHUNK
+    for kind, tables in enumerate(TABLES.values()):
+        found = (emulated.table(kind, large, segments) for segments in (False, True) for large in (False, True))
+        assert tuple(found) == tables
 
 
 @pytest.mark.parametrize(
@@ -74,27 +69,27 @@ def test_number_of_segments(count: int, tensors: int, launches: int, name: str) 
     assert assert_same_update(lambda: dense_lists(sizes), sizes=[tensors] * count, **OPTIONS[name]) == launches
 
 
-@pytest.mark.parametrize(
-    ("count", "tensors", "launches"),
-    [
-        (1, SMALL_AVERAGE_TABLE, 1),
-        (1, SMALL_AVERAGE_TABLE + 1, 1),
-        (1, LARGE_AVERAGE_TABLE, 1),
-        (1, LARGE_AVERAGE_TABLE + 1, 2),
-        (SMALL_AVERAGE_SEGMENTS, 1, 1),
-        (SMALL_AVERAGE_SEGMENTS + 1, 1, 1),
-        (LARGE_AVERAGE_SEGMENTS, 1, 1),
-        (LARGE_AVERAGE_SEGMENTS + 1, 1, 2),
-    ],
-)
-def test_number_of_tensors_and_segments_with_averages(count: int, tensors: int, launches: int) -> None:
-    sizes = [1 + i % 9 for i in range(count * tensors)]
+@pytest.mark.parametrize("kind", list(TABLES)[1:])
+def test_number_of_tensors_and_segments_with_averages_and_remainders(kind: str) -> None:
+    tables = TABLES[kind]
+    has_averages, kept = kind != "remainders", Kept(has_masters=kind != "averages")
+    for count, tensors, launches in (
+        (1, tables.small, 1),
+        (1, tables.small + 1, 1),
+        (1, tables.large, 1),
+        (1, tables.large + 1, 2),
+        (tables.small_segments, 1, 1),
+        (tables.small_segments + 1, 1, 1),
+        (tables.large_segments, 1, 1),
+        (tables.large_segments + 1, 1, 2),
+    ):
+        sizes = [1 + i % 9 for i in range(count * tensors)]
 
-    def make() -> Lists:
-        lists = dense_lists(sizes, torch.bfloat16)
-        return [*lists, averages_of(lists[0])]
+        def make(sizes: list[int] = sizes) -> Lists:
+            lists = kept_lists(sizes, torch.bfloat16, kept)
+            return [*lists[:4], averages_of(lists[0]) if has_averages else [], lists[5]]
 
-    assert assert_same_update(make, sizes=[tensors] * count) == launches
+        assert assert_same_update(make, sizes=[tensors] * count, values=kept.options) == launches
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -128,7 +123,7 @@ def test_more_dimensions_than_a_table_takes() -> None:
     values = torch.ones(1, *shape[1:], dtype=torch.complex64)
     lists = [[param], [torch.tensor([[1]])], [values], [torch.zeros_like(param)], [torch.zeros_like(param)]]
     with pytest.raises(RuntimeError, match=r"^torch_adadelta refuses parameter 0: .*more than 64 dimensions"):
-        emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
+        emulated.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS))
 
 
 def test_more_blocks_than_a_launch_takes() -> None:
@@ -139,7 +134,7 @@ def test_more_blocks_than_a_launch_takes() -> None:
     lists = [tables[:1], [indices], [values], tables[1:2], tables[2:]]
     error = "parameter 0: it or its gradient has more elements than one launch can take"
     with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
-        emulated.sparse_adadelta_(*lists, *segment(1, *HYPERPARAMETERS))
+        emulated.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS))
 
 
 @pytest.mark.slow
@@ -150,7 +145,7 @@ def test_tens_of_thousands_of_tensors() -> None:
     for op in (adadelta, emulated):
         lists = [list(x.clone().split(sizes)) for x in memory]
         before = emulated.launches()
-        op.adadelta_(*lists, [], *segment(len(sizes), *HYPERPARAMETERS))
+        op.adadelta_(*lists, [], [], *segment(len(sizes), *HYPERPARAMETERS))
         assert emulated.launches() - before == (-(-15_000 // LARGE_TABLE) if op is emulated else 0)
         results.append([torch.cat(tensors) for tensors in lists])
     for actual, expected in zip(results[1], results[0], strict=True):

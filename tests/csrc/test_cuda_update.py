@@ -16,11 +16,26 @@ from cases import (
     gradients,
     randn,
     segment,
+    segments,
 )
 from emulated import CHUNK, HYPERPARAMETERS, OPTIONS, assert_same_update, emulated, options_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import Lists, assert_same_lists, dense_lists, inf, lay_out, nan, states_of, storage_uses
+from op_cases import (
+    KEPT,
+    Kept,
+    Lists,
+    adadelta,
+    assert_same_lists,
+    dense_lists,
+    inf,
+    kept_lists,
+    lay_out,
+    nan,
+    states_of,
+    storage_uses,
+    with_kept,
+)
 
 pytestmark = emulator.marks
 
@@ -116,7 +131,7 @@ def test_nothing_is_written_if_found_inf_is_not_zero(layout: str, found_inf: flo
 
     assert_same_update(make, found_inf=torch.tensor(found_inf), grad_scale=torch.tensor([[2.0]]))
     lists = make()
-    emulated.adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
+    emulated.adadelta_(*lists, [], [], *segment(1, *HYPERPARAMETERS), found_inf=torch.tensor(found_inf))
     assert torch.equal(lists[0][0], torch.ones(2, 3, 4, 50)) == (found_inf != 0)
     assert torch.equal(lists[2][0], torch.zeros(2, 3, 4, 50)) == (found_inf != 0)
 
@@ -163,8 +178,8 @@ def test_averages_of_every_size(dtype: torch.dtype, name: str, momentum: str) ->
         return lists
 
     for overwrites in (False, True):
-        averaging = {"ema_momentum": MOMENTA[momentum], "overwrites": overwrites}
-        assert assert_same_update(make, averaging=averaging, **options_for(dtype, name)) == 1
+        values = {"ema_momentum": MOMENTA[momentum], "overwrites": overwrites}
+        assert assert_same_update(make, values=values, **options_for(dtype, name)) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,14 +194,14 @@ def test_averages_of_every_layout(dtype: torch.dtype, layout: str) -> None:
             params = [lay_out(param_layout, x) for x in params]
             return with_averages([params, grads, *states_of(params)], own)
 
-        assert_same_update(make, averaging={"ema_momentum": 0.9, "overwrites": True})
+        assert_same_update(make, values={"ema_momentum": 0.9, "overwrites": True})
 
 
 def test_averages_around_chunks() -> None:
     sizes = [CHUNK - 1, CHUNK, CHUNK + 1, 3, 2 * CHUNK + 5]
     for dtype in (torch.float32, torch.bfloat16):
         make = functools.partial(lambda dtype: with_averages(dense_lists(sizes, dtype)), dtype)
-        assert assert_same_update(make, (0, 1), averaging={"ema_momentum": 0.9}) == 1
+        assert assert_same_update(make, (0, 1), values={"ema_momentum": 0.9}) == 1
 
 
 def test_an_average_that_is_not_aligned() -> None:
@@ -194,7 +209,7 @@ def test_an_average_that_is_not_aligned() -> None:
         lists = with_averages(dense_lists([(1, 1, 1, 700)]))
         return [*lists[:4], [lay_out("misaligned", x) for x in lists[4]]]
 
-    assert assert_same_update(make, averaging={"ema_momentum": 0.9}) == 1
+    assert assert_same_update(make, values={"ema_momentum": 0.9}) == 1
 
 
 def test_averages_of_several_segments() -> None:
@@ -210,8 +225,70 @@ def test_no_average_is_written_if_found_inf_is_not_zero(layout: str) -> None:
     averages = [lay_out(layout, x) for x in averages_of(lists[0])]
     before = [x.clone() for x in (lists[0][0], averages[0])]
     own = segment(1, *HYPERPARAMETERS, ema_momentum=0.9, overwrites=True)
-    emulated.adadelta_(*lists, averages, *own, found_inf=torch.ones(1))
+    emulated.adadelta_(*lists, averages, [], *own, found_inf=torch.ones(1))
     assert_same_lists([[lists[0][0], averages[0].contiguous()]], [before])
+
+
+# ---- State of another dtype, and masters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "clipvalue-clipnorm", "both-scales-clipnorm"])
+@with_kept
+def test_state_of_every_kind(dtype: torch.dtype, kept: Kept, name: str) -> None:
+    make = functools.partial(kept_lists, SIZES, dtype, kept)
+    assert assert_same_update(make, values=kept.options, **OPTIONS[name]) == 1
+
+
+@pytest.mark.parametrize("is_decoupled", [False, True])
+@with_kept
+def test_weight_decay_of_every_kind(dtype: torch.dtype, kept: Kept, is_decoupled: bool) -> None:
+    for layout in ("contiguous", "sliced"):
+        make = functools.partial(kept_lists, [(1, 2, 3, 40)], dtype, kept, layout=layout)
+        values = {**kept.options, "weight_decay": 0.3, "is_decoupled": is_decoupled}
+        assert assert_same_update(make, values=values) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@with_kept
+def test_state_of_every_kind_and_layout(dtype: torch.dtype, kept: Kept, layout: str) -> None:
+    """With gradients of every dtype."""
+    make = functools.partial(kept_lists, [(2, 3, 4, 9)] * 4 + [(1, 1, 1, 2051)] * 4, dtype, kept, REAL_DTYPES, layout)
+    assert_same_update(make, values=kept.options, **OPTIONS["clipvalue-clipnorm"])
+
+
+@with_kept
+def test_state_of_every_kind_around_chunks(dtype: torch.dtype, kept: Kept) -> None:
+    make = functools.partial(kept_lists, [CHUNK - 1, CHUNK, CHUNK + 1, 3, 2 * CHUNK + 5], dtype, kept)
+    assert assert_same_update(make, (0, 1), values=kept.options) == 1
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "sliced"])
+@with_kept
+def test_averages_of_every_kind(dtype: torch.dtype, kept: Kept, layout: str, overwrites: bool) -> None:
+    shapes = [(1, 1, 1, size) for size in (0, 1, 8, 700, 2049)]
+
+    def make() -> Lists:
+        lists = kept_lists(shapes, dtype, kept, layout=layout)
+        return [*lists[:4], averages_of(lists[0]), lists[5]]
+
+    assert_same_update(make, values={**kept.options, "ema_momentum": 0.9, "overwrites": overwrites})
+
+
+def test_state_of_every_kind_in_one_call() -> None:
+    """A launch for each, but for those with remainders, which have a call of their own."""
+    for has_remainders, launches in ((False, 7), (True, 2)):
+        kinds = [kind for kind in KEPT if bool(kind[1].remainders_of([torch.ones(1, dtype=kind[0])])) == has_remainders]
+
+        def run(op: Any, kinds: Any = kinds) -> Lists:
+            parts = [kept_lists([40 + i, (3, 20, 50)[:i]], dtype, kept) for i, (dtype, kept) in enumerate(kinds)]
+            together = [[x for lists in parts for x in lists[k]] for k in range(6)]
+            op.adadelta_(*together, *segments(*(segment(2, *HYPERPARAMETERS, **kept.options) for _, kept in kinds)))
+            return together
+
+        expected, before = run(adadelta), emulated.launches()
+        assert_same_lists(run(emulated), expected)
+        assert emulated.launches() - before == launches
 
 
 # ---- Launches -------------------------------------------------------------------------------------------------------
@@ -220,7 +297,7 @@ def test_no_average_is_written_if_found_inf_is_not_zero(layout: str) -> None:
 def test_what_launches_nothing() -> None:
     lists = dense_lists([5, 700])
     before = emulated.launches()
-    emulated.adadelta_(*lists, [], *segment(2, *HYPERPARAMETERS), check_only=True)
+    emulated.adadelta_(*lists, [], [], *segment(2, *HYPERPARAMETERS), check_only=True)
     assert emulated.launches() == before
     assert not any(x.any() for states in lists[2:] for x in states)
     assert assert_same_update(lambda: dense_lists([0, 0, 0])) == 0
@@ -260,7 +337,7 @@ def test_lists_that_do_not_fit_are_refused_unwritten(part: int) -> None:
     before = emulated.launches()
     for check_only in (True, False):
         with pytest.raises(RuntimeError, match=r"^torch_adadelta refuses parameter 1: its tensors differ in shape"):
-            emulated.adadelta_(*lists, [], *segment(2, *HYPERPARAMETERS), check_only=check_only)
+            emulated.adadelta_(*lists, [], [], *segment(2, *HYPERPARAMETERS), check_only=check_only)
     assert emulated.launches() == before
 
 
@@ -274,7 +351,7 @@ def test_no_tensor_outlives_a_call(factor: float) -> None:
     sums = emulated.grad_square_sums(*lists[:2], grad_scale=grad_scale)
     options = {"grad_scale": grad_scale, "found_inf": found_inf, "factor": factor}
     try:
-        emulated.adadelta_(*lists, [], *segment(2, *tensors), clipnorm=1.0, square_sums=sums, **options)
+        emulated.adadelta_(*lists, [], [], *segment(2, *tensors), clipnorm=1.0, square_sums=sums, **options)
     except RuntimeError:
         assert factor != 1
     assert storage_uses([sums]) == storage_uses([torch.ones(1)])

@@ -13,8 +13,15 @@ pytestmark = needs_library
 ONE = torch.ones(1)
 THREE = torch.ones(3).double()
 SCALAR = "must be a CPU tensor of one element, on the device of the parameters"
-FLAGS = ((3, "maximize"), (5, "is_decoupled"), (7, "overwrites"))
+BOOLEANS = {3: "maximize", 5: "is_decoupled", 7: "overwrites", 9: "has_masters"}
+FLAGS = (*((k, name, "0 or 1") for k, name in BOOLEANS.items()), (8, "state_dtype", "0, 1 or 2"))
+ONES = [*[1.0] * 8, 0.0, 0.0]  # of a segment
 SUMS = "square_sums must be a contiguous float64 CPU tensor with one element for each of 3 parameters"
+
+
+def with_item(values: list[Any], index: int, item: Any) -> list[Any]:
+    return [*values[:index], item, *values[index + 1 :]]
+
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"clipvalue": -1.0}, "clipvalue must be a number >= 0, got -1"),
@@ -72,25 +79,26 @@ def test_a_complex_parameter_has_no_order_to_clamp_in(call: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "hyperparameters", "tensors", "error"),
     [
-        ([2], [1.0] * 8, [], "the sizes of the segments are 2, which do not add up to 3 parameters"),
-        ([4], [1.0] * 8, [], "the sizes of the segments are 4, which do not add up to 3 parameters"),
+        ([2], ONES, [], "the sizes of the segments are 2, which do not add up to 3 parameters"),
+        ([4], ONES, [], "the sizes of the segments are 4, which do not add up to 3 parameters"),
         ([], [], [], "the sizes of the segments are , which do not add up to 3 parameters"),
-        ([4, -1], [1.0] * 16, [], "the sizes of the segments are 4, -1, which"),
-        ([2**63 - 1, 2**63 - 1, 5], [1.0] * 24, [], "the sizes of the segments are 92"),
-        ([3], [1.0] * 7, [], "1 segments have 7 hyperparameters and 0 hyperparameter_tensors, but must have 8 and"),
-        ([1, 2], [1.0] * 8, [], "2 segments have 8 hyperparameters and 0 hyperparameter_tensors, but must have 16 and"),
-        ([3], [1.0] * 8, [None] * 3, "1 segments have 8 hyperparameters and 3 hyperparameter_tensors, but must"),
-        ([3], [1.0] * 8, [None] * 9, "1 segments have 8 hyperparameters and 9 hyperparameter_tensors, but must"),
+        ([4, -1], [*ONES, *ONES], [], "the sizes of the segments are 4, -1, which"),
+        ([2**63 - 1, 2**63 - 1, 5], [*ONES, *ONES, *ONES], [], "the sizes of the segments are 92"),
+        ([3], ONES[:9], [], "1 segments have 9 hyperparameters and 0 hyperparameter_tensors, but must have 10 and"),
+        ([1, 2], ONES, [], "2 segments have 10 hyperparameters and 0 hyperparameter_tensors, but must have 20 and"),
+        ([3], ONES, [None] * 3, "1 segments have 10 hyperparameters and 3 hyperparameter_tensors, but must"),
+        ([3], ONES, [None] * 11, "1 segments have 10 hyperparameters and 11 hyperparameter_tensors, but must"),
         *(
-            ([3], [1.0] * 8, [None] * k + [ONE] + [None] * (7 - k), f"the {name} of segment 0 must be 0 or 1, and no")
-            for k, name in FLAGS
+            ([3], ONES, with_item([None] * 10, k, ONE), f"the {name} of segment 0 must be {choices}, and no tensor")
+            for k, name, choices in FLAGS
         ),
         *(
-            ([3, 0], [1.0] * (8 + k) + [0.5] + [1.0] * (7 - k), [], f"the {name} of segment 1 must be 0 or 1, and no")
-            for k, name in FLAGS
+            ([3, 0], with_item([*ONES, *ONES], 10 + k, value), [], f"the {name} of segment 1 must be {choices}, and no")
+            for k, name, choices in FLAGS
+            for value in (0.5, -1.0, 3.0, nan)
         ),
         *(
-            ([1, 2], [1.0] * 16, [None] * (8 + k) + [tensor] + [None] * (7 - k), f"the {name} of segment 1 {error}")
+            ([1, 2], [*ONES, *ONES], with_item([None] * 20, 10 + k, tensor), f"the {name} of segment 1 {error}")
             for k, name in ((0, "lr"), (1, "rho"), (2, "epsilon"), (4, "weight_decay"), (6, "ema_momentum"))
             for tensor, error in ((torch.ones(2), SCALAR), (ONE.long(), "must have a floating-point dtype"))
         ),

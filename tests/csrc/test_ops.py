@@ -49,7 +49,7 @@ SHAPES = [(2, 3, 4, 5), (1, 1, 1, 7), (0, 1, 1, 1)]
 def test_the_update(dtype: torch.dtype, layout: str) -> None:
     lists = [[LAYOUTS[layout](x) for x in tensors] for tensors in dense_lists(SHAPES, dtype)]
     for check_only in (False, True):
-        arguments = (*lists, [], *segment(3, 1.0, 0.9, 1e-7))
+        arguments = (*lists, [], [], *segment(3, 1.0, 0.9, 1e-7))
         torch.library.opcheck(adadelta.adadelta_.default, arguments, {"check_only": check_only})
 
 
@@ -59,13 +59,13 @@ def test_the_update_with_averages(dtype: torch.dtype) -> None:
     averages = averages_of(lists[0])
     for momentum in (0.9, torch.tensor(0.9)):
         own = segment(3, 1.0, 0.9, 1e-7, ema_momentum=momentum, overwrites=True)
-        torch.library.opcheck(adadelta.adadelta_.default, (*lists, averages, *own))
+        torch.library.opcheck(adadelta.adadelta_.default, (*lists, averages, [], *own))
 
 
 def test_the_schema_says_what_is_written() -> None:
     arguments = adadelta.adadelta_.default._schema.arguments
     written = [argument.name for argument in arguments if argument.is_write]
-    assert written == ["params", "square_avgs", "acc_deltas", "averages"]
+    assert written == ["params", "square_avgs", "acc_deltas", "averages", "remainders"]
 
 
 @pytest.mark.parametrize("name", ["clipvalue-clipnorm", "scale-clipvalue-factor", "both-scales-clipnorm", "tensors"])
@@ -80,7 +80,7 @@ def test_the_update_with_options(name: str) -> None:
     else:
         options, values = CLIPS[name].options(*lists[:2]), HYPERPARAMETERS
     own = segments(segment(1, *values, options.pop("maximize", False)), segment(2, *HYPERPARAMETERS))
-    torch.library.opcheck(adadelta.adadelta_.default, (*lists, [], *own), options)
+    torch.library.opcheck(adadelta.adadelta_.default, (*lists, [], [], *own), options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=dtype_name)
@@ -97,8 +97,8 @@ def test_the_sparse_update(dtype: torch.dtype, options: dict[str, Any]) -> None:
     lists = sparse_lists([((9, 4), 1), ((3, 2, 5), 2)], dtype)
     options = dict(options)
     lr = options.pop("lr", 1.0)
-    torch.library.opcheck(adadelta.sparse_adadelta_.default, (*lists, *segment(2, lr, 0.9, 1e-7)), options)
-    torch.library.opcheck(adadelta.first_invalid_indices.default, tuple(lists))
+    torch.library.opcheck(adadelta.sparse_adadelta_.default, (*lists, [], *segment(2, lr, 0.9, 1e-7)), options)
+    torch.library.opcheck(adadelta.first_invalid_indices.default, (*lists, []))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=dtype_name)
@@ -113,7 +113,7 @@ def test_a_compiled_call_has_no_graph_break() -> None:
     eager, compiled = dense_lists([5, 12]), dense_lists([5, 12])
     own = segment(2, 1.0, 0.9, 1e-7)
     dense(*eager, *own)
-    torch.compile(adadelta.adadelta_, backend="eager", fullgraph=True)(*compiled, [], *own)
+    torch.compile(adadelta.adadelta_, backend="eager", fullgraph=True)(*compiled, [], [], *own)
     for tensors, others in zip(eager, compiled, strict=True):
         for x, y in zip(tensors, others, strict=True):
             assert_same_bits(x, y)
@@ -160,7 +160,7 @@ def test_no_tensor_outlives_a_call(call: str, spoil: Any) -> None:
                     rest = {name: given[name] for name in ("clipvalue", "grad_scale") if name in given}
                     adadelta.grad_square_sums(*lists[:2], **rest)
                 elif call == "indices":
-                    adadelta.first_invalid_indices(*lists)
+                    adadelta.first_invalid_indices(*lists, [])
                 else:
                     CALLS[call](*lists, *own, **given)
             except RuntimeError:

@@ -7,7 +7,19 @@ import pytest
 import torch
 from average_cases import average_dtype, averages_of
 from cases import DTYPES, dtype_name, segment
-from op_cases import Lists, adadelta, assert_refused, dense, dense_lists, needs_library, with_cache
+from op_cases import CALLS as OPS
+from op_cases import (
+    Kept,
+    Lists,
+    adadelta,
+    assert_refused,
+    dense,
+    dense_lists,
+    kept_lists,
+    lists_for,
+    needs_library,
+    with_cache,
+)
 from torch import Tensor
 
 pytestmark = needs_library
@@ -77,7 +89,7 @@ def test_averages_that_do_not_fit_are_refused_unwritten(spoil: Any, error: str) 
     made = dense_lists([(5,), (2, 2), (3, 4)])
     made.append(averages_of(made[0]))
     spoil(made)
-    assert_refused(adadelta.adadelta_, made, *OWN, error=error)
+    assert_refused(adadelta.adadelta_, made, [], *OWN, error=error)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -87,11 +99,11 @@ def test_the_dtype_of_an_average(dtype: torch.dtype) -> None:
     for other in DTYPES:
         made = [params, grads, *states, [torch.ones(5).to(other)]]
         if other is average_dtype(params[0]):
-            adadelta.adadelta_(*made, *segment(1, 1.0, 0.9, 1e-7))
+            adadelta.adadelta_(*made, [], *segment(1, 1.0, 0.9, 1e-7))
         else:
             error = "parameter 0: (its average has another dtype|of its tensors, some are complex)"
             with pytest.raises(RuntimeError, match=error):
-                adadelta.adadelta_(*made, *segment(1, 1.0, 0.9, 1e-7))
+                adadelta.adadelta_(*made, [], *segment(1, 1.0, 0.9, 1e-7))
 
 
 @pytest.mark.parametrize("make", [lambda x: x.to("meta"), lambda x: x.to_sparse()], ids=["meta", "sparse"])
@@ -100,7 +112,7 @@ def test_averages_that_the_dispatcher_has_no_kernel_for(make: Callable[[Tensor],
     before = [x.clone() for x in made[0]]
     averages = [torch.ones(5), make(torch.ones(3, 4))]
     with pytest.raises((RuntimeError, NotImplementedError), match=r"on the meta device has no elements|adadelta_"):
-        adadelta.adadelta_(*made, averages, *segment(2, 1.0, 0.9, 1e-7))
+        adadelta.adadelta_(*made, averages, [], *segment(2, 1.0, 0.9, 1e-7))
     assert all(map(torch.equal, made[0], before))
 
 
@@ -123,6 +135,131 @@ def test_what_the_dispatcher_has_no_kernel_for(part: int, make: Callable[[Tensor
     assert all(map(torch.equal, (made[0][0], made[2][0], made[3][0]), before))
 
 
+# ---- State of another dtype, and masters ----------------------------------------------------------------------------
+
+f32, f64, f16, bf16, c64 = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64
+ANOTHER = "its state has another dtype than "
+MASTERLESS = "and has no master: has_masters must be 0"
+
+
+def one_parameter(
+    call: str, dtype: torch.dtype, state_dtypes: tuple[torch.dtype, torch.dtype], remainder: torch.dtype | None
+) -> Lists:
+    """In the order of the op; without a remainder for None."""
+    ones = torch.ones(4)
+    grads = (
+        [[ones.to(dtype, copy=True)]]
+        if call == "dense"
+        else [[torch.tensor([[0, 2]])], [ones[:2].to(dtype, copy=True)]]
+    )
+    states = [[ones.to(state_dtype, copy=True)] for state_dtype in state_dtypes]
+    averages: Lists = [[]] if call == "dense" else []
+    remainders = [] if remainder is None else [ones.to(remainder, copy=True)]
+    return [[ones.to(dtype, copy=True)], *grads, *states, *averages, remainders]
+
+
+@pytest.mark.parametrize("call", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtypes", "remainder", "state_dtype", "has_masters", "error"),
+    [
+        *((dtype, (dtype, dtype), None, 0, False, None) for dtype in (f32, f64, f16, bf16, c64)),
+        *((dtype, (f32, f32), None, 1, False, None) for dtype in (f32, f16, bf16)),
+        *((dtype, (bf16, bf16), None, 2, False, None) for dtype in (f32, f16, bf16)),
+        *((bf16, (state, state), torch.int16, code, True, None) for code, state in enumerate((bf16, f32, bf16))),
+        *((dtype, (dtype, dtype), None, 0, True, None) for dtype in (f32, f64)),
+        (f32, (bf16, bf16), None, 2, True, None),
+        # The state.
+        (f32, (bf16, bf16), None, 0, False, f"{ANOTHER}the parameter$"),
+        (bf16, (f32, f32), None, 0, False, f"{ANOTHER}the parameter$"),
+        (bf16, (f32, bf16), None, 1, False, f"{ANOTHER}its state_dtype$"),
+        (bf16, (bf16, f32), None, 1, False, f"{ANOTHER}its state_dtype$"),
+        (f32, (f32, f32), None, 2, False, f"{ANOTHER}its state_dtype$"),
+        (f16, (f16, f16), None, 1, False, f"{ANOTHER}its state_dtype$"),
+        (f32, (f16, f16), None, 0, False, f"{ANOTHER}the parameter$"),
+        (bf16, (f16, f16), None, 2, False, f"{ANOTHER}its state_dtype$"),
+        *((f64, (f64, f64), None, k, False, f"it is float64, .*state_dtype must be 0, not {k}$") for k in (1, 2)),
+        *((c64, (c64, c64), None, k, False, f"it is complex, .*state_dtype must be 0, not {k}$") for k in (1, 2)),
+        # The remainder.
+        (bf16, (bf16, bf16), None, 0, True, "it has a master, but no remainder$"),
+        (bf16, (bf16, bf16), torch.int16, 0, False, "it has a remainder, but has_masters is 0$"),
+        *((x, (x, x), torch.int16, 0, True, "it has a remainder, but is not bfloat16$") for x in (f32, f64)),
+        *((x, (x, x), torch.int16, 0, False, "it has a remainder, but is not bfloat16$") for x in (f32, f16)),
+        (f16, (f16, f16), None, 0, True, f"it is float16, {MASTERLESS}$"),
+        (c64, (c64, c64), None, 0, True, f"it is complex, {MASTERLESS}$"),
+        *((bf16, (bf16, bf16), x, 0, True, "its remainder has another dtype than int16$") for x in (f16, bf16, f32)),
+        *(
+            (bf16, (bf16, bf16), x, 0, True, "its remainder has a dtype that the kernels do not know")
+            for x in (torch.int32, torch.uint8, torch.uint16)
+        ),
+        (bf16, (torch.int16, bf16), torch.int16, 0, True, "its square_avg has a dtype that the kernels do not know"),
+    ],
+)
+def test_state_and_remainders_that_a_segment_asks_for(
+    call: str,
+    dtype: torch.dtype,
+    state_dtypes: tuple[torch.dtype, torch.dtype],
+    remainder: torch.dtype | None,
+    state_dtype: int,
+    has_masters: bool,
+    error: str | None,
+) -> None:
+    lists = one_parameter(call, dtype, state_dtypes, remainder)
+    op = adadelta.adadelta_ if call == "dense" else adadelta.sparse_adadelta_
+    own = segment(1, 1.0, 0.9, 1e-7, state_dtype=state_dtype, has_masters=has_masters)
+    if error is not None:
+        assert_refused(op, lists, *own, error=f"parameter 0: {error}")
+        return
+    before = lists[0][0].clone()
+    op(*lists, *own)
+    assert not torch.equal(lists[0][0], before)
+    if call == "sparse":
+        assert adadelta.first_invalid_indices(*lists).tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtypes", "remainder", "error"),
+    [
+        (f32, (f16, f16), None, f"{ANOTHER}the parameter"),
+        (f32, (f32, bf16), None, f"{ANOTHER}the parameter"),
+        (f64, (f32, f32), None, f"{ANOTHER}the parameter"),
+        (f32, (f32, f32), torch.int16, "it has a remainder, but is not bfloat16"),
+        (f16, (f16, f16), torch.int16, "it is float16, and has no master"),
+        (bf16, (bf16, bf16), f32, "its remainder has another dtype than int16"),
+    ],
+)
+def test_what_no_segment_asks_for(
+    dtype: torch.dtype, state_dtypes: tuple[torch.dtype, torch.dtype], remainder: torch.dtype | None, error: str
+) -> None:
+    lists = one_parameter("sparse", dtype, state_dtypes, remainder)
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses parameter 0: {error}"):
+        adadelta.first_invalid_indices(*lists)
+
+
+MASTERS = segment(3, 1.0, 0.9, 1e-7, has_masters=True)
+BAD_REMAINDERS: list[tuple[Callable[[Lists], Any], str]] = [
+    (lambda made: made[5].pop(), "the call: the lists differ in length: 3 params, .*, 3 acc_deltas, 2 remainders"),
+    (lambda made: made[5].append(made[5][0]), "the call: the lists differ in length: 3 params, .* 4 remainders"),
+    (replaced(5, lambda x: x.t().contiguous()), DIFFERENT_SHAPE),
+    (replaced(5, lambda x: x[:1, :1].expand(3, 4)), f"parameter 2: its remainder {OVERLAPS}"),
+    (replaced(5, lambda x: x.to(c64)), "parameter 2: of its tensors, some are complex and some are real"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error"), BAD_REMAINDERS)
+def test_remainders_that_do_not_fit_are_refused_unwritten(spoil: Any, error: str) -> None:
+    made = kept_lists([(5,), (2, 2), (3, 4)], bf16, Kept(has_masters=True))
+    spoil(made)
+    assert_refused(adadelta.adadelta_, made, *MASTERS, error=error)
+
+
+@pytest.mark.parametrize("call", ["dense", "cached", "sparse"])
+def test_masters_without_remainders_are_refused_by_every_op(call: str) -> None:
+    lists = lists_for(call)
+    for tensors in lists:
+        tensors[:] = [x if x.dtype is torch.int64 else x.to(bf16) for x in tensors]
+    assert_refused(OPS[call], lists, *MASTERS, error="parameter 0: it has a master, but no remainder")
+
+
 # ---- Tensors without their memory -----------------------------------------------------------------------------------
 
 
@@ -134,8 +271,8 @@ def shortened(x: Tensor) -> None:
     x.untyped_storage().resize_(x.untyped_storage().nbytes() - 1)
 
 
-def at_an_offset(count: int) -> Tensor:
-    return torch.ones(count + 100)[100:]
+def at_an_offset(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(count + 100, dtype=dtype)[100:]
 
 
 NAMES = ["it", "its gradient", "its square_avg", "its acc_delta"]
@@ -178,15 +315,20 @@ def test_tensors_without_their_memory(
 
 @pytest.mark.parametrize("calls_before", [0, 1])
 @pytest.mark.parametrize("spoil", [freed, shortened])
-def test_an_average_without_its_memory(spoil: Callable[[Tensor], None], calls_before: int) -> None:
-    lists = [[torch.ones(4), at_an_offset(5)] for _ in range(5)]
+@pytest.mark.parametrize(("part", "name"), [(4, "its average"), (5, "its remainder")])
+def test_an_average_or_remainder_without_its_memory(
+    part: int, name: str, spoil: Callable[[Tensor], None], calls_before: int
+) -> None:
+    dtypes = [*[torch.bfloat16] * 4, torch.float32, torch.int16]
+    lists = [[torch.ones(4, dtype=dtype), at_an_offset(5, dtype)] for dtype in dtypes]
+    own = segment(2, 1.0, 0.9, 1e-7, has_masters=True)
     for _ in range(calls_before):
-        adadelta.adadelta_(*lists, *segment(2, 1.0, 0.9, 1e-7))
-    spoil(lists[4][1])
+        adadelta.adadelta_(*lists, *own)
+    spoil(lists[part][1])
     before = lists[0][0].clone()
-    error = "parameter 1: its average (has no|reaches beyond its) memory: its storage was resized"
+    error = f"parameter 1: {name} (has no|reaches beyond its) memory: its storage was resized"
     with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
-        adadelta.adadelta_(*lists, *segment(2, 1.0, 0.9, 1e-7))
+        adadelta.adadelta_(*lists, *own)
     assert torch.equal(lists[0][0], before)
 
 

@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import direct
 import pytest
 import torch
 from cases import DTYPES, REAL_DTYPES, STEP_OPTIONS, assert_same_bits, assert_unchanged, dtype_name, gradients, randn
 from cases import snapshot as snapshot_of
+from op_cases import HYPERPARAMETERS, Kept, kept_sparse_lists, with_kept
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -68,6 +70,23 @@ def test_the_bits_of_the_cpu(
         ]
         step_both(pair, [*sparse, gradients((33,), torch.float32, 1, seed=step)[0]])
         pair.assert_same(f"at step {step}")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@with_kept
+def test_masters_and_state_of_another_dtype(
+    dtype: torch.dtype, kept: Kept, layout: str, placed: Callable[..., Tensor]
+) -> None:
+    lists = kept_sparse_lists([((5, 3, 1, 12), dims) for dims in range(5)], dtype, kept, REAL_DTYPES, layout)
+    results = []
+    for device in ("cpu", "cuda"):
+        *own, remainders = ([placed(x, device) for x in tensors] for tensors in lists)
+        for _ in range(2):
+            direct.sparse_op(*own, *HYPERPARAMETERS, **kept.options, remainders=remainders)
+        results.append([own[0], *own[3:], remainders])
+    for expected, actual in zip(*results, strict=True):
+        for x, y in zip(expected, actual, strict=True):
+            assert_same_bits(y.cpu(), x)
 
 
 @pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=dtype_name)

@@ -8,7 +8,9 @@ from typing import Any
 import direct
 import pytest
 import torch
+from average_cases import averages_of
 from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn
+from op_cases import Kept, kept_lists, with_kept
 from torch import Tensor
 
 from torch_adadelta.backends import kernels
@@ -66,6 +68,31 @@ def test_dtypes_and_sizes(dtype: torch.dtype, grad_dtype: torch.dtype, placed: C
 @pytest.mark.parametrize("dtype", COMPLEX_DTYPES, ids=dtype_name)
 def test_complex_dtypes_and_sizes(dtype: torch.dtype, grad_dtype: torch.dtype, placed: Callable[..., Tensor]) -> None:
     assert_same_update(make_lists([(n,) for n in SIZES], dtype, grad_dtype), placed)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "sliced"])
+@pytest.mark.parametrize("grad_dtype", [None, torch.float32], ids=["own", "float32"])
+@with_kept
+def test_masters_and_state_of_another_dtype(
+    dtype: torch.dtype, kept: Kept, grad_dtype: torch.dtype | None, layout: str, placed: Callable[..., Tensor]
+) -> None:
+    """With averages and without, as the CPU has them."""
+    lists = kept_lists([(1, 1, 1, n) for n in SIZES], dtype, kept, [grad_dtype or dtype], layout)
+    averages = averages_of(lists[0])
+    on_cpu = direct.fused if kernels.is_loaded else direct.single_tensor
+    for options in ({}, {"averages": averages, "ema_momentum": 0.9, "overwrites": True}):
+        results = []
+        for device, update in (("cpu", on_cpu), ("cuda", direct.fused)):
+            params, grads, square_avgs, acc_deltas, _, remainders = ([placed(x, device) for x in xs] for xs in lists)
+            own: dict[str, Any] = {**options, **kept.options, "remainders": remainders}
+            if options:
+                own["averages"] = [placed(x, device) for x in averages]
+            for _ in range(2):
+                update(params, grads, square_avgs, acc_deltas, *VALUES, **own)  # type: ignore[arg-type]
+            results.append([params, square_avgs, acc_deltas, remainders, own.get("averages", [])])
+        for expected, actual in zip(*results, strict=True):
+            for x, y in zip(expected, actual, strict=True):
+                assert_same_bits(y.cpu(), x)
 
 
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)

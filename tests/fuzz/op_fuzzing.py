@@ -29,7 +29,8 @@ DTYPES = (
 SHAPES = ((4,), (2, 3), (), (0,), (5, 1), (0, 3), (130,))
 NUMBERS = (1.0, 0.0, -1.0, 0.95, 1e-7, 1e-320, 1e308, -1e308, float("inf"), float("-inf"), float("nan"), 2**70, True)
 # The hyperparameters of a segment.
-FITTING = (1.0, 0.95, 1e-7, 0.0, 0.0, 1.0, 0.9, 1.0)
+FITTING = (1.0, 0.95, 1e-7, 0.0, 0.0, 1.0, 0.9, 1.0, 0.0, 0.0)
+NO_TENSORS = (3, 5, 7, 8, 9)  # of them
 NO_NUMBERS = (None, "0.1", [], 10**400, 1j)
 CACHE_NUMBERS = (0, -1, 1, 2, 3, 10**6, 2**62, -(2**63), 2**63 - 1, 2**63, 10**30, None, 0.5, "1")
 
@@ -131,6 +132,9 @@ class Caller:
         T = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
         return [self.tensor(tuple(param.shape), T.get(param.dtype, param.dtype)) for param in params]
 
+    def remainders(self, params: list[Any]) -> list[Any]:
+        return [self.tensor(tuple(param.shape), torch.int16) for param in params]
+
     def spoil(self, lists: list[list[Any]]) -> None:
         """Puts up to three things where they do not belong."""
         draw = self.random
@@ -190,7 +194,7 @@ class Caller:
             sizes[-1:] = [part, sizes[-1] - part]
         numbers = [x for _ in sizes for x in (FITTING if draw.random() < 0.7 else self.row())]
         tensors = [
-            self.scalar_tensor() if k % 8 not in (3, 5, 7) else None
+            self.scalar_tensor() if k % len(FITTING) not in NO_TENSORS else None
             for k in range(len(numbers) if draw.random() < 0.3 else 0)
         ]
         if draw.random() < 0.15:
@@ -212,7 +216,8 @@ class Caller:
     def row(self) -> list[Any]:
         flags = [self.random.choice([0.0, 1.0, 1.0, self.number()]) for _ in range(3)]
         numbers = [self.number() for _ in range(5)]
-        return [*numbers[:3], flags[0], numbers[3], flags[1], numbers[4], flags[2]]
+        kept = [self.random.choice([0.0, 0.0, 1.0, 2.0, self.number()]) for _ in range(2)]
+        return [*numbers[:3], flags[0], numbers[3], flags[1], numbers[4], flags[2], *kept]
 
     def indices(self, params: list[Any]) -> tuple[list[Any], list[Any]]:
         draw = self.random
@@ -241,6 +246,7 @@ class Caller:
         if name == "adadelta_":
             lists = self.lists(count, 4, dtype)
             lists.append([] if draw.random() < 0.3 else self.averages(lists[0]))
+            lists.append([] if draw.random() < 0.7 else self.remainders(lists[0]))
             self.spoil(lists)
             return name, adadelta.adadelta_.default, [*lists, *self.options(count)]
         if name == "cached":
@@ -274,7 +280,8 @@ class Caller:
         if name in ("sparse", "invalid_indices"):
             params, square_avgs, acc_deltas = self.lists(count, 3, dtype)
             indices, values = self.indices(params)
-            lists = [params, indices, values, square_avgs, acc_deltas]
+            remainders = [] if draw.random() < 0.7 else self.remainders(params)
+            lists = [params, indices, values, square_avgs, acc_deltas, remainders]
             self.spoil(lists)
             if name == "invalid_indices":
                 return name, adadelta.first_invalid_indices.default, lists

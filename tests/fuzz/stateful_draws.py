@@ -23,6 +23,12 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "iterations": (0, 1, 2**40),
     "loss_scale_factor": (None, 4.0, 7.0),
 }
+PRECISIONS: tuple[dict[str, Any], ...] = (
+    {"state_dtype": torch.bfloat16},
+    {"state_dtype": torch.float32},
+    {"master_weights": True, "state_dtype": torch.float32},
+    {"master_weights": True},
+)
 CLIPS: tuple[dict[str, float], ...] = (
     {},
     {"clipvalue": 0.5},

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_bits, dtype_name, gradients, randn, to_numpy
+from cases import assert_same_bits, dtype_name, gradients, randn, to_numpy, to_oracle
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -30,7 +30,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from reference.oracle import Oracle, OracleOptimizer, SparseGradient, memory_order
+from reference.oracle import Oracle, OracleOptimizer, memory_order
 from stateful_draws import (
     CLIPS,
     DTYPES,
@@ -38,6 +38,7 @@ from stateful_draws import (
     KEYS,
     LAYOUTS,
     NUMBERS,
+    PRECISIONS,
     SHAPES,
     dtypes,
     gradient,
@@ -118,15 +119,30 @@ class OptimizerStateMachine(RuleBasedStateMachine):
         """Takes over what somebody else wrote to a parameter and its state; the paths must agree on that, too."""
         replica = self.replicas[0]
         param, oracle = replica.params[index], self.expected.oracles[index]
-        fresh = Oracle(to_numpy(param), dtype=dtype_name(param.dtype), maximize=oracle.maximize)
+        state_dtype, master_weights = self.precision_of(index)
+        fresh = Oracle(
+            to_numpy(param),
+            dtype=dtype_name(param.dtype),
+            maximize=oracle.maximize,
+            master_weights=master_weights,
+            state_dtype=None if state_dtype is None else dtype_name(state_dtype),
+        )
         if self.has_state[index]:
+            state = replica.optimizer.state[param]
             for key in KEYS:
-                setattr(fresh, key, to_numpy(replica.optimizer.state[param][key]).copy())
+                setattr(fresh, key, to_numpy(state[key]).copy())
+            if "remainder" in state:
+                fresh.remainder = state["remainder"].numpy().copy()
         fresh.p = to_numpy(param).copy()
         self.expected.oracles[index] = fresh
         strides = np.empty(param.shape, np.int8)
         strides = np.lib.stride_tricks.as_strided(strides, param.shape, param.stride())
         self.expected.params[index], self.expected.orders[index] = strides, memory_order(strides)
+
+    def precision_of(self, index: int) -> tuple[torch.dtype | None, bool]:
+        """What the group of a parameter says of its state and its master."""
+        group: dict[str, Any] = next((group for group in self.groups if index in group["params"]), {})
+        return group.get("state_dtype"), group.get("master_weights", False)
 
     def forget_state(self, index: int) -> None:
         self.has_state[index] = False
@@ -181,11 +197,13 @@ class OptimizerStateMachine(RuleBasedStateMachine):
         dtype=dtypes,
         layout=layouts,
         seed=seeds,
-        options=st.sampled_from([{}, {"lr": 0.1}, {"rho": 0.5, "maximize": True}, {"epsilon": 1e-3}]),
+        options=st.sampled_from([{}, {"lr": 0.1}, {"rho": 0.5, "maximize": True}, {"epsilon": 1e-3}, *PRECISIONS]),
     )
     def add_group(self, shape_numbers: list[int], dtype: str, layout: str, seed: int, options: dict[str, Any]) -> None:
         if DTYPES[dtype].is_complex and self.expected.clipvalue is not None:
             dtype = "float32"
+        if "master_weights" in options or ("state_dtype" in options and dtype in ("float64", "complex64")):
+            dtype = "bfloat16"
         self.make_group(shape_numbers, dtype, layout, seed, options)
 
     @precondition(lambda self: len(self.groups) > 1)
@@ -213,7 +231,8 @@ class OptimizerStateMachine(RuleBasedStateMachine):
                     grads[i] = gradient(kinds[i % len(kinds)], param, seed + 101 * i + t)
                     param.grad = grads[i]
                 replica.optimizer.step()
-            rows = [(i, self.to_oracle(grads[i])) for group in self.groups for i in group["params"]]
+            own = to_oracle(grads)
+            rows = [(i, own[i]) for group in self.groups for i in group["params"]]
             rows = [(i, self.expected.unscaled(i, grad)) for i, grad in rows if grad is not None]
             if not rows:
                 continue
@@ -227,12 +246,6 @@ class OptimizerStateMachine(RuleBasedStateMachine):
                 oracle.step(grad)
                 self.has_state[i] = True
             self.expected.iterations += 1
-
-    @staticmethod
-    def to_oracle(grad: Tensor | None) -> Any:
-        if grad is None or not grad.is_sparse:
-            return None if grad is None else to_numpy(grad)
-        return SparseGradient(grad._indices().numpy(), to_numpy(grad._values()))
 
     @rule(seed=seeds, count=st.integers(1, 3))
     def step(self, seed: int, count: int) -> None:
@@ -310,7 +323,8 @@ class OptimizerStateMachine(RuleBasedStateMachine):
         for replica in self.replicas:
             saved = copy.deepcopy(replica.optimizer.state_dict())
             values = [p.detach().clone() for p in replica.params]
-            groups = [{"params": list(group["params"])} for group in replica.optimizer.param_groups]
+            own = ("params", "state_dtype", "master_weights")
+            groups = [{key: copy.copy(group[key]) for key in own} for group in replica.optimizer.param_groups]
             other = AdadeltaKeras(groups, **self.defaults, **replica.path.options)
             for _ in range(steps_before):
                 for param in replica.params:
@@ -341,7 +355,7 @@ class OptimizerStateMachine(RuleBasedStateMachine):
     def convert(self, index: int, dtype: str) -> None:
         """Parameter and state to another dtype, as `module.to` does it. A step amid that must be refused."""
         index = self.number(index)
-        if self.dtype_of(index).is_complex:
+        if self.dtype_of(index).is_complex or any(self.precision_of(index)):
             return
         for replica in self.replicas:
             param = replica.params[index]
@@ -414,8 +428,8 @@ class OptimizerStateMachine(RuleBasedStateMachine):
         for replica in self.replicas:
             param = replica.params[number]
             state = replica.optimizer.state[param]
-            new = gradients(param.shape, param.dtype, 1, seed)[0].abs().to(param.dtype)
             old = state[key]
+            new = gradients(param.shape, param.dtype, 1, seed)[0].abs().to(old.dtype)
             if how == "replace":
                 state[key] = new
             elif how == "data":
@@ -458,7 +472,12 @@ class OptimizerStateMachine(RuleBasedStateMachine):
     def exchange_between_parameters(self, one: int, other: int, key: str) -> None:
         numbers = [self.number_with_state(i) for i in (one, other)]
         i, j = numbers
-        if i is None or j is None or self.dtype_of(i) != self.dtype_of(j):
+        if (
+            i is None
+            or j is None
+            or self.dtype_of(i) != self.dtype_of(j)
+            or self.precision_of(i) != self.precision_of(j)
+        ):
             return
         if self.replicas[0].params[i].shape != self.replicas[0].params[j].shape:
             return
@@ -528,7 +547,10 @@ class OptimizerStateMachine(RuleBasedStateMachine):
                 state = replica.optimizer.state.get(param) or {}
                 assert bool(state) == self.has_state[i], what
                 for key, tensor in state.items():
-                    assert_same_bits(tensor, getattr(oracle, key), f"{key} {what}")
+                    if key == "remainder":
+                        np.testing.assert_array_equal(tensor.numpy(), oracle.remainder, err_msg=what)
+                    else:
+                        assert_same_bits(tensor, getattr(oracle, key), f"{key} {what}")
             assert replica.optimizer.iterations == self.expected.iterations
         for tensor, was in self.left_behind:
             assert_same_bits(tensor, was, "left behind")

@@ -239,9 +239,10 @@ def test_tables_go_where_a_page_asks_for_them(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / "docs" / "performance.md").exists(), reason="needs the source tree")
 def test_pages_have_their_tables_and_pictures() -> None:
+    import precision
     from bench import PAGES
 
-    pages = [(page, page.read_text()) for page in PAGES]
+    pages = [(page, page.read_text()) for page in (*PAGES, precision.PAGE)]
     for page, text in pages:
         blocks = re.findall(r"<!-- bench: ([\w-]+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
         assert blocks, page
@@ -249,6 +250,74 @@ def test_pages_have_their_tables_and_pictures() -> None:
             assert content.strip(), f"{page} has no {name}: run `make bench BENCH=--docs`"
         for picture in re.findall(r"\]\((images/[^)]+)\)", text):
             assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_peers_keep_what_their_papers_say() -> None:
+    import numpy as np
+    from precision_peers import FlashOptim, FlashOptimMasters, Float32Copy, Kahan, StochasticRounding
+    from reference.formats import round_to_bfloat16
+    from reference.oracle import Oracle, coefficients
+
+    rng = np.random.default_rng(0)
+    start = round_to_bfloat16(rng.uniform(0.6, 0.9, 1000).astype(np.float32))
+    ulp = 2.0**-8  # of a bfloat16 number of that size
+    grads = [rng.standard_normal(1000).astype(np.float32) for _ in range(20)]
+    by = coefficients(1.0, 0.95, 1e-7, np.float32)
+    oracle = Oracle(start, 1.0)
+    peers = {make: make(start) for make in (StochasticRounding, Kahan, Float32Copy, FlashOptimMasters, FlashOptim)}
+    for grad in grads:
+        oracle.step(grad)
+        for peer in peers.values():
+            peer.step(grad, by)
+            np.testing.assert_array_equal(round_to_bfloat16(peer.p), peer.p)
+    np.testing.assert_array_equal(peers[Float32Copy].master, oracle.p)
+    np.testing.assert_array_equal(peers[FlashOptimMasters].half_ulp, ulp / 2)
+    assert np.abs(oracle.p - start).max() > 2 * ulp
+    assert np.abs(peers[Kahan].p - oracle.p).max() < ulp
+    assert np.abs(peers[Kahan].master - oracle.p).max() < ulp / 16
+    # A step rounds to a 127th of half a last place, so 20 are at most 10 of them apart.
+    assert np.abs(peers[FlashOptimMasters].master - oracle.p).max() < 10.5 / 127 * ulp / 2
+
+    # The roots of state are within half a step of the largest in their group, whose scale is a float16.
+    state = rng.random(1000, np.float32)
+    roots = np.sqrt(np.pad(state, (0, 24))).reshape(-1, 32)
+    apart = np.sqrt(np.pad(peers[FlashOptim].kept_state(state), (0, 24))).reshape(-1, 32) - roots
+    assert np.all(np.abs(apart) <= roots.max(axis=1, keepdims=True) * (0.5 / 255 + 2.0**-11 + 1e-6))
+
+    # Rounded at random: up or down, and right on average.
+    p = np.float32(1 + 2.0**-9)  # a quarter of the way from 1 to the next
+    many = StochasticRounding(np.zeros(100_000, np.float32))
+    many.keep_param(oracle_update(p, 100_000), by)
+    assert set(np.unique(many.p)) == {1.0, 1 + 2.0**-7}
+    assert np.mean(many.p) == pytest.approx(p, abs=5e-5)
+
+
+def oracle_update(p: float, count: int):
+    """An update that gives this parameter everywhere."""
+    import numpy as np
+    from reference.oracle import Updated
+
+    return Updated(*(np.full(count, p, np.float32) for _ in range(4)))
+
+
+def test_a_quick_run_measures_what_16_bits_keep_and_lose(tmp_path: Path) -> None:
+    for package in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(package, reason="needs the extra 'bench'")
+    import precision
+
+    tables = precision.main(["--quick", "--output", str(tmp_path)])
+    kept = {row[0]: row[1:3] for row in tables["losses"].rows}
+    assert kept["float32"] == ("12", "28")
+    assert kept["bfloat16"] == ("6", "14")
+    assert kept["bfloat16, masters"] == ("8", "18")
+    assert kept["bfloat16, masters, float32 state"] == ("12", "26")
+    lost = {row[0]: row[3:] for row in tables["losses"].rows}
+    assert lost["bfloat16, masters, float32 state"] == lost["float32 copy of the weights"] == ("0", "0", "0")
+    assert lost["bfloat16, masters"] == lost["float32, bfloat16 state"] != ("0", "0", "0")
+    assert len(tables["digits"].rows) == 8
+    assert len(tables["times"].rows) == 12
+    for picture in ("precision_digits.png", "precision_times.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 # What a contender needs that is not installed everywhere: of the extras `bench` and `keras`.

@@ -84,6 +84,21 @@ def test_port_from_keras_keeps_the_numbers(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_train_bfloat16_prints_the_losses_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "train_bfloat16.py"))["main"]
+    results = main(["--epochs", "3"])
+    printed = capsys.readouterr().out
+    for name, result in results.items():
+        assert len(result.losses) == 4
+        assert result.losses[-1] < result.losses[0]
+        assert f"{result.losses[-1]:.4f}" in next(line for line in printed.splitlines() if f" {name} " in line)
+    # It starts from the same weights, and has lost much of what float32 gained.
+    start, *_, end = results["float32"].losses
+    assert results["bfloat16"].losses[0] == pytest.approx(start, rel=1e-3)
+    assert results["bfloat16"].losses[-1] - end > 0.2 * (start - end)
+    assert results["bfloat16, masters"].losses[-1] - end < 0.02 * (start - end)
+
+
 def test_meta_learning_learns() -> None:
     main = runpy.run_path(str(ROOT / "examples" / "meta_learning.py"))["main"]
     before, after = main(["--steps", "30", "--tasks", "2"])

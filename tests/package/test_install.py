@@ -113,7 +113,7 @@ CPU library    <path>/torch_adadelta/_C.so
 CPU kernels    <instruction set>
 CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
-One step of each path on cpu, float32, float64, float16 and bfloat16:
+One step of each path on cpu, of every real dtype, with masters and state of others:
   single_tensor  ok, same bits as single_tensor on the CPU
   multi_tensor   ok, same bits as single_tensor on the CPU
   fused          ok, same bits as single_tensor on the CPU
@@ -187,7 +187,7 @@ PyTorch        <version> (<build>), <n> threads
 CPU library    not loaded: FileNotFoundError: <path>/torch_adadelta/_C.so does not exist: torch_adadelta was installed where no C++ compiler was found, or with TORCH_ADADELTA_NO_EXT=1. Install a C++ compiler and run `pip install --no-build-isolation .` again.
 CUDA library   not loaded: RuntimeError: this PyTorch was built without CUDA
 
-One step of each path on cpu, float32, float64, float16 and bfloat16:
+One step of each path on cpu, of every real dtype, with masters and state of others:
   single_tensor  ok, same bits as single_tensor on the CPU
   multi_tensor   ok, same bits as single_tensor on the CPU
   fused          cannot run: its library is not loaded

@@ -12,83 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from reference.formats import FORMATS, Array, join_master, split_master
 
 DEFAULT_EPSILON: Final = 1e-7
-
-
-def round_to_T(x: Array) -> Array:
-    """`x` itself, which is in T: storing a float32 or float64 rounds nothing."""
-    return x
-
-
-def round_to_float16(x: Array) -> Array:
-    """The float16 values nearest to a float32 array, ties to even, as float32."""
-    with np.errstate(over="ignore"):
-        return x.astype(np.float16).astype(np.float32)
-
-
-def round_to_bfloat16(x: Array) -> Array:
-    """The bfloat16 values nearest to a float32 array, ties to even, as float32.
-
-    A bfloat16 is the upper half of a float32: adding just under half of its last place, and one more if that place is
-    odd, carries exactly when rounding up is due, into the exponent and up to infinity too. nan must not be carried.
-    """
-    bits = np.asarray(x).view(np.uint32)
-    with np.errstate(over="ignore"):
-        odd = (bits >> np.uint32(16)) & np.uint32(1)
-        rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
-
-
-def split_master(master: Array) -> tuple[Array, Array]:
-    """A float32 array as bfloat16 values, as float32, and what they lack of it, as int16.
-
-    The values are the nearest, ties away from zero: then what they lack always fits. nan becomes the quiet nan of its
-    sign, which lacks nothing.
-    """
-    bits = np.asarray(master, np.float32).view(np.uint32)
-    with np.errstate(over="ignore"):
-        upper = (bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
-        remainder = (bits - upper).astype(np.uint16).view(np.int16)
-    is_nan = np.isnan(master)
-    upper = np.where(is_nan, (bits & np.uint32(0x80000000)) | np.uint32(0x7FC00000), upper)
-    return upper.view(np.float32), np.where(is_nan, np.int16(0), remainder)
-
-
-def join_master(param: Array, remainder: Array) -> Array:
-    """The float32 array that `split_master` took apart.
-
-    A pair that it never makes is of a parameter that somebody else wrote. Zeros and infinities then are their own
-    masters; whatever else is within half a unit in the last place of the parameter, and a nan is a nan.
-    """
-    bits = np.asarray(param, np.float32).view(np.uint32)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    is_stale = ((magnitude == 0) & (remainder < 0)) | ((magnitude == 0x7F800000) & (remainder > 0))
-    with np.errstate(over="ignore"):
-        joined = bits + remainder.astype(np.int32).view(np.uint32)
-    return np.asarray(np.where(is_stale, bits, joined).view(np.float32))
-
-
-class _Format(NamedTuple):
-    T: Any  # the opmath dtype
-    store: Callable[[Array], Array]
-    is_complex: bool = False
-
-
-_FORMATS: Final = {
-    "float64": _Format(np.float64, round_to_T),
-    "float32": _Format(np.float32, round_to_T),
-    "float16": _Format(np.float32, round_to_float16),
-    "bfloat16": _Format(np.float32, round_to_bfloat16),
-    "complex128": _Format(np.float64, round_to_T, is_complex=True),
-    "complex64": _Format(np.float32, round_to_T, is_complex=True),
-    "complex32": _Format(np.float32, round_to_float16, is_complex=True),
-}
-
-DTYPES: Final = tuple(_FORMATS)
 
 
 def as_real(x: Array) -> Array:
@@ -273,12 +200,12 @@ class Oracle:
         p: the initial parameter, real or complex; rounded to `dtype`, never written to.
         learning_rate, rho: a Python number, rounded to float32 before it is cast to T; or a NumPy scalar, cast to T.
         epsilon: a Python number or NumPy scalar, cast to T; None and 0 mean 1e-7.
-        dtype: the parameter's dtype, a name in `DTYPES`; None for that of `p`.
+        dtype: the parameter's dtype, a name in `formats.DTYPES`; None for that of `p`.
         maximize: negate the gradients.
         weight_decay: a Python number or NumPy scalar, cast to T; 0 for none.
         decoupled_weight_decay: whether it is taken off the parameter, or else added to the gradient.
         master_weights: whether a bfloat16 parameter has a `remainder`, and the update runs on what they make together.
-        state_dtype: the dtype of square_avg and acc_delta, a name in `DTYPES`; None for that of the parameter.
+        state_dtype: the dtype of square_avg and acc_delta, a name in `formats.DTYPES`; None for that of the parameter.
 
     `p`, `square_avg` and `acc_delta` are arrays in T (see the top of this file), or in complex T. They, `remainder`, the
     hyperparameters and `rsqrt` (that of `update`) may be assigned to between steps.
@@ -300,8 +227,8 @@ class Oracle:
     ) -> None:
         p = np.asarray(p)
         dtype = dtype or p.dtype.name
-        self.format = _FORMATS[dtype]
-        self.store_state = _FORMATS[state_dtype or dtype].store
+        self.format = FORMATS[dtype]
+        self.store_state = FORMATS[state_dtype or dtype].store
         self.remainder = np.zeros(p.shape, np.int16) if master_weights and dtype == "bfloat16" else None
         self.learning_rate, self.rho, self.epsilon, self.maximize = learning_rate, rho, epsilon, maximize
         self.weight_decay, self.decoupled_weight_decay = weight_decay, decoupled_weight_decay
@@ -394,7 +321,7 @@ class OracleOptimizer:
         learning_rate: as for `Oracle`, or a function of the step, given in T, that returns it as a NumPy scalar.
         rho, epsilon, maximize: as for `Oracle`.
         decay, clipvalue, clipnorm, global_clipnorm: Python numbers, as Keras has them.
-        dtypes: the dtype of each parameter, a name in `DTYPES`; None for those of the arrays.
+        dtypes: the dtype of each parameter, a name in `formats.DTYPES`; None for those of the arrays.
         norm_variables: for `clipnorm`, lists of rows (number of the parameter, first, end) that have one norm; the rows of
             such a parameter that are in none have one of their own.
         weight_decay, decoupled_weight_decay: as for `Oracle`.

@@ -107,6 +107,64 @@ def test_sparse_gradients_and_weight_decay(path: Path) -> None:  # noqa: F811
             assert_optimizer_like_oracle(optimizer, expected, f"after step {k}")
 
 
+@pytest.mark.parametrize(
+    ("count", "frequency", "n", "expected"),
+    [
+        (0, None, None, (0.0, False)),
+        (1, None, None, (MOMENTUM, False)),
+        (torch.tensor(0), None, None, (0.0, False)),
+        (0, 1, None, (0.0, True)),
+        (2, 3, None, (MOMENTUM, True)),
+        (3, 3, None, (MOMENTUM, False)),
+        (torch.tensor(1), None, 2, (0.0, False)),
+        (2, 2, 2, (MOMENTUM, True)),
+        (5, 2, 2, (MOMENTUM, False)),
+    ],
+)
+def test_momentum(count: Any, frequency: int | None, n: int | None, expected: tuple[float, bool]) -> None:
+    group = {"ema_momentum": MOMENTUM, "ema_overwrite_frequency": frequency, "gradient_accumulation_steps": n}
+    momentum = averages.momentum_of({**group, "iterations": count})
+    assert momentum == expected
+    assert momentum.on(torch.device("meta")) == expected[0]
+
+
+def test_momentum_is_computed_where_the_count_is() -> None:
+    group = {"ema_momentum": MOMENTUM, "ema_overwrite_frequency": None, "gradient_accumulation_steps": None}
+    momentum = averages.momentum_of({**group, "iterations": torch.tensor(1, device="meta")})
+    assert not momentum.overwrites
+    assert isinstance(momentum.value, Tensor)
+    assert momentum.value.is_meta
+    for key in ("ema_overwrite_frequency", "gradient_accumulation_steps"):
+        with pytest.raises(RuntimeError, match="meta tensor"):  # for these it has to be read
+            averages.momentum_of({**group, key: 2, "iterations": torch.tensor(1, device="meta")})
+    for count in range(3):
+        value = averages.momentum_on_device({**group, "iterations": torch.tensor(count)})
+        assert_same_bits(value, torch.tensor(MOMENTUM if count else 0.0, dtype=torch.float64))
+        moved_there = averages.Momentum(value, False).on(torch.device("meta"))
+        assert isinstance(moved_there, Tensor)
+        assert moved_there.is_meta
+
+
+def test_averages_follow_the_masters(path: Path) -> None:  # noqa: F811
+    """Of a parameter without a gradient too; its remainder is then checked."""
+    options = {**EMA, "master_weights": True}
+    params = [Parameter(torch.ones(5, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = AdadeltaKeras(params, 1.0, **options, **path.options)
+    expected = optimizer_oracle_of(params, learning_rate=1.0, **options)
+    for k in range(4):
+        grads = [gradients((5,), torch.float32, 1, seed=10 * k + i)[0] if k != 2 or i else None for i in range(2)]
+        step(optimizer, *(None if grad is None else grad.bfloat16() for grad in grads))
+        expected.step([None if grad is None else to_numpy(grad.bfloat16()) for grad in grads])
+        assert_optimizer_like_oracle(optimizer, expected, f"after step {k}")
+    for k, bad in enumerate((torch.zeros(5), torch.zeros(4, dtype=torch.int16))):
+        optimizer.state[params[k]]["remainder"] = bad
+        before = snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=f"parameter {k} of group 0.* its state remainder has"):
+            step(optimizer, *(None if i == k else torch.ones(5, dtype=torch.bfloat16) for i in range(2)))
+        assert_unchanged(optimizer, before)
+        optimizer.state[params[k]]["remainder"] = torch.zeros(5, dtype=torch.int16)
+
+
 @pytest.mark.parametrize("second", [torch.ones(3), coo([[0, 2]], torch.ones(2), (3,))], ids=["dense", "sparse"])
 def test_a_parameter_that_is_updated_twice_is_averaged_once(path: Path, second: Tensor) -> None:  # noqa: F811
     params = [Parameter(torch.ones(3)), Parameter(torch.ones(3))]
@@ -159,6 +217,9 @@ def test_distributed_tensors(path: Path) -> None:  # noqa: F811
                 assert optimizers[0].state[p].keys() == optimizers[1].state[q].keys()
                 for key, tensor in optimizers[0].state[p].items():
                     assert_same_bits(optimizers[1].state[q][key].to_local(), tensor, key)
+        optimizers[1].state[spread[0]][averages.KEY] = torch.zeros(6)
+        with pytest.raises(RuntimeError, match="parameter 0 of group 0 is a DTensor, but its state average is a Tenso"):
+            step(optimizers[1], *(distribute_tensor(torch.ones_like(p), mesh, [Shard(0)]) for p in plain))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -14,6 +14,7 @@ from training import path as path
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.backends import kernels
+from torch_adadelta.step.callbacks import Callbacks
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -129,6 +130,31 @@ def test_maximize_comes_last(path: Path) -> None:
     optimizer.step()
     assert seen == [[1.0, -2.0, 3.0]]
     assert (param * param.grad > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "transformers", "message"),
+    [
+        (1, None, "gradient_aggregator must be callable, got 1"),
+        (None, "sum", "gradient_transformers must be a list of callables, got 'sum'"),
+        (None, identity, "gradient_transformers must be a list of callables, got <function identity"),
+        (None, [identity, 1], "gradient_transformers must be callables, got 1"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(aggregator: Any, transformers: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Callbacks(aggregator, transformers)
+
+
+def test_callbacks_that_something_was_saved_with_are_asked_for() -> None:
+    both = ["gradient_aggregator", "gradient_transformers"]
+    saved: list[dict[str, Any]] = [{}, {"callables": ["rho", *both]}, {"callables": []}]
+    Callbacks(identity, [identity]).check_known(saved)
+    for name, given in zip(both, (Callbacks(None, [identity]), Callbacks(identity, None)), strict=True):
+        assert given.names == [other for other in both if other != name]
+        given.check_known([{"callables": given.names}, {}])
+        with pytest.raises(ValueError, match=f"was saved with {name}, .* set optimizer.{name} first"):
+            given.check_known(saved)
 
 
 @pytest.mark.parametrize("kind", ["gradient_aggregator", "gradient_transformers"])

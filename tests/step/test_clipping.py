@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import direct
@@ -17,25 +18,29 @@ from cases import (
     Path,
     assert_same_bits,
     assert_unchanged,
+    coo_gradient,
     dtype_name,
     gradients,
     randn,
     snapshot,
     to_numpy,
+    to_oracle,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Processes
 from reference import oracle
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from training import assert_like_oracles, assert_same_training, give_gradients, numpy_or_none, oracle_of_all
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.backends import kernels
+from torch_adadelta.backends.batch import Backend, Batch
 from torch_adadelta.backends.functional import global_factor, square_sums
+from torch_adadelta.step import clipping
+from torch_adadelta.step.clipping import Clipping, set_gradient_options
 
 # Every option, and every pair of options that may be combined.
 CLIPS: list[dict[str, Any]] = [
@@ -79,13 +84,15 @@ def test_clipped_steps_are_those_of_the_oracle(path: Path, clip: dict[str, Any],
 def test_a_gradient_is_rounded_to_its_T_before_its_norm_is_taken_in_the_widest(path: Path) -> None:
     """float64 gradients of float32 parameters, and a clipvalue that float32 does not hold, beside a float64 parameter."""
     params = [Parameter(torch.zeros(50)), Parameter(torch.zeros(3, dtype=torch.float64)), Parameter(torch.zeros(40))]
+    params.append(Parameter(torch.zeros(6, 2)))
     clip = {"clipvalue": 0.1, "global_clipnorm": 0.3}
     optimizer = AdadeltaKeras(params, 1.0, **clip, **path.options)  # type: ignore[arg-type]
     expected = oracle_of_all(params, **clip)
     for step in range(20):
-        grads = [gradients(p.shape, torch.float64, 1, seed=10 * step + i)[0] for i, p in enumerate(params)]
+        grads = [gradients(p.shape, torch.float64, 1, seed=10 * step + i)[0] for i, p in enumerate(params[:3])]
+        grads.append(coo_gradient((6, 2), torch.float64, 9, seed=step))
         optimizer.apply_gradients(zip(grads, params, strict=True))
-        expected.step(numpy_or_none(grads))
+        expected.step(to_oracle(grads))
         assert_like_oracles(optimizer, expected, f"at step {step}")
 
 
@@ -232,6 +239,70 @@ def test_the_common_norm_is_added_in_the_order_of_the_gradients(path: Path) -> N
             assert_same_bits(optimizer.state[params[i]]["square_avg"], one.square_avg, f"{order} {i}")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "runs"), [([], []), ([7], [(0, 1)]), ([0, 1, 3, 5, 6, 2], [(0, 2), (2, 3), (3, 5), (5, 6)])]
+)
+def test_runs_of_numbers(numbers: list[int], runs: list[tuple[int, int]]) -> None:
+    assert clipping._runs(numbers) == runs
+
+
+def batch_of(backend: Backend, dtypes: Sequence[torch.dtype], *last: float) -> Batch:
+    """Parameters whose gradients have norm 5; the last one may have another gradient."""
+    grads = [torch.tensor([3.0, 4.0], dtype=dtype) for dtype in dtypes]
+    params, *state = ([torch.zeros_like(grad) for grad in grads] for _ in range(3))
+    if last:
+        grads[-1] = torch.tensor(last)
+    return direct.batch_of(backend, params, grads, *state)
+
+
+@pytest.mark.parametrize("backend", [Backend.SINGLE_TENSOR, *([Backend.FUSED] if kernels.is_loaded else [])])
+def test_others_may_have_a_part_of_a_norm(backend: Backend) -> None:
+    """The rest of a variable or of a gradient, or other gradients: the sums are four times those that are here."""
+
+    def quadrupled(sums: list[Tensor]) -> list[Tensor]:
+        return [4 * one for one in sums]
+
+    def over_parts(params: list[list[Tensor]], sums: list[Tensor]) -> list[Tensor]:
+        assert params == [[], owners]
+        return quadrupled(sums)
+
+    owners = [torch.zeros(4), torch.zeros(4)]
+    for options, expected in (
+        (Clipping(clipnorm=1.0), [25.0, 25.0]),
+        (Clipping(clipnorm=1.0, over_variables=quadrupled), [100.0, 100.0]),
+        (Clipping(clipnorm=1.0, over_parts=over_parts), [100.0, 100.0]),
+        (Clipping(global_clipnorm=1.0), 0.1),
+        (Clipping(global_clipnorm=1.0, over_parts=over_parts), 0.05),
+        (Clipping(global_clipnorm=1.0, over_processes=lambda total: 4 * total), 0.05),
+        (Clipping(global_clipnorm=1.0, loss_scale_factor=2.0), 0.2),
+    ):
+        batches = [batch_of(backend, [torch.float32] * 2) for _ in range(2)]
+        batches[1].wholes = (owners,)
+        assert set_gradient_options(batches, options) is None
+        for own in (batch.gradient_options for batch in batches):
+            assert own.clipnorm == options.clipnorm
+            if own.square_sums is None:
+                assert own.factor == float(np.float32(expected))
+            else:
+                assert own.square_sums.tolist() == expected
+        in_double = options._replace(in_double=True)
+        if options.clipnorm is None:
+            assert set_gradient_options(batches, in_double) is None
+            assert [batch.gradient_options.factor for batch in batches] == [expected] * 2
+
+
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+@pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
+def test_a_gradient_that_an_op_refuses_is_known_by_its_place_in_the_batch(option: str) -> None:
+    """Also where norms of one T are taken at a time."""
+    good = batch_of(Backend.FUSED, [torch.float32])
+    bad = batch_of(Backend.FUSED, [torch.float64, torch.float32, torch.float64, torch.float32], 1.0, 2.0, 3.0)
+    refused = set_gradient_options([good, bad], Clipping(**{option: 1.0}))
+    assert refused is not None
+    assert refused[0] is bad
+    assert refused[1].param == 3
+
+
 def test_threads_do_not_change_the_bits(path: Path) -> None:
     before = torch.get_num_threads()
     results = []
@@ -337,14 +408,6 @@ def test_the_derivative_at_a_gradient_of_zero_is_finite(option: str) -> None:
 
 
 # ---- DTensors and processes ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mesh() -> Any:
-    """A mesh of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def whole(tensor: Any) -> Tensor:

@@ -81,6 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weight_decay": {"weight_decay": 0.1},
     "penalty": {"weight_decay": torch.tensor(0.1), "decoupled_weight_decay": False},
     "averages": {"use_ema": True, "ema_momentum": 0.75},
+    "bfloat16 state": {"state_dtype": torch.bfloat16, "use_ema": True},
     "loss_scale_factor": {"loss_scale_factor": 3.0, "clipnorm": 0.7},
 }
 
@@ -107,6 +108,22 @@ def test_mixed_dtypes(options: dict[str, Any]) -> None:
     assert_same_training(compiled, eager)
     assert compiled.graphs == 1
     assert breaks() == {}
+
+
+@needs_library
+@pytest.mark.parametrize("state_dtype", [None, torch.float32])
+@pytest.mark.parametrize("backend", [{"fused": True}, {"foreach": False}], ids=str)
+def test_masters(state_dtype: torch.dtype | None, backend: dict[str, bool]) -> None:
+    options = {"master_weights": True, "state_dtype": state_dtype, "use_ema": True, "weight_decay": 0.1, **backend}
+    shapes = (((3, 5), torch.bfloat16), ((70,), torch.float32), ((4,), torch.bfloat16))
+    compiled, eager = Training("aot_eager", options, shapes), Training(None, options, shapes)
+    for step in range(3):
+        for training in (compiled, eager):
+            training.take(step)
+        assert_same_training(compiled, eager, step)
+    assert compiled.graphs == 1
+    assert breaks() == {}
+    assert {"remainder" in state for state in compiled.optimizer.state.values()} == {True, False}
 
 
 @needs_library

@@ -45,8 +45,8 @@ def test_excluded_parameters_do_not_decay(path: Path, copied: Any) -> None:
     params = list(model().parameters())
     optimizer = AdadeltaKeras(params, 1.0, weight_decay=0.1, **path.options)
     optimizer.backend = path.options  # type: ignore[attr-defined]
-    optimizer.exclude_from_weight_decay([params[1], params[3]])
-    oracle = OracleOptimizer(list(map(to_numpy, params)), 1.0, weight_decay=0.1, excluded=[1, 3])
+    optimizer.exclude_from_weight_decay([params[0], params[3]])
+    oracle = OracleOptimizer(list(map(to_numpy, params)), 1.0, weight_decay=0.1, excluded=[0, 3])
     for step in range(3):
         own = optimizer.param_groups[0]["params"]
         grads = [gradients(param.shape, param.dtype, 1, 10 * step + i)[0] for i, param in enumerate(own)]
@@ -91,7 +91,8 @@ def test_places_are_those_in_their_group() -> None:
         ({"var_list": torch.zeros(3)}, TypeError, "var_list must be a list"),
         ({"var_list": ["bias"]}, TypeError, "var_list must consist of Tensor"),
         ({"var_names": "bias"}, TypeError, "var_names must be a list, got 'bias'"),
-        ({"var_names": [1]}, TypeError, "var_names must consist of str"),
+        ({"var_names": ["bias", 1]}, TypeError, "var_names must consist of str"),
+        ({"var_names": ["("]}, ValueError, r"var_names has '\(', which is no regular expression: missing"),
     ],
 )
 def test_what_is_refused_changes_nothing(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

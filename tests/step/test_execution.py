@@ -17,14 +17,24 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits, assert_unchanged, gradients, snapshot
+from cases import (
+    assert_optimizer_like_oracle,
+    assert_same_bits,
+    assert_unchanged,
+    gradients,
+    optimizer_oracle_of,
+    snapshot,
+    to_oracle,
+)
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_adadelta import AdadeltaKeras, schedules
-from torch_adadelta.backends import kernels
-from torch_adadelta.step import execution, planning, sources
+from torch_adadelta.backends import functional, kernels
+from torch_adadelta.step import execution, planning, precision, sources
 from torch_adadelta.step.sources import Source
 
 PARTIAL = "the step is partial"
@@ -100,6 +110,31 @@ def is_like(optimizer: AdadeltaKeras, other: AdadeltaKeras) -> bool:
     return holds(optimizer, tensors_of(other)) and numbers_of(optimizer) == numbers_of(other)
 
 
+# ---- What is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"gradient_accumulation_steps": 2, "use_ema": True}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_are_those_of_the_oracle(backend: str, options: dict[str, Any]) -> None:
+    """The first parameter has dense gradients at first, for which a single batch checks itself, and then sparse ones."""
+    for backends in (BACKENDS[backend], BACKENDS[backend][:1]):
+        optimizer = made(backends, 0, **options)
+        params = params_of(optimizer)
+        expected = optimizer_oracle_of(params, learning_rate=1.0, **options)
+        for step in range(6):
+            give_gradients(optimizer, step, sparse=step >= 2)
+            optimizer.step()
+            expected.step(to_oracle([param.grad for param in params]))
+            assert_optimizer_like_oracle(optimizer, expected, f"after step {step}")
+
+
+def test_a_step_counts_unless_it_is_skipped() -> None:
+    groups: list[dict[str, Any]] = [{"iterations": count} for count in (3, torch.tensor(5))]
+    for found_inf, expected in ((1.0, [3, 5]), (0.0, [4, 6]), (2.0, [4, 6])):
+        execution.count_unless(torch.tensor([found_inf]), groups)
+        assert [group["iterations"].tolist() for group in groups] == expected
+
+
 # ---- An exception at every boundary ---------------------------------------------------------------------------------
 
 
@@ -124,11 +159,15 @@ class Fault(TorchDispatchMode):
     """
 
     KERNELS = ("adadelta_", "_adadelta_cached", "_sparse_adadelta")
+    PASSES = ("add_to_sum", "average", "decay_table")
     CALLS: tuple[tuple[Any, str], ...] = (
         *((kernels, name) for name in (*KERNELS, "grad_square_sums", "_first_invalid_indices", "_cache_accumulators")),
-        *((planning, name) for name in ("gather", "new_state_of", "Partition", "set_gradient_options", "StepPlan")),
+        *((functional, name) for name in PASSES),
+        *((planning, name) for name in ("gather", "Partition", "set_gradient_options", "StepPlan")),
         *((execution, name) for name in ("apply", "add_state", "run", "count_unless")),
         *((sources, name) for name in ("at_step", "write")),
+        (precision, "new_state"),
+        (precision, "attach_remainders"),
         (Source, "record"),
     )
 
@@ -169,9 +208,9 @@ class Fault(TorchDispatchMode):
 
     def ticking(self, name: str, real: Any) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:
-            self.tick(name in self.KERNELS)
+            self.tick(name in self.KERNELS + self.PASSES)
             result = real(*args, **kwargs)
-            self.tick(name in self.KERNELS)
+            self.tick(name in self.KERNELS + self.PASSES)
             return result
 
         return called
@@ -189,12 +228,18 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sparse, no state yet": {"sparse": True, "steps_before": 0},
     "capturable": {"capturable": True, "learning_rate": schedules.ExponentialDecay(1.0, 10, 0.9)},
     "found_inf": {"found_inf": True},
+    "sums": {"gradient_accumulation_steps": 2},
+    "means, averages": {"gradient_accumulation_steps": 2, "use_ema": True, "sparse": True, "steps_before": 3},
+    "sparse, decay": {"sparse": True, "weight_decay": 0.1},
 }
 
 
 CASES = [
     (backend, scenario, watches_ops)
-    for watches_ops, scenarios in ((False, SCENARIOS), (True, ("no state yet", "sparse, no state yet", "capturable")))
+    for watches_ops, scenarios in (
+        (False, SCENARIOS),
+        (True, ("no state yet", "sparse, no state yet", "capturable", "means, averages")),
+    )
     for scenario in scenarios
     for backend in (BACKENDS if scenario != "found_inf" else ("fused",))  # which alone takes it
     if backend in BACKENDS
@@ -271,11 +316,12 @@ def test_an_error_with_a_text_of_its_own_says_in_a_note_that_the_step_is_partial
     [
         ([FUSED, FUSED], False, 0, "parameter 0 of group 0"),
         ([FUSED], True, 0, "parameter 0 of group 0"),
+        ([{**FUSED, "weight_decay": 0.1}], True, 0, "parameter 0 of group 0"),
         ([FUSED, FUSED], True, 1, "parameter 0 of group 0"),
         ([SINGLE, FUSED], False, 1, "parameter 0 of group 1"),
         ([MULTI, SINGLE, FUSED], False, 2, "parameter 0 of group 2"),
     ],
-    ids=["first", "first, sparse", "second, sparse", "second", "third"],
+    ids=["first", "first, sparse", "first, sparse, after its decay", "second, sparse", "second", "third"],
 )
 def test_a_batch_that_its_op_refuses_after_it_was_checked(
     monkeypatch: pytest.MonkeyPatch,
@@ -285,7 +331,7 @@ def test_a_batch_that_its_op_refuses_after_it_was_checked(
     name: str,
     steps_before: int,
 ) -> None:
-    """Another thread has changed its state: the first batch leaves nothing behind, a later one a partial step."""
+    """Another thread has changed its state: the first leaves nothing behind, unless rows have decayed; a later one does."""
     optimizer = made(backends, steps_before, sparse)
     before, was = snapshot(optimizer), [x.clone() for x in tensors_of(optimizer)]
     spoiled: list[tuple[Tensor, Tensor]] = []
@@ -303,8 +349,9 @@ def test_a_batch_that_its_op_refuses_after_it_was_checked(
         optimizer.step()
     for tensor, data in spoiled:
         tensor.data = data
-    assert (PARTIAL in str(raised.value)) == (place > 0)
-    if place == 0:
+    is_partial = place > 0 or "weight_decay" in backends[0]
+    assert (PARTIAL in str(raised.value)) == is_partial
+    if not is_partial:
         assert_unchanged(optimizer, before)
     else:
         assert optimizer.iterations == steps_before
@@ -316,6 +363,27 @@ def test_a_batch_that_its_op_refuses_after_it_was_checked(
         each.step()
     assert is_like(optimizer, other)
     assert optimizer.iterations == steps_before + 1
+
+
+def test_counts_are_levelled() -> None:
+    """Where nothing has to be asked of a device."""
+    tensor = torch.tensor(4)
+    groups: list[dict[str, Any]] = [{"iterations": count} for count in (3, 4, tensor, torch.tensor(7, device="meta"))]
+    execution.level_counts(groups)
+    assert [int(group["iterations"]) for group in groups[:3]] == [3, 4, 4]
+    execution.level_counts(groups[:3])
+    assert [groups[0], groups[1], int(tensor)] == [{"iterations": 3}, {"iterations": 3}, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_versions_count_up_for_autograd(backend: str, mesh: DeviceMesh) -> None:
+    """Those of a distributed tensor and of its local one."""
+    spread = Parameter(distribute_tensor(torch.ones(2), mesh, [Shard(0)]))
+    optimizer = AdadeltaKeras([spread, plain := Parameter(torch.ones(2))], **BACKENDS[backend][0])
+    spread.grad, plain.grad = distribute_tensor(torch.ones(2), mesh, [Shard(0)]), torch.ones(2)
+    before = [tensor._version for tensor in (spread, spread.to_local(), plain)]
+    optimizer.step()
+    assert all(x._version > was for x, was in zip((spread, spread.to_local(), plain), before, strict=True))
 
 
 # ---- An exception in every callback ---------------------------------------------------------------------------------

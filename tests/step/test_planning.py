@@ -13,15 +13,20 @@ import torch.distributed as dist
 from cases import (
     Path,
     assert_like_oracle,
+    assert_optimizer_like_oracle,
     assert_same_bits,
     assert_unchanged,
     gradients,
     oracle_of,
     snapshot,
     to_numpy,
+    to_oracle,
 )
 from processes import Processes
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import advance, assert_same_training, oracle_of_all, params_of, stepped, trained
@@ -31,6 +36,9 @@ from training import tensors_of as everything
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.backends import kernels
+from torch_adadelta.backends.batch import Backend
+from torch_adadelta.distributed import NormGroup
+from torch_adadelta.step import planning
 
 needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 
@@ -174,11 +182,11 @@ def test_parameters_of_every_dtype_in_each_group(path: Path) -> None:
     ],
     ids=["range", "both norms", "norm_variables"],
 )
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(("steps", "calls"), [(0, None), (2, None), (2, 2)])
 def test_what_is_written_to_groups_is_checked_before_the_step(
-    path: Path, values: dict[str, Any], error: str, steps: int
+    path: Path, values: dict[str, Any], error: str, steps: int, calls: int | None
 ) -> None:
-    optimizer, _ = trained(path, steps)
+    optimizer, _ = trained(path, steps, gradient_accumulation_steps=calls)
     for group in optimizer.param_groups:
         group.update(values)
     before = snapshot(optimizer)
@@ -320,6 +328,129 @@ def test_a_dispatch_mode_sees_what_is_written_in_every_step() -> None:
         assert mode.written == [{x.data_ptr() for x in everything(optimizer)}]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_ema": True, "ema_overwrite_frequency": 3, "master_weights": True, "clipnorm": 0.7},
+        {"gradient_accumulation_steps": 2, "use_ema": True, "loss_scale_factor": 3.0, "global_clipnorm": 0.9},
+        {"gradient_accumulation_steps": 3, "master_weights": True, "weight_decay": 0.25},
+    ],
+    ids=str,
+)
+def test_a_plan_is_more_than_updates(path: Path, options: dict[str, Any]) -> None:
+    """Averages, sums and remainders, some of which begin later than others."""
+    params = [Parameter(torch.zeros(5, 2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
+    optimizer = AdadeltaKeras([{"params": params[:1]}, {"params": params[1:]}], 1.0, **options, **path.options)
+    expected = oracle_of_all(params, **options)
+    optimizer.step()  # which is none, without gradients
+    for step in range(8):
+        grads: list[Any] = give(params, step)
+        if step % 3 == 1:
+            params[0].grad = grads[0] = grads[0].to_sparse(1)
+        if step < 2:
+            params[2].grad = grads[2] = None
+        optimizer.step()
+        expected.step(to_oracle(grads))
+        assert_optimizer_like_oracle(optimizer, expected, f"at step {step}")
+
+
+@pytest.mark.filterwarnings("ignore:no gradient in the call that updates")
+def test_all_state_is_made_for_a_checkpoint_to_be_loaded_into(path: Path) -> None:
+    options: dict[str, Any] = {"master_weights": True, "use_ema": True, "gradient_accumulation_steps": 2}
+    params = [Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = AdadeltaKeras(params, schedules.ExponentialDecay(1.0, 2, 0.5), **options, **path.options)
+    optimizer.param_groups[0]["lr"] = 0.0
+    params[0].grad = torch.zeros(3, dtype=torch.bfloat16)
+    optimizer.step()
+    assert optimizer.iterations == 0
+    assert optimizer.state.keys() == {params[0]}
+    assert optimizer.state[params[0]].keys() == {
+        "square_avg", "acc_delta", "remainder", "average", "gradient_accumulator",
+    }  # fmt: skip
+    assert not planning._is_zero(torch.zeros((), device="meta")), "which would wait for the device"
+
+
+def test_parameters_of_a_kind_are_updated_by_one_call(path: Path) -> None:
+    """Sparse ones last. In state, both keys of this optimizer are needed."""
+    optimizer, params = trained(path, steps=0)
+    params[1].grad = torch.ones(5).to_sparse()
+    plan = planning.plan(optimizer.step_request())
+    assert plan is not None
+    assert [(batch.is_sparse, len(batch.params)) for batch in plan.batches] == [(False, 3), (True, 1)]
+    assert plan.batches[1].backend is (Backend.FUSED if path.name == "fused" else Backend.SINGLE_TENSOR)
+    optimizer.step()
+    del optimizer.state[params[3]]["acc_delta"]
+    with pytest.raises(RuntimeError, match="parameter 1 of group 1: its state holds"):
+        planning.plan(optimizer.step_request())
+
+
+def test_a_parameter_that_is_given_twice_is_updated_in_the_order_of_its_gradients(path: Path) -> None:
+    """Dense or sparse, in calls of their own."""
+    params = [Parameter(torch.zeros(5, 2)) for _ in range(2)]
+    optimizer = AdadeltaKeras(params, 1.0, **path.options)
+    expected = oracle_of_all(params)
+    for step in range(3):
+        grads = [gradients((5, 2), torch.float32, 1, seed=10 * step + i)[0] for i in range(4)]
+        grads[1] = grads[1].to_sparse(1)
+        order = (0, 0, 1, 0)
+        optimizer.apply_gradients([(grad, params[i]) for grad, i in zip(grads, order, strict=True)])
+        for one in expected.oracles:
+            one.learning_rate = 1.0
+        for grad, i in zip(to_oracle(grads), order, strict=True):
+            expected.oracles[i].step(grad)
+    for param, oracle in zip(params, expected.oracles, strict=True):
+        assert_like_oracle(param, optimizer.state[param], oracle)
+
+
+def test_weight_decay_that_is_written_to_a_group_is_checked(path: Path) -> None:
+    """Beside a clip option, on the partition of the last step too."""
+    optimizer, _ = trained(path, clipnorm=0.5, decoupled_weight_decay=False)
+    optimizer.param_groups[1]["weight_decay"] = 0.1
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="cannot be combined with decoupled_weight_decay=False"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
+def test_what_has_no_norm_is_refused_by_name(path: Path, option: str, steps: int) -> None:
+    optimizer, params = trained(path, steps, **{option: 0.5})
+    params[3].data = torch.zeros(4)
+    before = snapshot(optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"parameter 1 of group 1 has shape \(4,\), but its gradient has shape \(5,\)"
+    ):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+def test_distributed_gradients_stay_distributed(path: Path, mesh: DeviceMesh) -> None:
+    (theirs, plain), spread = trained(path, 0, global_clipnorm=0.5), []
+    spread = [Parameter(distribute_tensor(torch.zeros(5), mesh, [Shard(0)])) for _ in plain]
+    ours = AdadeltaKeras([{"params": spread[:2]}, {"params": spread[2:]}], 1.0, global_clipnorm=0.5, **path.options)
+    for step in range(2):
+        grads = give(plain, step)
+        theirs.step()
+        ours.apply_gradients([(distribute_tensor(g, mesh, [Shard(0)]), p) for g, p in zip(grads, spread, strict=True)])
+        for one, other in zip(plain, spread, strict=True):
+            assert_same_bits(other.to_local(), one.detach())  # type: ignore[attr-defined]
+    for param, grad in zip(spread, grads, strict=True):
+        param.grad = distribute_tensor(grad, mesh, [Shard(0)])
+    plan = planning.plan(ours.step_request())
+    assert plan is not None
+    assert (plan.batches[0].accumulators is not None) == (path.name == "fused"), "of the local tensors"
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is a DTensor, but its gradient is a Tensor"):
+        ours.apply_gradients(list(zip(grads, spread, strict=True)))
+    assert ours.iterations == 2
+    ours.global_clipnorm = None
+    for option in ("clipvalue", "clipnorm", "global_clipnorm"):  # of which norms are those of all parts
+        setattr(ours, option, 0.5)
+        clipping, _ = planning._clipping(request := ours.step_request(), planning.gather(request))
+        assert (clipping.over_parts is None) == (option == "clipvalue")
+        setattr(ours, option, None)
+
+
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +526,42 @@ def test_a_norm_that_zero_cannot_take_is_refused_when_it_is_written_later() -> N
         assert_same_bits(param, before)
     finally:
         dist.destroy_process_group()
+
+
+class Others(NormGroup):
+    """Processes with gradients, which add to the sum of squares, and float64 parameters."""
+
+    def agree(self, *asked: Any) -> tuple[bool, bool]:
+        self.asked = asked
+        return True, True
+
+    def sum(self, number: Tensor) -> Tensor:
+        self.summed = number.item()
+        return 4 * number + 25
+
+
+def test_a_plan_with_others(path: Path) -> None:
+    """Who wait for this process, and count the step, where it has no gradients too."""
+    optimizer, params = trained(path, 1, global_clipnorm=1.0, use_ema=True)
+    others = Others("world")
+    request = optimizer.step_request()._replace(norm_group=others)
+    for param in params:
+        param.grad = None
+    assert planning.plan(optimizer.step_request()) is None
+    part, _ = trained(path, 1, use_ema=True)
+    part.zero_grad()
+    for plan in (planning.plan(request), planning.plan(part.step_request()._replace(is_part=True))):
+        assert plan is not None
+        assert (plan.batches, plan.counts, [len(some.params) for some in plan.passes]) == ([], True, [4])
+    assert others.asked == (1, False, False, 1.0)
+    assert others.summed == 0.0
+    params[0].grad = torch.tensor([3.0, 0, 0, 0, 4.0])
+    plan = planning.plan(request)
+    assert plan is not None
+    assert others.asked == (1, True, False, 1.0)
+    assert others.summed == 25.0
+    assert plan.batches[0].gradient_options.factor == 125**-0.5
+    assert plan.inputs is None, "the others would not take part in another sum"
 
 
 def _one_process_refuses() -> list[str]:

@@ -6,6 +6,8 @@ import expecttest
 import pytest
 import torch
 from cases import Path, assert_like_oracle, assert_unchanged, oracle_of, snapshot
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from training import path as path
 from training import stepped
@@ -43,6 +45,34 @@ def test_none_picks_the_best_that_applies() -> None:
     assert chosen(plain, differentiable=True) is Backend.SINGLE_TENSOR
     assert chosen(special) is Backend.SINGLE_TENSOR
     assert chosen(meta) is Backend.SINGLE_TENSOR
+
+
+def test_multi_tensor_operations_where_they_are_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where nothing speaks against them."""
+    assert {"cuda", "xpu"} == selection._FOREACH_DEVICE_TYPES
+    monkeypatch.setattr(selection, "_FOREACH_DEVICE_TYPES", {"cpu"})
+    plain = [Parameter(torch.ones(1))]
+    assert chosen(plain, fused=False) is Backend.MULTI_TENSOR
+    assert chosen(plain, foreach=False) is Backend.SINGLE_TENSOR
+    assert chosen(plain, differentiable=True) is Backend.SINGLE_TENSOR
+    assert chosen([torch.ones(1).as_subclass(Subclass)]) is Backend.SINGLE_TENSOR
+
+
+def test_local_tensors_of_distributed_ones_decide(mesh: DeviceMesh) -> None:
+    """Beside others, which are looked at themselves."""
+    plain, spread = Parameter(torch.ones(1)), Parameter(distribute_tensor(torch.ones(1), mesh, [Shard(0)]))
+    special = torch.ones(1).as_subclass(Subclass)
+    group = AdadeltaKeras([plain]).param_groups[0]
+    best = Backend.FUSED if kernels.is_loaded else Backend.SINGLE_TENSOR
+    for params, options, expected in (
+        ([plain, spread], {}, (best, True)),
+        ([spread, spread], {"foreach": True}, (Backend.MULTI_TENSOR, True)),
+        ([spread, special], {}, (Backend.SINGLE_TENSOR, True)),
+        ([plain, spread], {"differentiable": True}, (Backend.SINGLE_TENSOR, False)),
+    ):
+        assert selection.select_backend({**group, **options}, params) == expected
+    with pytest.raises(RuntimeError, match="`foreach=True` needs plain tensors, got a Subclass"):
+        selection.select_backend({**group, "foreach": True}, [spread, special])
 
 
 def test_without_the_library_python_computes_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +138,7 @@ class TestChoices(expecttest.TestCase):
     @needs_library
     def test_subclass_and_device(self) -> None:
         self.assertExpectedInline(
-            self.message([torch.ones(1).as_subclass(Subclass)], fused=True),
+            self.message([Parameter(torch.ones(1)), torch.ones(1).as_subclass(Subclass)], fused=True),
             """`fused=True` needs plain tensors, got a Subclass; leave `fused` None""",
         )
         self.assertExpectedInline(

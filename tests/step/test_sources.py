@@ -315,6 +315,9 @@ def test_a_checkpoint_names_what_it_cannot_hold() -> None:
         ValueError, match=r"the schedule to load cannot be made: .*; set optimizer\.learning_rate first"
     ):
         made().load_state_dict(custom.state_dict())
+    optimizer.learning_rate = type("Unknown", (LearningRateSchedule,), {"__call__": lambda self, step: 0.5})()
+    assert optimizer.state_dict()["param_groups"][0]["schedule"] is None
+    assert optimizer.param_groups[0]["callables"] == ["gradient_aggregator", "rho", "learning_rate"]
     optimizer.learning_rate, optimizer.rho = 0.5, 0.5
     assert (optimizer.param_groups[0]["schedule"], optimizer.param_groups[0]["callables"]) == (
         None,
@@ -342,6 +345,23 @@ def test_copies_go_on_by_their_own_sources(path: Path, how: str) -> None:
     assert optimizer.learning_rate is not other.learning_rate
     advance(optimizer)
     assert optimizer.param_groups[1]["lr"] != 0.125
+
+
+@pytest.mark.parametrize("value", [0.25, torch.tensor(0.25)], ids=["number", "Tensor"])
+def test_an_interrupted_write_is_nobody_elses(value: Any) -> None:
+    class Interrupted(sources.Source):
+        def record(self, value: Any) -> None:
+            if hasattr(self, "_written"):
+                raise KeyboardInterrupt
+            super().record(value)
+
+    source, group = Interrupted("rho", lambda: value, 0.5), {"rho": 0.5}
+    with pytest.raises(KeyboardInterrupt):
+        sources.write([sources.GroupWrite(group, "rho", value, source)])
+    assert group["rho"] is value
+    assert not source.is_overwritten(value)
+    assert source.is_overwritten(torch.tensor(0.25))
+    assert source.is_overwritten(0.125)
 
 
 # ---- Groups that come and go ----------------------------------------------------------------------------------------
@@ -419,8 +439,8 @@ def test_a_checkpoint_written_past_load_state_dict(options: dict[str, Any], erro
 def test_a_schedule_written_past_load_state_dict_is_used() -> None:
     saved = AdadeltaKeras([Parameter(torch.ones(2))], ExponentialDecay(1.0, 1, 0.5)).state_dict()
     optimizer = AdadeltaKeras([Parameter(torch.ones(2))])
-    group = {key: value for key, value in saved["param_groups"][0].items() if key != "params"}
+    group = {key: value for key, value in saved["param_groups"][0].items() if key not in ("params", "callables")}
     optimizer.param_groups[0].update({**group, "iterations": 2})
     advance(optimizer)
-    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert [optimizer.param_groups[0][key] for key in ("lr", "iterations", "decay")] == [0.25, 3, 0.0]
     assert isinstance(optimizer.learning_rate, ExponentialDecay)

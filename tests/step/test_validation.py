@@ -7,7 +7,7 @@ from typing import Any
 import direct
 import pytest
 import torch
-from cases import DTYPES, PATHS, Path, assert_same_bits, assert_unchanged, dtype_name, gradients, snapshot
+from cases import DTYPES, PATHS, Path, assert_same_bits, assert_unchanged, gradients, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.nn import Parameter, UninitializedParameter
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.backends import kernels
-from torch_adadelta.backends.batch import Backend
+from torch_adadelta.backends.batch import Backend, Row
 from torch_adadelta.step import validation
 
 COUNT = 4
@@ -304,28 +304,30 @@ def test_two_parameters_of_one_memory_and_one_state(path: Path, is_sparse: bool)
 
 # ---- The same verdict in Python and in C++ --------------------------------------------------------------------------
 
-BASE = torch.zeros(96)
+BASE = torch.zeros(120, dtype=torch.bfloat16)
 
 
 @st.composite
-def _rows(draw: st.DrawFn) -> list[validation.Row]:
-    """Three rows of slices of one buffer, most of which lie apart."""
+def _rows(draw: st.DrawFn) -> list[Row]:
+    """Three rows of slices of one buffer, most of which lie apart. All have remainders, or none has."""
     length = draw(st.integers(1, 4))
     stride = draw(st.sampled_from([1, 1, 2]))
 
     def piece(begin: int) -> Tensor:
         return BASE[begin : begin + stride * (length - 1) + 1 : stride]
 
-    slices = [piece(number * stride * length) for number in range(12)]
-    places = st.integers(0, 11)
+    slices = [piece(number * stride * length) for number in range(15)]
+    places = st.integers(0, 14)
     for _ in range(draw(st.integers(0, 2))):
-        elsewhere = st.builds(piece, st.integers(0, 11 * length * stride))
+        elsewhere = st.builds(piece, st.integers(0, 14 * length * stride))
         slices[draw(places)] = draw(st.one_of(places.map(slices.__getitem__), elsewhere))
     if draw(st.booleans()):  # the same parameter again, perhaps with the same state
-        slices[8] = slices[0]
+        slices[10] = slices[0]
         if draw(st.integers(0, 3)):
-            slices[10:12] = slices[2:4]
-    return [tuple(slices[i : i + 4]) for i in (0, 4, 8)]  # type: ignore[misc]
+            slices[12:15] = slices[2:5]
+    has_remainders = draw(st.booleans())
+    rows = (slices[i : i + 5] for i in (0, 5, 10))
+    return [Row(*row, None, rest.view(torch.int16) if has_remainders else None) for *row, rest in rows]
 
 
 def _refusal(check: Callable[[], None]) -> set[str]:
@@ -340,11 +342,14 @@ def _refusal(check: Callable[[], None]) -> set[str]:
 @pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
 @settings(max_examples=600, deadline=None)
 @given(_rows())
-def test_drawn_rows_have_the_same_verdict_in_python_and_in_the_library(rows: list[validation.Row]) -> None:
+def test_drawn_rows_have_the_same_verdict_in_python_and_in_the_library(rows: list[Row]) -> None:
     numbers = {id(row[0]): number for number, row in reversed(list(enumerate(rows)))}
     in_python = _refusal(lambda: validation.check_apart(rows, lambda param: f"parameter {numbers[id(param)]}"))
-    in_library = _refusal(lambda: direct.check(*map(list, zip(*rows, strict=True))))
-    places = [[(x.storage_offset(), x.stride()) for x in row] for row in rows]
+    *lists, _, remainders = map(list, zip(*rows, strict=True))
+    has_masters = remainders[0] is not None
+    options = {"has_masters": has_masters, "remainders": remainders if has_masters else []}
+    in_library = _refusal(lambda: direct.check(*lists, **options))
+    places = [[(x.storage_offset(), x.stride()) for x in row if x is not None] for row in rows]
     assert bool(in_python) == bool(in_library), places
     assert bool(in_python) == _overlap(rows), places
 
@@ -353,12 +358,12 @@ def _bytes(x: Tensor) -> range:
     return range(x.storage_offset(), x.storage_offset() + x.stride(0) * (x.numel() - 1) + 1)
 
 
-def _overlap(rows: list[validation.Row]) -> bool:
+def _overlap(rows: list[Row]) -> bool:
     """The rule, spelled out: every pair of tensors of which one is written to, but for a parameter that is repeated."""
     distinct: list[Any] = []
     for row in rows:
-        ranges = [_bytes(x) for x in row]
-        if not any(ranges[0::2] + ranges[3:] == known[0::2] + known[3:] for known in distinct):
+        ranges = [_bytes(x) for x in row if x is not None]
+        if not any(ranges[:1] + ranges[2:] == known[:1] + known[2:] for known in distinct):
             distinct.append(ranges)
     written = [place for ranges in distinct for place in (ranges[0], *ranges[2:])]
     read = [_bytes(row[1]) for row in rows]
@@ -375,6 +380,7 @@ NEGATED = r"a lazily conjugated or negated view. Use .resolve_conj\(\).resolve_n
 
 with torch.inference_mode():
     INFERENCE = torch.ones(2, 3)
+    INFERENCE_REMAINDER = torch.ones(2, 3, dtype=torch.int16)
 
 # The row with one tensor replaced, and what is said of it.
 ROWS: list[tuple[dict[int, Any], type[Exception], str]] = [
@@ -398,6 +404,15 @@ ROWS: list[tuple[dict[int, Any], type[Exception], str]] = [
     ({2: OVERLAPPING}, RuntimeError, "p: its state square_avg is not a dense tensor of its own memory"),
     ({3: ONES.to_sparse()}, RuntimeError, "p: its state acc_delta is not a dense tensor of its own memory"),
     ({3: LAZY}, RuntimeError, "its state acc_delta is " + NEGATED),
+    ({4: ONES.double()}, RuntimeError, "its state average has dtype torch.float64, not torch.float32"),
+    ({4: OVERLAPPING}, RuntimeError, "p: its state average is not a dense tensor of its own memory"),
+    ({4: INFERENCE}, RuntimeError, "p: its state average was made in inference mode"),
+    ({5: ONES}, RuntimeError, "p: its state remainder has dtype torch.float32, not torch.int16. Delete it"),
+    ({5: 0}, RuntimeError, "p: its state remainder is 0, not a Tensor"),
+    ({5: ONES[:1].short()}, RuntimeError, r"p has shape \(2, 3\), but its state remainder has shape \(1, 3\)"),
+    ({5: ONES.short().to("meta")}, RuntimeError, "p is on cpu, but its state remainder is on meta"),
+    ({5: OVERLAPPING.short()[:1].expand(2, 3)}, RuntimeError, "p: its state remainder is not a dense tensor"),
+    ({5: INFERENCE_REMAINDER}, RuntimeError, "p: its state remainder was made in inference mode"),
     ({0: INFERENCE}, RuntimeError, "p or its state was made in inference mode"),
     ({3: INFERENCE}, RuntimeError, "p or its state was made in inference mode"),
 ]
@@ -405,9 +420,9 @@ ROWS: list[tuple[dict[int, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("spoil", "error", "message"), ROWS)
 def test_rows_that_are_refused(spoil: dict[int, Any], error: type[Exception], message: str) -> None:
-    row = [spoil.get(place, ONES) for place in range(4)]
+    row = [spoil.get(place, ONES if place < 4 else None) for place in range(6)]
     with pytest.raises(error, match=message):
-        validation.check_row(lambda: "p", tuple(row), False)  # type: ignore[arg-type]
+        validation.check_row(lambda: "p", Row(*row), torch.float32)
 
 
 def test_rows_that_are_not_refused() -> None:
@@ -416,28 +431,28 @@ def test_rows_that_are_not_refused() -> None:
         [ONES, grad, ONES.t().contiguous().t(), ONES] for grad in (ONES.half(), ONES.to_sparse(1), OVERLAPPING, LAZY)
     ]
     for row in rows:
-        validation.check_row(lambda: "p", tuple(row), False)  # type: ignore[arg-type]
+        validation.check_row(lambda: "p", Row(*row), row[0].dtype)
     with torch.inference_mode():
-        validation.check_row(lambda: "p", (INFERENCE,) * 4, False)
+        validation.check_row(lambda: "p", Row(*(INFERENCE,) * 4), torch.float32)
     validation.check_param(lambda: "p", UninitializedParameter())
 
 
 def test_rows_that_autograd_is_to_follow() -> None:
     leaf = Parameter(ONES)
-    validation.check_row(lambda: "p", (leaf.clone(), ONES, ONES, ONES), True)
+    validation.check_row(lambda: "p", Row(leaf.clone(), ONES, ONES, ONES), torch.float32, True)
     for row, message in (
         ((leaf, ONES, ONES, ONES), "p is a leaf that requires grad: with differentiable=True pass a clone of it"),
         ((ONES, ONES.to_sparse(1), ONES, ONES), "sparse gradient, which autograd cannot follow"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            validation.check_row(lambda: "p", row, True)
+            validation.check_row(lambda: "p", Row(*row), torch.float32, True)
 
 
 def test_state_that_no_backend_sees() -> None:
-    validation.check_state(lambda: "p", ONES, ONES, ONES.double(), ONES)  # which a backend does
+    validation.check_state(lambda: "p", Row(ONES, ONES, ONES.double(), ONES), torch.float32)  # which a backend does
     for state in ((None, ONES), (ONES, 3), (ONES, LAZY), (LAZY, ONES)):
         with pytest.raises(RuntimeError, match="p: its state"):
-            validation.check_state(lambda: "p", ONES, ONES, *state)
+            validation.check_state(lambda: "p", Row(ONES, ONES, *state), torch.float32)  # type: ignore[arg-type]
     validation.check_keys(lambda: "p", {"square_avg": 1, "acc_delta": 2, "more": 3})
     for entry in ({"square_avg": ONES, "step": 3}, {"acc_delta": ONES}, {}):
         with pytest.raises(RuntimeError, match=re.escape(f"p: its state holds {sorted(entry)}, not square_avg and")):
@@ -446,20 +461,41 @@ def test_state_that_no_backend_sees() -> None:
         validation.check_keys(lambda: "p", [])
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32], ids=dtype_name)
-def test_clipvalue_is_for_real_numbers(dtype: torch.dtype) -> None:
-    groups = [
-        {"params": [torch.ones(1, dtype=torch.complex64)], "clipvalue": None},
-        {"params": [ONES, torch.ones(2, dtype=dtype)], "param_names": ["a", "b"], "clipvalue": 0.5},
+@pytest.mark.parametrize(
+    ("option", "dtype", "why"),
+    [
+        ({"clipvalue": 0.5}, torch.complex64, "clipvalue=0.5 is for real numbers"),
+        ({"clipvalue": 0.5}, torch.float64, None),
+        *(
+            ({"master_weights": True}, dtype, "master_weights=True is for bfloat16 parameters")
+            for dtype in (torch.float16, torch.complex32, torch.complex128)
+        ),
+        *(({"master_weights": True}, dtype, None) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+        *(
+            (
+                {"state_dtype": torch.float32},
+                dtype,
+                "state_dtype=torch.float32 is for real parameters of 16 and 32 bits",
+            )
+            for dtype in (torch.float64, torch.complex32, torch.complex64)
+        ),
+        *(({"state_dtype": torch.bfloat16}, dtype, None) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_options_are_for_some_dtypes(option: dict[str, Any], dtype: torch.dtype, why: str | None) -> None:
+    neutral = {"clipvalue": None, "master_weights": False, "state_dtype": None}
+    groups: list[dict[str, Any]] = [
+        {"params": [torch.ones(1, dtype=dtype)], **neutral},
+        {"params": [ONES, torch.ones(2, dtype=dtype)], "param_names": ["a", "b"], **neutral, **option},
     ]
-    validation.check_not_complex(groups, first=2)
-    if dtype.is_complex:
-        message = r"parameter 1 of group 1 \('b'\) has dtype torch.complex64, and clipvalue=0.5 is for real numbers"
-        for first in (0, 1):
-            with pytest.raises(ValueError, match=message):
-                validation.check_not_complex(groups, first)
-    else:
-        validation.check_not_complex(groups)
+    validation.check_dtypes(groups, first=2)
+    if why is None:
+        validation.check_dtypes(groups)
+        return
+    for first in (0, 1):
+        with pytest.raises(ValueError, match=re.escape(f"parameter 1 of group 1 ('b') has dtype {dtype}, and {why}")):
+            validation.check_dtypes(groups, first)
 
 
 def test_names() -> None:

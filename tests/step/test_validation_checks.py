@@ -1,7 +1,9 @@
 """The checks that name a parameter: what is refused, in which words, and that nothing was written before."""
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import direct
@@ -9,11 +11,14 @@ import pytest
 import torch
 from cases import Path, assert_unchanged, snapshot
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from training import advance, stepped
 from training import path as path
 
 from torch_adadelta import AdadeltaKeras
+from torch_adadelta.backends.batch import Backend, Row
 from torch_adadelta.step import planning, sources, validation
 
 Spoil = Callable[[AdadeltaKeras, Any], Any]
@@ -150,6 +155,63 @@ def test_a_failed_check_in_the_last_parameter_changes_nothing(
     with pytest.raises((RuntimeError, ValueError, IndexError), match=error.format("parameter 3 of group 1")):
         optimizer.step()
     assert_unchanged(optimizer, before)
+
+
+def test_what_is_distributed_otherwise_is_refused(mesh: DeviceMesh) -> None:
+    plain = torch.ones(4)
+    spread, whole = (distribute_tensor(plain, mesh, [placement]) for placement in (Shard(0), Replicate()))
+    validation.check_row(lambda: "p", Row(spread, spread, spread, spread, spread), torch.float32)
+    alike = "is a DTensor, but its {} is a Tensor. Distribute both alike"
+    for row, message in (
+        ((spread, plain, spread, spread), alike.format("gradient")),
+        ((spread, spread, plain, spread), alike.format("state square_avg")),
+        ((spread, spread, spread, spread, plain), alike.format("state average")),
+        (
+            (spread, spread, spread, whole),
+            "and its state acc_delta are distributed in different ways. Use .redistribute",
+        ),
+        ((plain, plain, spread, plain), "is a Tensor, but its state square_avg is a DTensor"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^p {re.escape(message)}"):
+            validation.check_row(lambda: "p", Row(*row), torch.float32)
+    with pytest.raises(RuntimeError, match="but its state square_avg is a DTensor"):
+        validation.check_state(lambda: "p", Row(plain, plain, spread, plain), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("param", "grad", "error", "message"),
+    [
+        (torch.ones(5, 3), torch.ones(5), RuntimeError, r"p has shape \(5, 3\), but its gradient has shape \(5,\)"),
+        (torch.ones(1).expand(5), torch.ones(5), ValueError, "p overlaps itself in memory"),
+        (torch.ones(5, 3), _sparse(1, 5)(torch.ones(5, 3)), IndexError, "p has 5 rows, but .* index 5 at position 1"),
+    ],
+)
+def test_gradients_that_cannot_be_summed(param: Any, grad: Any, error: type[Exception], message: str) -> None:
+    good = torch.ones(5, 3)
+    validation.check_sums([good] * 2, [good, _sparse(4, 4)(good)], lambda _: "good")
+    with pytest.raises(error, match=f"^{message}"):
+        validation.check_sums([good, param], [_sparse(0)(good), grad], lambda p: "p" if p is param else "good")
+
+
+def test_sparse_gradients_that_cannot_be_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    for decay, is_decoupled in ((0.0, False), (0.5, True), (torch.tensor(0.0), False), (0.5, False)):
+        lists = [[torch.ones(5, 3)] for _ in range(4)]
+        lists[1] = [_sparse(0, 4)(lists[0][0])]
+        options: Any = {"weight_decay": decay, "is_decoupled": is_decoupled, "is_sparse": True}
+        batch = direct.batch_of(Backend.SINGLE_TENSOR, *lists, **options)
+        if not is_decoupled and (isinstance(decay, torch.Tensor) or decay):  # a Tensor may be filled later
+            with pytest.raises(RuntimeError, match=r"^p has a sparse gradient, to which decoupled_weight_decay=False"):
+                validation.check_batches([batch], lambda _: "p")
+        else:
+            assert validation.check_batches([batch], lambda _: "p") is None
+    batch.segments = [batch.segments[0]._replace(weight_decay=0.0)]
+    other = replace(batch, grads=[_sparse(4, 5)(torch.ones(5, 3))])
+    with pytest.raises(IndexError, match="p has 5 rows, but its sparse gradient has the index 5 at position 1"):
+        validation.check_batches([batch, other], lambda _: "p")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(validation, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="but p has a sparse gradient, whose indices the host must check"):
+        validation.check_batches([batch], lambda _: "p")
 
 
 @pytest.mark.parametrize(("count", "numel"), [(3, 4), (80, 512)], ids=["few", "many"])

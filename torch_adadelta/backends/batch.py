@@ -14,11 +14,15 @@ from torch_adadelta.backends.opmath import Value
 STATE_KEYS: Final = ("square_avg", "acc_delta")
 
 
-def new_state_of(param: Tensor) -> dict[str, Tensor]:
+# What a segment may ask for of square_avg and acc_delta, in the order by which the ops know them; None is the dtype of
+# the parameter.
+STATE_DTYPES: Final = (None, torch.float32, torch.bfloat16)
+
+
+def new_state_of(param: Tensor, state_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state that the first step with a gradient makes."""
-    return {
-        key: torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False) for key in STATE_KEYS
-    }
+    dtype = state_dtype or param.dtype
+    return {key: torch.zeros_like(param, dtype=dtype) for key in STATE_KEYS}
 
 
 def has_state(state: Any) -> bool:
@@ -46,6 +50,12 @@ class Segment(NamedTuple):
     is_decoupled: bool = True  # weight decay is taken off the parameter, or else added to the gradient
     ema_momentum: Value = 0.0  # of the averages, where there are some
     overwrites: bool = False  # the parameter becomes its average
+    state_dtype: int = 0  # the place in STATE_DTYPES of that of square_avg and acc_delta
+    has_masters: bool = False  # bfloat16 parameters have remainders
+
+    def state_dtype_of(self, param: Tensor) -> torch.dtype:
+        """The dtype of square_avg and acc_delta."""
+        return STATE_DTYPES[self.state_dtype] or param.dtype
 
 
 class GradientOptions(NamedTuple):
@@ -80,8 +90,19 @@ class Refusal(NamedTuple):
     param: int | None  # which parameter of the batch is to blame, if one is
 
 
-# Parameters, gradients, square_avgs and acc_deltas; and averages, where there are some.
-Lists = tuple[list[Tensor], ...]
+class Row(NamedTuple):
+    """The tensors of a parameter."""
+
+    param: Tensor
+    grad: Tensor  # dense or sparse
+    square_avg: Tensor
+    acc_delta: Tensor
+    average: Tensor | None = None
+    remainder: Tensor | None = None  # what the parameter lacks of its master
+
+
+# For each tensor of a Row, that of all rows.
+Lists = tuple[list[Any], ...]
 
 
 @dataclass(slots=True)
@@ -101,21 +122,27 @@ class Batch:
     accumulators: int | None = None  # the number by which the compiled library knows them, if it keeps them
     wholes: Lists | None = None  # where the lists hold local tensors of DTensors, or rows: those whose they are
     averages: list[Tensor] = field(default_factory=list)  # of the opmath dtypes; or none
+    remainders: list[Tensor] = field(default_factory=list)  # of bfloat16 parameters that have masters; or none
     # Set by a backend just before its first write: what raises later leaves the step partial.
     has_begun: bool = field(default=False, compare=False)
 
     @property
     def lists(self) -> Lists:
         """What the update is computed on."""
-        lists = (self.params, self.grads, self.square_avgs, self.acc_deltas)
-        return (*lists, self.averages) if self.averages else lists
+        none = [None] * len(self.params)
+        optional = (self.averages or none, self.remainders or none)
+        return self.params, self.grads, self.square_avgs, self.acc_deltas, *optional
+
+    @property
+    def segment_of_rows(self) -> list[Segment]:
+        """The segment of each parameter."""
+        return [segment for segment in self.segments for _ in range(segment.size)]
 
     @property
     def rows(self) -> "Iterator[Batch]":
         """The same as batches of one parameter each."""
-        segments = (segment._replace(size=1) for segment in self.segments for _ in range(segment.size))
         sums = self.gradient_options.square_sums
-        for index, segment in enumerate(segments):
+        for index, segment in enumerate(self.segment_of_rows):
             row = slice(index, index + 1)
             options = self.gradient_options._replace(square_sums=None if sums is None else sums[row])
             yield Batch(
@@ -126,9 +153,10 @@ class Batch:
                 self.grads[row],
                 self.square_avgs[row],
                 self.acc_deltas[row],
-                [segment],
+                [segment._replace(size=1)],
                 options,
                 averages=self.averages[row],
+                remainders=self.remainders[row],
             )
 
     @property

@@ -43,6 +43,18 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     return parts if set(map(type, parts)) <= {Tensor, torch.nn.Parameter} else list(map(local, tensors))
 
 
+def from_local(param: Any, part: Tensor) -> Tensor:
+    """A tensor that has `part` where this process has a part of a parameter."""
+    if not is_dtensor(param):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    made: Tensor = DTensor.from_local(
+        part, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+    return made
+
+
 def aligned(params: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
     """The gradients, distributed as their parameters are: tensor parallelism leaves some of them as partial sums."""
     result = []

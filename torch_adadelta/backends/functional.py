@@ -10,8 +10,11 @@ The names of the formula, here and in csrc/adadelta.h:
     d = sqrt(u + epsilon) * (1 / sqrt(a + epsilon)) * g        the new a, the old u; left to right
     u = u * rho + (d * d) * one_minus_rho
     p = p - d * lr
-    e = m * e + (1 - m) * p                  the average with momentum m, of p as it is stored; m = 0: e = p
+    e = m * e + (1 - m) * p                  the average with momentum m, of p as it is kept; m = 0: e = p
     p = e                                    if it `overwrites`
+
+p is the master of the parameter where it has one (masters.py). a and u are rounded once, where they are stored, to the
+dtype that they are kept in.
 
 Before it, gradients are divided by `loss_scale_factor`, clipped and then negated if `maximize`. A weight_decay of 0 in
 T is none. Sums of squares, whose terms are rounded to T, run in float64 and are rounded to T before the root is taken:
@@ -32,7 +35,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_adadelta.backends.batch import Batch, GradientOptions, Segment
+from torch_adadelta.backends import masters
+from torch_adadelta.backends.batch import Batch, GradientOptions, Row, Segment
 from torch_adadelta.backends.opmath import (
     Value,
     as_real,
@@ -133,11 +137,10 @@ def _updated(p: Tensor, g: Tensor, a: Tensor, u: Tensor, h: _Hyperparameters) ->
     return p, a, u
 
 
-def _rows(batch: Batch) -> Iterator[tuple[int, Segment, tuple[Tensor, ...]]]:
-    """Each parameter with its gradient, state and average, if it has one, its number in the batch and its segment."""
-    segments = (segment for segment in batch.segments for _ in range(segment.size))
-    for index, (segment, row) in enumerate(zip(segments, zip(*batch.lists, strict=True), strict=True)):
-        yield index, segment, row
+def _rows(batch: Batch) -> Iterator[tuple[int, Segment, Row]]:
+    """The tensors of each parameter, complex ones as pairs of reals, its number in the batch and its segment."""
+    for index, (segment, *row) in enumerate(zip(batch.segment_of_rows, *batch.lists, strict=True)):
+        yield index, segment, Row(*(x if x is None or is_sparse(x) else as_real(x) for x in row))
 
 
 # ---- Dense gradients ------------------------------------------------------------------------------------------------
@@ -145,29 +148,32 @@ def _rows(batch: Batch) -> Iterator[tuple[int, Segment, tuple[Tensor, ...]]]:
 
 def single_tensor(batch: Batch) -> None:
     """Updates one parameter after the other with elementwise tensor operations; autograd can record them."""
-    for index, segment, row in _rows(batch):
-        p_out, g, a_out, u_out, *averages = map(as_real, row)
+    for index, segment, (p_out, g, a_out, u_out, e_out, remainder) in _rows(batch):
         T = opmath_dtype(p_out.dtype)
-        p, g, a, u = p_out.to(T), g.to(T), a_out.to(T), u_out.to(T)
+        p, g, a, u = masters.wide(p_out, remainder, T), g.to(T), a_out.to(T), u_out.to(T)
         if torch.is_grad_enabled():
             a, u = a.clone(), u.clone()  # autograd may need the old values, and a_out and u_out are written in place
         g = clip(g, index, batch.gradient_options)
         if segment.maximize:
             g = -g
         h = _in_T(segment, T, p.device)
-        updated = _updated(p, g, a, u, h)
+        p, a, u = _updated(p, g, a, u, h)
         batch.has_begun = True
-        for out, value in zip((p_out, a_out, u_out), updated, strict=True):
-            out.copy_(value)
-        for e_out in averages:
+        masters.store(p_out, remainder, p)
+        a_out.copy_(a)
+        u_out.copy_(u)
+        if e_out is not None:
             e = e_out.clone() if torch.is_grad_enabled() else e_out
-            e_out.copy_(_averaged(e, p_out.to(T), h.momentum))
+            e_out.copy_(_averaged(e, masters.wide(p_out, remainder, T), h.momentum))
             if h.overwrites:
-                p_out.copy_(e_out)
+                masters.store(p_out, remainder, e_out)
 
 
 def multi_tensor(batch: Batch) -> None:
-    """Updates the parameters, which are of one dtype and share no memory, with PyTorch's multi-tensor operations."""
+    """Updates the parameters with PyTorch's multi-tensor operations.
+
+    They share no memory and are of one dtype, and so is their state; all have averages and remainders, or none has.
+    """
     begin = 0
     for segment in batch.segments:
         _multi_tensor(batch, segment, begin)
@@ -175,8 +181,12 @@ def multi_tensor(batch: Batch) -> None:
 
 
 def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
-    lists = ([as_real(x) for x in xs[begin : begin + segment.size]] for xs in batch.lists)
-    p_out, grads, a_out, u_out, *averages = lists
+    part = slice(begin, begin + segment.size)
+    p_out, grads, a_out, u_out, e_out = (
+        list(map(as_real, xs[part]))
+        for xs in (batch.params, batch.grads, batch.square_avgs, batch.acc_deltas, batch.averages)
+    )
+    remainders: Sequence[Tensor | None] = batch.remainders[part] or [None] * len(p_out)
     if not p_out:
         return
     T = opmath_dtype(p_out[0].dtype)
@@ -184,14 +194,16 @@ def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
     g = [clip(x.to(T), index, batch.gradient_options) for index, x in enumerate(grads, begin)]
     if segment.maximize:
         g = list(torch._foreach_neg(g))
-    # In T already, the state is updated where it is; else in a copy that is rounded back at the end.
-    p, a, u = ([x.to(T) for x in xs] for xs in (p_out, a_out, u_out))
+    # What is in T already is updated where it is; else a copy, which is rounded back at the end.
+    p = [masters.wide(*rows, T) for rows in zip(p_out, remainders, strict=True)]
+    a, u = ([x.to(T) for x in xs] for xs in (a_out, u_out))
+    is_kept_in_T = a_out[0].dtype is T
     if h.decays and not h.is_decoupled:
         g = [_with_penalty(*rows, h) for rows in zip(g, p, strict=True)]
 
     buffer = list(torch._foreach_mul(g, g))
     torch._foreach_mul_(buffer, h.one_minus_rho)
-    batch.has_begun = batch.has_begun or p_out[0].dtype is T
+    batch.has_begun = batch.has_begun or is_kept_in_T
     torch._foreach_mul_(a, h.rho)
     torch._foreach_add_(a, buffer)
 
@@ -218,14 +230,23 @@ def _multi_tensor(batch: Batch, segment: Segment, begin: int) -> None:
     torch._foreach_mul_(d, h.lr)
     torch._foreach_sub_(p, d)
 
-    if p_out[0].dtype is not T:
-        batch.has_begun = True
+    batch.has_begun = True
+    if not is_kept_in_T:
         torch._foreach_copy_(a_out, a)
         torch._foreach_copy_(u_out, u)
-        torch._foreach_copy_(p_out, p)
-    for e_out in averages:
+    if p_out[0].dtype is not T:
+        _foreach_store(p_out, remainders, p)
+    if e_out:
         del d, p
-        _foreach_average_(p_out, e_out, h.momentum, h.overwrites)
+        _foreach_average_(p_out, e_out, remainders, h.momentum, h.overwrites)
+
+
+def _foreach_store(p_out: list[Tensor], remainders: Sequence[Tensor | None], values: list[Tensor]) -> None:
+    if remainders[0] is None:
+        torch._foreach_copy_(p_out, values)
+        return
+    for row in zip(p_out, remainders, values, strict=True):
+        masters.store(*row)
 
 
 def _foreach_exact_sqrt_(tensors: list[Tensor]) -> None:
@@ -258,6 +279,7 @@ _PIECE_ELEMENTS: Final = (2**20, 2**16)
 def average(
     params: list[Tensor],
     averages: list[Tensor],
+    remainders: Sequence[Tensor | None],
     momentum: Value,
     overwrites: bool,
     found_inf: Tensor | None = None,
@@ -267,70 +289,99 @@ def average(
     Args:
         params: of one device, which share no memory.
         averages: one for each, of its opmath dtype.
+        remainders: what each lacks of its master, or None.
         momentum: that of all of them.
         overwrites: the parameters become their averages.
         found_inf: nothing changes if this Tensor of one element is not zero.
     """
-    some: tuple[list[Tensor], list[Tensor]] = ([], [])
+    some: list[_Averaged] = []
     size = 0
-    for param, own in zip(params, averages, strict=True):
-        for p, e in _pieces(as_real(param.detach()), as_real(own.detach())):
-            if some[0] and (size + p.numel() > _PIECE_ELEMENTS[p.is_cpu] or not _are_alike(p, e, some)):
-                _average_together(*some, momentum, overwrites, found_inf)
-                some, size = ([], []), 0
-            some[0].append(p)
-            some[1].append(e)
-            size += p.numel()
-    if some[0]:
-        _average_together(*some, momentum, overwrites, found_inf)
+    for row in zip(params, averages, remainders, strict=True):
+        for piece in _pieces(*row):
+            count = piece.param.numel()
+            if some and (size + count > _PIECE_ELEMENTS[piece.param.is_cpu] or not piece.is_like(some[0])):
+                _average_together(some, momentum, overwrites, found_inf)
+                some, size = [], 0
+            some.append(piece)
+            size += count
+    if some:
+        _average_together(some, momentum, overwrites, found_inf)
 
 
-def _are_alike(p: Tensor, e: Tensor, others: tuple[list[Tensor], list[Tensor]]) -> bool:
-    return p.dtype is others[0][0].dtype and e.dtype is others[1][0].dtype
+class _Averaged(NamedTuple):
+    """A part of a parameter with that of its average, and of its remainder if it has one."""
+
+    param: Tensor
+    average: Tensor
+    remainder: Tensor | None
+
+    def is_like(self, other: "_Averaged") -> bool:
+        """Whether both can be averaged by one multi-tensor operation."""
+        return (
+            self.param.dtype is other.param.dtype
+            and self.average.dtype is other.average.dtype
+            and (self.remainder is None) == (other.remainder is None)
+        )
 
 
-def _pieces(p: Tensor, e: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A parameter and its average in pieces, which are small where both are contiguous or have many rows."""
-    most = _PIECE_ELEMENTS[p.is_cpu]
-    if p.numel() <= most:
-        return iter([(p, e)] if p.numel() else [])
-    if p.is_contiguous() and e.is_contiguous():
-        return zip(p.view(-1).split(most), e.view(-1).split(most), strict=True)
-    rows = max(1, most // p[0].numel())
-    return zip(p.split(rows), e.split(rows), strict=True)
+def _pieces(param: Tensor, average: Tensor, remainder: Tensor | None) -> Iterator[_Averaged]:
+    """The parts, which are small where all are contiguous or have many rows."""
+    param, average = as_real(param.detach()), as_real(average.detach())
+    most = _PIECE_ELEMENTS[param.is_cpu]
+    tensors = [param, average] if remainder is None else [param, average, remainder]
+    if param.numel() <= most:
+        return iter([_Averaged(param, average, remainder)] if param.numel() else [])
+    if all(x.is_contiguous() for x in tensors):
+        parts = [x.view(-1).split(most) for x in tensors]
+    else:
+        parts = [x.split(max(1, most // param[0].numel())) for x in tensors]
+    return (_Averaged(*(part if remainder is not None else (*part, None))) for part in zip(*parts, strict=True))
 
 
-def _average_together(
-    params: list[Tensor], averages: list[Tensor], momentum: Value, overwrites: bool, found_inf: Tensor | None
-) -> None:
+def _average_together(some: list[_Averaged], momentum: Value, overwrites: bool, found_inf: Tensor | None) -> None:
+    params, averages, remainders = map(list, zip(*some, strict=True))
     in_T = _ema_factors(momentum, averages[0].dtype, averages[0].device)
     if found_inf is None:
-        _foreach_average_(params, averages, in_T, overwrites)
+        _foreach_average_(params, averages, remainders, in_T, overwrites)
         return
     is_finite = found_inf.reshape(()) == 0
-    for p, e in zip(params, averages, strict=True):
-        e.copy_(torch.where(is_finite, _averaged(e, p.to(e.dtype), in_T), e))
+    for p_out, e, remainder in some:
+        p = masters.wide(p_out, remainder, e.dtype)
+        e.copy_(torch.where(is_finite, _averaged(e, p, in_T), e))
         if overwrites:
-            p.copy_(torch.where(is_finite, e.to(p.dtype), p))
+            masters.store(p_out, remainder, torch.where(is_finite, e, p))
 
 
-def _foreach_average_(p_out: list[Tensor], e_out: list[Tensor], momentum: _EmaFactors, overwrites: bool) -> None:
+def _foreach_average_(
+    p_out: list[Tensor],
+    e_out: list[Tensor],
+    remainders: Sequence[Tensor | None],
+    momentum: _EmaFactors,
+    overwrites: bool,
+) -> None:
     """Moves averages in T on, whose parameters were stored already."""
     m, one_minus_m, copies = momentum
-    if copies:
+    if copies and remainders[0] is None:
         torch._foreach_copy_(e_out, p_out)
     else:
-        p = [p.to(e.dtype) for p, e in zip(p_out, e_out, strict=True)]
-        added = list(torch._foreach_mul(p, one_minus_m))
-        if isinstance(m, Tensor):
-            moved = list(torch._foreach_mul(e_out, m))
-            torch._foreach_add_(moved, added)
-            torch._foreach_copy_(e_out, [torch.where(m == 0, *rows) for rows in zip(p, moved, strict=True)])
+        p = [masters.wide(p, r, e.dtype) for p, e, r in zip(p_out, e_out, remainders, strict=True)]
+        if copies:
+            torch._foreach_copy_(e_out, p)
         else:
-            torch._foreach_mul_(e_out, m)
-            torch._foreach_add_(e_out, added)
+            _foreach_move_(e_out, p, m, one_minus_m)
     if overwrites:
-        torch._foreach_copy_(p_out, e_out)
+        _foreach_store(p_out, remainders, e_out)
+
+
+def _foreach_move_(e_out: list[Tensor], p: list[Tensor], m: Value, one_minus_m: Value) -> None:
+    added = list(torch._foreach_mul(p, one_minus_m))
+    if isinstance(m, Tensor):
+        moved = list(torch._foreach_mul(e_out, m))
+        torch._foreach_add_(moved, added)
+        torch._foreach_copy_(e_out, [torch.where(m == 0, *rows) for rows in zip(p, moved, strict=True)])
+    else:
+        torch._foreach_mul_(e_out, m)
+        torch._foreach_add_(e_out, added)
 
 
 # ---- Sparse gradients -----------------------------------------------------------------------------------------------
@@ -365,29 +416,34 @@ def sparse_single_tensor(batch: Batch) -> None:
     added to 0, in the order in which they occur. Other rows stay as they are: their averages do not decay. Weight decay
     comes before that, is of all rows, and is stored. Averages, which follow all rows, are left to `average`.
     """
-    for index, segment, (param, grad, square_avg, acc_delta, *_) in _rows(batch):
+    for index, segment, (param, grad, square_avg, acc_delta, _, remainder) in _rows(batch):
         indices, values = coo_components(grad)
         T = opmath_dtype(param.dtype)
         h = _in_T(segment, T, param.device)
         if h.decays:
             batch.has_begun = True
-            _decay_table(as_real(param), h)
+            _decay_table(param, remainder, h)
         if values.numel() == 0:
             continue
         g = clip(as_real(values).to(T), index, batch.gradient_options)
         if segment.maximize:
             g = -g
-        tables = [as_real(x) for x in (param, square_avg, acc_delta)]
+        tables = [param, square_avg, acc_delta] if remainder is None else [param, square_avg, acc_delta, remainder]
         if len(indices) == 0:  # the whole parameter is one row
             tables = [table[None] for table in tables]
             indices = indices.new_zeros(1, len(values))
         rows, g = _sum_duplicates(indices, g, tables[0].shape)
-        p, a, u = (table[rows].to(T) for table in tables)
-        updated = _updated(p, g, a, u, h._replace(decays=False))
-        rounded_rows = [value.to(table.dtype) for table, value in zip(tables, updated, strict=True)]
+        p_rows, a_rows, u_rows, *remainders = own = [table[rows] for table in tables]  # copies
+        some_remainder = remainders[0] if remainders else None
+        p, a, u = _updated(
+            masters.wide(p_rows, some_remainder, T), g, a_rows.to(T), u_rows.to(T), h._replace(decays=False)
+        )
+        masters.store(p_rows, some_remainder, p)
+        a_rows.copy_(a)
+        u_rows.copy_(u)
         batch.has_begun = True
-        for table, value in zip(tables, rounded_rows, strict=True):
-            table[rows] = value
+        for table, values in zip(tables, own, strict=True):
+            table[rows] = values
 
 
 # How many bytes of a table are decayed at a time, on a device and on the CPU, in whose cache they stay.
@@ -404,19 +460,21 @@ def decay_table(batch: Batch) -> None:
     (param,), (segment,) = batch.params, batch.segments
     h = _in_T(segment, opmath_dtype(param.dtype), param.device)
     if h.decays:
-        _decay_table(as_real(param), h, batch.gradient_options.found_inf)
+        remainder = batch.remainders[0] if batch.remainders else None
+        _decay_table(as_real(param), remainder, h, batch.gradient_options.found_inf)
 
 
-def _decay_table(table: Tensor, h: _Hyperparameters, found_inf: Tensor | None = None) -> None:
+def _decay_table(table: Tensor, remainder: Tensor | None, h: _Hyperparameters, found_inf: Tensor | None = None) -> None:
     T = opmath_dtype(table.dtype)
-    pieces: Sequence[Tensor] = (table,)
-    if table.dim() and table.numel():
-        row_bytes = table[0].numel() * table.element_size()
-        pieces = table.split(max(1, _PIECE_BYTES[table.is_cpu] // row_bytes))
-    for piece in pieces:
-        p = piece.to(T)
+    rows = len(table) if table.dim() and table.numel() else 0
+    if rows:
+        rows = max(1, _PIECE_BYTES[table.is_cpu] // (table[0].numel() * table.element_size()))
+    pieces = table.split(rows) if rows else (table,)
+    remainders = [None] * len(pieces) if remainder is None else remainder.split(rows) if rows else (remainder,)
+    for piece, rest in zip(pieces, remainders, strict=True):
+        p = masters.wide(piece, rest, T)
         decayed = _decayed(p, h)
-        piece.copy_(decayed if found_inf is None else torch.where(found_inf == 0, decayed, p))
+        masters.store(piece, rest, decayed if found_inf is None else torch.where(found_inf == 0, decayed, p))
 
 
 def _sum_duplicates(indices: Tensor, g: Tensor, shape: torch.Size) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -606,7 +664,7 @@ def unscaled_in(total: Tensor, grad: Tensor, loss_scale_factor: float | None) ->
 
 def added(total: Tensor, grad: Tensor) -> Tensor:
     """The sum of `total` and a gradient of its dtype."""
-    result = total.clone(memory_format=torch.preserve_format)
+    result = total.clone()
     add_to_sum(result, grad)
     return result
 

@@ -154,11 +154,13 @@ def update(batch: Batch, *, check_only: bool = False) -> Refusal | None:
     try:
         if batch.is_sparse:
             indices, values = map(list, zip(*map(coo_components, batch.grads), strict=True))
-            _sparse_adadelta(batch.params, indices, values, batch.square_avgs, batch.acc_deltas, *arguments)
-        elif batch.accumulators is not None and not batch.averages and not _count_dispatch_modes():
+            states = batch.square_avgs, batch.acc_deltas, batch.remainders
+            _sparse_adadelta(batch.params, indices, values, *states, *arguments)
+        elif batch.accumulators is not None and not (batch.averages or batch.remainders or _count_dispatch_modes()):
             _adadelta_cached(batch.params, batch.grads, batch.accumulators, *arguments)
         else:
-            adadelta_(batch.params, batch.grads, batch.square_avgs, batch.acc_deltas, batch.averages, *arguments)
+            optional = batch.averages, batch.remainders
+            adadelta_(batch.params, batch.grads, batch.square_avgs, batch.acc_deltas, *optional, *arguments)
     except RuntimeError as error:
         refusal = _refusal(error)
         batch.has_begun = False
@@ -200,7 +202,8 @@ def first_invalid_indices(batch: Batch) -> Tensor | Refusal:
     indices = [grad._indices() for grad in batch.grads]
     values = [grad._values() for grad in batch.grads]
     try:
-        found: Tensor = _first_invalid_indices(batch.params, indices, values, batch.square_avgs, batch.acc_deltas)
+        states = batch.square_avgs, batch.acc_deltas, batch.remainders
+        found: Tensor = _first_invalid_indices(batch.params, indices, values, *states)
     except RuntimeError as error:
         return _refusal(error)
     return found

@@ -80,6 +80,23 @@ def one_minus(rho: Value, T: torch.dtype) -> Value:
     return 1 - rho if isinstance(rho, Tensor) else rounded(1.0 - rho, T)
 
 
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a real or complex tensor in another dtype, rounded once: to nearest, ties to even.
+
+    PyTorch rounds float64 to 16 bits by way of float32. Here that is rounded to odd, so that the second rounding sees
+    on which side the number was.
+    """
+    if x.dtype is torch.complex128 and dtype is torch.complex32:
+        return torch.view_as_complex(stored(as_real(x), torch.float16))
+    if x.dtype is not torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype, copy=True)
+    nearest = x.to(torch.float32)
+    is_beyond = nearest.double().abs() > x.abs()
+    is_inexact = nearest.double() != x
+    odd = ((nearest.view(torch.int32) - is_beyond.to(torch.int32)) | is_inexact).view(torch.float32)
+    return torch.where(nearest.isfinite(), odd, nearest).to(dtype)
+
+
 # ---- Exact roots ----------------------------------------------------------------------------------------------------
 
 

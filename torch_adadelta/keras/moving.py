@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from torch_adadelta import schedules
-from torch_adadelta.backends.batch import new_state_of
+from torch_adadelta.backends import masters
+from torch_adadelta.backends.opmath import stored
 from torch_adadelta.keras import additions, hdf5
 from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, Checkpoint, Layer, explained, opened
 from torch_adadelta.keras.config import CLIPPING, DROPPABLE, dropped_options
 from torch_adadelta.keras.errors import Array, KerasFileError, Stored
 from torch_adadelta.keras.layers import ACCUMULATORS, SLOTS
 from torch_adadelta.keras.matching import Match, Move, Unit, match
-from torch_adadelta.keras_interface import NEW_STATE
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.options import BY_NAME, OPTIONS
 from torch_adadelta.step import averages
@@ -172,7 +172,7 @@ def load_keras(
         additions.check_state(checkpoint, optimizer, settings, count)
         states = _states(found, checkpoint, optimizer, notes)
         additions.check_sums(checkpoint, states, count, additions.steps(optimizer, settings))
-        values = _values(found, checkpoint, notes) if weights else []
+        values = _values(found, checkpoint, optimizer, notes) if weights else []
     infos = additions.remarks(checkpoint, optimizer, settings, count)
     if hyperparameters:
         notes += _unconfirmed(checkpoint, optimizer, settings)
@@ -194,10 +194,13 @@ def load_keras(
             optimizer.norm_variables = [variable.pieces for variable in variables]
         optimizer._set_count(count)
         for param in [param for group in optimizer.param_groups for param in group["params"]]:
-            optimizer.state.pop(param, None)
-            if param in states:
-                optimizer.state[param] = states[param]
-        _set_values(values)
+            own = states.get(param, {})
+            before = optimizer.state.pop(param, {})
+            if masters.KEY in before:  # a copy, for the weights may be written
+                own[masters.KEY] = before[masters.KEY].clone()
+            if own:
+                optimizer.state[param] = own
+        _set_values(values, optimizer)
     report = Report(f"{path}: {checkpoint.source}", optimizer.iterations, reported, _rows(found), [*notes, *infos])
     report.norm_variables = [(variable.weight, variable.names) for variable in variables]
     return report
@@ -358,37 +361,46 @@ def _states(
                     f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
                     "squares cannot have; it is damaged, or the state of another optimizer"
                 )
-            state = states.setdefault(param, new_state_of(param))
-            if key not in state:
-                state[key] = NEW_STATE[key](param)
-            if _is_rounded(array, state[key]):
+            state = states.setdefault(param, {})
+            for own in (*ACCUMULATORS, key):
+                if own not in state:
+                    state[own] = optimizer.initial_state(param, own)
+            if _is_rounded(array, state[key].dtype):
                 rounded.add(_name_of(found, param))
-            state[key].copy_(torch.from_numpy(array))
+            state[key].copy_(stored(torch.from_numpy(array), state[key].dtype))
     if rounded:
         notes.append(f"the state of {', '.join(sorted(rounded))} was rounded to its dtype here")
     return states
 
 
-def _values(found: Match, checkpoint: Checkpoint, notes: list[str]) -> list[tuple[Tensor, Tensor]]:
+def _values(
+    found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, notes: list[str]
+) -> list[tuple[Tensor, Tensor]]:
     values = []
+    dtypes = {param: master.dtype for param, master in optimizer.master_params()}
     for tensor, array in _assembled(found, checkpoint, "value"):
-        if _is_rounded(array, tensor):
+        dtype = dtypes.get(tensor, tensor.dtype)
+        if _is_rounded(array, dtype):
             notes.append(f"{_name_of(found, tensor)} was rounded to its dtype, {tensor.dtype}")
-        values.append((tensor, torch.from_numpy(array)))
+        values.append((tensor, stored(torch.from_numpy(array), dtype)))
     for name, tensor in found.neutral:
         if _is_param(tensor):
-            values.append((tensor, torch.full((), _neutral(name))))
+            values.append((tensor, torch.full_like(tensor, _neutral(name))))
     return values
 
 
-def _set_values(values: list[tuple[Tensor, Tensor]]) -> None:
+def _set_values(values: list[tuple[Tensor, Tensor]], optimizer: AdadeltaKeras) -> None:
     """Writes the tensors of the model: all, or none if one cannot be written to."""
     written: list[tuple[Tensor, Tensor]] = []
+    trained = _params(optimizer)
     with torch.no_grad():
         try:
             for tensor, value in values:
                 before = tensor.detach().clone()
-                tensor.copy_(value)
+                if tensor in trained:
+                    optimizer.set_master(tensor, value)
+                else:
+                    tensor.copy_(value)
                 written.append((tensor, before))
         except BaseException:
             for tensor, before in written:
@@ -396,8 +408,8 @@ def _set_values(values: list[tuple[Tensor, Tensor]]) -> None:
             raise
 
 
-def _is_rounded(array: Array, tensor: Tensor) -> bool:
-    return array.dtype.kind == "f" and torch.finfo(tensor.dtype).bits < array.dtype.itemsize * 8
+def _is_rounded(array: Array, dtype: torch.dtype) -> bool:
+    return array.dtype.kind == "f" and torch.finfo(dtype).bits < array.dtype.itemsize * 8
 
 
 def _name_of(found: Match, tensor: Tensor) -> str:
@@ -642,6 +654,7 @@ def save_keras(
 def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, Array]:
     """What to write, by the names of the datasets."""
     arrays: dict[str, Array] = {}
+    of_params = dict(optimizer.master_params()) if weights else {}
     trained = _params(optimizer)
     for move in found.moves:
         # A parameter that is frozen, and not in the optimizer, keeps the state in the template.
@@ -650,13 +663,13 @@ def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, 
             stored: Stored = getattr(move.variable, key)
             state = optimizer.state.get(move.tensor, {})
             if key == "value":
-                tensor = move.tensor
+                tensor = of_params.get(move.tensor, move.tensor)
             elif key in state:
                 tensor = state[key]
             elif key == averages.KEY and not move.tensor.requires_grad and move.row is None:
                 continue  # that of the template stays
             else:
-                tensor = NEW_STATE.get(key, torch.zeros_like)(move.tensor)
+                tensor = optimizer.initial_state(move.tensor, key)
             tensor = tensor.detach().cpu()
             array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
             shape = stored.shape if move.row is None else stored.shape[1:]

@@ -28,7 +28,7 @@ def is_update(group: Group) -> bool:
 
 def has_pending(group: Group) -> bool:
     """Whether some calls were summed that no update has used yet."""
-    return group["gradient_accumulation_steps"] is not None and int(group["iterations"]) % steps_of(group) != 0
+    return int(group["iterations"]) % steps_of(group) != 0
 
 
 def check_pending(groups: list[Group], state: State) -> None:
@@ -89,12 +89,12 @@ def means(
 
 def new_sum(param: Tensor) -> Tensor:
     """The sum of a parameter's gradients before there is one."""
-    return torch.zeros_like(param, dtype=wide_dtype(param), memory_format=torch.preserve_format, requires_grad=False)
+    return torch.zeros_like(param, dtype=wide_dtype(param))
 
 
-def all_sums(groups: list[Group], state: State, new_state: State) -> list[Tensor]:
+def all_sums(groups: list[Group], state: State) -> list[Tensor]:
     """All sums that there are."""
-    entries = [each.get(param, {}) for group in groups for param in group["params"] for each in (state, new_state)]
+    entries = [state.get(param, {}) for group in groups for param in group["params"]]
     return [entry[KEY] for entry in entries if KEY in entry]
 
 

@@ -12,10 +12,10 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_adadelta.backends import dtensor
+from torch_adadelta.backends import dtensor, masters
 from torch_adadelta.backends.batch import Batch
 from torch_adadelta.backends.opmath import Value, wide_dtype
-from torch_adadelta.step import norm_variables, validation
+from torch_adadelta.step import precision, validation
 from torch_adadelta.step.sources import Group
 
 KEY: Final = "average"
@@ -28,6 +28,7 @@ class AveragePass(NamedTuple):
 
     params: list[Tensor]
     averages: list[Tensor]
+    remainders: list[Tensor | None]  # what parameters lack of their masters, which the averages follow
     momentum: Value
     overwrites: bool
     found_inf: Tensor | None
@@ -68,9 +69,9 @@ def momentum_on_device(group: Group) -> Tensor:
     return momentum
 
 
-def new_average(param: Tensor) -> Tensor:
+def new_average(param: Tensor, remainder: Tensor | None = None) -> Tensor:
     """The average of a parameter that has none yet."""
-    return param.detach().to(wide_dtype(param), copy=True)
+    return masters.master_of(param, remainder).to(wide_dtype(param), copy=True)
 
 
 def attach(
@@ -84,16 +85,15 @@ def attach(
     # The average of a parameter that is updated twice, or in pieces, moves on once, after that.
     times = Counter(id(param) for batch in batches for param in batch.owners[0])
     is_repeated = len(times) < times.total()
-    is_split = groups[0]["clipnorm"] is not None and norm_variables.any_in(groups)
     attached: list[Tensor] = []
     for batch in batches:
         owners = batch.owners[0]
-        if batch.is_sparse or is_split or (is_repeated and any(times[id(param)] > 1 for param in owners)):
+        if batch.is_sparse or (is_repeated and any(times[id(param)] > 1 for param in owners)):
             continue
-        own = averages_of(owners, state, new_state, names, is_checked_later=True)
+        own = averages_of(groups, owners, state, new_state, names, is_checked_later=batch.wholes is None)
         batch.averages = dtensor.local_tensors(own)
         if batch.wholes is not None:
-            batch.wholes = (*batch.wholes, own)
+            batch.wholes = (*batch.wholes[:4], own, batch.wholes[5])
         value = momentum.on(batch.params[0].device)
         batch.segments = [
             segment._replace(ema_momentum=value, overwrites=momentum.overwrites) for segment in batch.segments
@@ -115,25 +115,43 @@ def passes(
     on_device: dict[torch.device, list[Tensor]] = {}
     for param in params:
         on_device.setdefault(param.device, []).append(param)
+    group_of = precision.groups_of(groups)
     result = []
     for device, some in on_device.items():
-        own = dtensor.local_tensors(averages_of(some, state, new_state, names))
+        own = dtensor.local_tensors(averages_of(groups, some, state, new_state, names))
+        remainders: list[Tensor | None] = []
+        for param in some:
+            if not precision.needs_remainder(group_of[param], param):
+                remainders.append(None)
+                continue
+            remainder = precision.remainder_of(param, state, new_state)
+            validation.check_remainder(partial(names, param), param, remainder)
+            remainders.append(dtensor.local(remainder))
         skips = None if found_inf is None else found_inf.to(device, non_blocking=device.type != "cpu").reshape(())
-        result.append(AveragePass(dtensor.local_tensors(some), own, momentum.on(device), momentum.overwrites, skips))
+        params_here = dtensor.local_tensors(some)
+        result.append(AveragePass(params_here, own, remainders, momentum.on(device), momentum.overwrites, skips))
     return result
 
 
 def averages_of(
-    params: list[Tensor], state: State, new_state: State, names: validation.NameOf, *, is_checked_later: bool = False
+    groups: list[Group],
+    params: list[Tensor],
+    state: State,
+    new_state: State,
+    names: validation.NameOf,
+    *,
+    is_checked_later: bool = False,
 ) -> list[Tensor]:
     """The averages of parameters, checked: all that a backend does not look at itself, if it `is_checked_later`."""
     try:
         averages = [state[param][KEY] for param in params]
     except KeyError:
         averages = [state.get(param, {}).get(KEY, new_state.get(param, {}).get(KEY)) for param in params]
+    group_of = precision.groups_of(groups) if None in averages else {}
     for row, (param, average) in enumerate(zip(params, averages, strict=True)):
         if average is None:
-            averages[row] = new_state.setdefault(param, {}).setdefault(KEY, new_average(param))
+            remainder = precision.remainder_in(group_of[param], param, state)
+            averages[row] = new_state.setdefault(param, {}).setdefault(KEY, new_average(param, remainder))
         elif type(average) is not Tensor or not is_checked_later:
             validation.check_wide_state(partial(names, param), param, KEY, average)
     return averages

@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_adadelta.backends import functional, kernels
-from torch_adadelta.backends.batch import STATE_KEYS, Backend, Batch, GradientOptions, Segment
+from torch_adadelta.backends import functional, kernels, masters
+from torch_adadelta.backends.batch import STATE_DTYPES, STATE_KEYS, Backend, Batch, GradientOptions, Segment
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
 from torch_adadelta.options import BY_KEY, CLIP_OPTIONS, counts_on_host, is_zero
 from torch_adadelta.step import execution, planning
@@ -34,6 +34,7 @@ class _TracedBatch(NamedTuple):
     """A batch by places, not with its tensors: should the graph break, it is looked up at each step."""
 
     is_fused: bool
+    has_remainders: bool
     places: list[tuple[int, int]]  # of each parameter: its group, and where it is in that
     segments: list[tuple[int, int, bool]]  # of each its size, its group, and whether it is excluded from weight decay
     order: list[int]
@@ -57,6 +58,7 @@ class TracedStep:
         square_avgs: list[Tensor],
         acc_deltas: list[Tensor],
         averages: list[Tensor],
+        remainders: list[Tensor],
         order: list[int],
         segments: list[tuple[int, int, bool]],
     ) -> int:
@@ -78,6 +80,8 @@ class TracedStep:
                 tensors.append(request.state[param][key])
             if request.groups[0]["use_ema"]:
                 averages.append(request.state[param][AVERAGE])
+            if batch.has_remainders:
+                remainders.append(request.state[param][masters.KEY])
         order.extend(batch.order)
         segments.extend(batch.segments)
         return int(batch.is_fused)
@@ -113,7 +117,7 @@ def _plan_trace(request: StepRequest) -> list[_TracedBatch] | None:
             return None  # the untraced step says what is wrong, by the parameter's name
         order = list(range(len(where))) if batch.gradient_order is None else batch.gradient_order
         segments = [(segment.size, segment.group, segment.is_excluded) for segment in spec.segments]
-        traced.append(_TracedBatch(is_fused, where, segments, order))
+        traced.append(_TracedBatch(is_fused, bool(batch.remainders), where, segments, order))
     types = opmath_dtypes(param for batch in plan.batches for param in batch.params)
     if request.groups[0]["global_clipnorm"] is not None and len(types) > 1:
         return None  # their norm is taken in float64, of gradients rounded before
@@ -133,7 +137,7 @@ def step(optimizer: Any, is_plain: bool) -> None:
 
     `is_plain`: whether nothing is set on the optimizer that cannot be traced.
     """
-    count = optimizer._init_group(_PLAN, [], [], [], [], [], [], [])
+    count = optimizer._init_group(_PLAN, [], [], [], [], [], [], [], [])
     if not is_plain or count == _NOT_TRACEABLE:
         optimizer.untraced_step()
         return
@@ -157,10 +161,12 @@ def _update(optimizer: Any, count: int) -> None:
         square_avgs: list[Tensor] = []
         acc_deltas: list[Tensor] = []
         averages: list[Tensor] = []
+        remainders: list[Tensor] = []
         order: list[int] = []
         places: list[tuple[int, int, bool]] = []
-        is_fused = optimizer._init_group(index, params, grads, square_avgs, acc_deltas, averages, order, places)
-        batches.append((is_fused, (params, grads, square_avgs, acc_deltas), averages, places))
+        lists = params, grads, square_avgs, acc_deltas, averages, remainders
+        is_fused = optimizer._init_group(index, *lists, order, places)
+        batches.append((is_fused, lists, places))
         orders.extend(order)
         if clipnorm is not None or global_clipnorm is not None:
             in_double = global_clipnorm is not None and opmath_dtype(params[0].dtype) is torch.float64
@@ -169,7 +175,7 @@ def _update(optimizer: Any, count: int) -> None:
     if global_clipnorm is not None:
         in_double = opmath_dtype(batches[0][1][0][0].dtype) is torch.float64
         factor = torch.ops.torch_adadelta.global_factor.default(sums, orders, global_clipnorm, in_double)
-    for position, (is_fused, lists, averages, places) in enumerate(batches):
+    for position, (is_fused, lists, places) in enumerate(batches):
         device = lists[0][0].device
         segments = []
         begin = 0
@@ -181,9 +187,10 @@ def _update(optimizer: Any, count: int) -> None:
         options = GradientOptions(clipvalue, clipnorm, own_sums, own_factor, loss_scale_factor=scale)
         if is_fused:
             arguments = kernels.hyperparameter_arguments(segments)
-            kernels.adadelta_(*lists, averages, *arguments, *kernels.option_arguments(options))
+            kernels.adadelta_(*lists, *arguments, *kernels.option_arguments(options))
         else:
-            batch = Batch(Backend.SINGLE_TENSOR, False, False, *lists, segments, options, averages=averages)
+            batch = Batch(Backend.SINGLE_TENSOR, False, False, *lists[:4], segments, options)
+            batch.averages, batch.remainders = lists[4:]
             functional.single_tensor(batch)
 
 
@@ -202,7 +209,17 @@ def _segment(group: dict[str, Any], size: int, param: Tensor, is_excluded: bool)
         if is_excluded or weight_decay is None or is_zero(weight_decay)
         else _as_tensor("weight_decay", weight_decay, device)
     )
-    segment = Segment(size, lr, rho, epsilon, group["maximize"], weight_decay, group["decoupled_weight_decay"])
+    segment = Segment(
+        size,
+        lr,
+        rho,
+        epsilon,
+        group["maximize"],
+        weight_decay,
+        group["decoupled_weight_decay"],
+        state_dtype=STATE_DTYPES.index(group["state_dtype"]),
+        has_masters=group["master_weights"],
+    )
     if not group["use_ema"]:
         return segment
     return segment._replace(ema_momentum=momentum_on_device(group).to(device))

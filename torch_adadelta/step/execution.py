@@ -34,7 +34,7 @@ def apply(plan: StepPlan) -> Refusal | None:
             functional.add_to_sum(dtensor.local(total), dtensor.local(grad))
         for batch in plan.batches:
             refusal = run(batch)
-            if refusal is not None and not has_written:
+            if refusal is not None and not (has_written or batch.has_begun):
                 remove_state(request.state, plan.new_state)
                 return refusal
             if refusal is not None:  # it was checked, and somebody has changed it since

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 
 from torch_adadelta.backends import dtensor, functional
-from torch_adadelta.backends.batch import Batch
+from torch_adadelta.backends.batch import Batch, Row
 from torch_adadelta.step import validation
 from torch_adadelta.step.clipping import moved, recording
 from torch_adadelta.step.selection import is_lazy
@@ -269,23 +269,26 @@ def split(
 
 
 def _check_row(batch: Batch, row: int, is_split: bool, name_of: validation.NameOf) -> None:
-    param, grad, *state = (column[row] for column in batch.owners)
-    name = partial(name_of, param)
-    validation.check_row(name, (param, grad, state[0], state[1]), batch.is_differentiable)
-    if functional.is_sparse(grad):
+    own = Row(*(column[row] for column in batch.owners))
+    name = partial(name_of, own.param)
+    state_dtype = batch.segment_of_rows[row].state_dtype_of(own.param)
+    validation.check_row(name, own, state_dtype, batch.is_differentiable)
+    if functional.is_sparse(own.grad):
         raise RuntimeError(
             f"{name()} has a sparse gradient, which norm_variables has no norm for. Use .to_dense(), or leave it out"
         )
     if is_split:
-        for what, tensor in zip(("it", "its square_avg", "its acc_delta"), (param, *state), strict=True):
-            _check_can_be_split(name, what, tensor)
+        for what, tensor in own._asdict().items():
+            if tensor is not None and what != "grad":
+                _check_can_be_split(name, "it" if what == "param" else f"its {what}", tensor)
 
 
 def _batch_of_pieces(batch: Batch, rows: list[tuple[int, Piece | None]]) -> Batch:
     """A batch of pieces. The library's cache holds whole accumulators, and is not for them."""
     with recording(batch.is_differentiable):
-        params, grads, square_avgs, acc_deltas = (
-            [column[row] if piece is None else piece.of(column[row]) for row, piece in rows] for column in batch.lists
+        params, grads, square_avgs, acc_deltas, remainders = (
+            [column[row] if piece is None else piece.of(column[row]) for row, piece in rows] if column else []
+            for column in (batch.params, batch.grads, batch.square_avgs, batch.acc_deltas, batch.remainders)
         )
     owners: Any = tuple([column[row] for row, _ in rows] for column in batch.owners)
     ends = list(accumulate(segment.size for segment in batch.segments))
@@ -300,6 +303,7 @@ def _batch_of_pieces(batch: Batch, rows: list[tuple[int, Piece | None]]) -> Batc
         grads=grads,
         square_avgs=square_avgs,
         acc_deltas=acc_deltas,
+        remainders=remainders,
         segments=segments,
         gradient_order=None,
         accumulators=None,

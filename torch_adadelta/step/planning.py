@@ -7,7 +7,7 @@ matches, only gradients and numbers are new.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from operator import is_, itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from torch_adadelta import distributed, options
 from torch_adadelta.backends import dtensor, functional, kernels
-from torch_adadelta.backends.batch import NO_OPTIONS, STATE_KEYS, Backend, Batch, Segment, has_state, new_state_of
+from torch_adadelta.backends.batch import NO_OPTIONS, STATE_DTYPES, STATE_KEYS, Backend, Batch, Row, Segment, has_state
 from torch_adadelta.backends.opmath import opmath_dtype, opmath_dtypes
 from torch_adadelta.options import HYPERPARAMETERS, OPTIONS, Kind
-from torch_adadelta.step import accumulation, averages, exclusions, norm_variables, validation
+from torch_adadelta.step import accumulation, averages, exclusions, norm_variables, precision, validation
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.clipping import NO_CLIPPING, Clipping, recording, set_gradient_options
 from torch_adadelta.step.selection import PLAIN_TYPES, by_device, is_lazy, select_backend
@@ -154,7 +154,16 @@ class SegmentSpec:
         if not group["decoupled_weight_decay"]:  # the value may be new
             options.check_weight_decay({**group, "weight_decay": weight_decay})
         decay = 0.0 if self.is_excluded else weight_decay, group["decoupled_weight_decay"]
-        self.segment = Segment(self.size, lr, rho, epsilon, group["maximize"], *decay)
+        self.segment = Segment(
+            self.size,
+            lr,
+            rho,
+            epsilon,
+            group["maximize"],
+            *decay,
+            state_dtype=STATE_DTYPES.index(group["state_dtype"]),
+            has_masters=group["master_weights"],
+        )
         is_fixed = not values.sources[self.group] and not group["decay"] and all(type(x) in (float, int) for x in given)
         self.given = given if is_fixed and not is_known else None
         return self.segment
@@ -168,6 +177,7 @@ class BatchSpec:
     is_sparse: bool
     is_differentiable: bool
     is_local: bool  # whether there are DTensors, of which the local tensors are updated
+    has_remainders: bool
     rows: list[int] | None  # which of the step's rows these are; None for all of them
     segments: list[SegmentSpec] = field(default_factory=list)
     accumulators: kernels.AccumulatorCache | None = None
@@ -196,8 +206,9 @@ class BatchSpec:
             lists = tuple(map(self.select, lists))
         wholes, accumulators = None, None if self.accumulators is None else self.accumulators.number
         if self.is_local:
-            wholes = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:])
-            lists = tuple(map(dtensor.local_tensors, wholes))
+            none = [None] * len(lists[0])
+            wholes = (lists[0], dtensor.aligned(*lists[:2]), *lists[2:], none, none)
+            lists = tuple(map(dtensor.local_tensors, wholes[:4]))
             accumulators = accumulators if all(map(is_, chain(*lists[2:]), self.cached)) else None
         return Batch(  # type: ignore[call-arg]
             self.backend,
@@ -213,7 +224,7 @@ class BatchSpec:
 
     def cache_accumulators(self, batch: Batch) -> None:
         """Hands the state to the compiled library, where it keeps that, for the steps to come."""
-        if self.backend is Backend.FUSED and not self.is_sparse:
+        if self.backend is Backend.FUSED and not self.is_sparse and not self.has_remainders:
             self.cached = [*batch.square_avgs, *batch.acc_deltas]
             self.accumulators = kernels.cached_accumulators(batch.square_avgs, batch.acc_deltas)
             batch.accumulators = None if self.accumulators is None else self.accumulators.number
@@ -272,7 +283,7 @@ class Partition:
 
 
 class PartitionCache:
-    """The partition of the last step, if there is one. A copy of an optimizer begins without."""
+    """The partition of the last step, if there is one."""
 
     def __init__(self) -> None:
         self.partition: Partition | None = None
@@ -291,12 +302,6 @@ class PartitionCache:
         state = partition.state_of(rows.params, request.state)
         return None if state is None else (partition, state)
 
-    def __deepcopy__(self, memo: Any) -> "PartitionCache":
-        return PartitionCache()
-
-    def __reduce__(self) -> Any:
-        return PartitionCache, ()
-
 
 # ---- How rows are partitioned into batches --------------------------------------------------------------------------
 
@@ -309,7 +314,8 @@ class _Kind(NamedTuple):
     is_sparse: bool
     is_differentiable: bool
     is_local: bool
-    dtype: torch.dtype | None = None  # where it must be one
+    has_remainders: bool
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of parameters and state, where they must be the same
     is_dtensor: bool = False  # under autograd DTensors do not mix with others
 
 
@@ -322,8 +328,13 @@ def _kinds_in_group(group: Group, params: list[Tensor], grads: list[Tensor]) -> 
         is_sparse, is_dtensor = functional.is_sparse(grad), not is_local and dtensor.is_dtensor(param)
         if is_sparse and backend is Backend.MULTI_TENSOR:  # which has no update of its own for them
             backend = Backend.SINGLE_TENSOR
-        dtype = param.dtype if backend is Backend.MULTI_TENSOR else None
-        kinds.append(_Kind(param.device, backend, is_sparse, group["differentiable"], is_local, dtype, is_dtensor))
+        dtypes = (param.dtype, precision.state_dtype(group, param)) if backend is Backend.MULTI_TENSOR else None
+        has_remainders = precision.needs_remainder(group, param)
+        kinds.append(
+            _Kind(
+                param.device, backend, is_sparse, group["differentiable"], is_local, has_remainders, dtypes, is_dtensor
+            )
+        )
     return kinds
 
 
@@ -356,9 +367,16 @@ def _specs(groups: list[Group], rows: Rows) -> list[BatchSpec]:
     specs = []
     for members in _members(rows.params, kinds):
         members.sort(key=lambda row: (group_of[row], T_of[row] is torch.float64, segment_of[row][2]))
-        _, backend, is_sparse, is_differentiable, is_local, _, _ = kinds[members[0]]
         is_all = members == list(range(len(kinds)))
-        spec = BatchSpec(backend, is_sparse, is_differentiable, is_local, None if is_all else members)
+        kind = kinds[members[0]]
+        spec = BatchSpec(
+            kind.backend,
+            kind.is_sparse,
+            kind.is_differentiable,
+            kind.is_local,
+            kind.has_remainders,
+            None if is_all else members,
+        )
         for segment, run in groupby(members, segment_of.__getitem__):
             spec.segments.append(SegmentSpec(*segment, len(list(run))))
         specs.append(spec)
@@ -442,7 +460,7 @@ def plan(request: StepRequest) -> StepPlan | None:
     if torch.version.cuda is not None and is_capturing():
         validation.check_capture(request.groups, [], {}, request.name_of)
     new_state: State = {}
-    finished = accumulation.all_sums(request.groups, request.state, {}) if ends_sums else []
+    finished = accumulation.all_sums(request.groups, request.state) if ends_sums else []
     return StepPlan(request, [], new_state, [], average_rest(request, [], new_state), finished=finished)
 
 
@@ -465,6 +483,9 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
     for param, entry in (inputs.sums or {}).items():
         new_state.setdefault(param, {}).update(entry)
     batches = [spec.batch(rows, state, request.groups, values) for spec in partition.specs]
+    for spec, batch in zip(partition.specs, batches, strict=True):
+        if spec.has_remainders:
+            precision.attach_remainders(batch, request.state, new_state, request.name_of)
     if not is_cached and len(batches) > 1:  # each op or Python path looks at its own batch only
         validation.check_memory(batches, request.name_of)
     if not is_cached and rows.order is None:
@@ -491,7 +512,7 @@ def assemble(request: StepRequest, inputs: Inputs, kept: tuple[Partition, Column
     # Norms that were summed over processes cannot be summed again: the others would not take part.
     is_shared = clipping.over_parts is not None or clipping.over_processes is not None
     inputs_again = inputs if is_cached and not is_shared else None
-    finished = accumulation.all_sums(request.groups, request.state, new_state) if inputs.ends_sums else []
+    finished = accumulation.all_sums(request.groups, request.state) if inputs.ends_sums else []
     return StepPlan(request, batches, new_state, values.writes, passes, finished=finished, inputs=inputs_again)
 
 
@@ -502,8 +523,9 @@ def check_groups(request: StepRequest) -> None:
     options.canonicalize_wide(dict(groups[0]))
     options.check_agreement(groups)
     for group in groups:
+        options.canonicalize_choices(group)  # ZeroRedundancyOptimizer hands over what was saved
         options.check_combinations(group)
-    validation.check_not_complex(groups)
+    validation.check_dtypes(groups)
     exclusions.check(groups)
     norm_variables.check(groups, request.norm_group is not None or request.is_part)
 
@@ -540,11 +562,14 @@ def _plan_of_state(request: StepRequest, rows: Rows) -> StepPlan:
     """The plan that makes state to load into, and counts nothing."""
     _, new_state = _completed(request, rows)
     names, has_sums = request.name_of, request.groups[0]["gradient_accumulation_steps"] is not None
+    group_of = precision.groups_of(request.groups)
     for param in rows.params:
+        if precision.needs_remainder(group_of[param], param):
+            precision.remainder_of(param, request.state, new_state)
         if has_sums:
             accumulation.sum_of(param, request.state, new_state, names)
         if request.groups[0]["use_ema"]:
-            averages.averages_of([param], request.state, new_state, names)
+            averages.averages_of(request.groups, [param], request.state, new_state, names)
     return StepPlan(request, [], new_state, [], counts=False)
 
 
@@ -630,16 +655,17 @@ def _completed(request: StepRequest, rows: Rows) -> tuple[Columns, State]:
     """The state of the rows, checked as far as no backend does it, and which of it is new."""
     new_state: State = {}
     state: list[tuple[Tensor, ...]] = []
-    for param, grad in zip(rows.params, rows.grads, strict=True):
+    group_of_rows = chain.from_iterable(map(repeat, request.groups, rows.sizes))
+    for group, param, grad in zip(group_of_rows, rows.params, rows.grads, strict=True):
         entry = request.state.get(param)
         name = partial(request.name_of, param)
         if entry and (has_state(entry) or not isinstance(entry, dict)):
             validation.check_keys(name, entry)
-            validation.check_state(name, param, grad, *_get_state(entry))
+            validation.check_state(name, Row(param, grad, *_get_state(entry)), precision.state_dtype(group, param))
         elif param in new_state:
             entry = new_state[param]
         else:
             validation.check_param(name, param)
-            entry = new_state[param] = new_state_of(param)
+            entry = new_state[param] = precision.new_state(group, param)
         state.append(_get_state(entry))
     return tuple(map(list, zip(*state, strict=True))), new_state

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_adadelta import options, schedules
 from torch_adadelta.backends.opmath import Value, is_numpy_scalar, round_to_float32, rounded
-from torch_adadelta.options import BY_KEY, HYPERPARAMETERS, Kind, Option
+from torch_adadelta.options import BY_KEY, HYPERPARAMETERS, Option
 from torch_adadelta.schedules import LearningRateSchedule
 from torch_adadelta.step.callbacks import Callbacks
 from torch_adadelta.step.selection import check_choice
@@ -135,9 +135,7 @@ def bind_group(group: Group, previous: dict[str, Source], iterations: Any) -> di
         source = bind_hyperparameter(group, option, previous.get(option.key), iterations)
         if source is not None:
             sources[option.key] = source
-    for option in options.OPTIONS:
-        if option.kind in (Kind.FLAG, Kind.CHOICE):
-            group[option.key] = options.canonicalize(option, group[option.key])
+    options.canonicalize_choices(group)
     options.check_combinations({**group, **dict.fromkeys(sources)})  # what a callable gives is not known yet
     check_choice(group)
     return sources

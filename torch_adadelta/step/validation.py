@@ -9,21 +9,19 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import Tensor
 
-from torch_adadelta.backends import dtensor, functional, kernels
-from torch_adadelta.backends.batch import STATE_KEYS, Backend, Batch, Refusal
+from torch_adadelta.backends import dtensor, functional, kernels, masters
+from torch_adadelta.backends.batch import STATE_KEYS, Backend, Batch, Refusal, Row, Segment
 from torch_adadelta.backends.opmath import wide_dtype
 from torch_adadelta.options import HYPERPARAMETERS, is_zero
 from torch_adadelta.step.selection import PLAIN_TYPES, is_lazy
 from torch_adadelta.step.sources import Group, is_capturing
 
 _REAL_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-DTYPES: Final = frozenset((*_REAL_DTYPES, torch.complex32, torch.complex64, torch.complex128))
+_COMPLEX_DTYPES: Final = (torch.complex32, torch.complex64, torch.complex128)
+DTYPES: Final = frozenset((*_REAL_DTYPES, *_COMPLEX_DTYPES))
 
 # How errors call a parameter.
 NameOf = Callable[[Tensor], str]
-
-# A parameter, its gradient, dense or sparse, square_avg and acc_delta.
-Row = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
@@ -51,17 +49,31 @@ def name_of(groups: list[Group], param: Tensor) -> str:
 # ---- Param groups ---------------------------------------------------------------------------------------------------
 
 
-def check_not_complex(groups: list[Group], first: int = 0) -> None:
-    """Raises ValueError, naming the parameter, if complex numbers are to be clipped by value."""
+# For each option the dtypes of parameters that it is not for, and why.
+_UNSUITABLE: Final = {
+    "clipvalue": (_COMPLEX_DTYPES, "is for real numbers; use clipnorm or global_clipnorm"),
+    "master_weights": (
+        (torch.float16, *_COMPLEX_DTYPES),
+        "is for bfloat16 parameters (those of float32 and float64 are their own masters); use .to(torch.bfloat16), or "
+        "give it a param group with master_weights=False",
+    ),
+    "state_dtype": (
+        (torch.float64, *_COMPLEX_DTYPES),
+        "is for real parameters of 16 and 32 bits; give it a param group with state_dtype=None",
+    ),
+}
+
+
+def check_dtypes(groups: list[Group], first: int = 0) -> None:
+    """Raises ValueError, naming the parameter, if an option of its group is not for its dtype."""
     for group_index, group in enumerate(groups[first:], first):
-        if group["clipvalue"] is None:
-            continue
-        for index, param in enumerate(group["params"]):
-            if param.dtype.is_complex:
-                raise ValueError(
-                    f"{name_in(groups, group_index, index)} has dtype {param.dtype}, and "
-                    f"clipvalue={group['clipvalue']!r} is for real numbers; use clipnorm or global_clipnorm"
-                )
+        for key, (unsuitable, why) in _UNSUITABLE.items():
+            if group[key] is None or group[key] is False:
+                continue
+            for index, param in enumerate(group["params"]):
+                if param.dtype in unsuitable:
+                    name = name_in(groups, group_index, index)
+                    raise ValueError(f"{name} has dtype {param.dtype}, and {key}={group[key]!r} {why}")
 
 
 def check_param(name: Callable[[], str], param: Tensor) -> None:
@@ -86,11 +98,14 @@ def check_param(name: Callable[[], str], param: Tensor) -> None:
 
 # ---- Gradients and state --------------------------------------------------------------------------------------------
 
-# How to convert the state after the parameters were converted.
+# How to convert the state after the parameters were converted, or a group was written to.
 _CONVERT: Final = (
     "Convert the state too:\n"
-    "    for param, state in optimizer.state.items():\n"
-    "        state.update({key: state[key].to(param.dtype) for key in ('square_avg', 'acc_delta') if key in state})"
+    "    for group in optimizer.param_groups:\n"
+    "        for param in group['params']:\n"
+    "            state = optimizer.state[param]\n"
+    "            keys = {'square_avg', 'acc_delta'}.intersection(state)\n"
+    "            state.update({key: state[key].to(group['state_dtype'] or param.dtype) for key in keys})"
 )
 
 
@@ -105,6 +120,12 @@ def check_gradient(name: Callable[[], str], param: Tensor, grad: Tensor) -> None
 
 
 def _check_tensor(name: Callable[[], str], param: Tensor, kind: str, tensor: Any) -> None:
+    _check_place(name, param, kind, tensor)
+    if tensor.is_complex() != param.is_complex() or tensor.dtype not in DTYPES:
+        raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
+
+
+def _check_place(name: Callable[[], str], param: Tensor, kind: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise RuntimeError(f"{name()}: its {kind} is {tensor!r}, not a Tensor. Delete optimizer.state[param]")
     if tensor.shape != param.shape:
@@ -116,8 +137,6 @@ def _check_tensor(name: Callable[[], str], param: Tensor, kind: str, tensor: Any
         )
     if tensor.device != param.device:
         raise RuntimeError(f"{name()} is on {param.device}, but its {kind} is on {tensor.device}. Move it there")
-    if tensor.is_complex() != param.is_complex() or tensor.dtype not in DTYPES:
-        raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}")
 
 
 def _check_form(name: Callable[[], str], param: Tensor, kind: str, tensor: Tensor) -> None:
@@ -131,9 +150,9 @@ def _check_form(name: Callable[[], str], param: Tensor, kind: str, tensor: Tenso
         )
 
 
-def check_row(name: Callable[[], str], row: tuple[Any, ...], is_differentiable: bool) -> None:
+def check_row(name: Callable[[], str], row: Row, state_dtype: torch.dtype, is_differentiable: bool = False) -> None:
     """Raises RuntimeError, naming the parameter, unless it, its gradient and its state can be updated together."""
-    param, grad, *state = row
+    param, grad, *state = row[:4]
     check_param(name, param)
     if is_differentiable and param.is_leaf and param.requires_grad:
         raise RuntimeError(f"{name()} is a leaf that requires grad: with differentiable=True pass a clone of it")
@@ -142,14 +161,19 @@ def check_row(name: Callable[[], str], row: tuple[Any, ...], is_differentiable: 
         raise RuntimeError(
             f"{name()} has a sparse gradient, which autograd cannot follow: with differentiable=True use .to_dense()"
         )
-    for kind, tensor in zip(("state square_avg", "state acc_delta"), state, strict=False):
+    for kind, tensor in zip(("state square_avg", "state acc_delta"), state, strict=True):
         _check_tensor(name, param, kind, tensor)
-        if tensor.dtype != param.dtype:
-            raise RuntimeError(f"{name()} has dtype {param.dtype}, but its {kind} has dtype {tensor.dtype}. {_CONVERT}")
+        if tensor.dtype != state_dtype:
+            kept = "" if state_dtype == param.dtype else f", and state_dtype={state_dtype}"
+            raise RuntimeError(
+                f"{name()} has dtype {param.dtype}{kept}, but its {kind} has dtype {tensor.dtype}. {_CONVERT}"
+            )
         _check_form(name, param, kind, tensor)
-    for average in state[2:]:
-        check_wide_state(name, param, "average", average)
-    if not PLAIN_TYPES.issuperset(map(type, row)):
+    if row.average is not None:
+        check_wide_state(name, param, "average", row.average)
+    if row.remainder is not None:
+        check_remainder(name, param, row.remainder)
+    if not PLAIN_TYPES.issuperset(map(type, (param, grad, *state))):
         return
     for tensor in (param, *state):
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -157,8 +181,13 @@ def check_row(name: Callable[[], str], row: tuple[Any, ...], is_differentiable: 
 
 
 def _check_rows(batch: Batch, names: NameOf) -> None:
-    for row in zip(*batch.owners, strict=True):
-        check_row(partial(names, row[0]), row, batch.is_differentiable)
+    for segment, row in rows_of(batch):
+        check_row(partial(names, row.param), row, segment.state_dtype_of(row.param), batch.is_differentiable)
+
+
+def rows_of(batch: Batch) -> Iterator[tuple[Segment, Row]]:
+    """What the user knows of each parameter of a batch, with its segment."""
+    return zip(batch.segment_of_rows, map(Row, *batch.owners), strict=True)
 
 
 def raise_named(batch: Batch, refusal: Refusal, names: NameOf) -> NoReturn:
@@ -178,18 +207,13 @@ def check_keys(name: Callable[[], str], state: Any) -> None:
         )
 
 
-def check_state(name: Callable[[], str], *row: Any) -> None:
-    """Raises, naming the parameter, what no backend sees: state that is no Tensor, lazy views, DTensors beside others.
-
-    Args:
-        name: how errors call the parameter.
-        row: the parameter, its gradient, and its state.
-    """
-    param, _, *state = row
-    if not all(isinstance(tensor, Tensor) for tensor in state) or dtensor.has_dtensor(row):
-        check_row(name, row, is_differentiable=False)
-    if any(tensor.is_conj() or tensor.is_neg() for tensor in (param, *state)):
-        check_row(name, row, is_differentiable=False)
+def check_state(name: Callable[[], str], row: Row, state_dtype: torch.dtype) -> None:
+    """Raises, naming the parameter, what no backend sees: state of no Tensors, lazy views, DTensors beside others."""
+    written = row.param, row.square_avg, row.acc_delta
+    if not all(isinstance(tensor, Tensor) for tensor in written) or dtensor.has_dtensor(row):
+        check_row(name, row, state_dtype)
+    if any(tensor.is_conj() or tensor.is_neg() for tensor in written):
+        check_row(name, row, state_dtype)
 
 
 def check_wide_state(name: Callable[[], str], param: Tensor, key: str, tensor: Any) -> None:
@@ -202,6 +226,23 @@ def check_wide_state(name: Callable[[], str], param: Tensor, key: str, tensor: A
             f"state[{key!r}] = state[{key!r}].to({dtype})"
         )
     _check_form(name, param, kind, tensor)
+    _check_not_inference(name, kind, tensor)
+
+
+def check_remainder(name: Callable[[], str], param: Tensor, remainder: Any) -> None:
+    """Raises RuntimeError, naming the parameter, unless this can be what it lacks of its master."""
+    kind = f"state {masters.KEY}"
+    if isinstance(remainder, Tensor) and remainder.dtype != masters.DTYPE:
+        raise RuntimeError(
+            f"{name()}: its {kind} has dtype {remainder.dtype}, not {masters.DTYPE}. Delete it: then the parameter is "
+            "its own master"
+        )
+    _check_place(name, param, kind, remainder)
+    _check_form(name, param, kind, remainder)
+    _check_not_inference(name, kind, remainder)
+
+
+def _check_not_inference(name: Callable[[], str], kind: str, tensor: Tensor) -> None:
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"{name()}: its {kind} was made in inference mode, outside which it cannot be updated")
 
@@ -240,8 +281,7 @@ def check_batches(batches: list[Batch], names: NameOf) -> tuple[Batch, Refusal] 
 def _check_decay(batches: list[Batch], names: NameOf) -> None:
     """Raises RuntimeError, naming the parameter, if weight decay is to be added to a sparse gradient."""
     for batch in batches:
-        segments = [segment for segment in batch.segments for _ in range(segment.size)]
-        for param, segment in zip(batch.params, segments, strict=True):
+        for param, segment in zip(batch.params, batch.segment_of_rows, strict=True):
             if not segment.is_decoupled and not is_zero(segment.weight_decay):
                 raise RuntimeError(
                     f"{names(param)} has a sparse gradient, to which decoupled_weight_decay=False cannot add weight "
@@ -322,16 +362,19 @@ def check_capture(groups: list[Group], batches: list[Batch], new_state: Iterable
 # the number of the tensor in it.
 Range = tuple[int, int, int, int]
 
-_PARAM, _GRADIENT, _WRITTEN = 0, 1, (0, 2, 3, 4)
-_OWN: Final = ("it", "its gradient", "its state square_avg", "its state acc_delta", "its state average")
+_GRADIENT, _WRITTEN = 1, (0, 2, 3, 4, 5)
+_OWN: Final = ("it", "its gradient", *(f"its state {key}" for key in (*STATE_KEYS, "average", masters.KEY)))
 _OF_ANOTHER: Final = ("", *(f"the {what.removeprefix('its ')} of " for what in _OWN[1:]))
 _KINDS: Final = len(_OWN)
 
 
+_PLAIN_OR_NONE: Final = PLAIN_TYPES | {type(None)}
+
+
 def check_memory(batches: list[Batch], names: NameOf) -> None:
     """Raises RuntimeError, naming the parameters, unless the memory that these batches write to is their own."""
-    rows = [row for batch in batches for row in zip(*batch.owners, strict=True)]
-    check_apart([row for row in rows if PLAIN_TYPES.issuperset(map(type, row))], names)
+    rows = [Row(*row) for batch in batches for row in zip(*batch.owners, strict=True)]
+    check_apart([row for row in rows if _PLAIN_OR_NONE.issuperset(map(type, row))], names)
 
 
 def memory_range(tensor: Tensor, number: int) -> Range:
@@ -360,8 +403,10 @@ def _overlapping(ranges: list[Range]) -> Iterator[tuple[int, int]]:
 def check_apart(rows: list[Row], names: NameOf) -> None:
     """Raises RuntimeError, naming the parameters, if rows of plain tensors share memory that they must not."""
     ranges = []
-    numbered = (_KINDS * row + kind for row, tensors in enumerate(rows) for kind in range(len(tensors)))
-    for number, tensor in zip(numbered, itertools.chain.from_iterable(rows), strict=True):
+    tensors: Iterator[Tensor | None] = itertools.chain.from_iterable(rows)
+    for number, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
         if functional.is_sparse(tensor):
             tensor = tensor._values()
         if tensor.numel() > 0 and not tensor.is_meta:
@@ -390,5 +435,5 @@ def check_apart(rows: list[Row], names: NameOf) -> None:
         kind, other_kind = sorted((kind, other_kind))
         what = _OWN[other_kind]
     else:
-        what = f"{_OF_ANOTHER[other_kind]}{names(rows[other][_PARAM])}"
-    raise RuntimeError(f"{names(rows[row][_PARAM])}: {_OWN[kind]} and {what} share memory. Use .clone()")
+        what = f"{_OF_ANOTHER[other_kind]}{names(rows[other].param)}"
+    raise RuntimeError(f"{names(rows[row].param)}: {_OWN[kind]} and {what} share memory. Use .clone()")

@@ -10,13 +10,42 @@
 namespace torch_adadelta::cpu {
 namespace {
 
+constexpr OpmathKernels<float> kInFloat = {
+    // By the dtype of the state: float32, float64, float16, bfloat16.
+    {
+        {update<float>, nullptr, nullptr, update_converted<Plain<Float>, Bfloat16InOrder>},
+        {},
+        {nullptr, nullptr, update_converted<Plain<Half>, Half>, nullptr},
+        {update_converted<Plain<Bfloat16InOrder>, Float>,
+         nullptr,
+         nullptr,
+         update_converted<Plain<Bfloat16>, Bfloat16>},
+        {update_converted<Master<Bfloat16InOrder>, Float>,
+         nullptr,
+         nullptr,
+         update_converted<Master<Bfloat16>, Bfloat16>},
+    },
+    {average<float>,
+     nullptr,
+     average_converted<Plain<Half>>,
+     average_converted<Plain<Bfloat16>>,
+     average_converted<Master<Bfloat16>>},
+    add<float>,
+    add_squares<AsStored, float, float>,
+    add_complex_squares<float>,
+};
+
+constexpr OpmathKernels<double> kInDouble = {
+    {{}, {nullptr, update<double>, nullptr, nullptr}, {}, {}, {}},
+    {nullptr, average<double>, nullptr, nullptr, nullptr},
+    add<double>,
+    add_squares<AsStored, double, double>,
+    add_complex_squares<double>,
+};
+
 constexpr KernelTable kKernels = {
-    {update<float>, average<float>, add<float>, add_squares<AsStored, float, float>, add_complex_squares<float>},
-    {update<double>, average<double>, add<double>, add_squares<AsStored, double, double>, add_complex_squares<double>},
-    update_16bit<Half>,
-    update_16bit<Bfloat16>,
-    average_16bit<Half>,
-    average_16bit<Bfloat16>,
+    kInFloat,
+    kInDouble,
     add_squares<Half, uint16_t, float>,
     add_squares<Bfloat16, uint16_t, float>,
     widen<Half>,
@@ -25,6 +54,8 @@ constexpr KernelTable kKernels = {
     cast<double, float>,
     narrow<Half>,
     narrow<Bfloat16>,
+    join,
+    split,
     sum_lanes,
 };
 

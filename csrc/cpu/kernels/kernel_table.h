@@ -3,6 +3,8 @@
 #pragma once
 
 #include "../../adadelta.h"
+#include "../../dtypes.h"
+#include "../../masters.h"
 #include "../../square_sums.h"
 
 #include <cstdint>
@@ -18,21 +20,15 @@
 
 namespace torch_adadelta::cpu {
 
-// Updates `count` elements. Item is what memory holds, T the opmath dtype; the 16-bit formats cross as their bits.
-template <typename Item, typename T>
-using UpdateKernel = void (*)(
-    Item* param,
-    const Item* grad,
-    Item* square_avg,
-    Item* acc_delta,
-    int64_t count,
-    const GradientClip<T>& clip,
-    const Hyperparameters<T>& h
-);
+// Updates `count` elements from `begin` on. `data` is where a parameter's tensors begin, by their Slot; T is the opmath
+// dtype.
+template <typename T>
+using UpdateKernel =
+    void (*)(char* const* data, int64_t begin, int64_t count, const GradientClip<T>& clip, const Hyperparameters<T>& h);
 
-// Moves the averages of `count` elements on, and overwrites the elements with them if it is asked to.
-template <typename Item, typename T>
-using AverageKernel = void (*)(Item* param, T* average, int64_t count, const Hyperparameters<T>& h);
+// Moves the averages of the elements on, and overwrites the elements with them if it is asked to.
+template <typename T>
+using AverageKernel = void (*)(char* const* data, int64_t begin, int64_t count, const Hyperparameters<T>& h);
 
 // Adds `count` elements, clipped, to sums.
 template <typename T>
@@ -50,11 +46,19 @@ using ComplexSquaresKernel = void (*)(double* lanes, const T* grad, int64_t coun
 template <typename To, typename From>
 using CastKernel = void (*)(To* to, const From* from, int64_t count);
 
+// How memory holds the numbers of a parameter: as those of a dtype, or as masters in two halves.
+enum ParamFormat : int { kFloat32, kFloat64, kFloat16, kBFloat16, kMaster, kParamFormats };
+
+static_assert(kBFloat16 == static_cast<int>(Dtype::kBFloat16), "the formats begin with the dtypes");
+constexpr int kStateDtypes = kMaster;
+
 // The kernels that memory of the opmath dtype T needs.
 template <typename T>
 struct OpmathKernels {
-  UpdateKernel<T, T> update;
-  AverageKernel<T, T> average;
+  // By the format of the parameter, whose dtype the gradient has, and the dtype of the state. nullptr: what is not
+  // updated in place is updated by blocks of numbers in T.
+  UpdateKernel<T> updates[kParamFormats][kStateDtypes];
+  AverageKernel<T> averages[kParamFormats];
   AddKernel<T> add;
   SquaresKernel<T, T> add_squares;
   ComplexSquaresKernel<T> add_complex_squares;
@@ -63,10 +67,6 @@ struct OpmathKernels {
 struct KernelTable {
   OpmathKernels<float> in_float;
   OpmathKernels<double> in_double;
-  UpdateKernel<uint16_t, float> update_half;
-  UpdateKernel<uint16_t, float> update_bfloat16;
-  AverageKernel<uint16_t, float> average_half;
-  AverageKernel<uint16_t, float> average_bfloat16;
   SquaresKernel<uint16_t, float> add_squares_half;
   SquaresKernel<uint16_t, float> add_squares_bfloat16;
   CastKernel<float, uint16_t> float_from_half;
@@ -75,6 +75,8 @@ struct KernelTable {
   CastKernel<double, float> double_from_float;
   CastKernel<uint16_t, float> half_from_float;
   CastKernel<uint16_t, float> bfloat16_from_float;
+  void (*float_from_master)(float* to, const uint16_t* param, const uint16_t* remainder, int64_t count);
+  void (*master_from_float)(uint16_t* param, uint16_t* remainder, const float* from, int64_t count);
   double (*sum_lanes)(double* lanes);  // which are overwritten
 
   template <typename T>
@@ -84,6 +86,18 @@ struct KernelTable {
     } else {
       return in_double;
     }
+  }
+
+  // Those of a parameter and state in T.
+  template <typename T>
+  UpdateKernel<T> update() const {
+    constexpr int dtype = static_cast<int>(kDtypeOf<T>);
+    return in<T>().updates[dtype][dtype];
+  }
+
+  template <typename T>
+  AverageKernel<T> average() const {
+    return in<T>().averages[static_cast<int>(kDtypeOf<T>)];
   }
 };
 
@@ -102,6 +116,10 @@ inline const int64_t read_ahead =
     __builtin_cpu_is("intel") ? 4096 :
 #endif
                               0;
+
+// The same for masters, on every processor: with five tensors to read, a Zen 4, too, takes a tenth to a quarter less
+// where they are of one size, and a tenth longer where they are small.
+constexpr int64_t kMasterReadAhead = 4096;
 
 // How many bytes ahead the squares of a gradient of kLeastPaged bytes and more ask for one line of every page, so that
 // the processor knows by then where the page is: its own reading ahead ends with the page, and to find the next one it

@@ -34,7 +34,7 @@ ADADELTA_INLINE void dispatch_decay(Hyperparameters<T> h, const Run& run) {
 template <typename T, typename Clip>
 ADADELTA_INLINE void update_elements(
     T* __restrict__ param,
-    const T* __restrict__ grad,
+    T* __restrict__ grad,
     T* __restrict__ square_avg,
     T* __restrict__ acc_delta,
     int64_t count,
@@ -44,7 +44,9 @@ ADADELTA_INLINE void update_elements(
   int64_t begin = 0;
 #ifdef ADADELTA_AVX512
   if constexpr (std::is_same_v<T, float>) {
-    begin = update_groups<Float>(param, grad, square_avg, acc_delta, count, clip, h);
+    begin = update_groups(
+        Plain<Float>{param}, Plain<Float>{grad}, Plain<Float>{square_avg}, Plain<Float>{acc_delta}, count, clip, h
+    );
   }
 #endif
   dispatch_decay(h, [=](const Hyperparameters<T> own) {
@@ -54,49 +56,57 @@ ADADELTA_INLINE void update_elements(
   });
 }
 
-// Numbers of a 16-bit format, a group at a time, which the compiler keeps in registers: the conversions run in the
+// Numbers that are converted, a group at a time, which the compiler keeps in registers: the conversions run in the
 // shadow of the square roots. Through blocks in the first-level cache an update takes half as long again, or twice as
 // long.
-template <typename Format, typename Clip>
-ADADELTA_INLINE void update_16bit_elements(
-    uint16_t* __restrict__ param,
-    const uint16_t* __restrict__ grad,
-    uint16_t* __restrict__ square_avg,
-    uint16_t* __restrict__ acc_delta,
+template <typename Param, typename Grad, typename State, typename Clip>
+ADADELTA_INLINE void update_converted_elements(
+    typename Param::Item* __restrict__ params,
+    uint16_t* __restrict__ remainders,
+    typename Grad::Item* __restrict__ grads,
+    typename State::Item* __restrict__ square_avgs,
+    typename State::Item* __restrict__ acc_deltas,
     int64_t count,
     const Clip clip,
     const Hyperparameters<float> h
 ) {
+  const auto param = Param::of(params, remainders);
+  const auto grad = Grad::of(grads, nullptr);
+  const auto square_avg = State::of(square_avgs, nullptr), acc_delta = State::of(acc_deltas, nullptr);
   int64_t begin = 0;
 #ifdef ADADELTA_AVX512
-  begin = update_groups<Format>(param, grad, square_avg, acc_delta, count, clip, h);
+  begin = update_groups(param, grad, square_avg, acc_delta, count, clip, h);
 #endif
   dispatch_decay(h, [=](const Hyperparameters<float> own) {
     int64_t i = begin;
 #ifndef ADADELTA_AVX512
     for (; i + kGroup <= count; i += kGroup) {
       alignas(64) float p[kGroup], g[kGroup], a[kGroup], u[kGroup];
-      Format::widen_group(g, grad + i);
-      Format::widen_group(a, square_avg + i);
-      Format::widen_group(u, acc_delta + i);
-      Format::widen_group(p, param + i);
+      grad.load_group(g, i);
+      square_avg.load_group(a, i);
+      acc_delta.load_group(u, i);
+      param.load_group(p, i);
       for (int64_t k = 0; k < kGroup; ++k) {
         adadelta_element(clip(g[k]), a[k], u[k], p[k], own);
       }
-      Format::narrow_group(square_avg + i, a);
-      Format::narrow_group(acc_delta + i, u);
-      Format::narrow_group(param + i, p);
+      square_avg.store_group(i, a);
+      acc_delta.store_group(i, u);
+      param.store_group(i, p);
     }
 #endif
-    for (; i < count; ++i) {
-      const float g = Format::widen(grad[i]);
-      float a = Format::widen(square_avg[i]);
-      float u = Format::widen(acc_delta[i]);
-      float p = Format::widen(param[i]);
-      adadelta_element(clip(g), a, u, p, own);
-      square_avg[i] = Format::narrow(a);
-      acc_delta[i] = Format::narrow(u);
-      param[i] = Format::narrow(p);
+    const int64_t left = count - i;
+    if (left > 0) {
+      alignas(64) float p[kGroup], g[kGroup], a[kGroup], u[kGroup];
+      grad.load_block(g, i, left);
+      square_avg.load_block(a, i, left);
+      acc_delta.load_block(u, i, left);
+      param.load_block(p, i, left);
+      for (int64_t k = 0; k < left; ++k) {
+        adadelta_element(clip(g[k]), a[k], u[k], p[k], own);
+      }
+      square_avg.store_block(i, a, left);
+      acc_delta.store_block(i, u, left);
+      param.store_block(i, p, left);
     }
   });
 }
@@ -162,30 +172,27 @@ ADADELTA_INLINE void dispatch_clip(const GradientClip<T>& clip, const Run& run) 
 // ---- The kernels ----------------------------------------------------------------------------------------------------
 
 template <typename T>
-void update(
-    T* param,
-    const T* grad,
-    T* square_avg,
-    T* acc_delta,
-    int64_t count,
-    const GradientClip<T>& clip,
-    const Hyperparameters<T>& h
-) {
-  dispatch_clip(clip, [&](auto least) { update_elements(param, grad, square_avg, acc_delta, count, least, h); });
+void update(char* const* data, int64_t begin, int64_t count, const GradientClip<T>& clip, const Hyperparameters<T>& h) {
+  const auto items = [=](Slot slot) { return reinterpret_cast<T*>(data[slot]) + begin; };
+  dispatch_clip(clip, [&](auto least) {
+    update_elements(items(kParam), items(kGrad), items(kSquareAvg), items(kAccDelta), count, least, h);
+  });
 }
 
-template <typename Format>
-void update_16bit(
-    uint16_t* param,
-    const uint16_t* grad,
-    uint16_t* square_avg,
-    uint16_t* acc_delta,
-    int64_t count,
-    const GradientClip<float>& clip,
-    const Hyperparameters<float>& h
+template <typename Param, typename StateFormat>
+void update_converted(
+    char* const* data, int64_t begin, int64_t count, const GradientClip<float>& clip, const Hyperparameters<float>& h
 ) {
+  using Grad = Plain<typename Param::Format>;
+  using State = Plain<StateFormat>;
+  const auto param = Param::at(data, kParam, begin);
+  auto* const grad = Grad::at(data, kGrad, begin).items;
+  auto* const square_avg = State::at(data, kSquareAvg, begin).items;
+  auto* const acc_delta = State::at(data, kAccDelta, begin).items;
   dispatch_clip(clip, [&](auto least) {
-    update_16bit_elements<Format>(param, grad, square_avg, acc_delta, count, least, h);
+    update_converted_elements<Param, Grad, State>(
+        param.items, param.remainders(), grad, square_avg, acc_delta, count, least, h
+    );
   });
 }
 
@@ -214,25 +221,29 @@ ADADELTA_INLINE void average_elements(
 }
 
 template <typename T>
-void average(T* param, T* average, int64_t count, const Hyperparameters<T>& h) {
+void average(char* const* data, int64_t begin, int64_t count, const Hyperparameters<T>& h) {
+  T* param = reinterpret_cast<T*>(data[kParam]) + begin;
+  T* average = reinterpret_cast<T*>(data[kAverage]) + begin;
   average_elements(param, average, count, h);
   if (h.overwrites) {
     __builtin_memcpy(param, average, count * sizeof(T));
   }
 }
 
-// Elements of a 16-bit format that are converted at a time, in their order.
+// Elements that are converted at a time, in their order.
 constexpr int64_t kAveraged = 256;
 
-template <typename Format>
-void average_16bit(uint16_t* param, float* average, int64_t count, const Hyperparameters<float>& h) {
+template <typename Param>
+void average_converted(char* const* data, int64_t begin, int64_t count, const Hyperparameters<float>& h) {
+  const auto param = Param::at(data, kParam, begin);
+  float* average = reinterpret_cast<float*>(data[kAverage]) + begin;
   for (int64_t at = 0; at < count; at += kAveraged) {
     const int64_t size = count - at < kAveraged ? count - at : kAveraged;
     alignas(64) float p[kAveraged];
-    widen<Format>(p, param + at, size);
+    param.load_block(p, at, size);
     average_elements(p, average + at, size, h);
     if (h.overwrites) {
-      narrow<Format>(param + at, average + at, size);
+      param.store_block(at, average + at, size);
     }
   }
 }

@@ -90,33 +90,36 @@ constexpr int64_t kDenormalCheckInterval = 1024;
 // Updates groups: begins each one before it ends the one before, so that what waits for a division or a root
 // does not fill the processor's queues. Returns how many elements they were: all, if `watches` is not set; else it
 // stops where there are denormal numbers, or, with_denormals, where there are no more.
-template <bool with_denormals, typename Format, typename Item, typename Clip>
+template <bool with_denormals, typename Param, typename Grad, typename State, typename Clip>
 ADADELTA_INLINE int64_t update_pipelined(
-    Item* __restrict__ param,
-    const Item* __restrict__ grad,
-    Item* __restrict__ square_avg,
-    Item* __restrict__ acc_delta,
+    typename Param::Item* __restrict__ params,
+    uint16_t* __restrict__ remainders,
+    typename Grad::Item* __restrict__ grads,
+    typename State::Item* __restrict__ square_avgs,
+    typename State::Item* __restrict__ acc_deltas,
     int64_t count,
     bool watches,
     const Clip clip,
     const Hyperparameters<float> h
 ) {
+  const auto param = Param::of(params, remainders);
+  const auto grad = Grad::of(grads, nullptr);
+  const auto square_avg = State::of(square_avgs, nullptr), acc_delta = State::of(acc_deltas, nullptr);
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
   const uint32_t end = end_of_multiplied(h);
   const bool adds_penalty = h.weight_decay != 0 && !h.is_decoupled;
-  constexpr int64_t kBytes = kGroup * sizeof(Item);
-  const int64_t ahead = read_ahead / 4;
+  const int64_t ahead = Param::bytes_ahead() / (Param::kBytes + Grad::kBytes + 2 * State::kBytes);
 
-  const auto read = [&](const Item* from) {
+  const auto read = [&](const auto& from, int64_t i) {
     alignas(64) float items[kGroup];
-    Format::widen_group(items, from);
+    from.load_group(items, i);
     return Pair{_mm512_load_ps(items), _mm512_load_ps(items + 16)};
   };
-  const auto write = [&](Item* to, const Pair& pair) {
+  const auto write = [&](const auto& to, int64_t i, const Pair& pair) {
     alignas(64) float items[kGroup];
     _mm512_store_ps(items, pair.first);
     _mm512_store_ps(items + 16, pair.second);
-    Format::narrow_group(to, items);
+    to.store_group(i, items);
   };
   const auto average = [&](Pair& averages, const Pair& items) {
     if constexpr (with_denormals) {
@@ -141,29 +144,29 @@ ADADELTA_INLINE int64_t update_pipelined(
   };
   const auto begin = [&](int64_t i) {
     if (ahead > 0) {
-      prefetch<kBytes>(grad + i, ahead);
-      prefetch<kBytes>(square_avg + i, ahead);
-      prefetch<kBytes>(acc_delta + i, ahead);
-      prefetch<kBytes>(param + i, ahead);
+      grad.prefetch_group(i, ahead);
+      square_avg.prefetch_group(i, ahead);
+      acc_delta.prefetch_group(i, ahead);
+      param.prefetch_group(i, ahead);
     }
     alignas(64) float g[kGroup];
-    Format::widen_group(g, grad + i);
+    grad.load_group(g, i);
     for (int64_t k = 0; k < kGroup; ++k) {
       g[k] = clip(g[k]);
     }
     Begun begun;
     begun.g = {_mm512_load_ps(g), _mm512_load_ps(g + 16)};
     if (adds_penalty) {
-      const Pair p = read(param + i);
+      const Pair p = read(param, i);
       add_penalty(begun.g.first, p.first, h);
       add_penalty(begun.g.second, p.second, h);
     }
-    begun.u_root = root(read(acc_delta + i));
-    Pair a = read(square_avg + i);
+    begun.u_root = root(read(acc_delta, i));
+    Pair a = read(square_avg, i);
     average(a, begun.g);
     begun.a_root = root(a);
     begun.divided = !can_be_multiplied(a, end);
-    write(square_avg + i, a);
+    write(square_avg, i, a);
     return begun;
   };
   const auto finish = [&](int64_t i, const Begun& begun) {
@@ -171,7 +174,7 @@ ADADELTA_INLINE int64_t update_pipelined(
     if (__builtin_expect(begun.divided, 0)) {
       inverse = {_mm512_div_ps(one, begun.a_root.first), _mm512_div_ps(one, begun.a_root.second)};
     }
-    Pair d = begun.u_root, u = read(acc_delta + i), p = read(param + i);
+    Pair d = begun.u_root, u = read(acc_delta, i), p = read(param, i);
     make_step(d.first, inverse.first, begun.g.first);
     make_step(d.second, inverse.second, begun.g.second);
     average(u, d);
@@ -179,8 +182,8 @@ ADADELTA_INLINE int64_t update_pipelined(
     decay_weight(p.second, h);
     move_by(p.first, d.first, h);
     move_by(p.second, d.second, h);
-    write(acc_delta + i, u);
-    write(param + i, p);
+    write(acc_delta, i, u);
+    write(param, i, p);
   };
 
   int64_t stop = count - count % kGroup;
@@ -205,12 +208,12 @@ ADADELTA_INLINE int64_t update_pipelined(
 }
 
 // Updates all whole groups, and returns how many elements they are.
-template <typename Format, typename Item, typename Clip>
+template <typename Param, typename Grad, typename State, typename Clip>
 ADADELTA_INLINE int64_t update_groups(
-    Item* param,
-    const Item* grad,
-    Item* square_avg,
-    Item* acc_delta,
+    const Param& param,
+    const Grad& grad,
+    const State& square_avg,
+    const State& acc_delta,
     int64_t count,
     const Clip clip,
     const Hyperparameters<float>& h
@@ -218,9 +221,19 @@ ADADELTA_INLINE int64_t update_groups(
   const bool watches = h.rho >= 0 && h.rho <= 1 && keeps_denormals();
   int64_t done = 0;
   for (bool with_denormals = false; count - done >= kGroup; with_denormals = !with_denormals) {
-    const auto update = [&](auto kind) {
-      return update_pipelined<decltype(kind)::value, Format>(
-          param + done, grad + done, square_avg + done, acc_delta + done, count - done, watches, clip, h
+    // Not inlined: beside other loops this one would not find all its numbers in registers.
+    const auto update = [&](auto kind) __attribute__((noinline)) {
+      const auto left = param.from(done);
+      return update_pipelined<decltype(kind)::value, Param, Grad, State>(
+          left.items,
+          left.remainders(),
+          grad.items + done,
+          square_avg.items + done,
+          acc_delta.items + done,
+          count - done,
+          watches,
+          clip,
+          h
       );
     };
     done += with_denormals ? update(std::true_type()) : update(std::false_type());

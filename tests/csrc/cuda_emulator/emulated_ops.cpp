@@ -38,24 +38,26 @@ int64_t set_edge_blocks(int64_t count) {
   return count;
 }
 
-int64_t small_table() { return torch_adadelta::cuda::kSmallTable; }
-
-int64_t large_table() { return torch_adadelta::cuda::kLargeTable; }
-
-int64_t small_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kSmallTable, false>; }
-
-int64_t large_segments() { return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kLargeTable, false>; }
-
-int64_t small_average_table() { return torch_adadelta::cuda::kSmallAverageTable; }
-
-int64_t large_average_table() { return torch_adadelta::cuda::kLargeAverageTable; }
-
-int64_t small_average_segments() {
-  return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kSmallAverageTable, true>;
-}
-
-int64_t large_average_segments() {
-  return torch_adadelta::cuda::kSegments<torch_adadelta::cuda::kLargeAverageTable, true>;
+// Of parameters without and with averages and remainders, the kinds 0 to 3.
+int64_t table(int64_t kind, bool large, bool segments) {
+  using namespace torch_adadelta::cuda;
+  const auto of = [&](auto own) -> int64_t {
+    using Own = decltype(own);
+    if (segments) {
+      return large ? kSegments<Own::kLarge, Own> : kSegments<Own::kSmall, Own>;
+    }
+    return large ? Own::kLarge : Own::kSmall;
+  };
+  switch (kind) {
+    case 0:
+      return of(Optionals<false, false>());
+    case 1:
+      return of(Optionals<true, false>());
+    case 2:
+      return of(Optionals<false, true>());
+    default:
+      return of(Optionals<true, true>());
+  }
 }
 
 int64_t chunk() { return torch_adadelta::cuda::kChunk; }
@@ -67,14 +69,7 @@ STABLE_TORCH_LIBRARY(torch_adadelta_emulated, m) {
   m.def("launches() -> int");
   m.def("set_seed(int seed) -> int");
   m.def("set_edge_blocks(int count) -> int");
-  m.def("small_table() -> int");
-  m.def("large_table() -> int");
-  m.def("small_segments() -> int");
-  m.def("large_segments() -> int");
-  m.def("small_average_table() -> int");
-  m.def("large_average_table() -> int");
-  m.def("small_average_segments() -> int");
-  m.def("large_average_segments() -> int");
+  m.def("table(int kind, bool large, bool segments) -> int");
   m.def("chunk() -> int");
 }
 
@@ -89,13 +84,6 @@ STABLE_TORCH_LIBRARY_IMPL(torch_adadelta_emulated, CompositeExplicitAutograd, m)
   m.impl("launches", TORCH_BOX(&launches));
   m.impl("set_seed", TORCH_BOX(&set_seed));
   m.impl("set_edge_blocks", TORCH_BOX(&set_edge_blocks));
-  m.impl("small_table", TORCH_BOX(&small_table));
-  m.impl("large_table", TORCH_BOX(&large_table));
-  m.impl("small_segments", TORCH_BOX(&small_segments));
-  m.impl("large_segments", TORCH_BOX(&large_segments));
-  m.impl("small_average_table", TORCH_BOX(&small_average_table));
-  m.impl("large_average_table", TORCH_BOX(&large_average_table));
-  m.impl("small_average_segments", TORCH_BOX(&small_average_segments));
-  m.impl("large_average_segments", TORCH_BOX(&large_average_segments));
+  m.impl("table", TORCH_BOX(&table));
   m.impl("chunk", TORCH_BOX(&chunk));
 }

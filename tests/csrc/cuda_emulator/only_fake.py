@@ -113,6 +113,6 @@ def test_all_sparse_gradients_are_sorted_before_a_row_is_written() -> None:
         launcher.fail_launches(INVALID_VALUE, failing)
         with pytest.raises(RuntimeError, match=r"CUDA error: invalid argument"):
             torch.ops.torch_adadelta.sparse_adadelta_(
-                tensors[0], indices, values, *tensors[1:], *segment(2, 1.0, 0.95, 1e-7)
+                tensors[0], indices, values, *tensors[1:], [], *segment(2, 1.0, 0.95, 1e-7)
             )
         assert all((tensor.cpu() == 1.0).all() for some in tensors for tensor in some)

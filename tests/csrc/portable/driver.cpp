@@ -53,6 +53,11 @@ using Double = Format<double, 11, 52>;
 using Half = Format<uint16_t, 5, 10>;
 using BFloat16 = Format<uint16_t, 8, 7>;
 
+// Any bits.
+struct Int16 : Format<uint16_t, 15, 0> {
+  static uint64_t to_bits(uint16_t item) { return item; }
+};
+
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -132,23 +137,47 @@ constexpr double kHyperparameterSets[][kHyperparameters] = {
     {1, 0.95, 1e-7, 0}, {0.001, 0.5, 1e-30, 0}, {1, 0.9, 0, 0}, {1e30, 1, 8e37, 0}, {1, 0, 1e-7, 0}, {1, 1.25, 1e-7, 0}
 };
 
-template <typename F, typename T>
-Results update(UpdateKernel<typename F::Memory, T> kernel, const GradientClip<T>& clip) {
+// Where tensors begin, by their slot.
+struct Tensors {
+  char* data[kTensors] = {};
+
+  template <typename Item>
+  void set(Slot slot, std::vector<Item>& items) {
+    data[slot] = reinterpret_cast<char*>(items.data());
+  }
+};
+
+// The format of the parameter, of which the gradient has it too, and that of the state; a master has its remainder
+// beside.
+template <typename F, typename State, typename T>
+Results update(UpdateKernel<T> kernel, bool is_master, const GradientClip<T>& clip) {
   Results results;
   for (const auto& values : kHyperparameterSets) {
     const Hyperparameters<T> h(values);
     for (int kind = 0; kind < kKinds; ++kind) {
       for (const int64_t count : kLengths) {
         auto param = numbers<F>(count, static_cast<Kind>(kind), true, 1);
-        auto square_avg = numbers<F>(count, static_cast<Kind>(kind), false, 2);
-        auto acc_delta = numbers<F>(count, static_cast<Kind>(kind), false, 3);
+        auto square_avg = numbers<State>(count, static_cast<Kind>(kind), false, 2);
+        auto acc_delta = numbers<State>(count, static_cast<Kind>(kind), false, 3);
+        auto remainder = numbers<Int16>(count, kExtremes, true, 6);
+        Tensors tensors;
+        tensors.set(kParam, param);
+        tensors.set(kSquareAvg, square_avg);
+        tensors.set(kAccDelta, acc_delta);
+        if (is_master) {
+          tensors.set(kRemainder, remainder);
+        }
         for (uint64_t step = 0; step < 2; ++step) {
-          const auto grad = numbers<F>(count, static_cast<Kind>(kind), true, 4 + step);
-          kernel(param.data(), grad.data(), square_avg.data(), acc_delta.data(), count, clip, h);
+          auto grad = numbers<F>(count, static_cast<Kind>(kind), true, 4 + step);
+          tensors.set(kGrad, grad);
+          kernel(tensors.data, 0, count, clip, h);
         }
         append<F>(results, param);
-        append<F>(results, square_avg);
-        append<F>(results, acc_delta);
+        append<State>(results, square_avg);
+        append<State>(results, acc_delta);
+        if (is_master) {
+          append<Int16>(results, remainder);
+        }
       }
     }
   }
@@ -159,7 +188,7 @@ Results update(UpdateKernel<typename F::Memory, T> kernel, const GradientClip<T>
 constexpr double kAverages[][2] = {{0.99, 0}, {0.75, 1}, {0, 1}, {1, 0}};
 
 template <typename F, typename Own>
-Results average(AverageKernel<typename F::Memory, typename Own::Memory> kernel) {
+Results average(AverageKernel<typename Own::Memory> kernel, bool is_master = false) {
   Results results;
   for (const auto& [momentum, overwrites] : kAverages) {
     double values[kHyperparameters] = {};
@@ -170,9 +199,19 @@ Results average(AverageKernel<typename F::Memory, typename Own::Memory> kernel) 
       for (const int64_t count : kLengths) {
         auto param = numbers<F>(count, static_cast<Kind>(kind), true, 1);
         auto own = numbers<Own>(count, static_cast<Kind>(kind), true, 2);
-        kernel(param.data(), own.data(), count, h);
+        auto remainder = numbers<Int16>(count, kExtremes, true, 6);
+        Tensors tensors;
+        tensors.set(kParam, param);
+        tensors.set(kAverage, own);
+        if (is_master) {
+          tensors.set(kRemainder, remainder);
+        }
+        kernel(tensors.data, 0, count, h);
         append<F>(results, param);
         append<Own>(results, own);
+        if (is_master) {
+          append<Int16>(results, remainder);
+        }
       }
     }
   }
@@ -221,22 +260,53 @@ Results cast(CastKernel<typename To::Memory, typename From::Memory> kernel) {
   return results;
 }
 
+// From floats and back, and of pairs that no float is taken apart into.
+Results masters(const KernelTable& kernels) {
+  Results results;
+  for (int kind = 0; kind < kKinds; ++kind) {
+    for (const int64_t count : kLengths) {
+      std::vector<uint16_t> params(count), remainders(count);
+      std::vector<float> floats(count);
+      const auto from = numbers<Float>(count, static_cast<Kind>(kind), true, 1);
+      kernels.master_from_float(params.data(), remainders.data(), from.data(), count);
+      append<BFloat16>(results, params);
+      append<Int16>(results, remainders);
+      kernels.float_from_master(floats.data(), params.data(), remainders.data(), count);
+      append<Float>(results, floats);
+      params = numbers<BFloat16>(count, static_cast<Kind>(kind), true, 2);
+      remainders = numbers<Int16>(count, kExtremes, true, 3);
+      kernels.float_from_master(floats.data(), params.data(), remainders.data(), count);
+      append<Float>(results, floats);
+    }
+  }
+  return results;
+}
+
 template <typename Run>
 void all_cases(const KernelTable& kernels, const Run& run) {
   for (const auto& [name, clip] : clips<float>()) {
-    run("update float32" + name, update<Float, float>(kernels.in_float.update, clip));
-    run("update float16" + name, update<Half, float>(kernels.update_half, clip));
-    run("update bfloat16" + name, update<BFloat16, float>(kernels.update_bfloat16, clip));
+    const auto in_place = [&](ParamFormat param, ParamFormat state) { return kernels.in_float.updates[param][state]; };
+    run("update float32" + name, update<Float, Float>(in_place(kFloat32, kFloat32), false, clip));
+    run("update float16" + name, update<Half, Half>(in_place(kFloat16, kFloat16), false, clip));
+    run("update bfloat16" + name, update<BFloat16, BFloat16>(in_place(kBFloat16, kBFloat16), false, clip));
+    run("update float32 with bfloat16 state" + name,
+        update<Float, BFloat16>(in_place(kFloat32, kBFloat16), false, clip));
+    run("update bfloat16 with float32 state" + name,
+        update<BFloat16, Float>(in_place(kBFloat16, kFloat32), false, clip));
+    run("update masters with float32 state" + name, update<BFloat16, Float>(in_place(kMaster, kFloat32), true, clip));
+    run("update masters with bfloat16 state" + name,
+        update<BFloat16, BFloat16>(in_place(kMaster, kBFloat16), true, clip));
     run("add float32" + name, add<Float>(kernels.in_float.add, clip));
   }
   for (const auto& [name, clip] : clips<double>()) {
-    run("update float64" + name, update<Double, double>(kernels.in_double.update, clip));
+    run("update float64" + name, update<Double, Double>(kernels.in_double.updates[kFloat64][kFloat64], false, clip));
     run("add float64" + name, add<Double>(kernels.in_double.add, clip));
   }
-  run("average float32", average<Float, Float>(kernels.in_float.average));
-  run("average float64", average<Double, Double>(kernels.in_double.average));
-  run("average float16", average<Half, Float>(kernels.average_half));
-  run("average bfloat16", average<BFloat16, Float>(kernels.average_bfloat16));
+  run("average float32", average<Float, Float>(kernels.in_float.averages[kFloat32]));
+  run("average float64", average<Double, Double>(kernels.in_double.averages[kFloat64]));
+  run("average float16", average<Half, Float>(kernels.in_float.averages[kFloat16]));
+  run("average bfloat16", average<BFloat16, Float>(kernels.in_float.averages[kBFloat16]));
+  run("average masters", average<BFloat16, Float>(kernels.in_float.averages[kMaster], true));
   for (const auto& [name, limit] :
        {std::pair{"", std::numeric_limits<float>::infinity()}, std::pair{", clipvalue", 0.25f}}) {
     const auto squares_of = [&, limit = limit](const auto& kernel) {
@@ -260,6 +330,7 @@ void all_cases(const KernelTable& kernels, const Run& run) {
   run("float64 from float32", cast<Double, Float>(kernels.double_from_float));
   run("float16 from float32", cast<Half, Float>(kernels.half_from_float));
   run("bfloat16 from float32", cast<BFloat16, Float>(kernels.bfloat16_from_float));
+  run("masters", masters(kernels));
 }
 
 // FNV-1a.

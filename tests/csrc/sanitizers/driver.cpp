@@ -6,11 +6,10 @@
 // with each option, by wrong arguments too, and from several threads at a time while another changes the instruction
 // set. All runs of a case must give the same bits. PyTorch's loop over its threads is replaced by one over std::thread:
 // the sanitizers do not know of what OpenMP's threads wait for.
+#include "tensors.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <dlfcn.h>
 
@@ -19,12 +18,11 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 // ---- PyTorch's threads ----------------------------------------------------------------------------------------------
@@ -56,142 +54,29 @@ extern "C" AOTITorchError torch_parallel_for(
 
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Sizes = std::vector<int64_t>;
-using OptionalTensor = std::optional<Tensor>;
-
-#define CHECK_CODE(call)                                                                        \
-  if ((call) != AOTI_TORCH_SUCCESS) {                                                           \
-    throw std::runtime_error(std::string(#call) + " failed, line " + std::to_string(__LINE__)); \
-  }
-
-void check(bool condition, const std::string& what) {
-  if (!condition) {
-    throw std::logic_error(what);
-  }
-}
-
-// ---- Tensors --------------------------------------------------------------------------------------------------------
-
-enum Dtype { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kComplex64 };
-
-int32_t torch_dtype(Dtype dtype) {
-  const int32_t dtypes[] = {
-      aoti_torch_dtype_float32(),
-      aoti_torch_dtype_float64(),
-      aoti_torch_dtype_float16(),
-      aoti_torch_dtype_bfloat16(),
-      aoti_torch_dtype_int64(),
-      aoti_torch_dtype_complex64()
-  };
-  return dtypes[dtype];
-}
-
-int64_t item_size(Dtype dtype) { return dtype == kFloat32 ? 4 : dtype == kFloat16 || dtype == kBFloat16 ? 2 : 8; }
-
-enum Order { kContiguous, kTransposed, kGaps, kUnaligned };
-
-// Where the elements of a matrix lie, in elements from the first one.
-struct Place {
-  int64_t rows, columns, row_stride, column_stride, offset;
-
-  Place(int64_t rows, int64_t columns, Order order)
-      : rows(rows),
-        columns(columns),
-        row_stride(
-            order == kTransposed ? 1
-            : order == kGaps     ? 2 * columns + 1
-                                 : columns
-        ),
-        column_stride(
-            order == kTransposed ? rows
-            : order == kGaps     ? 2
-                                 : 1
-        ),
-        offset(order == kUnaligned ? 1 : 0) {}
-
-  // Up to the end of the last element.
-  int64_t length() const {
-    return rows * columns == 0 ? offset : offset + (rows - 1) * row_stride + (columns - 1) * column_stride + 1;
-  }
-};
-
-// A matrix of `dtype` whose element k, counted by rows, is value(k).
-template <typename Value>
-Tensor matrix(const Place& place, Dtype dtype, const Value& value) {
-  const int64_t length = place.length(), one = 1;
-  AtenTensorHandle memory = nullptr, view = nullptr;
-  CHECK_CODE(aoti_torch_empty_strided(1, &length, &one, torch_dtype(dtype), aoti_torch_device_type_cpu(), 0, &memory));
-  const Tensor owner(memory);
-  auto* bytes = static_cast<char*>(owner.mutable_data_ptr());
-  if (length > 0) {
-    std::memset(bytes, 0, length * item_size(dtype));
-  }
-  for (int64_t k = 0; k < place.rows * place.columns; ++k) {
-    const int64_t at = place.offset + k / place.columns * place.row_stride + k % place.columns * place.column_stride;
-    const double number = value(k);
-    switch (dtype) {
-      case kFloat32:
-        reinterpret_cast<float*>(bytes)[at] = static_cast<float>(number);
-        break;
-      case kFloat64:
-        reinterpret_cast<double*>(bytes)[at] = number;
-        break;
-      case kFloat16:
-        reinterpret_cast<Half*>(bytes)[at] = static_cast<float>(number);
-        break;
-      case kBFloat16:
-        reinterpret_cast<BFloat16*>(bytes)[at] = static_cast<float>(number);
-        break;
-      case kInt64:
-        reinterpret_cast<int64_t*>(bytes)[at] = static_cast<int64_t>(number);
-        break;
-      case kComplex64:
-        reinterpret_cast<float*>(bytes)[2 * at] = static_cast<float>(number);
-        reinterpret_cast<float*>(bytes)[2 * at + 1] = static_cast<float>(1 - number);
-        break;
-    }
-  }
-  const std::array sizes{place.rows, place.columns}, strides{place.row_stride, place.column_stride};
-  CHECK_CODE(aoti_torch__reinterpret_tensor(owner.get(), 2, sizes.data(), strides.data(), place.offset, &view));
-  return Tensor(view);
-}
-
-// One number.
-Tensor scalar(double value, Dtype dtype = kFloat32) {
-  return matrix(Place(1, 1, kContiguous), dtype, [=](int64_t) { return value; });
-}
-
-// Numbers of either sign in [-1, 1), always the same ones for a seed.
-auto noise(uint64_t seed) {
-  return [seed](int64_t k) {
-    uint64_t x = (seed * 1000003 + static_cast<uint64_t>(k) + 1) * 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 29)) * 0xbf58476d1ce4e5b9u;
-    return static_cast<double>(x >> 33) / (1u << 30) - 1.0;
-  };
-}
-
-double zero(int64_t) { return 0; }
-
 constexpr std::array kOrders{kContiguous, kTransposed, kGaps, kUnaligned};
 constexpr std::array kReal{kFloat32, kFloat64, kFloat16, kBFloat16};
 
 struct Lists {
   Tensors params, grads, square_avgs, acc_deltas;
-  Tensors averages;            // or none
-  std::vector<int64_t> bytes;  // of the memory of each parameter, from its first element
-  std::vector<int64_t> average_bytes;
+  Tensors averages, remainders;  // or none
+  double state_dtype = 0;
+  std::vector<std::pair<Tensor, int64_t>> written;  // with the bytes of their memory, from their first element
+
+  Tensor add_written(const Place& place, Dtype dtype, const auto& value) {
+    const Tensor tensor = matrix(place, dtype, value);
+    const bool is_empty = place.rows * place.columns == 0;
+    written.emplace_back(tensor, is_empty ? 0 : (place.length() - place.offset) * item_size(dtype));
+    return tensor;
+  }
 
   void add(const Place& place, Dtype dtype, const Place& grad_place, Dtype grad_dtype) {
     const uint64_t seed = params.size();
-    params.push_back(matrix(place, dtype, noise(seed)));
+    const Dtype own_state = state_dtype == 1 ? kFloat32 : state_dtype == 2 ? kBFloat16 : dtype;
+    params.push_back(add_written(place, dtype, noise(seed)));
     grads.push_back(matrix(grad_place, grad_dtype, noise(seed + 7777)));
-    square_avgs.push_back(matrix(place, dtype, zero));
-    acc_deltas.push_back(matrix(place, dtype, zero));
-    bytes.push_back(place.rows * place.columns == 0 ? 0 : (place.length() - place.offset) * item_size(dtype));
+    square_avgs.push_back(add_written(place, own_state, zero));
+    acc_deltas.push_back(add_written(place, own_state, zero));
   }
 
   // Averages, some of which lie in another order than their parameters.
@@ -203,25 +88,18 @@ struct Lists {
                           : type == torch::headeronly::ScalarType::ComplexFloat ? kComplex64
                                                                                 : kFloat32;
       const Place place(param.size(0), param.size(1), kOrders[i / 3 % kOrders.size()]);
-      averages.push_back(matrix(place, dtype, noise(i + 5555)));
-      average_bytes.push_back(place.rows * place.columns == 0 ? 0 : (place.length() - place.offset) * item_size(dtype));
+      averages.push_back(add_written(place, dtype, noise(i + 5555)));
     }
   }
 
   // All that an update may have written to.
   std::string bits() const {
     std::string bits;
-    const auto append = [&](const Tensors& tensors, const std::vector<int64_t>& bytes) {
-      for (size_t i = 0; i < tensors.size(); ++i) {
-        if (bytes[i] > 0) {
-          bits.append(static_cast<const char*>(tensors[i].const_data_ptr()), bytes[i]);
-        }
+    for (const auto& [tensor, bytes] : written) {
+      if (bytes > 0) {
+        bits.append(static_cast<const char*>(tensor.const_data_ptr()), bytes);
       }
-    };
-    for (const Tensors* tensors : {&params, &square_avgs, &acc_deltas}) {
-      append(*tensors, bytes);
     }
-    append(averages, average_bytes);
     return bits;
   }
 };
@@ -243,6 +121,20 @@ Lists dense_lists(bool with_complex) {
   }
   for (const Order order : kOrders) {
     lists.add(Place(301, 233, order), kReal[order], Place(301, 233, kContiguous), kReal[order]);
+  }
+  return lists;
+}
+
+// Of bfloat16 parameters with masters.
+Lists master_lists(double state_dtype) {
+  Lists lists;
+  lists.state_dtype = state_dtype;
+  for (const auto& [rows, columns] : {std::pair{1, 1}, {5, 7}, {3, 171}, {0, 4}, {301, 233}}) {
+    for (const Order order : kOrders) {
+      const Place place(rows, columns, order);
+      lists.add(place, kBFloat16, place, order == kUnaligned ? kFloat32 : kBFloat16);
+      lists.remainders.push_back(lists.add_written(place, kInt16, noise(rows)));
+    }
   }
   return lists;
 }
@@ -272,6 +164,7 @@ struct Options {
   OptionalTensor factor_tensor = std::nullopt, grad_scale = std::nullopt, found_inf = std::nullopt, lr = std::nullopt;
   bool in_double = false;
   double loss_scale_factor = 1;
+  bool maximize = true;
 };
 
 std::vector<Options> all_options() {
@@ -293,12 +186,22 @@ struct Segments {
   std::vector<double> hyperparameters;
   std::vector<OptionalTensor> tensors;
 
-  explicit Segments(size_t count, bool maximize = false, OptionalTensor lr = std::nullopt)
-      : sizes{static_cast<int64_t>(count / 3), 0, static_cast<int64_t>(count - count / 3)} {
+  explicit Segments(const Lists& lists, bool maximize = false, OptionalTensor lr = std::nullopt) {
+    const auto count = static_cast<int64_t>(lists.params.size());
+    sizes = {count / 3, 0, count - count / 3};
     for (size_t i = 0; i < sizes.size(); ++i) {
       hyperparameters.insert(
           hyperparameters.end(),
-          {0.75 + 0.125 * i, 0.9, 1e-6, maximize ? 1.0 : 0.0, 0.0, 1.0, 0.25 * i, i == 2 ? 1.0 : 0.0}
+          {0.75 + 0.125 * i,
+           0.9,
+           1e-6,
+           maximize ? 1.0 : 0.0,
+           0.0,
+           1.0,
+           0.25 * i,
+           i == 2 ? 1.0 : 0.0,
+           lists.state_dtype,
+           lists.remainders.empty() ? 0.0 : 1.0}
       );
     }
     if (lr.has_value()) {
@@ -322,7 +225,7 @@ void update(const Lists& lists, const Options& options, bool check_only = false)
         options.loss_scale_factor
     ));
   }
-  const Segments segments(lists.params.size(), true, options.lr);
+  const Segments segments(lists, options.maximize, options.lr);
   call(
       "adadelta_",
       "",
@@ -331,6 +234,7 @@ void update(const Lists& lists, const Options& options, bool check_only = false)
       lists.square_avgs,
       lists.acc_deltas,
       lists.averages,
+      lists.remainders,
       segments.sizes,
       segments.hyperparameters,
       segments.tensors,
@@ -346,15 +250,15 @@ void update(const Lists& lists, const Options& options, bool check_only = false)
   );
 }
 
-void update_cached(const Tensors& params, const Tensors& grads, int64_t number) {
-  const Segments segments(params.size());
+void update_cached(const Lists& lists, int64_t number) {
+  const Segments segments(lists);
   const OptionalTensor none;
   const std::optional<double> no_number;
   call(
       "adadelta_",
       "cached",
-      params,
-      grads,
+      lists.params,
+      lists.grads,
       number,
       segments.sizes,
       segments.hyperparameters,
@@ -374,7 +278,7 @@ void update_cached(const Tensors& params, const Tensors& grads, int64_t number) 
 void update_sparse(
     const Lists& lists, const Tensors& indices, const Tensors& values, std::optional<double> clipvalue = std::nullopt
 ) {
-  const Segments segments(lists.params.size());
+  const Segments segments(lists);
   const OptionalTensor none;
   call(
       "sparse_adadelta_",
@@ -384,6 +288,7 @@ void update_sparse(
       values,
       lists.square_avgs,
       lists.acc_deltas,
+      lists.remainders,
       segments.sizes,
       segments.hyperparameters,
       segments.tensors,
@@ -403,31 +308,8 @@ void update_sparse(
 
 std::string plain() {
   const Lists lists = dense_lists(true);
-  Segments segments(lists.params.size());
-  const OptionalTensor none;
-  const std::optional<double> no_number;
   for (int step = 0; step < 2; ++step) {
-    call(
-        "adadelta_",
-        "",
-        lists.params,
-        lists.grads,
-        lists.square_avgs,
-        lists.acc_deltas,
-        lists.averages,
-        segments.sizes,
-        segments.hyperparameters,
-        segments.tensors,
-        no_number,
-        no_number,
-        none,
-        1.0,
-        none,
-        none,
-        1.0,
-        none,
-        false
-    );
+    update(lists, {.name = "plain", .maximize = false});
   }
   return lists.bits();
 }
@@ -437,7 +319,7 @@ std::string cached() {
   const Lists lists = dense_lists(true);
   const auto number = result<int64_t>(call("cache_accumulators", "", lists.square_avgs, lists.acc_deltas));
   for (int step = 0; step < 2; ++step) {
-    update_cached(lists.params, lists.grads, number);
+    update_cached(lists, number);
   }
   call("drop_accumulators", "", number);
   return lists.bits();
@@ -451,7 +333,6 @@ std::string repeated() {
   lists.grads.push_back(lists.grads[0]);
   lists.square_avgs.push_back(lists.square_avgs[0]);
   lists.acc_deltas.push_back(lists.acc_deltas[0]);
-  lists.bytes.push_back(lists.bytes[0]);
   update(lists, {.name = "repeated"});
   return lists.bits();
 }
@@ -462,6 +343,10 @@ std::string sparse() {
     for (const Order order : {kContiguous, kTransposed}) {
       for (const auto& [rows, columns, coo_entries] : {std::array{50, 5001, 130}, {40000, 3, 20001}, {7, 1, 0}}) {
         Lists lists;
+        if (dtype == kBFloat16) {
+          lists.state_dtype = order == kContiguous ? 1 : 0;
+          lists.remainders.push_back(lists.add_written(Place(rows, columns, order), kInt16, noise(6)));
+        }
         lists.add(Place(rows, columns, order), dtype, Place(1, 1, kContiguous), dtype);
         const auto random = noise(3);
         const auto row = [&, rows = rows](int64_t k) {
@@ -512,7 +397,7 @@ void wrong_arguments() {
   check_raises("state of another length", lists, [&] {
     call("cache_accumulators", "", lists.square_avgs, Tensors{lists.acc_deltas[0]});
   });
-  check_raises("no such accumulators", lists, [&] { update_cached(lists.params, lists.grads, -1); });
+  check_raises("no such accumulators", lists, [&] { update_cached(lists, -1); });
   for (const double index : {-1.0, 5.0, 1e18}) {
     const Tensors indices{matrix(Place(1, 2, kContiguous), kInt64, [=](int64_t k) { return k == 0 ? 0 : index; })};
     const Tensors values{matrix(Place(2, 7, kContiguous), kFloat32, zero)};
@@ -531,8 +416,23 @@ std::string averaged() {
   return lists.bits();
 }
 
+std::string masters() {
+  std::string bits;
+  for (const double state_dtype : {0, 1}) {
+    Lists lists = master_lists(state_dtype);
+    for (int step = 0; step < 2; ++step) {
+      update(lists, {.name = "masters", .clipvalue = 0.25});
+      if (step == 0) {
+        lists.add_averages();
+      }
+    }
+    bits += lists.bits();
+  }
+  return bits;
+}
+
 std::vector<std::string> all_cases() {
-  std::vector<std::string> results{plain(), cached(), repeated(), sparse(), averaged()};
+  std::vector<std::string> results{plain(), cached(), repeated(), sparse(), averaged(), masters()};
   check(results[0] == results[1], "cached accumulators: other bits");
   for (const Options& options : all_options()) {
     const Lists lists = dense_lists(!options.clipvalue.has_value());

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -200,6 +201,18 @@ inline unsigned warp_of_running() { return running->index / kWarpSize; }
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 
 // No other thread runs meanwhile.
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
   const unsigned long long before = *address;
   *address = std::min(before, value);

@@ -1,0 +1,84 @@
+"""What a param group says of the dtypes of its parameters' state, and the remainders of those that have masters."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_adadelta.backends import dtensor, masters
+from torch_adadelta.backends.batch import STATE_KEYS, Batch, new_state_of
+from torch_adadelta.step import validation
+from torch_adadelta.step.sources import Group
+
+State = dict[Tensor, dict[str, Any]]
+
+
+def state_dtype(group: Group, param: Tensor) -> torch.dtype:
+    """The dtype of square_avg and acc_delta of a parameter."""
+    return group["state_dtype"] or param.dtype
+
+
+def new_state(group: Group, param: Tensor) -> dict[str, Tensor]:
+    """The state that the first step with a gradient makes."""
+    return new_state_of(param, group["state_dtype"])
+
+
+def needs_remainder(group: Group, param: Tensor) -> bool:
+    """Whether the master of a parameter needs more than the parameter itself."""
+    return group["master_weights"] and masters.has_remainder(param)
+
+
+def groups_of(groups: list[Group]) -> dict[Tensor, Group]:
+    """The group of each parameter."""
+    return {param: group for group in groups for param in group["params"]}
+
+
+def remainder_in(group: Group, param: Tensor, *states: State) -> Tensor | None:
+    """The remainder of a parameter in the first of some states that has one; None if none has, as before a step."""
+    if not needs_remainder(group, param):
+        return None
+    found = (state[param][masters.KEY] for state in states if masters.KEY in state.get(param, ()))
+    return next(found, None)
+
+
+def convert_state(groups: list[Group], state: State, dtypes: Mapping[Tensor, torch.dtype] | None = None) -> None:
+    """Gives state the dtypes that groups ask for, and drops remainders for which they have no masters.
+
+    `dtypes` are those that parameters will have, where these are others.
+    """
+    converted: State = {}
+    for group in groups:
+        for param in group["params"]:
+            dtype = group["state_dtype"] or (dtypes or {}).get(param, param.dtype)
+            own = state.get(param, {})
+            converted[param] = {key: own[key].to(dtype) for key in STATE_KEYS if key in own}
+    for group in groups:
+        for param in group["params"]:
+            own = state.get(param, {})
+            own.update(converted[param])
+            if not needs_remainder(group, param) and own.pop(masters.KEY, None) is not None and not own:
+                del state[param]
+
+
+def remainder_of(param: Tensor, state: State, new_state: State) -> Any:
+    """That of a parameter with a master, made in `new_state` if it is missing; not checked yet."""
+    found = state.get(param, {}).get(masters.KEY)
+    if found is None:
+        found = new_state.setdefault(param, {}).setdefault(masters.KEY, masters.new_remainder(param))
+    return found
+
+
+def attach_remainders(batch: Batch, state: State, new_state: State, names: validation.NameOf) -> None:
+    """Gives a batch of parameters with masters their remainders. Those that are missing are made, in `new_state`."""
+    owners = batch.owners[0]
+    remainders = []
+    for param in owners:
+        remainder = remainder_of(param, state, new_state)
+        if type(remainder) is not Tensor or batch.wholes is not None:  # no backend looks at it
+            validation.check_remainder(partial(names, param), param, remainder)
+        remainders.append(remainder)
+    batch.remainders = dtensor.local_tensors(remainders)
+    if batch.wholes is not None:
+        batch.wholes = (*batch.wholes[:-1], remainders)
