@@ -28,14 +28,15 @@ needs_library = pytest.mark.skipif(not kernels.is_loaded, reason="the compiled l
 OPTIONS: dict[str, dict[str, Any]] = {
     **STEP_OPTIONS,
     "schedule": {"learning_rate": schedules.InverseTimeDecay(1.0, 2, 0.5)},
+    "masters": {"master_weights": True, "state_dtype": torch.float32, "use_ema": True, "weight_decay": 0.1},
+    "bfloat16 state": {"state_dtype": torch.bfloat16},
     "aggregator": {"gradient_aggregator": lambda pairs: [(3 * g, p) for g, p in pairs]},
 }
 
 
 def make(**options: Any) -> AdadeltaKeras:
-    params = [
-        Parameter(torch.ones(n, dtype=d)) for n, d in ((300, torch.float32), (7, torch.float64), (5, torch.float32))
-    ]
+    second = torch.bfloat16 if "state_dtype" in options else torch.float64
+    params = [Parameter(torch.ones(n, dtype=d)) for n, d in ((300, torch.float32), (7, second), (5, torch.float32))]
     return AdadeltaKeras(params, **{"learning_rate": 1.0, **options})
 
 
@@ -59,8 +60,9 @@ def scaler_of(scale: float) -> torch.amp.GradScaler:
 def assert_same_training(one: AdadeltaKeras, other: AdadeltaKeras) -> None:
     for x, y in zip(one.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(x, y)
-    for p, q in zip(params_of(one), params_of(other), strict=True):
+    for (p, master), (q, other_master) in zip(one.master_params(), other.master_params(), strict=True):
         assert_same_bits(p, q)
+        assert_same_bits(master, other_master)
 
 
 @needs_library
