@@ -157,7 +157,7 @@ def assert_like_oracle(param: Tensor, state: dict[str, Tensor], oracle: Oracle, 
     ):
         assert_same_bits(actual, expected, f"{name} {what}")
     if oracle.remainder is not None and "remainder" in state:
-        np.testing.assert_array_equal(state["remainder"].numpy(), oracle.remainder, err_msg=f"remainder {what}")
+        np.testing.assert_array_equal(state["remainder"].cpu().numpy(), oracle.remainder, err_msg=f"remainder {what}")
 
 
 def optimizer_oracle_of(params: Sequence[Tensor], **options: Any) -> OracleOptimizer:

@@ -132,7 +132,7 @@ class OptimizerStateMachine(RuleBasedStateMachine):
             for key in KEYS:
                 setattr(fresh, key, to_numpy(state[key]).copy())
             if "remainder" in state:
-                fresh.remainder = state["remainder"].numpy().copy()
+                fresh.remainder = state["remainder"].cpu().numpy().copy()
         fresh.p = to_numpy(param).copy()
         self.expected.oracles[index] = fresh
         strides = np.empty(param.shape, np.int8)
@@ -548,7 +548,7 @@ class OptimizerStateMachine(RuleBasedStateMachine):
                 assert bool(state) == self.has_state[i], what
                 for key, tensor in state.items():
                     if key == "remainder":
-                        np.testing.assert_array_equal(tensor.numpy(), oracle.remainder, err_msg=what)
+                        np.testing.assert_array_equal(tensor.cpu().numpy(), oracle.remainder, err_msg=what)
                     else:
                         assert_same_bits(tensor, getattr(oracle, key), f"{key} {what}")
             assert replica.optimizer.iterations == self.expected.iterations
