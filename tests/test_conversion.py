@@ -131,6 +131,18 @@ def test_groups_that_the_model_has_no_part_in_stay(path: Path) -> None:
     assert optimizer.state[other]["square_avg"].dtype is torch.float16
 
 
+def test_remainders_go_with_their_masters_where_a_group_keeps_others(path: Path) -> None:
+    """In a group of two models, of which one becomes float32."""
+    model, other = nn.Linear(2, 2).bfloat16(), Parameter(torch.ones(2, dtype=BFLOAT16))
+    optimizer = AdadeltaKeras([*model.parameters(), other], 1.0, **MASTERS, **path.options)
+    advance(optimizer)
+    optimizer.zero_grad()
+    to_float32(model, optimizer)
+    assert optimizer.master_weights
+    assert ["remainder" in optimizer.state[param] for param in params_of(optimizer)] == [False, False, True]
+    advance(optimizer)
+
+
 def test_state_in_bfloat16_stays_there(path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer = AdadeltaKeras(model.parameters(), 1.0, state_dtype=BFLOAT16, **path.options)

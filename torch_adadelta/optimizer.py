@@ -630,7 +630,7 @@ class AdadeltaKeras(KerasInterface):
             RuntimeError: inside of `swap_averages`.
         """
         self.check_not_swapped("no master can be set")
-        group = precision.groups_of(self.param_groups)[param]
+        group = precision.group_of(self.param_groups, param)
         ours, theirs = (f"{type(x).__name__} of shape {tuple(x.shape)}" for x in (param, value))
         if value.shape != param.shape or dtensor.is_dtensor(value) is not dtensor.is_dtensor(param):
             raise ValueError(f"{self._name_of(param)} is a {ours}, and its master cannot be a {theirs}")
@@ -645,7 +645,7 @@ class AdadeltaKeras(KerasInterface):
 
     def initial_state(self, param: Tensor, key: str) -> Tensor:
         """What a step begins with, where a parameter has no state by this key yet."""
-        group = precision.groups_of(self.param_groups)[param]
+        group = precision.group_of(self.param_groups, param)
         if key == averages.KEY:
             return averages.new_average(param, precision.remainder_in(group, param, self.state))
         return accumulation.new_sum(param) if key == accumulation.KEY else precision.new_state(group, param)[key]
@@ -707,8 +707,8 @@ class AdadeltaKeras(KerasInterface):
             raise RuntimeError("swap_averages is on already")
         self._check_averages_are_here("swap_averages")
         rows = self._averages()
-        kept = [[None if tensor is None else tensor.detach().clone() for tensor in row] for row in rows]
-        own = [masters.master_of(param, remainder).clone() for param, remainder, _ in rows]
+        kept: Any = [[None if tensor is None else tensor.detach().clone() for tensor in row] for row in rows]
+        own = [masters.master_of(param, remainder) for param, remainder, _ in kept]
         self._are_swapped = True
         try:
             for (param, remainder, average), master in zip(rows, own, strict=True):

@@ -86,7 +86,7 @@ def test_without_a_remainder_a_parameter_is_its_own_master() -> None:
         assert param.tolist() == torch.tensor([3.0, 1 + 2**-20]).to(dtype).tolist()
         masters.store(param.detach(), None, torch.tensor([1 + 2**-20, 4.0]))
         assert param.tolist() == torch.tensor([1 + 2**-20, 4.0]).to(dtype).tolist()
-        assert masters.has_remainder(param) == (dtype is torch.bfloat16)
+        assert masters.has_remainder(dtype) == (dtype is torch.bfloat16)
 
 
 def test_a_master_is_set_and_read() -> None:

@@ -20,9 +20,9 @@ DTYPE: Final = torch.int16
 _SIGN: Final = -(2**31)
 
 
-def has_remainder(param: Tensor) -> bool:
-    """Whether a parameter is of the dtype whose masters are kept in two halves."""
-    return param.dtype is torch.bfloat16
+def has_remainder(dtype: torch.dtype) -> bool:
+    """Whether the masters of parameters of this dtype are kept in two halves."""
+    return dtype is torch.bfloat16
 
 
 def new_remainder(param: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def passes(
     on_device: dict[torch.device, list[Tensor]] = {}
     for param in params:
         on_device.setdefault(param.device, []).append(param)
-    group_of = precision.groups_of(groups)
+    group_of = precision.groups_of(groups) if on_device else {}  # to hash all parameters takes long
     result = []
     for device, some in on_device.items():
         own = dtensor.local_tensors(averages_of(groups, some, state, new_state, names))
@@ -147,9 +147,10 @@ def averages_of(
         averages = [state[param][KEY] for param in params]
     except KeyError:
         averages = [state.get(param, {}).get(KEY, new_state.get(param, {}).get(KEY)) for param in params]
-    group_of = precision.groups_of(groups) if None in averages else {}
+    group_of: dict[Tensor, Group] = {}
     for row, (param, average) in enumerate(zip(params, averages, strict=True)):
         if average is None:
+            group_of = group_of or precision.groups_of(groups)
             remainder = precision.remainder_in(group_of[param], param, state)
             averages[row] = new_state.setdefault(param, {}).setdefault(KEY, new_average(param, remainder))
         elif type(average) is not Tensor or not is_checked_later:

@@ -568,8 +568,8 @@ def _plan_of_state(request: StepRequest, rows: Rows) -> StepPlan:
             precision.remainder_of(param, request.state, new_state)
         if has_sums:
             accumulation.sum_of(param, request.state, new_state, names)
-        if request.groups[0]["use_ema"]:
-            averages.averages_of(request.groups, [param], request.state, new_state, names)
+    if request.groups[0]["use_ema"]:
+        averages.averages_of(request.groups, rows.params, request.state, new_state, names)
     return StepPlan(request, [], new_state, [], counts=False)
 
 

@@ -27,7 +27,7 @@ def new_state(group: Group, param: Tensor) -> dict[str, Tensor]:
 
 def needs_remainder(group: Group, param: Tensor) -> bool:
     """Whether the master of a parameter needs more than the parameter itself."""
-    return group["master_weights"] and masters.has_remainder(param)
+    return group["master_weights"] and masters.has_remainder(param.dtype)
 
 
 def groups_of(groups: list[Group]) -> dict[Tensor, Group]:
@@ -35,12 +35,21 @@ def groups_of(groups: list[Group]) -> dict[Tensor, Group]:
     return {param: group for group in groups for param in group["params"]}
 
 
-def remainder_in(group: Group, param: Tensor, *states: State) -> Tensor | None:
-    """The remainder of a parameter in the first of some states that has one; None if none has, as before a step."""
-    if not needs_remainder(group, param):
-        return None
-    found = (state[param][masters.KEY] for state in states if masters.KEY in state.get(param, ()))
-    return next(found, None)
+def group_of(groups: list[Group], param: Tensor) -> Group:
+    """The group of one parameter, which is not hashed.
+
+    Raises:
+        KeyError: it is in none of the groups.
+    """
+    for group in groups:
+        if any(candidate is param for candidate in group["params"]):
+            return group
+    raise KeyError(param)
+
+
+def remainder_in(group: Group, param: Tensor, state: State) -> Tensor | None:
+    """The remainder that a parameter has in its state; None if there is none, as before a step."""
+    return state.get(param, {}).get(masters.KEY) if needs_remainder(group, param) else None
 
 
 def convert_state(groups: list[Group], state: State, dtypes: Mapping[Tensor, torch.dtype] | None = None) -> None:
@@ -49,17 +58,20 @@ def convert_state(groups: list[Group], state: State, dtypes: Mapping[Tensor, tor
     `dtypes` are those that parameters will have, where these are others.
     """
     converted: State = {}
+    without_remainder = []
     for group in groups:
         for param in group["params"]:
-            dtype = group["state_dtype"] or (dtypes or {}).get(param, param.dtype)
+            dtype = (dtypes or {}).get(param, param.dtype)
             own = state.get(param, {})
-            converted[param] = {key: own[key].to(dtype) for key in STATE_KEYS if key in own}
-    for group in groups:
-        for param in group["params"]:
-            own = state.get(param, {})
-            own.update(converted[param])
-            if not needs_remainder(group, param) and own.pop(masters.KEY, None) is not None and not own:
-                del state[param]
+            converted[param] = {key: own[key].to(group["state_dtype"] or dtype) for key in STATE_KEYS if key in own}
+            if not (group["master_weights"] and masters.has_remainder(dtype)):
+                without_remainder.append(param)
+    for param, new in converted.items():
+        state.get(param, {}).update(new)
+    for param in without_remainder:
+        own = state.get(param, {})
+        if own.pop(masters.KEY, None) is not None and not own:
+            del state[param]
 
 
 def remainder_of(param: Tensor, state: State, new_state: State) -> Any:
