@@ -61,18 +61,14 @@ ADADELTA_INLINE void update_elements(
 // long.
 template <typename Param, typename Grad, typename State, typename Clip>
 ADADELTA_INLINE void update_converted_elements(
-    typename Param::Item* __restrict__ params,
-    uint16_t* __restrict__ remainders,
-    typename Grad::Item* __restrict__ grads,
-    typename State::Item* __restrict__ square_avgs,
-    typename State::Item* __restrict__ acc_deltas,
+    const Param param,
+    const Grad grad,
+    const State square_avg,
+    const State acc_delta,
     int64_t count,
     const Clip clip,
     const Hyperparameters<float> h
 ) {
-  const auto param = Param::of(params, remainders);
-  const auto grad = Grad::of(grads, nullptr);
-  const auto square_avg = State::of(square_avgs, nullptr), acc_delta = State::of(acc_deltas, nullptr);
   int64_t begin = 0;
 #ifdef ADADELTA_AVX512
   begin = update_groups(param, grad, square_avg, acc_delta, count, clip, h);
@@ -183,16 +179,12 @@ template <typename Param, typename StateFormat>
 void update_converted(
     char* const* data, int64_t begin, int64_t count, const GradientClip<float>& clip, const Hyperparameters<float>& h
 ) {
-  using Grad = Plain<typename Param::Format>;
   using State = Plain<StateFormat>;
   const auto param = Param::at(data, kParam, begin);
-  auto* const grad = Grad::at(data, kGrad, begin).items;
-  auto* const square_avg = State::at(data, kSquareAvg, begin).items;
-  auto* const acc_delta = State::at(data, kAccDelta, begin).items;
+  const auto grad = Plain<typename Param::Format>::at(data, kGrad, begin);
+  const auto square_avg = State::at(data, kSquareAvg, begin), acc_delta = State::at(data, kAccDelta, begin);
   dispatch_clip(clip, [&](auto least) {
-    update_converted_elements<Param, Grad, State>(
-        param.items, param.remainders(), grad, square_avg, acc_delta, count, least, h
-    );
+    update_converted_elements(param, grad, square_avg, acc_delta, count, least, h);
   });
 }
 

@@ -92,19 +92,15 @@ constexpr int64_t kDenormalCheckInterval = 1024;
 // stops where there are denormal numbers, or, with_denormals, where there are no more.
 template <bool with_denormals, typename Param, typename Grad, typename State, typename Clip>
 ADADELTA_INLINE int64_t update_pipelined(
-    typename Param::Item* __restrict__ params,
-    uint16_t* __restrict__ remainders,
-    typename Grad::Item* __restrict__ grads,
-    typename State::Item* __restrict__ square_avgs,
-    typename State::Item* __restrict__ acc_deltas,
+    const Param param,
+    const Grad grad,
+    const State square_avg,
+    const State acc_delta,
     int64_t count,
     bool watches,
     const Clip clip,
     const Hyperparameters<float> h
 ) {
-  const auto param = Param::of(params, remainders);
-  const auto grad = Grad::of(grads, nullptr);
-  const auto square_avg = State::of(square_avgs, nullptr), acc_delta = State::of(acc_deltas, nullptr);
   const __m512 eps = _mm512_set1_ps(h.eps), one = _mm512_set1_ps(1.0f);
   const uint32_t end = end_of_multiplied(h);
   const bool adds_penalty = h.weight_decay != 0 && !h.is_decoupled;
@@ -223,17 +219,8 @@ ADADELTA_INLINE int64_t update_groups(
   for (bool with_denormals = false; count - done >= kGroup; with_denormals = !with_denormals) {
     // Not inlined: beside other loops this one would not find all its numbers in registers.
     const auto update = [&](auto kind) __attribute__((noinline)) {
-      const auto left = param.from(done);
-      return update_pipelined<decltype(kind)::value, Param, Grad, State>(
-          left.items,
-          left.remainders(),
-          grad.items + done,
-          square_avg.items + done,
-          acc_delta.items + done,
-          count - done,
-          watches,
-          clip,
-          h
+      return update_pipelined<decltype(kind)::value>(
+          param.from(done), grad.from(done), square_avg.from(done), acc_delta.from(done), count - done, watches, clip, h
       );
     };
     done += with_denormals ? update(std::true_type()) : update(std::false_type());
