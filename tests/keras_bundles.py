@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from torch_adadelta.keras.bundle import OBJECT_GRAPH, Bundle, crc32c
+from torch_adadelta.keras.tf_checkpoint import OBJECT_GRAPH, Bundle, crc32c
 
 
 def varint(value: int) -> bytes:

@@ -40,7 +40,7 @@ class KerasInterface(Optimizer):
     def _name_of(self, param: Tensor) -> str:
         raise NotImplementedError
 
-    def _set_count(self, value: int) -> None:
+    def set_calls(self, value: int) -> None:
         raise NotImplementedError
 
     def _check_nothing_pending(self, what: str) -> None:
@@ -305,7 +305,7 @@ class KerasInterface(Optimizer):
         with torch.no_grad():
             # All that may fail comes first; and a value may be a slot of this optimizer.
             copies = [torch.empty_like(slot).copy_(value) for slot, value in zip(slots, values[1:], strict=True)]
-            self._set_count(int(count))
+            self.set_calls(int(count))
             for slot, copy in zip(slots, copies, strict=True):
                 slot.copy_(copy)
         for param, state in zip(params, states, strict=True):

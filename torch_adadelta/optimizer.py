@@ -579,9 +579,10 @@ class AdadeltaKeras(KerasInterface):
     @iterations.setter
     def iterations(self, value: int) -> None:
         self._check_nothing_pending(f"iterations={value!r}")
-        self._set_count(options.checked_iterations(value) * accumulation.steps_of(self.param_groups[0]))
+        self.set_calls(options.checked_iterations(value) * accumulation.steps_of(self.param_groups[0]))
 
-    def _set_count(self, value: int) -> None:
+    def set_calls(self, value: int) -> None:
+        """Sets how many times `step` was called, of which ``gradient_accumulation_steps`` make an iteration."""
         counts = [options.iterations_for(group, value) for group in self.param_groups]
         for group, count in zip(self.param_groups, counts, strict=True):
             group["iterations"] = count

@@ -18,15 +18,15 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def probed() -> None:
+def sandboxed() -> None:
     """For tests in which a process looks first whether HDF5 survives a file."""
 
 
 @pytest.fixture(autouse=True)
 def _unprobed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere none does: it takes a fifth of a second, and these files are ours."""
-    if "probed" not in request.fixturenames:
-        monkeypatch.setattr("torch_adadelta.keras.checkpoints.probe", lambda path, data=None: None)
+    if "sandboxed" not in request.fixturenames:
+        monkeypatch.setattr("torch_adadelta.keras.hdf5.read_in_sandbox", lambda path, data=None: None)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from keras_chains import FORMATS, Chain, chains
 from keras_memory import checkpoint_of, layer_of, moved
 from torch import Tensor, nn
 
-from torch_adadelta.keras.checkpoints import Checkpoint
+from torch_adadelta.keras.contents import Checkpoint
 from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.keras.matching import match
 

@@ -15,7 +15,7 @@ import h5py
 from keras_stored import DATA, KERNEL, assert_refused, build
 
 from torch_adadelta.keras import KerasFileError, hdf5, load_keras
-from torch_adadelta.keras.hdf5 import Hdf5, probe
+from torch_adadelta.keras.hdf5 import Hdf5, read_in_sandbox
 
 Fill = Callable[[Any], Any]
 
@@ -218,21 +218,21 @@ def test_an_attribute_larger_than_the_file_can_hold(monkeypatch: pytest.MonkeyPa
 
 def test_a_file_that_hdf5_cannot_read_is_refused_by_path_or_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(DATA)
-    probe(Path("k3.h5"))
-    probe(None, (DATA / "k3.h5").read_bytes())
+    read_in_sandbox(Path("k3.h5"))
+    read_in_sandbox(None, (DATA / "k3.h5").read_bytes())
     for arguments in ((Path("README.md"),), (None, b"nothing"), (None,)):
         with pytest.raises(KerasFileError, match=r"it is damaged, or no file of Keras \(OSError: "):
-            probe(*arguments)
+            read_in_sandbox(*arguments)
     monkeypatch.setattr(sys, "executable", "")  # as in an application that embeds Python
-    probe(None, b"nothing")
+    read_in_sandbox(None, b"nothing")
 
 
-@pytest.mark.usefixtures("probed")
+@pytest.mark.usefixtures("sandboxed")
 def test_hdf5_that_loops_waits_or_crashes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a mock of the process, but of what goes wrong in it."""
-    script = tmp_path / "probe.py"
-    monkeypatch.setattr(hdf5, "PROBE_SECONDS", 1)
-    monkeypatch.setattr(hdf5, "_PROBE", script)
+    script = tmp_path / "hdf5_sandbox.py"
+    monkeypatch.setattr(hdf5, "SANDBOX_SECONDS", 1)
+    monkeypatch.setattr(hdf5, "_SANDBOX", script)
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]), 9)); "
     for code, wait, message in (
         (limit + "\nwhile True: pass", 1800, "HDF5 was still reading it after 1 seconds of work"),
@@ -250,7 +250,7 @@ def test_without_h5py(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints of TensorFlow are read."""
     monkeypatch.setattr(hdf5, "h5py", None)
     with pytest.raises(ImportError, match="or h5py alone"):
-        probe(DATA / "k3.h5")
+        read_in_sandbox(DATA / "k3.h5")
     model, optimizer = build()
     with pytest.warns(UserWarning, match="not in the file"):
         load_keras(DATA / "tf24_tfck2", optimizer, model)

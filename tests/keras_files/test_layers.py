@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from torch_adadelta.keras.errors import Stored
+from torch_adadelta.keras.errors import LazyArray
 from torch_adadelta.keras.layers import Layer, Variable
 
 
-def stored(*shape: int) -> Stored:
-    return Stored("x", shape, np.dtype("f4"), lambda: np.zeros(shape, "f4"))
+def stored(*shape: int) -> LazyArray:
+    return LazyArray("x", shape, np.dtype("f4"), lambda: np.zeros(shape, "f4"))
 
 
 def test_a_layer_knows_its_weights() -> None:

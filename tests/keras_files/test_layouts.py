@@ -14,18 +14,18 @@ from keras_memory import checkpoint_of, layer_of, moved
 from torch import Tensor, nn
 
 from torch_adadelta.keras import freeze_second_biases
-from torch_adadelta.keras.checkpoints import _split
+from torch_adadelta.keras.contents import separated
 from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.keras.layouts import (
     KEEP_ORDER,
     FeatureOrder,
-    Form,
+    Interpretation,
     Layout,
-    Unfit,
-    forms,
+    LayoutMismatch,
+    interpretations,
     kinds_of,
     of_maps,
-    ordered_pieces,
+    ordered_placements,
     placed,
 )
 
@@ -104,17 +104,17 @@ _MODULES: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "SimpleRNN": nn.RNN}
 
 
 def _recurrent(kind: str, is_double: bool) -> Case:
-    gates, units = _GATES[kind], 3
+    gates, torch_layers = _GATES[kind], 3
     shapes: dict[str, tuple[int, ...]] = {
-        "kernel": (4, gates * units),
-        "recurrent_kernel": (units, gates * units),
-        "bias": (2, gates * units) if kind == "GRU" else (gates * units,),
+        "kernel": (4, gates * torch_layers),
+        "recurrent_kernel": (torch_layers, gates * torch_layers),
+        "bias": (2, gates * torch_layers) if kind == "GRU" else (gates * torch_layers,),
     }
     if not is_double:
         return Case(
             kind,
             shapes,
-            lambda: freeze_second_biases(_MODULES[kind](4, units, batch_first=True)),
+            lambda: freeze_second_biases(_MODULES[kind](4, torch_layers, batch_first=True)),
             (7, 4),
             _CELLS[kind],
             lambda module, x: module(x)[0],
@@ -127,7 +127,7 @@ def _recurrent(kind: str, is_double: bool) -> Case:
     return Case(
         "Bidirectional",
         {f"{side}/{role}": shape for side in ("forward", "backward") for role, shape in shapes.items()},
-        lambda: freeze_second_biases(_MODULES[kind](4, units, batch_first=True, bidirectional=True)),
+        lambda: freeze_second_biases(_MODULES[kind](4, torch_layers, batch_first=True, bidirectional=True)),
         (7, 4),
         both,
         lambda module, x: module(x)[0],
@@ -229,7 +229,7 @@ def test_a_layer_becomes_a_module_that_computes_the_same(name: str, has_class: b
     }
     layer = layer_of("layer", case.class_name if has_class else None, case.config, weights)
     module = case.module().double().eval()
-    moved(checkpoint_of(None, _split([layer])), module)
+    moved(checkpoint_of(None, separated([layer])), module)
     x = rng.standard_normal((2, *case.inputs))
     with torch.no_grad():
         actual = case.torch(module, torch.from_numpy(x)).numpy()
@@ -347,9 +347,11 @@ def test_the_kinds_of_layers_that_a_module_may_be(kinds: str, modules: list[nn.M
 # ---- What is no layer of a kind, and does not fit a module -----------------------------------------------------------
 
 
-def form_of(class_name: str | None, config: dict[str, Any] | None = None, **shapes: tuple[int, ...]) -> list[Form]:
+def form_of(
+    class_name: str | None, config: dict[str, Any] | None = None, **shapes: tuple[int, ...]
+) -> list[Interpretation]:
     named = {role.replace("__", "/"): np.ones(shape) for role, shape in shapes.items()}
-    return forms(layer_of("layer", class_name, config or {}, named))
+    return interpretations(layer_of("layer", class_name, config or {}, named))
 
 
 @pytest.mark.parametrize(
@@ -389,21 +391,21 @@ def test_weights_of_other_shapes_are_no_such_layer(class_name: str | None, shape
 
 
 def test_a_normalisation_over_several_devices_is_one() -> None:
-    (form,) = form_of("SyncBatchNormalization", moving_mean=(3,), moving_variance=(3,))
-    assert form.kind == "batch_norm"
+    (interpretation,) = form_of("SyncBatchNormalization", moving_mean=(3,), moving_variance=(3,))
+    assert interpretation.kind == "batch_norm"
 
 
 def test_both_directions_of_a_layer_that_nobody_knows() -> None:
     shapes = {"kernel": (2, 12), "recurrent_kernel": (3, 12)}
     both = {f"{side}__{role}": shape for side in ("forward", "backward") for role, shape in shapes.items()}
-    (form,) = form_of("Bidirectional", {"layer": {"class_name": "Mine"}}, **both)
-    assert form.kind == "lstm"
+    (interpretation,) = form_of("Bidirectional", {"layer": {"class_name": "Mine"}}, **both)
+    assert interpretation.kind == "lstm"
 
 
 def test_names_of_the_kernel_of_a_depthwise_convolution() -> None:
     for class_name in ("DepthwiseConv2D", None):
-        (form,) = form_of(class_name, depthwise_kernel=(3, 3, 2, 4))
-        assert (form.kind, form.roles) == ("depthwise", {"kernel": "depthwise_kernel"})
+        (interpretation,) = form_of(class_name, depthwise_kernel=(3, 3, 2, 4))
+        assert (interpretation.kind, interpretation.roles) == ("depthwise", {"kernel": "depthwise_kernel"})
 
 
 RNN = {"kernel": (2, 9), "recurrent_kernel": (3, 9), "bias": (9,)}
@@ -428,27 +430,29 @@ WIDE = ATTENTION | {"value__kernel": (6, 2, 4), "output__kernel": (2, 4, 6)}
     ids=range(10),
 )  # fmt: skip
 def test_what_does_not_fit_says_why(class_name: str, shapes: Any, module: nn.Module, message: str) -> None:
-    (form,) = form_of(class_name, **shapes)
+    (interpretation,) = form_of(class_name, **shapes)
     tensors = {name.replace("_l0", ""): tensor for name, tensor in module.named_parameters()}
-    with pytest.raises(Unfit, match=message):
-        placed(form, module, tensors)
+    with pytest.raises(LayoutMismatch, match=message):
+        placed(interpretation, module, tensors)
 
 
 def test_rows_of_a_parameter_are_all_given() -> None:
-    (form,) = form_of("MultiHeadAttention", **ATTENTION)
+    (interpretation,) = form_of("MultiHeadAttention", **ATTENTION)
     module = nn.MultiheadAttention(6, 2, bias=False)
     tensors = {**dict(module.named_parameters()), "in_proj_weight": torch.zeros(24, 6)}
-    with pytest.raises(Unfit, match="in_proj_weight has 24 rows, and 18 are given"):
-        placed(form, module, tensors)
+    with pytest.raises(LayoutMismatch, match="in_proj_weight has 24 rows, and 18 are given"):
+        placed(interpretation, module, tensors)
 
 
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", "rms_norm"])
 def test_features_in_another_order(norm: str) -> None:
     """Of six inputs and eight outputs, both maps whose channels come last in Keras, and first in PyTorch."""
     inputs, outputs = of_maps(3), FeatureOrder((2, -1), (1, 0))
-    (form,) = form_of("Dense", kernel=(6, 8), bias=(8,))
+    (interpretation,) = form_of("Dense", kernel=(6, 8), bias=(8,))
     kernel, bias = np.arange(48).reshape(6, 8), np.arange(8)
-    found = {piece.param: piece.layout for piece in ordered_pieces(form, False, inputs, outputs)}
+    found = {
+        placement.param: placement.layout for placement in ordered_placements(interpretation, False, inputs, outputs)
+    }
     expected = kernel.reshape(2, 3, 2, 4).transpose(3, 2, 1, 0).reshape(8, 6)
     np.testing.assert_array_equal(found["weight"].to_torch(kernel), expected)
     np.testing.assert_array_equal(found["bias"].to_torch(bias), bias.reshape(2, 4).T.ravel())
@@ -456,22 +460,25 @@ def test_features_in_another_order(norm: str) -> None:
         norm
     ]
     for order in (inputs, FeatureOrder((2, 3), (1, 0))):
-        for piece in ordered_pieces(Form(norm, dict.fromkeys(roles, (6,)), {}), False, order, outputs):
-            np.testing.assert_array_equal(piece.layout.to_torch(np.arange(6)), np.arange(6).reshape(2, 3).T.ravel())
-    assert [p.layout for p in ordered_pieces(Form("layer_norm", {"gamma": (2, 3)}, {}), False, inputs, outputs)] == [
-        Layout((0, 1))
-    ]
+        for placement in ordered_placements(
+            Interpretation(norm, dict.fromkeys(roles, (6,)), {}), False, order, outputs
+        ):
+            np.testing.assert_array_equal(placement.layout.to_torch(np.arange(6)), np.arange(6).reshape(2, 3).T.ravel())
+    assert [
+        p.layout
+        for p in ordered_placements(Interpretation("layer_norm", {"gamma": (2, 3)}, {}), False, inputs, outputs)
+    ] == [Layout((0, 1))]
 
 
 def test_features_that_cannot_be_in_another_order() -> None:
     (lstm,) = form_of("LSTM", kernel=(6, 8), recurrent_kernel=(2, 8))
     for orders in ((of_maps(3), KEEP_ORDER), (KEEP_ORDER, of_maps(3))):
-        with pytest.raises(Unfit, match="what that means for its weights is not known; give them in mapping"):
-            ordered_pieces(lstm, False, *orders)
-    assert len(ordered_pieces(lstm, False, KEEP_ORDER, KEEP_ORDER)) == 2
+        with pytest.raises(LayoutMismatch, match="what that means for its weights is not known; give them in mapping"):
+            ordered_placements(lstm, False, *orders)
+    assert len(ordered_placements(lstm, False, KEEP_ORDER, KEEP_ORDER)) == 2
     (dense,) = form_of("Dense", kernel=(6, 8))
     (whole,) = form_of("Dense", kernel=(6, 8), bias=(8,))
-    found = [piece.layout for piece in ordered_pieces(whole, False, KEEP_ORDER, KEEP_ORDER)]
+    found = [placement.layout for placement in ordered_placements(whole, False, KEEP_ORDER, KEEP_ORDER)]
     assert found == [Layout((1, 0)), Layout((0,))]
     for order, message in (
         (of_maps(4), "6 features are no maps of 4 channels"),
@@ -480,5 +487,5 @@ def test_features_that_cannot_be_in_another_order() -> None:
         (FeatureOrder((3, 1), (1, 0)), r"6 features are no maps of shape \(3, 1\)"),
         (FeatureOrder((4, 3), (1, 0)), r"6 features are no maps of shape \(4, 3\)"),
     ):
-        with pytest.raises(Unfit, match=message):
-            ordered_pieces(dense, False, order, KEEP_ORDER)
+        with pytest.raises(LayoutMismatch, match=message):
+            ordered_placements(dense, False, order, KEEP_ORDER)

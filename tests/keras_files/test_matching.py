@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
-
 from keras_memory import checkpoint_of, layer_of
 from keras_stored import DATA, Net, assert_is, assert_same_datasets, build, dense, load, sequential, write_h5
 
 from torch_adadelta.keras import KerasFileError, Layout, load_keras, save_keras
-from torch_adadelta.keras.layouts import Piece
-from torch_adadelta.keras.matching import Match, _are_same, is_chain, match, units
+from torch_adadelta.keras.layouts import WeightPlacement
+from torch_adadelta.keras.matching import Match, _are_same, match
 
 
 def test_several_possibilities_are_an_error_that_lists_both_sides(tmp_path: Path) -> None:
@@ -47,9 +46,6 @@ Give them in mapping={'layer': 'module'}; or pass match='order' if the modules a
     assert_is(optimizer.state[model.a.bias]["acc_delta"], layers["first"]["bias"] ** 2 / 2)
 
 
-# ---- Without a file -------------------------------------------------------------------------------------------------
-
-
 def matched(model: nn.Module, layers: dict[str, Any], config: Any = None, **options: Any) -> dict[str, str]:
     """From weights of Keras to parameters; `layers` has the shapes by class and role, or Dense kernels."""
     own = []
@@ -59,15 +55,11 @@ def matched(model: nn.Module, layers: dict[str, Any], config: Any = None, **opti
         own.append(layer_of(path, class_name, {}, arrays))
     checkpoint = checkpoint_of(config, own)
     found: Match = match(checkpoint, model, **options)
-    return {move.label: move.name for move in found.moves}
+    return {transfer.label: transfer.name for transfer in found.transfers}
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
-
-
-def chain_of(*names: str) -> dict[str, Any]:
-    return sequential(*((name, "Dense", {}) for name in names))
 
 
 TWO = {"one": (4, 4), "two": (4, 4)}
@@ -241,8 +233,8 @@ def test_layouts_that_move_every_element_to_the_same_place(
 ) -> None:
     layer = layer_of("layer", None, {}, {"kernel": np.broadcast_to(1.0, shape)})
     for param, row in (("weight", None), ("other", None), ("weight", 1)):
-        pieces = [Piece("kernel", "weight", ours)], [Piece("kernel", param, theirs, row)]
-        assert _are_same(*pieces, layer) == (expected and (param, row) == ("weight", None))
+        placements = [WeightPlacement("kernel", "weight", ours)], [WeightPlacement("kernel", param, theirs, row)]
+        assert _are_same(*placements, layer) == (expected and (param, row) == ("weight", None))
 
 
 def test_a_fit_is_of_the_module_not_of_its_shapes() -> None:
@@ -269,9 +261,6 @@ def test_a_fit_is_of_the_module_not_of_its_shapes() -> None:
         else:
             with pytest.raises(KerasFileError, match="it has 4 channels, and the module 2 groups"):
                 matched(model, {"d": ("DepthwiseConv1D", depthwise)})
-
-
-# ---- What the user says ---------------------------------------------------------------------------------------------
 
 
 def test_weights_are_given_explicitly(tmp_path: Path) -> None:
@@ -326,68 +315,3 @@ def test_arguments_are_checked() -> None:
     ):
         load_keras(DATA / "k3.h5", optimizer, model, flatten="chw")
     assert optimizer.iterations == 0
-
-
-# ---- The side of PyTorch --------------------------------------------------------------------------------------------
-
-
-def test_the_modules_of_a_model() -> None:
-    shared = nn.Linear(2, 2)
-    model = Net(
-        stack=nn.GRU(4, 3, num_layers=2, bidirectional=True),
-        attend=nn.MultiheadAttention(4, 2),
-        norm=nn.BatchNorm1d(4),
-        first=shared,
-        again=shared,
-        act=nn.PReLU(),
-    )
-    found, loose = units(model)
-    assert [unit.path for unit in found] == ["stack[0]", "stack[1]", "attend", "norm", "first"]
-    assert set(found[1].tensors) == {
-        f"{kind}{way}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for way in ("", "_reverse")
-    }
-    assert found[1].names["weight_ih_reverse"] == "stack.weight_ih_l1_reverse"
-    assert found[1].tensors["weight_ih_reverse"] is model.stack.weight_ih_l1_reverse
-    assert set(found[2].tensors) == {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
-    assert set(found[3].tensors) == {"weight", "bias", "running_mean", "running_var"}
-    assert str(found[4]) == "first (Linear): weight (2, 2), bias (2,)"
-    assert str(units(nn.Linear(2, 3))[0][0]) == "(the model) (Linear): weight (3, 2), bias (3,)"
-    assert list(loose) == ["act.weight"]
-    # Twelve layers, of which the second is not the eleventh; and a parameter that two modules share.
-    deep, _ = units(Net(rnn=nn.RNN(1, 1, num_layers=12, bias=False)))
-    assert [sorted(unit.names.values()) for unit in deep] == [
-        [f"rnn.weight_hh_l{number}", f"rnn.weight_ih_l{number}"] for number in range(12)
-    ]
-    tied = nn.RNN(3, 3, bias=False)
-    tied.weight_hh_l0 = tied.weight_ih_l0
-    assert set(units(Net(tied=tied))[0][0].tensors) == {"weight_ih", "weight_hh"}
-    one, two = nn.PReLU(), nn.PReLU()
-    two.weight = one.weight
-    assert list(units(Net(one=one, two=two))[1]) == ["one.weight"]
-    found = match(
-        checkpoint_of(None, [layer_of("one", "Dense", {}, {"kernel": np.ones((2, 3))})]), Net(a=nn.Linear(2, 3))
-    )
-    assert [name for name, _ in found.neutral] == ["a.bias"]
-
-
-def test_modules_that_are_no_layers_of_keras() -> None:
-    with pytest.raises(ValueError, match="rnn has proj_size=2, which no layer of Keras has"):
-        units(Net(rnn=nn.LSTM(4, 3, proj_size=2)))
-    with pytest.raises(ValueError, match=r"a\.weight is not initialised yet; run the model on a batch first"):
-        units(nn.ModuleDict({"a": nn.LazyLinear(3)}))
-    weighted = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-    found, loose = units(nn.ModuleDict({"a": weighted}))
-    assert found == []
-    assert set(loose) == {"a.bias", "a.parametrizations.weight.original0", "a.parametrizations.weight.original1"}
-
-
-def test_which_models_are_chains() -> None:
-    class Mine(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    linears = (nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
-    assert is_chain(nn.Sequential(*linears))
-    assert is_chain(nn.Sequential(linears[0], nn.Sequential(*linears[1:])))
-    assert not is_chain(Mine(*linears))
-    assert not is_chain(nn.Sequential(linears[0], nn.ModuleList(linears[1:])))

@@ -116,7 +116,7 @@ def test_readme_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert namespace["optimizer"].learning_rate == 1.0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["torch_adadelta.optimizer", "torch_adadelta.keras.moving"])
+@pytest.mark.parametrize("name", ["torch_adadelta.optimizer", "torch_adadelta.keras.transfer"])
 def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import doctest
     import importlib

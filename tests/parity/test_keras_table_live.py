@@ -29,7 +29,7 @@ STEPS: Final = 3
 @pytest.fixture(autouse=True)
 def _unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """These files are ours: no process has to look first whether HDF5 survives them."""
-    monkeypatch.setattr("torch_adadelta.keras.checkpoints.probe", lambda path, data=None: None)
+    monkeypatch.setattr("torch_adadelta.keras.hdf5.read_in_sandbox", lambda path, data=None: None)
 
 
 # The others have been recorded.

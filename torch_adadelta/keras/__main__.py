@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_adadelta.keras.checkpoints import Checkpoint, Layer, Variable, explained, opened
+from torch_adadelta.keras.checkpoints import opened
 from torch_adadelta.keras.config import DROPPABLE, SLOT_OF
-from torch_adadelta.keras.layers import SLOTS
-from torch_adadelta.keras.layouts import Piece, Unfit, same
-from torch_adadelta.keras.matching import FLATTEN, Flattening, canonical
+from torch_adadelta.keras.contents import Checkpoint, explained
+from torch_adadelta.keras.flattening import FLATTEN, Flattening
+from torch_adadelta.keras.layers import SLOTS, Layer, Variable
+from torch_adadelta.keras.layouts import LayoutMismatch, WeightPlacement, same
+from torch_adadelta.keras.matching import canonical
 from torch_adadelta.options import OPTIONS
 
 
@@ -76,9 +78,9 @@ def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[st
         layer_name = layer.path.replace("/", ".")
         try:
             layout = canonical(layer, flattening)
-        except Unfit as error:
+        except LayoutMismatch as error:
             notes.append(f"{layer.path} stays in the layout of Keras: {error}")
-            layout = [Piece(v.role, v.role.replace("/", "."), same(v.value.shape)) for v in layer.variables]
+            layout = [WeightPlacement(v.role, v.role.replace("/", "."), same(v.value.shape)) for v in layer.variables]
         for key in ("value", *SLOTS):
             for name, array in _parameters(checkpoint, layer, layout, key).items():
                 prefix = "weights" if key == "value" else key
@@ -86,17 +88,17 @@ def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[st
     return found, notes
 
 
-def _parameters(checkpoint: Checkpoint, layer: Layer, layout: list[Piece], key: str) -> dict[str, Any]:
+def _parameters(checkpoint: Checkpoint, layer: Layer, layout: list[WeightPlacement], key: str) -> dict[str, Any]:
     """The weights of a layer, or their state, as arrays by the names of PyTorch's parameters."""
     by_role: dict[str, Variable] = {variable.role: variable for variable in layer.variables}
     parts: dict[str, list[Any]] = {}  # in the order of their rows
-    for piece in layout:
-        stored = getattr(by_role[piece.role], key)
+    for placement in layout:
+        stored = getattr(by_role[placement.role], key)
         if stored is None:
             continue
         array = explained(checkpoint, stored)
-        array = piece.layout.to_torch(array if piece.row is None else array[piece.row])
-        parts.setdefault(piece.param, []).append(array)
+        array = placement.layout.to_torch(array if placement.row is None else array[placement.row])
+        parts.setdefault(placement.param, []).append(array)
     found = {}
     for name, arrays in parts.items():
         joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

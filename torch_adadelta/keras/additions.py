@@ -5,8 +5,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, NEW, Checkpoint
 from torch_adadelta.keras.config import DROPPABLE, OPTIONS_OF, SLOT_OF
+from torch_adadelta.keras.contents import KERAS3, LEGACY, NEW, Checkpoint
 from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.options import OPTIONS

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
-from torch_adadelta.keras.checkpoints import Layer, wrapped_class
-from torch_adadelta.keras.config import Call, LayerConfig, ModelConfig
+from torch_adadelta.keras.config import Call, LayerConfig, ModelConfig, wrapped_class
+from torch_adadelta.keras.layers import Layer
 from torch_adadelta.keras.layouts import KEEP_ORDER, FeatureOrder
 
 # Layers that leave every axis where it is.

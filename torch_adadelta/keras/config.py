@@ -153,6 +153,14 @@ class LayerConfig(NamedTuple):
     is_trainable: bool  # it, and all models around it
 
 
+def wrapped_class(known: LayerConfig) -> tuple[str, dict[str, Any]]:
+    """The class and configuration of a layer, or of the one that a TimeDistributed applies at each time."""
+    inner = known.config.get("layer")
+    if known.class_name == "TimeDistributed" and isinstance(inner, dict) and isinstance(inner.get("config"), dict):
+        return str(inner.get("class_name")), inner["config"]
+    return known.class_name, known.config
+
+
 class Call(NamedTuple):
     """One of the calls of a layer, which may be shared, by its path."""
 

@@ -18,7 +18,7 @@ class KerasFileError(ValueError):
     """A file cannot be taken: it is damaged, hostile, or does not hold what is wanted; the message says which."""
 
 
-class Stored(NamedTuple):
+class LazyArray(NamedTuple):
     """An array in a file, which is read when `read` is called, after its shape was found to fit."""
 
     name: str

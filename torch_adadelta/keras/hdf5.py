@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from torch_adadelta.keras.errors import MAX_EXPANSION, Array, KerasFileError, Stored, checked_shape
+from torch_adadelta.keras.errors import MAX_EXPANSION, Array, KerasFileError, LazyArray, checked_shape
 
 try:
     import h5py
@@ -28,13 +29,13 @@ _MAX_OBJECTS: Final = 1_000_000
 
 # How long a processor may work to read the metadata of a file, which for a large model is a second; and how long that
 # may take where the processor has other things to do, or where its time cannot be limited.
-PROBE_SECONDS: Final = 60
+SANDBOX_SECONDS: Final = 60
 _WAIT_SECONDS: Final = 1800.0
 
-_PROBE: Final = Path(__file__).with_name("probe.py")
+_SANDBOX: Final = Path(__file__).with_name("hdf5_sandbox.py")
 
 
-def probe(path: Path | None, data: bytes | None = None) -> None:
+def read_in_sandbox(path: Path | None, data: bytes | None = None) -> None:
     """Raises KerasFileError if HDF5 cannot read all metadata of a file in a process of its own.
 
     Args:
@@ -46,13 +47,13 @@ def probe(path: Path | None, data: bytes | None = None) -> None:
         return  # an application that embeds Python: there is no interpreter to start
     start = f"import runpy, sys; sys.path[:] = {json.dumps(sys.path)}; runpy.run_path(sys.argv[2], run_name='__main__')"
     name = "" if path is None else str(path.absolute())
-    command = [sys.executable, "-c", start, name, str(_PROBE), str(PROBE_SECONDS)]
+    command = [sys.executable, "-c", start, name, str(_SANDBOX), str(SANDBOX_SECONDS)]
     try:
         done = subprocess.run(command, input=data or b"", capture_output=True, timeout=_WAIT_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise KerasFileError(f"HDF5 was still reading it after {_WAIT_SECONDS:g} seconds; it is damaged") from error
     if done.returncode == -getattr(signal, "SIGXCPU", 0):
-        raise KerasFileError(f"HDF5 was still reading it after {PROBE_SECONDS} seconds of work; it is damaged")
+        raise KerasFileError(f"HDF5 was still reading it after {SANDBOX_SECONDS} seconds of work; it is damaged")
     if done.returncode < 0:
         raise KerasFileError(f"HDF5 crashes on it (signal {-done.returncode}); it is damaged")
     if done.returncode:
@@ -80,12 +81,30 @@ class Hdf5:
     """
 
     def __init__(self, file: Any, size: int) -> None:
+        self._source = file
         self._file = required().File(file, "r")
         self._size = size
+
+    @classmethod
+    def sandboxed(cls, path: Path | None, data: bytes | None = None) -> "Hdf5":
+        """Opens what `read_in_sandbox` could read.
+
+        Args:
+            path: the file, or None for `data`.
+            data: the contents of the file.
+        """
+        read_in_sandbox(path, data)
+        source: Any = BytesIO(data or b"") if path is None else path.open("rb")
+        try:
+            return cls(source, len(data or b"") if path is None else path.stat().st_size)
+        except BaseException:
+            source.close()
+            raise
 
     def close(self) -> None:
         """Closes the file; arrays that were not read cannot be read any more."""
         self._file.close()
+        self._source.close()
 
     def _children(self, group: Any) -> dict[str, Any]:
         found = {}
@@ -130,7 +149,7 @@ class Hdf5:
                 elif isinstance(child, h5py.Dataset):
                     yield prefix + name, child
 
-    def stored(self, path: str) -> Stored:
+    def stored(self, path: str) -> LazyArray:
         """The dataset at a path, to be read later. bfloat16 becomes float32.
 
         Raises:
@@ -141,7 +160,7 @@ class Hdf5:
             raise KerasFileError(f"it holds no dataset {path}")
         return self.of_dataset(path, dataset)
 
-    def of_dataset(self, path: str, dataset: Any) -> Stored:
+    def of_dataset(self, path: str, dataset: Any) -> LazyArray:
         """The same of a dataset that `datasets` gave."""
         plan = dataset.id.get_create_plist()
         if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
@@ -159,7 +178,7 @@ class Hdf5:
             raise KerasFileError(f"{path} has dtype {dataset.dtype}, not one of numbers")
         # A compact dataset lies in the header of the object, and counts as stored; so does an empty one.
         checked_shape(path, shape, dataset.dtype.itemsize, dataset.id.get_storage_size(), self._size)
-        return Stored(
+        return LazyArray(
             path,
             tuple(shape),
             np.dtype("<f4") if is_bfloat16 else dataset.dtype,

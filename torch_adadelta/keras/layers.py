@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch_adadelta.keras.errors import Stored
+from torch_adadelta.keras.errors import LazyArray
 from torch_adadelta.step import accumulation, averages
 
 ACCUMULATORS: Final = ("square_avg", "acc_delta")
@@ -17,11 +17,11 @@ class Variable:
     """A weight, and its state if the optimizer has some for it."""
 
     role: str  # what it is in its layer: "kernel", "forward/bias", "query/kernel"; "0", "1", … if that is not known
-    value: Stored
-    square_avg: Stored | None = None
-    acc_delta: Stored | None = None
-    average: Stored | None = None
-    gradient_accumulator: Stored | None = None
+    value: LazyArray
+    square_avg: LazyArray | None = None
+    acc_delta: LazyArray | None = None
+    average: LazyArray | None = None
+    gradient_accumulator: LazyArray | None = None
     is_frozen: bool = False  # whether the configuration says that it is not trained, though there may be state for it
 
     @property

@@ -1,7 +1,7 @@
 """How the weights of a layer of Keras lie in the parameters of a module of PyTorch.
 
-For each kind of layer, `pieces` says which parameter each weight goes to, and how it is turned. All of it only moves
-elements about, so it can be undone, and the state of a weight is moved as the weight is.
+For each kind of layer, `placements` says which parameter each weight goes to, and how it is turned. All of it only
+moves elements about, so it can be undone, and the state of a weight is moved as the weight is.
 """
 
 import math
@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from torch_adadelta.keras.checkpoints import Layer
 from torch_adadelta.keras.errors import Array
+from torch_adadelta.keras.layers import Layer
 
 Shape = tuple[int, ...]
 
@@ -89,7 +89,7 @@ def of_maps(channels: int) -> FeatureOrder:
     return FeatureOrder((-1, channels), (1, 0))
 
 
-class Piece(NamedTuple):
+class WeightPlacement(NamedTuple):
     """Where a weight of a layer, or a row of it, goes."""
 
     role: str  # the weight
@@ -127,7 +127,7 @@ GATES: Final = {"lstm": 4, "gru": 3, "rnn": 1}
 _PARTS: Final = ("query", "key", "value", "output")
 
 
-class Form(NamedTuple):
+class Interpretation(NamedTuple):
     """A layer understood as one of a kind, with its shapes by role."""
 
     kind: str
@@ -135,7 +135,7 @@ class Form(NamedTuple):
     roles: dict[str, str]  # from the role as understood to the role in the file
 
 
-def forms(layer: Layer) -> list[Form]:
+def interpretations(layer: Layer) -> list[Interpretation]:
     """All ways to understand a layer: one if its class is known, perhaps several by the shapes of its weights."""
     names = [variable.role for variable in layer.variables]
     shapes = {variable.role: variable.value.shape for variable in layer.variables}
@@ -154,7 +154,7 @@ def forms(layer: Layer) -> list[Form]:
         for roles in _vocabularies(candidate, names):
             understood = {role: shapes[name] for role, name in roles.items()}
             if _is_of_kind(candidate, understood):
-                found.append(Form(candidate, understood, roles))
+                found.append(Interpretation(candidate, understood, roles))
     return found
 
 
@@ -258,58 +258,60 @@ def _is_attention(shapes: Mapping[str, Shape]) -> bool:
 # ---- Where the weights go -------------------------------------------------------------------------------------------
 
 
-class Unfit(ValueError):
+class LayoutMismatch(ValueError):
     """A layer cannot become a module of PyTorch; the message says why."""
 
 
-def pieces(
-    form: Form,
+def placements(
+    interpretation: Interpretation,
     is_split: bool = False,
     inputs: FeatureOrder = KEEP_ORDER,
     outputs: FeatureOrder = KEEP_ORDER,
-) -> list[Piece]:
+) -> list[WeightPlacement]:
     """Where each weight goes in the module of PyTorch that computes the same.
 
     Args:
-        form: the layer.
+        interpretation: the layer.
         is_split: whether an attention module keeps query, key and value apart, as it does where their widths differ.
         inputs: how the features that come in are ordered anew.
         outputs: the same of the features that go out.
 
     Raises:
-        Unfit: no module of PyTorch computes the same.
+        LayoutMismatch: no module of PyTorch computes the same.
     """
-    kind, shapes = form.kind, form.shapes
+    kind, shapes = interpretation.kind, interpretation.shapes
     if kind == "dense":
         kernel = _dense_kernel(shapes["kernel"], inputs, outputs)
-        return [Piece("kernel", "weight", kernel), *_vector(shapes, "bias", "bias", outputs)]
+        return [WeightPlacement("kernel", "weight", kernel), *_vector(shapes, "bias", "bias", outputs)]
     if kind in ("conv", "conv_transpose"):
         rank = len(shapes["kernel"])
         permutation = (rank - 1, rank - 2, *range(rank - 2))
-        return [Piece("kernel", "weight", Layout(permutation)), *_vector(shapes, "bias", "bias")]
+        return [WeightPlacement("kernel", "weight", Layout(permutation)), *_vector(shapes, "bias", "bias")]
     if kind == "depthwise":
         *size, channels, multiplier = shapes["kernel"]
         rank = len(shapes["kernel"])
         layout = Layout((rank - 2, rank - 1, *range(rank - 2)), shape=(channels * multiplier, 1, *size))
-        return [Piece("kernel", "weight", layout), *_vector(shapes, "bias", "bias")]
+        return [WeightPlacement("kernel", "weight", layout), *_vector(shapes, "bias", "bias")]
     if kind == "embedding":
-        return [Piece("embeddings", "weight", same(shapes["embeddings"]))]
+        return [WeightPlacement("embeddings", "weight", same(shapes["embeddings"]))]
     if kind.endswith("_norm"):
         names = {"gamma": "weight", "scale": "weight", "beta": "bias"}
         names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
-        return [piece for role in shapes for piece in _vector(shapes, role, names[role], inputs)]
+        return [placement for role in shapes for placement in _vector(shapes, role, names[role], inputs)]
     if kind in GATES:
-        return _rnn_pieces(kind, shapes)
-    return _attention_pieces(shapes, is_split)
+        return _rnn_placements(kind, shapes)
+    return _attention_placements(shapes, is_split)
 
 
-def _vector(shapes: Mapping[str, Shape], role: str, param: str, order: FeatureOrder = KEEP_ORDER) -> list[Piece]:
+def _vector(
+    shapes: Mapping[str, Shape], role: str, param: str, order: FeatureOrder = KEEP_ORDER
+) -> list[WeightPlacement]:
     if role not in shapes:
         return []
     shape = shapes[role]
     if order == KEEP_ORDER or len(shape) != 1:
-        return [Piece(role, param, same(shape))]
-    return [Piece(role, param, Layout(order.permutation, shape=shape, view=_viewed(shape[0], order)))]
+        return [WeightPlacement(role, param, same(shape))]
+    return [WeightPlacement(role, param, Layout(order.permutation, shape=shape, view=_viewed(shape[0], order)))]
 
 
 def _viewed(size: int, order: FeatureOrder) -> Shape:
@@ -317,7 +319,7 @@ def _viewed(size: int, order: FeatureOrder) -> Shape:
     known = math.prod(axis for axis in order.view if axis != -1)
     if known < 1 or size % known or (-1 not in order.view and size != known):
         what = f"{order.view[1]} channels" if order == of_maps(order.view[-1]) else f"shape {order.view}"
-        raise Unfit(f"{size} features are no maps of {what}")
+        raise LayoutMismatch(f"{size} features are no maps of {what}")
     return tuple(size // known if axis == -1 else axis for axis in order.view)
 
 
@@ -329,7 +331,7 @@ def _dense_kernel(shape: Shape, inputs: FeatureOrder, outputs: FeatureOrder) -> 
     return Layout(permutation, shape=(shape[1], shape[0]), view=(*rows, *columns))
 
 
-def _rnn_pieces(kind: str, shapes: Mapping[str, Shape]) -> list[Piece]:
+def _rnn_placements(kind: str, shapes: Mapping[str, Shape]) -> list[WeightPlacement]:
     found = []
     # Keras has the gates of a GRU in the order update, reset, new; PyTorch has reset first.
     blocks = (1, 0, 2) if kind == "gru" else None
@@ -340,42 +342,44 @@ def _rnn_pieces(kind: str, shapes: Mapping[str, Shape]) -> list[Piece]:
             rows, columns = shapes[f"{side}{name}"]
             view = (rows, GATES[kind], columns // GATES[kind])
             layout = Layout((1, 2, 0), shape=(columns, rows), view=view, blocks=blocks)
-            found.append(Piece(f"{side}{name}", f"{param}{suffix}", layout))
+            found.append(WeightPlacement(f"{side}{name}", f"{param}{suffix}", layout))
         bias = shapes.get(f"{side}bias")
         if bias is None:
             continue
         layout = Layout((0, 1, 2), shape=bias[-1:], view=(1, GATES[kind], bias[-1] // GATES[kind]), blocks=blocks)
         if len(bias) == 2:
-            found.append(Piece(f"{side}bias", f"bias_ih{suffix}", layout, row=0))
-            found.append(Piece(f"{side}bias", f"bias_hh{suffix}", layout, row=1))
+            found.append(WeightPlacement(f"{side}bias", f"bias_ih{suffix}", layout, row=0))
+            found.append(WeightPlacement(f"{side}bias", f"bias_hh{suffix}", layout, row=1))
         elif kind == "gru":
-            raise Unfit(
+            raise LayoutMismatch(
                 "a GRU with reset_after=False applies its reset gate before the recurrent product, and torch.nn.GRU "
                 "after it; no weights make them compute the same. Write the cell by hand, and give its weights in "
                 "mapping"
             )
         else:
-            found.append(Piece(f"{side}bias", f"bias_ih{suffix}", layout))
+            found.append(WeightPlacement(f"{side}bias", f"bias_ih{suffix}", layout))
     return found
 
 
-def _attention_pieces(shapes: Mapping[str, Shape], is_split: bool) -> list[Piece]:
+def _attention_placements(shapes: Mapping[str, Shape], is_split: bool) -> list[WeightPlacement]:
     found = []
     _, heads, width = shapes["query/kernel"]
     size = heads * width
     if shapes["value/kernel"][1:] != (heads, width):
-        raise Unfit("its value_dim is not its key_dim; torch.nn.MultiheadAttention has one width for both")
+        raise LayoutMismatch("its value_dim is not its key_dim; torch.nn.MultiheadAttention has one width for both")
     for number, part in enumerate(_PARTS[:3]):
         rows = shapes[f"{part}/kernel"][0]
         layout = Layout((1, 2, 0), shape=(size, rows))
         if is_split:
-            found.append(Piece(f"{part}/kernel", f"{part[0]}_proj_weight", layout))
+            found.append(WeightPlacement(f"{part}/kernel", f"{part[0]}_proj_weight", layout))
         else:
-            found.append(Piece(f"{part}/kernel", "in_proj_weight", layout, first=number * size))
+            found.append(WeightPlacement(f"{part}/kernel", "in_proj_weight", layout, first=number * size))
         if f"{part}/bias" in shapes:
-            found.append(Piece(f"{part}/bias", "in_proj_bias", Layout((0, 1), shape=(size,)), first=number * size))
+            found.append(
+                WeightPlacement(f"{part}/bias", "in_proj_bias", Layout((0, 1), shape=(size,)), first=number * size)
+            )
     outputs = shapes["output/kernel"][2]
-    found.append(Piece("output/kernel", "out_proj.weight", Layout((2, 0, 1), shape=(outputs, size))))
+    found.append(WeightPlacement("output/kernel", "out_proj.weight", Layout((2, 0, 1), shape=(outputs, size))))
     return (
         [*found, *_vector({"output/bias": shapes.get("output/bias", ())}, "output/bias", "out_proj.bias")]
         if ("output/bias" in shapes)
@@ -413,65 +417,75 @@ def kinds_of(module: nn.Module) -> list[str]:
 _ORDERED: Final = ("dense", "batch_norm", "layer_norm", "rms_norm")
 
 
-def ordered_pieces(form: Form, is_split: bool, inputs: FeatureOrder, outputs: FeatureOrder) -> list[Piece]:
-    """`pieces`, if the features of such a layer can be ordered anew.
+def ordered_placements(
+    interpretation: Interpretation, is_split: bool, inputs: FeatureOrder, outputs: FeatureOrder
+) -> list[WeightPlacement]:
+    """`placements`, if the features of such a layer can be ordered anew.
 
     Raises:
-        Unfit: they cannot, or `pieces` raises it.
+        LayoutMismatch: they cannot, or `placements` raises it.
     """
-    if (inputs, outputs) != (KEEP_ORDER, KEEP_ORDER) and form.kind not in _ORDERED:
-        raise Unfit(
+    if (inputs, outputs) != (KEEP_ORDER, KEEP_ORDER) and interpretation.kind not in _ORDERED:
+        raise LayoutMismatch(
             "its features are flattened maps, and what that means for its weights is not known; give them in mapping, "
             "each with a Layout, or let the model keep the order of Keras and pass flatten='channels_last' for it"
         )
-    return pieces(form, is_split, inputs, outputs)
+    return placements(interpretation, is_split, inputs, outputs)
 
 
 def placed(
-    form: Form,
+    interpretation: Interpretation,
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     inputs: FeatureOrder = KEEP_ORDER,
     outputs: FeatureOrder = KEEP_ORDER,
-) -> list[Piece]:
+) -> list[WeightPlacement]:
     """Where the weights of a layer go in a module.
 
     Args:
-        form: the layer.
+        interpretation: the layer.
         module: the module, whose parameters and buffers are in `tensors`, without layer numbers ("weight_ih" for
             "weight_ih_l0").
         tensors: see there.
-        inputs: as for `pieces`.
-        outputs: as for `pieces`.
+        inputs: as for `placements`.
+        outputs: as for `placements`.
 
     Raises:
-        Unfit: they do not fit, with the reason.
+        LayoutMismatch: they do not fit, with the reason.
     """
-    if form.kind not in kinds_of(module):
-        raise Unfit(f"it is a {form.kind}, and the module a {type(module).__name__}")
+    if interpretation.kind not in kinds_of(module):
+        raise LayoutMismatch(f"it is a {interpretation.kind}, and the module a {type(module).__name__}")
     is_split = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
-    found = ordered_pieces(form, is_split, inputs, outputs)
+    found = ordered_placements(interpretation, is_split, inputs, outputs)
     rows: dict[str, int] = {}
-    for piece in found:
-        shape = piece.layout.result(form.shapes[piece.role] if piece.row is None else form.shapes[piece.role][1:])
-        if piece.param not in tensors:
-            raise Unfit(f"the module has no {piece.param} for {piece.role}")
-        target = tuple(tensors[piece.param].shape)
-        if piece.first is not None:
-            rows[piece.param] = rows.get(piece.param, 0) + shape[0]
+    for placement in found:
+        shape = placement.layout.result(
+            interpretation.shapes[placement.role]
+            if placement.row is None
+            else interpretation.shapes[placement.role][1:]
+        )
+        if placement.param not in tensors:
+            raise LayoutMismatch(f"the module has no {placement.param} for {placement.role}")
+        target = tuple(tensors[placement.param].shape)
+        if placement.first is not None:
+            rows[placement.param] = rows.get(placement.param, 0) + shape[0]
             target = (shape[0], *target[1:])
         if shape != target:
-            raise Unfit(f"{piece.role} would be {shape}, and {piece.param} is {tuple(tensors[piece.param].shape)}")
+            raise LayoutMismatch(
+                f"{placement.role} would be {shape}, and {placement.param} is {tuple(tensors[placement.param].shape)}"
+            )
     for param, count in rows.items():
         if count != tensors[param].shape[0]:
-            raise Unfit(f"{param} has {tensors[param].shape[0]} rows, and {count} are given")
+            raise LayoutMismatch(f"{param} has {tensors[param].shape[0]} rows, and {count} are given")
     if isinstance(module, nn.MultiheadAttention):
-        heads = form.shapes["query/kernel"][1]
+        heads = interpretation.shapes["query/kernel"][1]
         if module.num_heads != heads or module.bias_k is not None:
-            raise Unfit(f"it has {heads} heads, and the module {module.num_heads} (add_bias_kv has no counterpart)")
-    if form.kind == "conv_transpose" and getattr(module, "groups", 1) != 1:
-        raise Unfit("a transposed convolution of Keras has no groups")
-    if form.kind == "depthwise" and getattr(module, "groups", 1) != form.shapes["kernel"][-2]:
-        channels = form.shapes["kernel"][-2]
-        raise Unfit(f"it has {channels} channels, and the module {getattr(module, 'groups', 1)} groups")
+            raise LayoutMismatch(
+                f"it has {heads} heads, and the module {module.num_heads} (add_bias_kv has no counterpart)"
+            )
+    if interpretation.kind == "conv_transpose" and getattr(module, "groups", 1) != 1:
+        raise LayoutMismatch("a transposed convolution of Keras has no groups")
+    if interpretation.kind == "depthwise" and getattr(module, "groups", 1) != interpretation.shapes["kernel"][-2]:
+        channels = interpretation.shapes["kernel"][-2]
+        raise LayoutMismatch(f"it has {channels} channels, and the module {getattr(module, 'groups', 1)} groups")
     return found

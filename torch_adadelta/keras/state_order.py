@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from torch_adadelta.keras.config import DROPPABLE, OPTIONS_OF, SLOT_OF, ModelConfig, optional_state
-from torch_adadelta.keras.errors import KerasFileError, Stored
+from torch_adadelta.keras.errors import KerasFileError, LazyArray
 from torch_adadelta.keras.layers import ACCUMULATORS, Layer, Variable
 
 Shape = tuple[int, ...]
@@ -30,9 +30,9 @@ _STATISTICS: Final = {"moving_mean", "moving_variance"}
 class State(NamedTuple):
     """The variables of an optimizer, told apart."""
 
-    iterations: Stored
-    learning_rate: Stored | None
-    slots: dict[int, dict[str, Stored]]  # by the `id` of the weight
+    iterations: LazyArray
+    learning_rate: LazyArray | None
+    slots: dict[int, dict[str, LazyArray]]  # by the `id` of the weight
     order: list[Variable]  # the weights, as far as they have state
 
 
@@ -107,7 +107,7 @@ def label(layer: Layer, variable: Variable) -> str:
 
 
 def assigned(
-    states: Sequence[Stored],
+    states: Sequence[LazyArray],
     layers: Sequence[Layer],
     model: ModelConfig | None,
     options: dict[str, Any],
@@ -205,7 +205,7 @@ def _given(names: Sequence[str], weights: dict[str, Variable]) -> list[Variable]
     return [weights[name] for name in names]
 
 
-def _listing(weights: dict[str, Variable], states: Sequence[Stored]) -> str:
+def _listing(weights: dict[str, Variable], states: Sequence[LazyArray]) -> str:
     lines = "\n".join(f"  {name} {variable.value.shape}" for name, variable in weights.items())
     shapes = ", ".join(str(stored.shape) for stored in states[:_MAX_SHAPES]) + ", …" * (len(states) > _MAX_SHAPES)
     return f"\nweights:\n{lines}\nshapes of the variables of the optimizer:\n  {shapes}"
@@ -217,12 +217,12 @@ def _listing(weights: dict[str, Variable], states: Sequence[Stored]) -> str:
 class _Reading(NamedTuple):
     """What the variables may be: the learning rate, what all weights have besides the accumulators, and these."""
 
-    learning_rate: Stored | None
-    beside: list[list[Stored]]
-    pairs: list[tuple[Stored, Stored]]
+    learning_rate: LazyArray | None
+    beside: list[list[LazyArray]]
+    pairs: list[tuple[LazyArray, LazyArray]]
 
 
-def _readings(states: Sequence[Stored], options: dict[str, Any], drop: Collection[str]) -> Iterator[_Reading]:
+def _readings(states: Sequence[LazyArray], options: dict[str, Any], drop: Collection[str]) -> Iterator[_Reading]:
     """All that the counts admit.
 
     Behind the iterations there may be the learning rate; the averages of all weights; their accumulated gradients; and

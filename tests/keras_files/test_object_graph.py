@@ -9,7 +9,8 @@ import pytest
 from keras_bundles import graph, node
 
 from torch_adadelta.keras import KerasFileError
-from torch_adadelta.keras.checkpoints import KERAS3, LEGACY, NEW, Checkpoint, opened
+from torch_adadelta.keras.checkpoints import opened
+from torch_adadelta.keras.contents import KERAS3, LEGACY, NEW, Checkpoint
 
 Edit = Callable[["Objects"], Any]
 

@@ -1,6 +1,5 @@
-"""Layers and weights by their names, or by their numbers where they have none."""
+"""Weights and state that have names."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +7,40 @@ import numpy as np
 import pytest
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
-
 import h5py
 from keras_stored import (
-    DATA,
-    assert_refused,
-    edited,
     layers_of,
     renamed,
-    replaced,
     sequential,
     with_state_names,
     write_h5,
 )
 
-from torch_adadelta.keras import KerasFileError, checkpoints
+from torch_adadelta.keras import KerasFileError, names
 from torch_adadelta.keras.checkpoints import opened
 
-# ---- Names of weights -----------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dense/kernel/accum_grad", ("square_avg", "dense/kernel")),
+        ("Adadelta/dense/kernel/accum_var", ("acc_delta", "Adadelta/dense/kernel")),
+        ("Adadelta/accumulated_grad/dense/kernel", ("square_avg", "dense/kernel")),
+        ("accumulated_delta_var/dense/kernel", ("acc_delta", "dense/kernel")),
+        ("adadelta/dense_kernel_accumulated_grad", ("square_avg", "dense_kernel")),
+        ("adadelta/dense_kernel_accumulated_delta_var", ("acc_delta", "dense_kernel")),
+        ("Adadelta/average/dense/kernel", ("average", "dense/kernel")),
+        ("adadelta/dense_kernel_average", ("average", "dense_kernel")),
+        ("adadelta/dense_kernel_gradient_accumulator", ("gradient_accumulator", "dense_kernel")),
+        ("dense/kernel/momentum", ("", "")),
+        ("dense/kernel/accum_grad/norm", ("", "")),
+        ("adadelta/dense_kernel_average_of_all", ("", "")),
+    ],
+)
+def test_names_of_state(name: str, expected: tuple[str, str]) -> None:
+    assert names.slot_of(name) == expected
 
 
 def named(tmp_path: Path, config: Any, **layers: list[str]) -> Path:
@@ -113,62 +128,6 @@ def write_numbered(path: Path, groups: dict[str, list[tuple[int, ...]]], names: 
     return path
 
 
-def test_parts_of_numbered_layers(tmp_path: Path) -> None:
-    """Of a class that the group tells, or of none."""
-    rnn = [(2, 12), (3, 12), (12,)]
-    parts = ("query", "key", "value", "output")
-    groups = {
-        **{f"layers/bidirectional/{way}_layer/cell": rnn for way in ("forward", "backward")},
-        **{f"attend/{part}_dense": [(2, 2, 4) if part == "output" else (4, 2, 2)] for part in parts},
-        **{f"mine/{part}_dense": [(4, 4)] for part in parts},
-    }
-    for names in ({}, {"attend/query_dense": "q"}):
-        with pytest.raises(
-            KerasFileError, match="several orders of them fit"
-        ):  # of those of mine, which are Dense layers
-            layers_of(write_numbered(tmp_path / "m.weights.h5", groups, names))
-    known = {group: shapes for group, shapes in groups.items() if "mine" not in group}
-    more = {
-        "alpha": [(5, 5)],
-        "beta/forward": [(6, 6)],
-        "one/forward_layer": [(7, 7)],
-        "one/backward_layer": [(8, 8)],
-        **{f"two/{way}_layer/cell": [(2, 16), (4, 16), (16,)] for way in ("forward", "backward")},
-    }
-    path = write_numbered(tmp_path / "m.weights.h5", {**known, **more})
-    with opened(path) as checkpoint:
-        assert {layer.path: layer.is_known for layer in checkpoint.layers} == {
-            "alpha": False, "attend": True, "beta/forward": False, "bidirectional": True, "one": False, "two": True
-        }  # fmt: skip
-    roles = ["kernel", "recurrent_kernel", "bias"]
-    assert layers_of(write_numbered(tmp_path / "m.weights.h5", known)) == {
-        "attend None": [f"{part}/0" for part in parts],
-        "bidirectional Bidirectional": [f"{way}/{role}" for way in ("forward", "backward") for role in roles],
-    }
-    private = {f"attend/_{part}_dense": groups[f"attend/{part}_dense"] for part in parts}  # as tf_keras names them
-    assert layers_of(write_numbered(tmp_path / "m.weights.h5", private)) == {"attend None": [f"{p}/0" for p in parts]}
-    wrapped = write_numbered(tmp_path / "m.weights.h5", {"layers/time_distributed/layer": [(2, 3), (3,)]})
-    assert layers_of(wrapped) == {"time_distributed TimeDistributed": ["0", "1"]}
-
-
-def test_layers_of_one_name_have_that_of_their_group(tmp_path: Path) -> None:
-    groups = {"layers/dense": [(2, 3), (3,)], "net/dense": [(5, 5)], "out": [(4, 4)]}
-    path = write_numbered(tmp_path / "m.weights.h5", groups, dict.fromkeys(groups, "same"))
-    assert layers_of(path) == {"layers/dense Dense": ["kernel", "bias"], "net/same None": ["0"], "out None": ["0"]}
-    path = write_numbered(tmp_path / "m.weights.h5", groups, {"layers/dense": "one", "out": "a/b"})
-    assert layers_of(path) == {"one Dense": ["kernel", "bias"], "net/dense None": ["0"], "out None": ["0"]}
-
-
-def test_layers_come_in_the_order_of_their_state(tmp_path: Path) -> None:
-    path = write_numbered(tmp_path / "m.weights.h5", {"b": [(2, 3)], "a": [(4, 4)]})
-    with opened(path) as checkpoint:
-        assert ([layer.path for layer in checkpoint.layers], checkpoint.is_ordered) == (["b", "a"], True)
-    with h5py.File(path, "r+") as file:
-        file["aa/vars/0"] = np.ones((5, 5), "f4")
-    with opened(path) as checkpoint:
-        assert ([layer.path for layer in checkpoint.layers], checkpoint.is_ordered) == (["b", "a", "aa"], False)
-
-
 def test_names_that_two_layers_have(tmp_path: Path) -> None:
     """In a nested model, the name of the model around it tells which; else the file is refused."""
 
@@ -236,122 +195,3 @@ def test_weights_that_are_one_number_have_state(tmp_path: Path) -> None:
         with opened(own_path) as checkpoint:
             states = [variable.square_avg for _, variable in checkpoint.variables()]
             assert [state and float(state.read().flat[0]) for state in states] == expected
-
-
-# ---- Files of numbers -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("class_name", "config", "count", "roles"),
-    [
-        ("Dense", {}, 2, ["kernel", "bias"]),
-        ("Dense", {}, 1, ["kernel"]),
-        ("Dense", {"use_bias": False}, 1, ["kernel"]),
-        ("Dense", {"use_bias": True}, 1, None),
-        ("Dense", {}, 3, None),
-        ("Embedding", {}, 1, ["embeddings"]),
-        ("BatchNormalization", {"scale": False}, 3, ["beta", "moving_mean", "moving_variance"]),
-        ("BatchNormalization", {}, 4, ["gamma", "beta", "moving_mean", "moving_variance"]),
-        ("BatchNormalization", {}, 3, None),  # gamma or beta
-        ("LayerNormalization", {"center": False}, 1, ["gamma"]),
-        ("GRU", {"use_bias": True}, 3, ["kernel", "recurrent_kernel", "bias"]),
-        *((f"SeparableConv{n}D", {}, 3, ["depthwise_kernel", "pointwise_kernel", "bias"]) for n in (1, 2)),
-        *((f"{kind}Conv{n}D", {}, 2, ["kernel", "bias"]) for kind in ("", "Depthwise") for n in (1, 2, 3)),
-        *((f"Conv{n}DTranspose", {}, 2, ["kernel", "bias"]) for n in (1, 2, 3)),
-        *((name, {"center": True}, 2, ["gamma", "beta"]) for name in ("LayerNormalization", "GroupNormalization")),
-        *((name, {}, 3, ["kernel", "recurrent_kernel", "bias"]) for name in ("LSTM", "GRU", "SimpleRNN")),
-        ("RMSNormalization", {}, 1, ["scale"]),
-        ("MultiHeadAttention", {}, 2, ["kernel", "bias"]),
-        ("SyncBatchNormalization", {"center": False}, 3, ["gamma", "moving_mean", "moving_variance"]),
-        ("Bidirectional", {"layer": {"class_name": "GRU", "config": {"use_bias": False}}}, 2, ["kernel", "recurrent_kernel"]),
-        ("Bidirectional", {}, 3, ["kernel", "recurrent_kernel", "bias"]),
-        ("Mine", {}, 1, None),
-        (None, {}, 2, None),
-    ],
-)  # fmt: skip
-def test_names_of_numbered_weights(class_name: str | None, config: Any, count: int, roles: list[str] | None) -> None:
-    assert checkpoints._numbered_roles(class_name, config, count) == roles
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (
-            lambda f: f.move("layers/dense/vars/1", "layers/dense/vars/2"),
-            r"layers/dense has the weights \[0, 2\]; some are",
-        ),
-        (
-            lambda f: f.move("layers/dense/vars/1", "layers/dense/vars/bias"),
-            "it holds layers/dense/vars/bias, which is no",
-        ),
-        (lambda f: f.move("optimizer/vars/3", "optimizer/vars/99"), "some variables of its optimizer are missing"),
-        (lambda f: f.move("optimizer/vars/3", "optimizer/vars/x"), "its optimizer holds x, which is no number"),
-        (lambda f: f.move("optimizer", "optimizer/inner_optimizer"), "LossScaleOptimizer|it has no group optimizer"),
-        (lambda f: f.create_group("optimizer/inner_optimizer"), "its optimizer is a LossScaleOptimizer"),
-        *(
-            (
-                lambda f, name=name: f["optimizer/vars"].attrs.update(name=name),
-                f"its optimizer is {name.partition('_1')[0]}, not",
-            )
-            for name in (
-                *(
-                    "adam",
-                    "adamw_1",
-                    "adamax",
-                    "nadam",
-                    "rms_prop",
-                    "rmsprop",
-                    "adagrad",
-                    "sgd_12",
-                    "ftrl",
-                    "lion",
-                    "lamb",
-                ),
-                *("adafactor", "muon"),
-            )
-        ),
-        (lambda f: [f.pop(f"optimizer/vars/{n}") for n in range(2, 10)], "no step was taken"),
-        (lambda f: f.pop("optimizer"), "it has no group optimizer"),
-        (lambda f: f.pop("layers"), "it holds no weights"),
-        (lambda f: f.__setitem__("layers/loop", f["layers"]), "nested"),
-        (replaced("optimizer/vars/0", np.float32(4)), "the first variable of its optimizer is not the iterations"),
-    ],
-    ids=range(24),
-)
-def test_a_file_of_numbers_that_is_not_whole_is_refused(edit: Any, message: str, tmp_path: Path) -> None:
-    assert_refused(edited(tmp_path, edit, "k3.weights.h5"), message)
-
-
-def test_other_groups_hold_no_weights(tmp_path: Path) -> None:
-    def fill(file: Any) -> None:
-        for group in (
-            "metrics/mean/vars/0",
-            *(
-                f"{name}/vars/0"
-                for name in ("compile_metrics", "_compile_metrics", "_metrics", "loss", "_loss_tracker")
-            ),
-            "layers/drop/seed_generator/vars/0",
-        ):
-            file[group] = np.ones(3, "f4")
-
-    assert list(layers_of(edited(tmp_path, fill, "k3.weights.h5"))) == ["d1 Dense", "d2 Dense"]
-
-
-def test_a_configuration_is_that_of_the_file(tmp_path: Path) -> None:
-    config = sequential(("d1", "Dense", {}), ("d2", "Dense", {}))
-    text = json.dumps(config)
-    (tmp_path / "model.json").write_text(text)
-    path = DATA / "k3.weights.h5"
-    for given_config in (config, text, tmp_path / "model.json", str(tmp_path / "model.json")):
-        with opened(path, given_config) as checkpoint:
-            assert checkpoint.model is not None
-            assert checkpoint.layers[0].class_name == "Dense"
-    with pytest.raises(
-        KerasFileError, match=r"it holds layers/dense_1, which is no layer of the model in its configura"
-    ):
-        layers_of(path, config=sequential(("d1", "Dense", {})))
-    (tmp_path / "model.json").write_text("{")
-    with pytest.raises(KerasFileError, match=r"model\.json: config is no JSON"):
-        layers_of(path, config=tmp_path / "model.json")
-    with pytest.raises(KerasFileError, match="config has a lambda"):
-        layers_of(path, config=sequential(("d1", "Lambda", {}), ("d2", "Dense", {})))

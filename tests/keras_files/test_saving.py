@@ -116,7 +116,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match="the learning rate of the optimizer is a schedule, and that of"):
         save_keras(target, optimizer, model, DATA / "k3.h5")
     model, optimizer = build()
-    monkeypatch.setattr("torch_adadelta.keras.moving._write_datasets", full)
+    monkeypatch.setattr("torch_adadelta.keras.saving._write_datasets", full)
     for name in ("k3.h5", "k3.keras"):  # amid the writes
         with pytest.raises(RuntimeError, match="disk"):
             save_keras(target, optimizer, model, DATA / name)

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from torch_adadelta.keras.errors import Array, KerasFileError, Stored, checked_shape
+from torch_adadelta.keras.errors import Array, KerasFileError, LazyArray, checked_shape
 
 _MAGIC: Final = 0xDB4775248B80FB57
 _FOOTER: Final = 48
@@ -300,7 +300,7 @@ class Bundle:
             raise KerasFileError(f"{name} does not have its checksum; the file is damaged")
         return found
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> LazyArray:
         """A tensor of numbers, to be read later. bfloat16 becomes float32.
 
         Raises:
@@ -316,7 +316,7 @@ class Bundle:
         if checked_shape(name, entry.shape, dtype.itemsize, entry.size, data_size) != entry.size:
             raise KerasFileError(f"{name} has shape {entry.shape} and {entry.size} bytes, which do not fit each other")
         is_bfloat16 = entry.dtype == _BFLOAT16
-        return Stored(
+        return LazyArray(
             name,
             entry.shape,
             np.dtype("<f4") if is_bfloat16 else dtype,

@@ -13,7 +13,7 @@ pytest.importorskip("h5py", reason="needs the extra 'keras'")
 import h5py
 from keras_stored import DATA
 
-from torch_adadelta.keras import probe
+from torch_adadelta.keras import hdf5_sandbox
 
 
 def visit(fill: Callable[[Any], Any], damage: Callable[[bytes], bytes] = bytes) -> None:
@@ -21,7 +21,7 @@ def visit(fill: Callable[[Any], Any], damage: Callable[[bytes], bytes] = bytes) 
     with h5py.File(buffer, "w") as file:
         fill(file)
     with h5py.File(io.BytesIO(damage(buffer.getvalue())), "r") as file:
-        probe.visit(file, h5py)
+        hdf5_sandbox.visit(file, h5py)
 
 
 def test_it_follows_hard_links_once_and_no_others() -> None:
@@ -66,9 +66,9 @@ def test_it_counts_objects(monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(9):
             file[f"x{number}"] = number
 
-    monkeypatch.setattr(probe, "OBJECTS", 10)
+    monkeypatch.setattr(hdf5_sandbox, "OBJECTS", 10)
     visit(fill)
-    monkeypatch.setattr(probe, "OBJECTS", 9)
+    monkeypatch.setattr(hdf5_sandbox, "OBJECTS", 9)
     with pytest.raises(ValueError, match="it holds more than 9 objects"):
         visit(fill)
 
@@ -79,13 +79,13 @@ def run(*arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes
 
 def test_it_limits_itself() -> None:
     limits = "getattr(resource, f'RLIMIT_{name}')) for name in ('CPU', 'AS', 'CORE')"
-    code = f"import resource, runpy; runpy.run_path({probe.__file__!r})['main']({str(DATA / 'k3.h5')!r}, 7); "
+    code = f"import resource, runpy; runpy.run_path({hdf5_sandbox.__file__!r})['main']({str(DATA / 'k3.h5')!r}, 7); "
     done = run("-c", code + f"print([resource.getrlimit({limits}])")
     assert done.stdout.decode().strip() == str([(7, 8), (8 << 30, 8 << 30), (0, 0)])
 
 
 def test_it_takes_a_path_or_stdin_and_says_what_is_wrong() -> None:
-    script = (probe.__file__, "", probe.__file__, "60")
+    script = (hdf5_sandbox.__file__, "", hdf5_sandbox.__file__, "60")
     good = (DATA / "k3.h5").read_bytes()
     for data, code, message in (
         (good, 0, b""),
@@ -97,5 +97,5 @@ def test_it_takes_a_path_or_stdin_and_says_what_is_wrong() -> None:
         assert (done.returncode, done.stderr[: len(message)]) == (code, message)
     assert b"GCOL" in good
     for name, code, message in (("k3.h5", 0, b""), ("nothing.h5", 1, b"FileNotFoundError")):
-        done = run(probe.__file__, str(DATA / name), probe.__file__, "60", data=b"nothing")
+        done = run(hdf5_sandbox.__file__, str(DATA / name), hdf5_sandbox.__file__, "60", data=b"nothing")
         assert (done.returncode, done.stderr[: len(message)]) == (code, message)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from keras_bundles import HEADER, block, entry, graph, masked, message, node, table, varint, written
 
-from torch_adadelta.keras import KerasFileError, bundle
-from torch_adadelta.keras.bundle import Bundle, Node, crc32c, find_prefix
+from torch_adadelta.keras import KerasFileError, tf_checkpoint
+from torch_adadelta.keras.tf_checkpoint import Bundle, Node, crc32c, find_prefix
 
 DATA: Final = Path(__file__).resolve().parents[1] / "data" / "keras"
 
@@ -160,7 +160,7 @@ def test_an_index_that_is_none_is_refused(index: bytes, message: str, tmp_path: 
 def test_an_index_without_a_header_or_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c.index").write_bytes(table(block(ROWS[1:]), sealed(bytes(4))))  # the last block is empty
     assert list(Bundle(tmp_path / "c")) == ["x"]
-    monkeypatch.setattr(bundle, "_MAX_INDEX", 10)
+    monkeypatch.setattr(tf_checkpoint, "_MAX_INDEX", 10)
     with pytest.raises(KerasFileError, match=r"the index has 1\d\d bytes"):
         Bundle(tmp_path / "c")
 

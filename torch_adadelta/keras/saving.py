@@ -1,0 +1,257 @@
+"""Writes the state, the weights and the hyperparameters of now into a copy of a file of Keras."""
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from torch_adadelta.keras import additions, hdf5, matching
+from torch_adadelta.keras.checkpoints import opened
+from torch_adadelta.keras.config import CLIPPING, DROPPABLE, dropped_options
+from torch_adadelta.keras.contents import KERAS3, LEGACY, Checkpoint
+from torch_adadelta.keras.errors import Array, LazyArray
+from torch_adadelta.keras.matching import Match
+from torch_adadelta.keras.modules import params_of
+from torch_adadelta.keras.report import Report
+from torch_adadelta.keras.transfer import check_arguments, check_coverage, rows_of
+from torch_adadelta.optimizer import AdadeltaKeras
+from torch_adadelta.options import BY_NAME
+from torch_adadelta.step import averages
+
+_WEIGHTS: Final = "model.weights.h5"
+
+
+def save_keras(
+    path: str | Path,
+    optimizer: AdadeltaKeras,
+    model: nn.Module,
+    template: str | Path,
+    *,
+    weights: bool = True,
+    hyperparameters: bool = True,
+    mapping: Mapping[str, Any] | None = None,
+    match: str = "auto",
+    flatten: str | Mapping[str, Any] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    state_order: Sequence[str] | None = None,
+    drop: Collection[str] = (),
+) -> Report:
+    """Writes a copy of a file of Keras with the state, the weights and the hyperparameters of now, for Keras to go on.
+
+    Args:
+        path: the file to write. It is written beside it and renamed into place when it is whole; it may be `template`.
+        optimizer: its state and its hyperparameters are written. A parameter without state yet gets zeros.
+        model: has the weights.
+        template: a ``.h5``, ``.keras`` or ``.weights.h5`` file that holds the same model with the state of an Adadelta,
+            such as the one that was loaded. TensorFlow checkpoints cannot be written.
+        weights: False to leave the weights of the template.
+        hyperparameters: False to leave those of the template. Otherwise they are written wherever the file has a place
+            for them; the `Report` names those without.
+        mapping: as for `load_keras`.
+        match: as for `load_keras`.
+        flatten: as for `load_keras`.
+        config: as for `load_keras`.
+        state_order: as for `load_keras`.
+        drop: what may be left out where the template has no place for it: "ema" and "gradient_accumulation", the moving
+            averages and sums of gradients, with their options; "weight_decay", which goes for all parameters alike in
+            Keras, and off the weights; "exclusions" from it, which are in no file; and "lambda" as for `load_keras`.
+
+    Raises:
+        What `load_keras` raises, and
+        ValueError: the template is a TensorFlow checkpoint; or it has a schedule and the optimizer a number, or the
+            other way round; or the optimizer has what that Keras does not know.
+        `path` is not touched then.
+    """
+    check_arguments(optimizer, model)
+    if set(drop) - set(additions.DROPPABLE_ON_SAVE):
+        raise ValueError(f"drop must be a set of {', '.join(additions.DROPPABLE_ON_SAVE)}; got {drop!r}")
+    path, template = Path(path), Path(template)
+    lambdas = {"lambda"} & set(drop)
+    with opened(template, config, lambdas, state_order, additions.uses(optimizer)) as checkpoint:
+        if checkpoint.format == "TensorFlow checkpoint":
+            raise ValueError(f"{template} is a TensorFlow checkpoint, which is not written; use a .h5 or .keras file")
+        found = matching.match(checkpoint, model, mapping, match, flatten)
+        check_coverage(found, checkpoint, optimizer, weights=False)
+        notes: list[str] = []
+        left_out = additions.check_places(checkpoint, optimizer, drop, hyperparameters)
+        arrays = _arrays(found, optimizer, weights)
+        count = int(optimizer.param_groups[0]["iterations"])
+        arrays[checkpoint.iterations.name] = np.asarray(count, checkpoint.iterations.dtype)
+        edit: Callable[[dict[str, Any]], Any] | None = None
+        written: dict[str, Any] = {}
+        if hyperparameters:
+            values = _written_values(checkpoint, optimizer, drop, left_out, notes)
+            if checkpoint.learning_rate is not None and "learning_rate" in values:
+                arrays[checkpoint.learning_rate.name] = np.asarray(
+                    values["learning_rate"], checkpoint.learning_rate.dtype
+                )
+                written["learning_rate"] = values["learning_rate"]
+            if "epsilon" in checkpoint.hyperparameters:
+                written = values
+
+                def edit(options: dict[str, Any]) -> None:
+                    _edit(options, values)
+
+            needed = [name for name, default in additions.DEFAULTS.items() if values.get(name, default) != default]
+            missing = [name for name in ("learning_rate", "rho", "epsilon", *needed) if name not in written]
+            if missing:
+                notes.append(f"the file has no place for {', '.join(missing)}; give them to Keras when you compile")
+        source = f"{path}: {checkpoint.source}"
+    _write(path, template, checkpoint.format, arrays, edit)
+    notes += [f"left out: {DROPPABLE[name]}" for name in left_out]
+    return Report(source, optimizer.iterations, written, rows_of(found), notes)
+
+
+def _arrays(found: Match, optimizer: AdadeltaKeras, weights: bool) -> dict[str, Array]:
+    """What to write, by the names of the datasets."""
+    arrays: dict[str, Array] = {}
+    of_params = dict(optimizer.master_params()) if weights else {}
+    trained = params_of(optimizer)
+    for transfer in found.transfers:
+        # A parameter that is frozen, and not in the optimizer, keeps the state in the template.
+        keys = [*(transfer.variable.slots if transfer.tensor in trained else ()), *(["value"] if weights else [])]
+        for key in keys:
+            stored: LazyArray = getattr(transfer.variable, key)
+            state = optimizer.state.get(transfer.tensor, {})
+            if key == "value":
+                tensor = of_params.get(transfer.tensor, transfer.tensor)
+            elif key in state:
+                tensor = state[key]
+            elif key == averages.KEY and not transfer.tensor.requires_grad and transfer.row is None:
+                continue  # that of the template stays
+            else:
+                tensor = optimizer.initial_state(transfer.tensor, key)
+            tensor = tensor.detach().cpu()
+            array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+            shape = stored.shape if transfer.row is None else stored.shape[1:]
+            if transfer.first is not None:
+                result = transfer.layout.result(shape)
+                array = array[transfer.first : transfer.first + result[0]]
+            array = transfer.layout.to_keras(array, shape)
+            if transfer.row is None:
+                arrays[stored.name] = array
+            else:
+                arrays.setdefault(stored.name, np.zeros(stored.shape, array.dtype))[transfer.row] = array
+    return arrays
+
+
+def _written_values(
+    checkpoint: Checkpoint,
+    optimizer: AdadeltaKeras,
+    drop: Collection[str],
+    left_out: Collection[str],
+    notes: list[str],
+) -> dict[str, Any]:
+    """The hyperparameters as Keras has them in its configuration."""
+    values = {"decay": 0.0, **optimizer.get_config()}
+    for name in ("name", "weight_decay", "decoupled_weight_decay", *dropped_options(left_out)):
+        values.pop(name, None)
+    values |= additions.written_weight_decay(checkpoint, optimizer, drop, notes)
+    factor = values.get("loss_scale_factor")
+    if checkpoint.generation != KERAS3 and factor is not None:
+        raise ValueError(
+            f"the optimizer has loss_scale_factor={factor!r}, which this Keras does not have; set it to None"
+        )
+    is_scheduled = isinstance(checkpoint.hyperparameters.get("learning_rate"), dict) or (
+        checkpoint.generation == KERAS3 and checkpoint.learning_rate is None
+    )
+    if isinstance(values["learning_rate"], dict) != is_scheduled and "learning_rate" in checkpoint.hyperparameters:
+        ours = "a schedule" if isinstance(values["learning_rate"], dict) else "a number"
+        raise ValueError(
+            f"the learning rate of the optimizer is {ours}, and that of {checkpoint.path} is not; save a template with "
+            "Keras that has the same kind, or pass hyperparameters=False"
+        )
+    if checkpoint.generation != LEGACY:
+        if values["decay"]:
+            raise ValueError(
+                f"the optimizer has decay={values['decay']!r}, which this Keras does not have; use a schedule"
+            )
+        del values["decay"]
+        values = {**additions.DEFAULTS, **values}
+        clipping = [name for name in CLIPPING if values.get(name) is not None]
+        if any(values[name] == 0 for name in clipping):
+            name = next(name for name in clipping if values[name] == 0)
+            raise ValueError(f"the optimizer has {name}=0, which means no clipping in this Keras; set it to None")
+        if len(clipping) > 1:
+            raise ValueError(
+                f"the optimizer has {' and '.join(clipping)}, of which this Keras takes one only; pass "
+                "hyperparameters=False"
+            )
+    else:  # all that is left of averages are options without use_ema
+        values = {name: value for name, value in values.items() if not BY_NAME[name].is_keras3}
+    return {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, **values}
+
+
+def _edit(options: dict[str, Any], values: dict[str, Any]) -> None:
+    """Sets the hyperparameters in a configuration of Keras, in place."""
+    for name, value in values.items():
+        if name == "learning_rate" and "lr" in options:
+            name = "lr"
+        if isinstance(value, dict) and isinstance(options.get(name), dict):
+            options[name] = {**options[name], "class_name": value["class_name"], "config": value["config"]}
+        elif value is not None or name in options:
+            options[name] = value
+
+
+def _write(
+    path: Path, template: Path, format: str, arrays: dict[str, Array], edit: Callable[[dict[str, Any]], Any] | None
+) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        if format == ".keras":
+            _write_zip(part, template, arrays, edit)
+        else:
+            shutil.copyfile(template, part)
+            with hdf5.required().File(part, "r+") as file:
+                _write_datasets(file, arrays)
+                if edit is not None:
+                    training = json.loads(file.attrs["training_config"])
+                    edit(training["optimizer_config"]["config"])
+                    file.attrs["training_config"] = json.dumps(training)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            shutil.copymode(path if path.exists() else template, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_datasets(file: Any, arrays: dict[str, Array]) -> None:
+    for name, array in arrays.items():
+        dataset = file[name]
+        if dataset.dtype.kind not in "fiu":  # bfloat16, which NumPy does not know
+            bits = torch.from_numpy(np.array(array)).to(torch.bfloat16).view(torch.int16).numpy()
+            dataset[...] = bits.view(dataset.dtype)
+        else:
+            dataset[...] = array
+
+
+def _write_zip(
+    part: Path, template: Path, arrays: dict[str, Array], edit: Callable[[dict[str, Any]], Any] | None
+) -> None:
+    with zipfile.ZipFile(template) as old, zipfile.ZipFile(part, "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename == _WEIGHTS:
+                buffer = BytesIO(data)
+                with hdf5.required().File(buffer, "r+") as file:
+                    _write_datasets(file, arrays)
+                data = buffer.getvalue()
+            elif info.filename == "config.json" and edit is not None:
+                config = json.loads(data)
+                edit(config["compile_config"]["optimizer"]["config"])
+                data = json.dumps(config).encode()
+            new.writestr(info.filename, data)

@@ -1,0 +1,388 @@
+"""Moves a training job: the state of Keras' Adadelta and the weights of its model into PyTorch, and back."""
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_adadelta import schedules
+from torch_adadelta.backends import masters
+from torch_adadelta.backends.opmath import stored
+from torch_adadelta.keras import additions, matching
+from torch_adadelta.keras.checkpoints import opened
+from torch_adadelta.keras.config import CLIPPING, dropped_options
+from torch_adadelta.keras.contents import LEGACY, Checkpoint, explained
+from torch_adadelta.keras.differences import differences, has_a_part, norm_variables, other_norms, unconfirmed
+from torch_adadelta.keras.errors import Array, KerasFileError, LazyArray
+from torch_adadelta.keras.layers import ACCUMULATORS, SLOTS
+from torch_adadelta.keras.matching import Match, WeightTransfer
+from torch_adadelta.keras.modules import params_of
+from torch_adadelta.keras.report import Report
+from torch_adadelta.optimizer import AdadeltaKeras
+from torch_adadelta.options import BY_NAME, OPTIONS
+from torch_adadelta.step.validation import name_in
+
+
+def freeze_second_biases(model: nn.Module) -> nn.Module:
+    """Sets to zero, and freezes, the second bias of every LSTM and RNN of a model; returns the model.
+
+    Keras' LSTM and SimpleRNN have one bias. PyTorch's have two, ``bias_ih`` and ``bias_hh``, which are added, so both
+    get the same gradient: trained together they would move twice as far as that of Keras. (A GRU with
+    ``reset_after=True`` has two biases in both frameworks, and keeps them.)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.LSTM | nn.LSTMCell | nn.RNN | nn.RNNCell):
+            for name, param in module.named_parameters():
+                if name.startswith("bias_hh"):
+                    param.requires_grad_(False)
+                    with torch.no_grad():
+                        param.zero_()
+                    param.grad = None
+    return model
+
+
+def load_keras(
+    path: str | Path,
+    optimizer: AdadeltaKeras,
+    model: nn.Module,
+    *,
+    weights: bool = False,
+    hyperparameters: bool = True,
+    mapping: Mapping[str, Any] | None = None,
+    match: str = "auto",
+    flatten: str | Mapping[str, Any] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    drop: Collection[str] = (),
+    state_order: Sequence[str] | None = None,
+    custom_objects: Mapping[str, Any] | None = None,
+) -> Report:
+    """Takes over the state of Keras' Adadelta from a file, so that training goes on where Keras left it.
+
+    Sets ``optimizer.iterations``, the state of each parameter (``accum_grad`` as ``square_avg``, ``accum_var`` as
+    ``acc_delta``, each turned as its weight is), and the hyperparameters that the file has, a schedule included; and
+    ``optimizer.norm_variables``, so that ``clipnorm`` takes the norms of the weights of Keras, not of parameters. Where
+    Keras kept moving averages (``use_ema``) or sums of gradients (``gradient_accumulation_steps``), these come, too; if
+    the file does not have the options, the optimizer must be given them.
+
+    The kind of the file is found out: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
+    or directory) or SavedModel, of TensorFlow 2.4 and later, tf_keras with the legacy or the new class, or Keras 3.
+    Neither TensorFlow nor Keras is needed; all but TensorFlow checkpoints need h5py. Nothing in the file is executed.
+
+    Args:
+        path: the file.
+        optimizer: has all parameters of `model` that Keras trained.
+        model: computes the same as the model of Keras.
+        weights: whether to set the parameters, and the statistics of batch normalisation, too.
+        hyperparameters: False to keep those of the optimizer.
+        mapping: what cannot be inferred, as a dictionary: from the path of a layer of Keras to that of a module
+            (``{"dense": "encoder.fc1"}``), or from a weight to a parameter, with a permutation or `Layout` if it is
+            turned (``{"dense/kernel": ("fc1.weight", (1, 0))}``); None leaves a layer out.
+        match: how layers and modules find each other. "auto" takes what is the only possibility by kind and shape;
+            names if they agree on both sides; and the order if it is known to be that of computation in both, as in two
+            Sequentials. "names" demands equal names. "order" takes the modules in the order of their definition.
+        flatten: how the model flattens feature maps in front of a Linear, and makes features maps: "channels_first" as
+            PyTorch does, "channels_last" if it permutes them to the order of Keras before. Or a dictionary with one of
+            these for each layer, or the number of channels of the maps that the layer takes in one row, or a pair of
+            either for what it takes and what it gives (``{"dense": (None, 32)}`` before a reshape to maps). Need not be
+            given where an ``nn.Sequential`` shows it by an ``nn.Flatten`` or ``nn.Unflatten``.
+        config: the configuration of the model, for files without it, or instead of theirs: what ``model.to_json()``
+            returned, a file that holds that, or the dictionary.
+        drop: what to leave out, with its options, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
+        state_order: for a ``.keras`` or ``.weights.h5`` file, whose state has numbers instead of names, the names of
+            the weights in the order of the optimizer. Needed only where the error asks for it: where the configuration,
+            the counts and the shapes admit several orders, as with layers in a custom layer.
+        custom_objects: classes of schedules by their names, for those that `torch_adadelta.schedules` does not have.
+
+    Returns:
+        A `Report`, which says what went where. A difference between the two models that changes how training goes on
+        (such as another epsilon of a normalisation) is a note in it, and a UserWarning; and so are the options that the
+        file does not hold.
+
+    Raises:
+        FileNotFoundError, ImportError: there is no such file; h5py is missing.
+        KerasFileError: the file is damaged, hostile or without such state; or layers and modules do not match, or not
+            in one way only, with a list of both. It is a ValueError.
+        ValueError, TypeError: an argument is wrong.
+        Whatever is raised, optimizer and model are as they were.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        >>> optimizer = AdadeltaKeras(model.parameters())
+        >>> report = load_keras("tests/data/keras/k3.keras", optimizer, model, weights=True)
+        >>> optimizer.iterations, optimizer.learning_rate
+        (4, 0.5)
+    """
+    check_arguments(optimizer, model)
+    with opened(path, config, drop, state_order, additions.uses(optimizer)) as checkpoint:
+        found = matching.match(checkpoint, model, mapping, match, flatten)
+        notes = differences(found, checkpoint)
+        check_coverage(found, checkpoint, optimizer, weights)
+        settings = _settings(checkpoint, optimizer, custom_objects, drop) if hyperparameters else {}
+        count = checkpoint.count()
+        additions.check_state(checkpoint, optimizer, settings, count)
+        states = _states(found, checkpoint, optimizer, notes)
+        additions.check_sums(checkpoint, states, count, additions.steps(optimizer, settings))
+        values = _values(found, checkpoint, optimizer, notes) if weights else []
+    infos = additions.remarks(checkpoint, optimizer, settings, count)
+    if hyperparameters:
+        notes += unconfirmed(checkpoint, optimizer, settings)
+        notes += additions.exclusions_note(optimizer, settings)
+        infos += checkpoint.notes
+    variables = norm_variables(found, optimizer)
+    if has_a_part(optimizer):
+        notes += other_norms(variables, settings.get("clipnorm", optimizer.clipnorm))
+        variables = []
+    infos += [f"left out: {what}" for what in checkpoint.dropped]
+    if notes:  # before anything is changed, for the user may have made errors of warnings
+        warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
+    reported = {name: value for name, value in settings.items() if _is_news(checkpoint, optimizer, name, value)}
+    with optimizer.restored_on_error():
+        optimizer.set_calls(0)  # with gradients that wait for their update, some options could not be set
+        for name, value in settings.items():
+            setattr(optimizer, name, value)
+        if not has_a_part(optimizer):
+            optimizer.norm_variables = [variable.pieces for variable in variables]
+        optimizer.set_calls(count)
+        for param in [param for group in optimizer.param_groups for param in group["params"]]:
+            own = states.get(param, {})
+            before = optimizer.state.pop(param, {})
+            if masters.KEY in before:  # a copy, for the weights may be written
+                own[masters.KEY] = before[masters.KEY].clone()
+            if own:
+                optimizer.state[param] = own
+        _set_values(values, optimizer)
+    report = Report(f"{path}: {checkpoint.source}", optimizer.iterations, reported, rows_of(found), [*notes, *infos])
+    report.norm_variables = [(variable.weight, variable.names) for variable in variables]
+    return report
+
+
+def check_arguments(optimizer: Any, model: Any) -> None:
+    if not isinstance(optimizer, AdadeltaKeras):
+        raise TypeError(f"optimizer must be an AdadeltaKeras, got {type(optimizer).__name__}")
+    optimizer.check_not_swapped("no file of Keras can be read or written")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            if hasattr(param, "placements") or param.is_meta or param.is_complex():
+                kind = "a DTensor" if hasattr(param, "placements") else "complex" if param.is_complex() else "on meta"
+                raise ValueError(
+                    f"{name_in(optimizer.param_groups, group_index, index)} is {kind}; load into a plain model first, "
+                    "and shard or transfer it after that"
+                )
+
+
+def rows_of(found: Match) -> list[tuple[str, str, str, bool]]:
+    rows = []
+    for transfer in found.transfers:
+        rows_of = "" if transfer.first is None else f"[{transfer.first}:]"
+        rows.append((transfer.label, transfer.name + rows_of, str(transfer.layout), transfer.variable.has_state))
+    return rows
+
+
+def _neutral(name: str) -> float:
+    """The value of a parameter that Keras does not have at which it does nothing."""
+    return 1.0 if name.rpartition(".")[2].startswith("weight") else 0.0
+
+
+def _is_param(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, weights: bool) -> None:
+    """Raises unless every parameter of the optimizer gets state, or needs none, and every state has a parameter."""
+    trained = params_of(optimizer)
+    names: dict[Tensor, str] = {}
+    has_state: dict[Tensor, tuple[bool, bool]] = {}
+    for transfer in found.transfers:
+        if not _is_param(transfer.tensor):
+            continue
+        names[transfer.tensor] = transfer.name
+        variable = transfer.variable
+        own = (variable.has_state, variable.is_frozen)
+        if has_state.setdefault(transfer.tensor, own) != own:
+            raise KerasFileError(f"{checkpoint.path}: Keras trained a part of {transfer.name}, and froze the rest")
+        if variable.has_state and not variable.is_frozen and transfer.tensor not in trained:
+            raise KerasFileError(
+                f"{checkpoint.path}: Keras trained {transfer.label}, but {transfer.name} is no parameter of the "
+                "optimizer; add it, with requires_grad_(False) if it is frozen by now"
+            )
+        if (
+            (variable.is_frozen or not variable.has_state)
+            and transfer.tensor in trained
+            and transfer.tensor.requires_grad
+        ):
+            why = "does not train" if variable.has_state else "did not train"
+            raise KerasFileError(
+                f"{checkpoint.path}: Keras {why} {transfer.label}, but {transfer.name} is a parameter of the "
+                "optimizer; call requires_grad_(False) on it to keep it so"
+            )
+    for name, tensor in found.neutral:
+        if not _is_param(tensor):
+            continue
+        neutral = _neutral(name)
+        is_second = name.rpartition(".")[2].startswith("bias_hh")
+        reason = (
+            "PyTorch's LSTM adds two biases, which get the same gradient, where Keras has one: trained, both would "
+            "transfer. Call torch_adadelta.keras.freeze_second_biases(model)"
+            if is_second
+            else f"Keras has no such weight. Set it to {neutral:g} and call requires_grad_(False) on it"
+        )
+        if tensor in trained and tensor.requires_grad:
+            raise KerasFileError(f"{checkpoint.path}: {name} would be trained. {reason}")
+        if not weights and bool((tensor.detach() != neutral).any()):
+            raise KerasFileError(f"{checkpoint.path}: {name} is not {neutral:g}. {reason}")
+        names[tensor] = name
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            if param not in names:
+                raise KerasFileError(
+                    f"{checkpoint.path}: {name_in(optimizer.param_groups, group_index, index)} of shape "
+                    f"{tuple(param.shape)} is in the optimizer and corresponds to no weight of Keras. " + _sides(found)
+                )
+
+
+def _sides(found: Match) -> str:
+    return "What corresponds:" + "".join(f"\n  {transfer.label} → {transfer.name}" for transfer in found.transfers)
+
+
+def _settings(
+    checkpoint: Checkpoint,
+    optimizer: AdadeltaKeras,
+    custom_objects: Mapping[str, Any] | None,
+    drop: Collection[str],
+) -> dict[str, Any]:
+    """The hyperparameters to set, checked as the constructor checks them."""
+    found = dict(checkpoint.hyperparameters)
+    if found.get("epsilon") == 0 and checkpoint.generation != LEGACY:
+        raise KerasFileError(
+            f"{checkpoint.path}: its optimizer has epsilon={found['epsilon']!r}, which stays 0 in this Keras, and "
+            "means 1e-7 for AdadeltaKeras, as in TensorFlow 2.4. Give AdadeltaKeras all options, with an epsilon as "
+            "small as you like, and pass hyperparameters=False"
+        )
+    if isinstance(found.get("learning_rate"), dict):
+        try:
+            found["learning_rate"] = schedules.deserialize(found["learning_rate"], custom_objects)
+        except (ValueError, TypeError, KeyError) as error:
+            raise KerasFileError(
+                f"{checkpoint.path}: its learning-rate schedule cannot be made: {error}. Pass custom_objects, or "
+                "hyperparameters=False"
+            ) from error
+    if "epsilon" in found:  # the whole configuration is there, so what is not in it is not set
+        kept = {"name", "learning_rate", "rho", "epsilon", *dropped_options(drop)}
+        defaults = {option.name: option.default for option in OPTIONS if option.keras and option.name not in kept}
+        found = {**defaults, **found}
+    try:
+        AdadeltaKeras([torch.zeros(1)], **found)
+    except (ValueError, TypeError) as error:
+        raise KerasFileError(f"{checkpoint.path}: {error}") from error
+    # One norm or the other: the old one goes before the new one comes. So does weight decay that no clip option admits.
+    last = [name for name in CLIPPING if found.get(name) is not None]
+    return {name: found[name] for name in sorted(found, key=lambda name: (name in last, name != _DECOUPLED))}
+
+
+_DECOUPLED: Final = "decoupled_weight_decay"
+
+
+def _is_news(checkpoint: Checkpoint, optimizer: AdadeltaKeras, name: str, value: Any) -> bool:
+    """Whether a report is to name an option: not if nobody gave what only Keras 3 has."""
+    option, before = BY_NAME[name], getattr(optimizer, name)
+    return not option.is_keras3 or value != option.default or (before is not value and before != value)
+
+
+def _states(
+    found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, notes: list[str]
+) -> dict[Tensor, dict[str, Tensor]]:
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    rounded = set()
+    trained = params_of(optimizer)
+    for key in SLOTS:
+        for param, array in _assembled(found, checkpoint, key):
+            if param not in trained:  # frozen, with state of the time before
+                continue
+            if key not in ACCUMULATORS and not param.requires_grad:
+                continue
+            if key in ACCUMULATORS and (array < 0).any():
+                raise KerasFileError(
+                    f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
+                    "squares cannot have; it is damaged, or the state of another optimizer"
+                )
+            state = states.setdefault(param, {})
+            for own in (*ACCUMULATORS, key):
+                if own not in state:
+                    state[own] = optimizer.initial_state(param, own)
+            if _is_rounded(array, state[key].dtype):
+                rounded.add(_name_of(found, param))
+            state[key].copy_(stored(torch.from_numpy(array), state[key].dtype))
+    if rounded:
+        notes.append(f"the state of {', '.join(sorted(rounded))} was rounded to its dtype here")
+    return states
+
+
+def _values(
+    found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKeras, notes: list[str]
+) -> list[tuple[Tensor, Tensor]]:
+    values = []
+    dtypes = {param: master.dtype for param, master in optimizer.master_params()}
+    for tensor, array in _assembled(found, checkpoint, "value"):
+        dtype = dtypes.get(tensor, tensor.dtype)
+        if _is_rounded(array, dtype):
+            notes.append(f"{_name_of(found, tensor)} was rounded to its dtype, {tensor.dtype}")
+        values.append((tensor, stored(torch.from_numpy(array), dtype)))
+    for name, tensor in found.neutral:
+        if _is_param(tensor):
+            values.append((tensor, torch.full_like(tensor, _neutral(name))))
+    return values
+
+
+def _set_values(values: list[tuple[Tensor, Tensor]], optimizer: AdadeltaKeras) -> None:
+    """Writes the tensors of the model: all, or none if one cannot be written to."""
+    written: list[tuple[Tensor, Tensor]] = []
+    trained = params_of(optimizer)
+    with torch.no_grad():
+        try:
+            for tensor, value in values:
+                before = tensor.detach().clone()
+                if tensor in trained:
+                    optimizer.set_master(tensor, value)
+                else:
+                    tensor.copy_(value)
+                written.append((tensor, before))
+        except BaseException:
+            for tensor, before in written:
+                tensor.copy_(before)
+            raise
+
+
+def _is_rounded(array: Array, dtype: torch.dtype) -> bool:
+    return array.dtype.kind == "f" and torch.finfo(dtype).bits < array.dtype.itemsize * 8
+
+
+def _name_of(found: Match, tensor: Tensor) -> str:
+    return next(transfer.name for transfer in found.transfers if transfer.tensor is tensor)
+
+
+def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple[Tensor, Array]]:
+    """The arrays for the tensors of PyTorch: of their shape, from all transfers that go to them."""
+    by_tensor: dict[Tensor, list[WeightTransfer]] = {}
+    for transfer in found.transfers:
+        if key == "value" or key in transfer.variable.slots:
+            by_tensor.setdefault(transfer.tensor, []).append(transfer)
+    read: dict[int, Array] = {}
+    for tensor, transfers in by_tensor.items():
+        parts = []
+        for transfer in transfers:
+            stored: LazyArray = getattr(transfer.variable, key)
+            array = read.pop(id(stored), None)
+            if array is None:
+                array = explained(checkpoint, stored)
+            if transfer.row is not None:
+                read[id(stored)] = array  # another transfer takes the other row
+                array = array[transfer.row]
+            parts.append(transfer.layout.to_torch(array))
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        yield tensor, np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
