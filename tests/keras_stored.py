@@ -47,6 +47,14 @@ def build(**options: Any) -> tuple[nn.Sequential, AdadeltaKeras]:
     return model, AdadeltaKeras(model.named_parameters(), **options)
 
 
+def convolutional() -> nn.Sequential:
+    """The model of the files in old/."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(4, eps=1e-3, momentum=0.01), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(24, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3),
+    )  # fmt: skip
+
+
 def truth(generation: str) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
     """Iterations, accum_grad and accum_var of kernel and bias of d1 and d2, as Keras has them."""
     arrays = list(np.load(DATA / f"{generation}_truth.npz").values())

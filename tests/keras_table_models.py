@@ -1,7 +1,7 @@
 """The models of the table of files, in Keras: built, trained, saved, and trained further.
 
 Runs under every generation, TensorFlow 2.4 on Python 3.8 included, and needs no more than TensorFlow, Keras and NumPy. As
-a script, ``python tests/keras_table_models.py GENERATION FOLDER``, it writes the files of one generation.
+a script, ``python tests/keras_table_models.py GENERATION FOLDER [MODEL …]``, it writes the files of one generation.
 """
 
 import contextlib
@@ -217,10 +217,13 @@ MODELS = {
     "frozen after": (_chain, _freeze),
     "renamed": (_chain, _rename),
     "channels first": (_channels_first, None),
+    "mixed precision": (_chain, None),
+    "loss scaled": (_chain, None),
     "maps": (_maps, None),
     "sequences": (_sequences, None),
     "volumes": (_volumes, None),
     "tokens": (_tokens, None),
+    "bfloat16": (_chain, None),
     "gates": (_gates, None),
 }
 
@@ -229,8 +232,8 @@ ADDED = {"new": {"weight_decay": 0.02, "use_ema": True, "ema_momentum": 0.8, "em
 ADDED["keras3"] = dict(ADDED["new"], gradient_accumulation_steps=2, loss_scale_factor=2.0)
 ADDED_MODEL = "gates"  # is recorded with these, and not in the table
 
-# With layers that TensorFlow 2.4 does not have: they are not recorded, but written by a running Keras only.
-LIVE = ("maps", "sequences", "volumes", "tokens")
+# With what TensorFlow 2.4 does not have, such as some layers: they are not recorded, but written by a running Keras only.
+LIVE = ("maps", "sequences", "volumes", "tokens", "bfloat16")
 
 # What Keras itself does not write, or compute: TensorFlow 2.4 has no channels first on a CPU.
 UNWRITTEN = {("tf24", "h5", "subclassed"), ("legacy", "h5", "subclassed"), ("new", "h5", "subclassed")}
@@ -239,13 +242,20 @@ UNKNOWN = {("tf24", "channels first")}
 
 def trained(model, generation, data):
     """Trains eagerly, and returns the losses."""
-    losses = []
+    losses, optimizer = [], model.optimizer
+    scaled = {"tf24": "get_scaled_loss", "legacy": "get_scaled_loss", "new": "get_scaled_loss"}.get(
+        generation, "scale_loss"
+    )
+    is_scaled = "LossScale" in type(optimizer).__name__
     for x, y in data:
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(tf.square(model(tf.constant(x), training=True) - y))
+            loss = tf.reduce_mean(tf.square(tf.cast(model(tf.constant(x), training=True), y.dtype) - y))
+            target = getattr(optimizer, scaled)(loss) if is_scaled else loss
         variables = model.trainable_variables
-        raw = [v.value if generation == "keras3" else v for v in variables]
-        model.optimizer.apply_gradients(zip(tape.gradient(loss, raw), variables))  # noqa: B905
+        gradients = tape.gradient(target, [v.value if generation == "keras3" else v for v in variables])
+        if is_scaled and generation != "keras3":  # which does it itself
+            gradients = optimizer.get_unscaled_gradients(gradients)
+        optimizer.apply_gradients(zip(gradients, variables))  # noqa: B905
         losses.append(float(loss))
     return losses
 
@@ -260,7 +270,7 @@ STATE = {
 
 def state_of(model, generation):
     """That of the weights that are trained, sorted: its numbers, whatever their layout."""
-    optimizer, found = model.optimizer, {}
+    optimizer, found = getattr(model.optimizer, "inner_optimizer", model.optimizer), {}
     for slot, (key, name) in STATE.items():
         if not key and not hasattr(optimizer, name):
             continue
@@ -285,11 +295,14 @@ def precision(generation, name):
     K = library(generation)
 
     def set_dtype(dtype):
-        K.backend.set_floatx(dtype)
+        K.backend.set_floatx("float32" if "mixed" in dtype else dtype)
         if generation == "keras3":
             K.config.set_dtype_policy(dtype)
+        else:
+            K.mixed_precision.set_global_policy(dtype)
 
-    set_dtype("float32" if name == "channels first" else "float64")
+    policies = {"channels first": "float32", "mixed precision": "mixed_float16", "bfloat16": "mixed_bfloat16"}
+    set_dtype(policies.get(name, "float64"))
     try:
         yield K
     finally:
@@ -313,7 +326,10 @@ def job(K, generation, name, count=STEPS + FURTHER, **options):
             for w, own in zip(model.get_weights(), names)  # noqa: B905
         ]
     )
-    model.compile(optimizer=optimizer_of(K, generation, **options), loss=K.losses.MeanSquaredError())
+    optimizer = optimizer_of(K, generation, **options)
+    if name == "loss scaled":  # as mixed_float16 does it, in all precision
+        optimizer = (K.optimizers if generation == "keras3" else K.mixed_precision).LossScaleOptimizer(optimizer)
+    model.compile(optimizer=optimizer, loss=K.losses.MeanSquaredError())
     dtype = model.weights[0].numpy().dtype
     # Every batch has every token once: what becomes of a row that comes twice differs between generations.
     if name == "tokens":
@@ -330,6 +346,8 @@ def write(generation, name, folder, **options):
     folder.mkdir(parents=True, exist_ok=True)
     with precision(generation, name) as K:
         model, data = job(K, generation, name, **options)
+        if name == "loss scaled":  # a step that is skipped, which tf_keras counts
+            trained(model, generation, [(data[0][0] * np.nan, data[0][1])])
         trained(model, generation, data[: STEPS - 1])
         if MODELS[name][1] is not None:
             MODELS[name][1](model)
@@ -342,8 +360,9 @@ def write(generation, name, folder, **options):
             str(folder / "truth.npz"),
             x=np.stack([x for x, _ in data]),
             y=np.stack([y for _, y in data]),
-            outputs=np.array(model(data[0][0], training=False)),
+            outputs=np.array(tf.cast(model(data[0][0], training=False), data[0][1].dtype)),
             config=np.array("" if name == "subclassed" else model.to_json()),
+            iterations=int(model.optimizer.iterations),
             losses=trained(model, generation, data[STEPS:]),
             **state,
         )
@@ -379,9 +398,9 @@ def restored(K, path, kind, generation, name, **options):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ADDED:
+    if sys.argv[1] in ADDED and not sys.argv[3:]:
         write(sys.argv[1], ADDED_MODEL, Path(sys.argv[2]) / "added" / sys.argv[1], **ADDED[sys.argv[1]])
-    for model_name in MODELS:
+    for model_name in sys.argv[3:] or MODELS:
         if (sys.argv[1], model_name) not in UNKNOWN and model_name not in (*LIVE, ADDED_MODEL):
             write(sys.argv[1], model_name, Path(sys.argv[2]) / sys.argv[1] / model_name.replace(" ", "_"))
             print(json.dumps([sys.argv[1], model_name]))

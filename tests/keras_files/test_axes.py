@@ -332,9 +332,11 @@ def test_features_that_are_no_weights_of_a_linear_are_refused() -> None:
     checkpoint = checkpoint_of(functional(*entries, outputs="lstm"), layers)
     with pytest.raises(KerasFileError, match="lstm → lstm: its features are a Reshape of the maps of conv"):
         moved(checkpoint, model)
-    with pytest.raises(KerasFileError, match="pass flatten='channels_last' for it"):
-        moved(checkpoint, model, flatten="channels_first")
+    moved(checkpoint, model, flatten="channels_first")
+    expected = lstm["kernel"].reshape(5, 4, 24).transpose(2, 1, 0).reshape(24, 20)
+    np.testing.assert_array_equal(model.lstm.weight_ih_l0.detach().numpy(), expected)
     moved(checkpoint, model, flatten={"lstm": "channels_last"})
+    np.testing.assert_array_equal(model.lstm.weight_ih_l0.detach().numpy(), lstm["kernel"].T)
 
     made = {"kernel": np.ones((4, 420)), "recurrent_kernel": np.ones((105, 420)), "bias": np.ones(420)}
     entries = [
@@ -346,8 +348,8 @@ def test_features_that_are_no_weights_of_a_linear_are_refused() -> None:
     layers = [layer_of("conv", "Conv2D", {}, conv), layer_of("lstm", "LSTM", {}, made)]
     model = Hidden(lambda self, x: x, conv=nn.Conv2d(3, 4, (2, 1)), lstm=nn.LSTM(4, 105))
     checkpoint = checkpoint_of(functional(*entries, outputs="conv"), layers)
-    for flatten in (None, "channels_first"):
-        with pytest.raises(KerasFileError, match="lstm → lstm: its features"):
+    for flatten, message in ((None, "its features are a Reshape to"), ("channels_first", "the features that it gives")):
+        with pytest.raises(KerasFileError, match=f"lstm → lstm: {message}"):
             moved(checkpoint, model, flatten=flatten)
 
     one, two = weights_of(rng, 4, 70), weights_of(rng, 4, 35)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from keras_memory import layer_of
 
-from torch_adadelta.keras.axes import Axes, Flat
+from torch_adadelta.keras.axes import Axes
 from torch_adadelta.keras.config import ModelConfig
+from torch_adadelta.keras.features import Flat
 from torch_adadelta.keras.layouts import KEEP_ORDER, FeatureOrder
 
 Layers = list[tuple[str, dict[str, Any]]]

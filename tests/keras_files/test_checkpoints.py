@@ -1,6 +1,7 @@
 """What a file holds, of every format and generation: layers and weights by name, their state, iterations, options."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +17,13 @@ from keras_stored import (
     assert_refused,
     assert_untouched,
     build,
+    convolutional,
     datasets,
     sequential,
     truth,
 )
 
+from torch_adadelta import AdadeltaKeras
 from torch_adadelta.keras import KerasFileError, hdf5, load_keras
 from torch_adadelta.keras.checkpoints import opened
 from torch_adadelta.keras.contents import KERAS3, LEGACY, NEW
@@ -93,6 +96,7 @@ def test_state_order_and_the_names_of_state_exclude_each_other() -> None:
 
 
 FUZZED: Final = {"tf24.h5": 8, "k3.keras": 8, "new.weights.h5": 6, "tf24_tfck2/c-1": 60, "new_tfck2/c-1": 60}
+FUZZED_OLD: Final = {"old/keras-2.0.8.h5": 8, "old/keras-2.2.4-theano.h5": 8, "old/keras-2.3.1.h5": 8}
 
 
 @st.composite
@@ -118,7 +122,7 @@ def damage(draw: Any, data: bytes) -> bytes:
 
 
 @pytest.mark.usefixtures("sandboxed")
-@pytest.mark.parametrize("name", FUZZED)
+@pytest.mark.parametrize("name", {**FUZZED, **FUZZED_OLD})
 def test_a_damaged_file_ends_in_an_error_or_brings_a_valid_state(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +137,7 @@ def test_a_damaged_file_ends_in_an_error_or_brings_a_valid_state(
     )
 
     @settings(
-        max_examples=FUZZED[name],
+        max_examples={**FUZZED, **FUZZED_OLD}[name],
         deadline=None,
         derandomize=True,
         database=None,
@@ -144,7 +148,13 @@ def test_a_damaged_file_ends_in_an_error_or_brings_a_valid_state(
         for other, data in (originals | {damaged[0]: damaged[1]}).items():
             (tmp_path / other).write_bytes(data)
         model, optimizer = build(learning_rate=0.125)
+        if name in FUZZED_OLD:
+            model = convolutional()
+            optimizer = AdadeltaKeras(model.named_parameters(), learning_rate=0.125)
         before = [param.clone() for param in model.parameters()]
+        with suppress(KerasFileError):
+            other_model, other_optimizer = build()
+            load_keras(tmp_path / path.name, other_optimizer, other_model, weights=True, state=False)
         try:
             load_keras(tmp_path / path.name, optimizer, model, weights=True)
         except KerasFileError:

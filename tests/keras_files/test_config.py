@@ -6,8 +6,8 @@ from typing import Any, Final
 import pytest
 
 from torch_adadelta.keras import config as configs
-from torch_adadelta.keras.config import Call, ModelConfig, hyperparameters, parsed, refuse_lambdas, snake_case
-from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.config import Call, ModelConfig, hyperparameters, parsed, snake_case
+from torch_adadelta.keras.errors import KerasFileError, NoStateError
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------
 
@@ -49,19 +49,26 @@ def test_what_is_no_object_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        {"class_name": "Lambda", "config": {"name": "scale"}},
+        {"class_name": "Lambda", "config": {}},
         {"class_name": "__lambda__", "config": {"value": "4wEAAAA="}},
         {"class_name": "Custom", "config": {}, "function_type": "lambda"},
     ],
     ids=["layer", "value", "function"],
 )
-def test_lambdas_are_refused_wherever_they_are(code: dict[str, Any]) -> None:
-    name = r" \('scale'\)" if "name" in code["config"] else ""
-    for config in (code, {"config": {"layers": [{}, code]}}, {"loss": [[code]]}):
-        with pytest.raises(KerasFileError, match=rf"its model has a lambda{name}: that is the bytecode"):
-            refuse_lambdas(config, "its model", {"ema"})
-        refuse_lambdas(config, "its model", {"lambda"})
-    refuse_lambdas({"class_name": "Dense", "config": {"name": "Lambda", "function_type": "function"}}, "it", ())
+def test_lambdas_are_named_wherever_they_are(code: dict[str, Any]) -> None:
+    named = {**code, "config": {**code["config"], "name": "scale"}}
+    dense = {"class_name": "Dense", "config": {"name": "a", "activation": code, "function_type": "function"}}
+    wrapped = {"class_name": "TimeDistributed", "config": {"name": "b", "layer": named}}
+    harmless = {"class_name": "Dense", "config": {"name": "Lambda"}}
+    for layers, expected in (
+        ([harmless, named], ["scale"]),
+        ([dense, wrapped, named], ["a", "scale"]),
+        ([harmless], []),
+    ):
+        inner = {"class_name": "Sequential", "config": {"name": "inner", "layers": layers}}
+        for model in (inner, {"class_name": "Sequential", "config": {"layers": [inner]}}):
+            assert ModelConfig(model).lambdas == expected
+    assert ModelConfig({"class_name": "Sequential", "config": {"layers": []}, "compile_config": named}).lambdas == []
 
 
 # ---- The optimizer --------------------------------------------------------------------------------------------------
@@ -106,12 +113,24 @@ def test_options_are_taken(config: Any, expected: dict[str, Any]) -> None:
         (adadelta("Adam"), "its optimizer is Adam, not Adadelta"),
         (adadelta(""), "its optimizer is unknown, not"),
         (adadelta("AdadeltaW"), "is AdadeltaW, not"),
-        (adadelta("LossScaleOptimizer"), "whose scale does not carry over"),
     ],
 )
 def test_another_optimizer_is_refused(config: Any, message: str) -> None:
     with pytest.raises(KerasFileError, match=message):
         hyperparameters(config, set(configs.DROPPABLE))
+
+
+@pytest.mark.parametrize("key", ["inner_optimizer", "optimizer"])
+@pytest.mark.parametrize("name", ["LossScaleOptimizer", "LossScaleOptimizerV1", "Custom>LossScaleOptimizerV3"])
+def test_the_optimizer_in_a_loss_scale_optimizer_is_the_one(name: str, key: str) -> None:
+    assert configs.is_scaled(adadelta(name))
+    assert configs.inner_optimizer(adadelta(name, **{key: adadelta(rho=0.5)})) == adadelta(rho=0.5)
+    assert configs.inner_optimizer(adadelta(rho=0.5)) == adadelta(rho=0.5)
+    for damaged in ({"class_name": name}, adadelta(name), adadelta(name, **{key: 3})):
+        with pytest.raises(KerasFileError, match="is damaged"):
+            hyperparameters(configs.inner_optimizer(damaged), ())
+    with pytest.raises(NoStateError, match=r"its optimizer is SGD, not Adadelta; pass state=False"):
+        hyperparameters(configs.inner_optimizer(adadelta(name, **{key: adadelta("SGD")})), ())
 
 
 @pytest.mark.parametrize(
@@ -192,14 +211,14 @@ def chain(*names: str, **options: Any) -> dict[str, Any]:
 
 def test_a_sequential_model() -> None:
     model = ModelConfig(chain("a", "b", "c"))
-    assert (model.is_complete, model.is_chain) == (True, True)
+    assert model.is_complete is True
     assert [layer.path for layer in model.layers] == list(model.by_path()) == ["a", "b", "c"]
     assert [layer.group for layer in model.layers] == ["layers/dense", "layers/dense_1", "layers/dense_2"]
-    assert model.inputs == {"a": [], "b": ["a"], "c": ["b"]}
+    assert model.calls == {"a": [[]], "b": [[Call("a", 0)]], "c": [[Call("b", 0)]]}
     assert model.outputs == [Call("c", 0)]
     # Before Keras 2.3 the layers had nothing around them.
     old = ModelConfig({"class_name": "Sequential", "config": chain("a", "b")["config"]["layers"]})
-    assert (old.inputs, old.is_complete) == ({"a": [], "b": ["a"]}, True)
+    assert (old.calls, old.is_complete) == ({"a": [[]], "b": [[Call("a", 0)]]}, True)
 
 
 @pytest.mark.parametrize("is_keras3", [False, True])
@@ -230,7 +249,7 @@ def test_a_functional_model(is_keras3: bool) -> None:
         "layers/input_layer", "layers/input_layer_1", "layers/dense", "layers/conv2d_transpose", "layers/add"
     ]  # fmt: skip
     assert model.layers[3].class_name == "Conv2DTranspose"
-    assert (model.outputs, model.is_complete, model.is_chain) == ([Call("add", 0)], True, False)
+    assert (model.outputs, model.is_complete) == ([Call("add", 0)], True)
 
 
 def test_keywords_of_a_call_are_inputs_too() -> None:
@@ -285,8 +304,11 @@ def test_a_model_in_a_model() -> None:
 def test_a_sequential_model_in_another() -> None:
     inner = {"class_name": "Sequential", "config": chain("up", "down")["config"] | {"name": "inner"}}
     model = ModelConfig(model_of(inner, {"class_name": "Dense", "config": {"name": "out"}}, class_name="Sequential"))
-    assert model.inputs == {"inner/up": [], "inner/down": ["inner/up"], "out": ["inner/down"]}
-    assert model.is_chain
+    assert model.calls == {
+        "inner/up": [[]],
+        "inner/down": [[Call("inner/up", 0)]],
+        "out": [[Call("inner/down", 0)]],
+    }
     assert [layer.group for layer in model.layers] == [
         "layers/sequential/layers/dense", "layers/sequential/layers/dense_1", "layers/dense"
     ]  # fmt: skip
@@ -307,7 +329,7 @@ def test_a_sequential_model_in_another() -> None:
 )
 def test_a_model_that_is_not_all_known_is_not_complete(config: dict[str, Any]) -> None:
     model = ModelConfig(config)
-    assert (model.is_complete, model.is_chain) == (False, False)
+    assert model.is_complete is False
 
 
 def test_a_model_of_a_class_of_its_own_has_the_layers_that_it_lists() -> None:

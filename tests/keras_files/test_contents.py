@@ -17,6 +17,7 @@ from torch_adadelta.keras import KerasFileError, contents
 from torch_adadelta.keras.config import ModelConfig
 from torch_adadelta.keras.contents import KERAS3, Checkpoint
 from torch_adadelta.keras.errors import LazyArray
+from torch_adadelta.keras.layers import Layer, Variable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
 
@@ -56,7 +57,40 @@ def test_layers_come_in_the_order_of_the_model() -> None:
     assert order(is_ordered=False) is None
     assert order(config={"class_name": "Net", "config": {}}) == paths
     renamed = sequential(("a", "Dense", {}), ("b", "Dense", {}), ("other", "Dense", {}))
-    assert (order(config=renamed), order(config=renamed, is_ordered=False)) == (paths, None)
+    assert order(config=renamed) == ["a", "b/pointwise", "c"]
+    assert order(config=renamed, is_ordered=False) is None
+    # Two layers may be the one that was renamed.
+    assert order(config=sequential(("a", "Dense", {}), ("b", "Dense", {}), ("d", "GRU", {}), ("e", "GRU", {}))) == paths
+
+
+def test_a_loss_scale_is_told() -> None:
+    """The variable before the configuration, which has what it began with; and what no GradScaler can begin with."""
+    for value, config, expected in (
+        (256.0, None, "the loss scale, 256; torch.amp.GradScaler(init_scale=256.0) begins with it"),
+        (
+            256.0,
+            {"config": {"initial_scale": 8.0}},
+            "the loss scale, 256; torch.amp.GradScaler(init_scale=256.0) begins with it",
+        ),
+        (0.0, None, "the loss scale, which was 0.0"),
+        (np.inf, None, "the loss scale, which was inf"),
+        (np.nan, None, "the loss scale, which was nan"),
+        (
+            None,
+            {"config": {"initial_scale": 8.0}},
+            "the loss scale, which began as 8; what became of it is not in the file",
+        ),
+        (
+            *(None, {"config": {"initial_scale": 8, "dynamic": False}}),
+            "the loss scale, 8; torch.amp.GradScaler(init_scale=8.0) begins with it",
+        ),
+        (None, {"config": {"initial_scale": "8"}}, "the loss scale, which is not in the file"),
+        (None, {"config": 8}, "the loss scale, which is not in the file"),
+        (None, None, "the loss scale, which is not in the file"),
+    ):
+        array = None if value is None else np.float32(value).reshape(())
+        scale = None if array is None else LazyArray("s", (), array.dtype, lambda array=array: array)
+        assert contents.scale_remark(scale, config) == f"left out: {expected}"
 
 
 def test_an_array_of_another_shape_than_it_said_is_damage() -> None:
@@ -77,3 +111,31 @@ def test_an_array_of_another_shape_than_it_said_is_damage() -> None:
 def raise_as_damage(error: BaseException) -> None:
     with contents.damage_named(Path("m")):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("class_name", "roles", "expected"),
+    [
+        ("Block", ["up/kernel", "up/bias", "scale"], {"m/up None": ["kernel", "bias"], "m Block": ["scale"]}),
+        ("Block", ["a/query/kernel", "a/key/kernel", "a/value/kernel", "a/output/kernel"],
+         {"m/a None": ["query/kernel", "key/kernel", "value/kernel", "output/kernel"]}),
+        ("Block", ["a/query/kernel", "a/key/kernel"], {"m/a/query None": ["kernel"], "m/a/key None": ["kernel"]}),
+        ("Block", ["a/b/forward/kernel", "a/b/backward/kernel"], {"m/a/b None": ["forward/kernel", "backward/kernel"]}),
+        ("Block", ["0", "1"], {"m Block": ["0", "1"]}),
+        ("MultiHeadAttention", ["query/kernel", "key/kernel"], {"m MultiHeadAttention": ["query/kernel", "key/kernel"]}),
+        ("Bidirectional", ["forward/kernel"], {"m Bidirectional": ["forward/kernel"]}),
+        (None, ["a/kernel"], {"m None": ["a/kernel"]}),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_a_custom_layer_is_the_layers_in_it(
+    class_name: str | None, roles: list[str], expected: dict[str, list[str]]
+) -> None:
+    def found(rank: int) -> dict[str, list[str]]:
+        stored = [LazyArray(role, (1,) * rank, np.dtype("f4"), lambda: np.zeros(1)) for role in roles]
+        layer = Layer("m", class_name, {}, [Variable(own.name, own) for own in stored])
+        return {f"{own.path} {own.class_name}": [v.role for v in own.variables] for own in contents.separated([layer])}
+
+    assert found(3) == expected
+    if roles[0] == "a/query/kernel":  # of Dense layers, it is no attention
+        assert list(found(2)) == [f"m/{role.rpartition('/')[0]} None" for role in roles]

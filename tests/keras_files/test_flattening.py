@@ -1,17 +1,19 @@
 """What the file, the user and the modules say of flattened maps, and what follows for the weights behind them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 from keras_memory import checkpoint_of, layer_of, moved
-from keras_stored import Net, Weights, assert_is, load, sequential, write_h5
+from keras_stored import Net, Weights, assert_is, assert_same_datasets, dense, load, recurrent, sequential, write_h5
 
-from torch_adadelta.keras import KerasFileError
+from torch_adadelta.keras import KerasFileError, Layout, freeze_second_biases, save_keras
 from torch_adadelta.keras.layouts import LayoutMismatch
 from torch_adadelta.keras.matching import Flattening, canonical
 
@@ -165,8 +167,8 @@ def test_without_a_configuration_the_convolutions_say_how_many_channels_there_ar
     ):
         moved(checkpoint, model, flatten={"dense": (None, 5)})
     deep = layer_of("deep", "DepthwiseConv2D", {}, {"kernel": np.ones((1, 1, 4, 2))})
-    with pytest.raises(KerasFileError, match="of 7 channels: the convolutions in the file have 3 or 4 or 5 or 8"):
-        Flattening(checkpoint_of(None, [up, norm, deep]), {"norm": 7})
+    with pytest.raises(LayoutMismatch, match="of 7 channels: the convolutions in the file have 3 or 4 or 5 or 8"):
+        Flattening(checkpoint_of(None, [up, norm, deep]), {"norm": 7}).of(norm)
     with pytest.raises(KerasFileError, match="norm → norm: the file does not say whether"):
         moved(checkpoint, model, mapping={"norm": "norm"})
     moved(checkpoint, model, flatten={"dense": (None, 3), "norm": 3})
@@ -219,3 +221,78 @@ def test_the_one_kind_of_module_that_a_layer_can_be() -> None:
     for shapes in ({"kernel": (3, 3, 1, 2), "bias": (2,)}, {"odd": (2,)}):
         with pytest.raises(LayoutMismatch, match="no module of PyTorch is known for it"):
             parameters(None, **shapes)
+
+
+def test_the_layouts_that_a_message_shows_can_be_pasted(tmp_path: Path) -> None:
+    """What it shows is what flatten would have done, if anybody knew."""
+    rng = np.random.default_rng(0)
+    norm = {role: rng.uniform(1, 2, 24) for role in ("gamma", "beta", "moving_mean", "moving_variance")}
+    layers = {
+        "conv": {"kernel": rng.standard_normal((3, 3, 1, 4)), "bias": np.ones(4)},
+        "norm": norm,
+        "lstm": recurrent(24, 2, 4, (8,)),
+        "gru": recurrent(24, 2, 3, (2, 6)),
+        "dense": dense(24, 5),
+    }
+    modules = {
+        "conv": nn.Conv2d(1, 4, 3),
+        "norm": nn.BatchNorm1d(24),
+        "lstm": nn.LSTM(24, 2),
+        "gru": nn.GRU(24, 2),
+        "dense": nn.Linear(24, 5),
+    }
+    classes = {"norm": "BatchNormalization", "lstm": "LSTM", "gru": "GRU", "dense": "Dense"}
+    for name, class_name in classes.items():
+        config = sequential(("conv", "Conv2D", {"filters": 4}), ("odd", "Odd", {}), (name, class_name, {}))
+        path = write_h5(tmp_path / "m.h5", {"conv": layers["conv"], name: layers[name]}, config)
+        model = freeze_second_biases(Net(conv=modules["conv"], **{name: modules[name]}))
+        with pytest.raises(KerasFileError, match="so their order cannot be told") as caught:
+            load(path, model)
+        code = re.search(
+            r"such as mapping=(.*) if it takes maps of 4 channels, which PyTorch has first", str(caught.value)
+        )
+        assert code is not None
+        mapping = eval(code[1], {"Layout": Layout})
+        optimizer = load(path, model, mapping=mapping)
+        save_keras(tmp_path / "back.h5", optimizer, model, path, mapping=mapping)
+        assert_same_datasets(path, tmp_path / "back.h5")
+        pasted = [tensor.clone() for tensor in model.state_dict().values()]
+        config["config"]["layers"][1] = {"class_name": "Flatten", "config": {"name": "odd"}}
+        if name in ("dense", "norm"):
+            load(write_h5(path, {"conv": layers["conv"], name: layers[name]}, config), model, flatten=CHANNELS_FIRST)
+            assert all(map(torch.equal, pasted, model.state_dict().values()))
+        elif name == "lstm":
+            kernel = layers["lstm"]["cell/kernel"].reshape(6, 4, 8).transpose(2, 1, 0).reshape(8, 24)
+            assert_is(model.lstm.weight_ih_l0, kernel)
+
+
+def test_a_number_that_contradicts_the_file_shows_the_layouts_that_it_means(tmp_path: Path) -> None:
+    kernel = np.arange(24.0 * 5).reshape(24, 5)
+    config = sequential(("conv", "Conv2D", {"filters": 4}), ("flatten", "Flatten", {}), ("dense", "Dense", {}))
+    path = write_h5(tmp_path / "m.h5", maps_and(kernel), config)
+    model = Net(conv=nn.Conv2d(1, 4, 3), dense=nn.Linear(24, 5))
+    with pytest.raises(KerasFileError) as caught:
+        load(path, model, flatten={"dense": 3})
+    mapping = (
+        "{'dense/kernel': ('dense.weight', Layout(view=(8, 3, 5), permutation=(2, 1, 0), shape=(5, 24))), "
+        "'dense/bias': 'dense.bias'}"
+    )
+    assert f"such as mapping={mapping} if it takes maps of 3 channels" in str(caught.value)
+    load(path, model, mapping=eval(mapping, {"Layout": Layout}))
+    assert_is(model.dense.weight, kernel.reshape(8, 3, 5).transpose(2, 1, 0).reshape(5, 24))
+
+
+def test_what_comes_in_to_a_layer_in_a_custom_layer_is_not_known(tmp_path: Path) -> None:
+    """The configuration has the custom layer, and not what it does with its input."""
+    block = {"up/kernel": np.arange(24.0 * 5).reshape(24, 5), "up/bias": np.ones(5)}
+    layers = {"conv": {"kernel": np.ones((3, 3, 1, 4)), "bias": np.ones(4)}, "block": block}
+    config = sequential(("conv", "Conv2D", {"filters": 4}), ("block", "Block", {}))
+    path = write_h5(tmp_path / "m.h5", layers, config)
+    model = Net(conv=nn.Conv2d(1, 4, 3), up=nn.Linear(24, 5))
+    for flatten in (None, CHANNELS_FIRST):
+        with pytest.raises(KerasFileError, match="block/up → up: the file does not say whether flattened feature maps"):
+            load(path, model, flatten=flatten)
+    load(path, model, flatten={"block/up": 4})
+    assert_is(model.up.weight, block["up/kernel"].reshape(6, 4, 5).transpose(2, 1, 0).reshape(5, 24))
+    load(path, model, flatten="channels_last")
+    assert_is(model.up.weight, block["up/kernel"].T)

@@ -65,9 +65,34 @@ d2/bias    (1,)    float32  square_avg, acc_delta  Dense
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("torch_adadelta.keras", run_name="__main__", alter_sys=True)
     assert "d1/kernel  (3, 2)  float32  square_avg, acc_delta  unknown" in capsys.readouterr().out
-    for name, message in (("legacy.keras", "legacy.keras: it holds no state of an Adadelta"), ("nothing", "")):
-        assert main(["inspect", name]) == 1
-        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert main(["inspect", "nothing"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_files_without_state_are_shown_and_converted_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(DATA)
+    assert main(["inspect", "legacy.keras"]) == 0
+    assert capsys.readouterr().out.startswith(
+        """\
+legacy.keras: .keras of TensorFlow 2.4 or the legacy class of tf_keras
+iterations     not in it
+state          it holds no state of an Adadelta: with the legacy optimizers of tf_keras, .keras files leave it out. Save"""
+    )
+    assert main(["inspect", "k3.h5", "--no-state"]) == 0
+    assert "iterations     not in it\nstate          not read\noptimizer      Adadelta\n" in capsys.readouterr().out
+    out = tmp_path / "out.pt"
+    assert main(["convert", "legacy.keras", str(out)]) == 1
+    assert capsys.readouterr().err.startswith("error: legacy.keras: it holds no state of an Adadelta")
+    assert main(["convert", "legacy.keras", str(out), "--no-state"]) == 0
+    found = torch.load(out, weights_only=True)
+    model, optimizer = build()
+    load_keras("legacy.keras", optimizer, model, weights=True, state=False)
+    assert found.keys() - {f"weights.{d}.{p}" for d in ("d1", "d2") for p in ("weight", "bias")} == {
+        *("learning_rate", "rho", "epsilon", "decay")
+    }
+    assert torch.equal(found["weights.d1.weight"], model[0].weight)
 
 
 def test_inspect_takes_what_load_keras_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

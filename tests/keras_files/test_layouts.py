@@ -17,6 +17,7 @@ from torch_adadelta.keras import freeze_second_biases
 from torch_adadelta.keras.contents import separated
 from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.keras.layouts import (
+    GATES,
     KEEP_ORDER,
     FeatureOrder,
     Interpretation,
@@ -27,6 +28,7 @@ from torch_adadelta.keras.layouts import (
     of_maps,
     ordered_placements,
     placed,
+    placements,
 )
 
 Weights = dict[str, np.ndarray]
@@ -472,9 +474,15 @@ def test_features_in_another_order(norm: str) -> None:
 
 def test_features_that_cannot_be_in_another_order() -> None:
     (lstm,) = form_of("LSTM", kernel=(6, 8), recurrent_kernel=(2, 8))
-    for orders in ((of_maps(3), KEEP_ORDER), (KEEP_ORDER, of_maps(3))):
-        with pytest.raises(LayoutMismatch, match="what that means for its weights is not known; give them in mapping"):
-            ordered_placements(lstm, False, *orders)
+    with pytest.raises(
+        LayoutMismatch, match="the features that it gives are flattened maps, and a layer of the kind lstm"
+    ):
+        ordered_placements(lstm, False, KEEP_ORDER, of_maps(3))
+    (embedding,) = form_of("Embedding", embeddings=(6, 8))
+    with pytest.raises(
+        LayoutMismatch, match="the features that it takes are flattened maps, and a layer of the kind embedding"
+    ):
+        ordered_placements(embedding, False, of_maps(3), KEEP_ORDER)
     assert len(ordered_placements(lstm, False, KEEP_ORDER, KEEP_ORDER)) == 2
     (dense,) = form_of("Dense", kernel=(6, 8))
     (whole,) = form_of("Dense", kernel=(6, 8), bias=(8,))
@@ -489,3 +497,61 @@ def test_features_that_cannot_be_in_another_order() -> None:
     ):
         with pytest.raises(LayoutMismatch, match=message):
             ordered_placements(dense, False, order, KEEP_ORDER)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_rows_of_recurrent_layers_and_attention_in_another_order(kind: str) -> None:
+    width = 2 * GATES[kind]
+    (found,) = form_of(kind.upper(), kernel=(6, width), recurrent_kernel=(2, width))
+    kernel = np.arange(6 * width).reshape(6, width)
+    plain = placements(found)[0].layout.to_torch(kernel)
+    ordered = ordered_placements(found, False, of_maps(3), KEEP_ORDER)
+    np.testing.assert_array_equal(
+        ordered[0].layout.to_torch(kernel), plain.reshape(-1, 2, 3).swapaxes(1, 2).reshape(-1, 6)
+    )
+    np.testing.assert_array_equal(ordered[0].layout.to_keras(ordered[0].layout.to_torch(kernel), kernel.shape), kernel)
+    assert ordered[1:] == placements(found)[1:]
+    shapes = {f"{part}/kernel": (6, 2, 2) for part in ("query", "key", "value")} | {"output/kernel": (2, 2, 6)}
+    (found,) = form_of("MultiHeadAttention", **shapes)
+    kernel = np.arange(24).reshape(6, 2, 2)
+    for one, other in zip(
+        ordered_placements(found, False, of_maps(3), KEEP_ORDER)[:3], placements(found), strict=False
+    ):
+        expected = other.layout.to_torch(kernel).reshape(-1, 2, 3).swapaxes(1, 2).reshape(-1, 6)
+        np.testing.assert_array_equal(one.layout.to_torch(kernel), expected)
+
+
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3)])
+def test_layers_of_cudnn(kind: str, gates: int, is_double: bool) -> None:
+    """Against the formula of the cell: each gate has a matrix of (units, inputs) in memory, and both biases."""
+    rng = np.random.default_rng(0)
+    units, inputs = 3, 4
+    weights: dict[str, np.ndarray] = {}
+    plain: dict[str, np.ndarray] = {}  # of the layer with the layout of Keras that computes the same
+    for side in ("forward/", "backward/") if is_double else ("",):
+        kernels = rng.standard_normal((2, gates, units, inputs))[0]
+        recurrent = rng.standard_normal((gates, units, units))
+        bias = rng.standard_normal((2, gates * units))
+        weights[f"{side}kernel"] = np.concatenate([own.reshape(inputs, units) for own in kernels], 1)
+        weights[f"{side}recurrent_kernel"] = np.concatenate(list(recurrent), 1)
+        weights[f"{side}bias"] = bias.ravel()
+        plain[f"{side}kernel"] = np.concatenate([own.T for own in kernels], 1)
+        plain[f"{side}recurrent_kernel"] = np.concatenate([own.T for own in recurrent], 1)
+        plain[f"{side}bias"] = bias if kind == "GRU" else bias.sum(0)
+    config = {"layer": {"class_name": f"CuDNN{kind}", "config": {}}} if is_double else {}
+    layer = layer_of("r", "Bidirectional" if is_double else f"CuDNN{kind}", config, weights)
+    module = _MODULES[kind](inputs, units, batch_first=True, bidirectional=is_double).double()
+    moved(checkpoint_of(None, [layer]), module)
+    x = rng.standard_normal((2, 7, inputs))
+    expected = _recurrent(kind, is_double).keras(x, plain)
+    np.testing.assert_allclose(module(torch.from_numpy(x))[0].detach().numpy(), expected, rtol=1e-12, atol=1e-14)
+    (found,) = interpretations(layer)
+    with pytest.raises(LayoutMismatch, match="the kernels of CuDNNLSTM and CuDNNGRU cannot be ordered anew"):
+        ordered_placements(found, False, of_maps(2), KEEP_ORDER)
+
+
+def test_a_layout_is_printed_as_code() -> None:
+    for layout in (Layout((1, 0)), Layout(view=(4, 3, 2), permutation=(2, 1, 0), shape=(2, 12), blocks=(1, 0, 2))):
+        assert eval(repr(layout), {"Layout": Layout}) == layout
+    assert repr(Layout((1, 0), shape=(2, 3))) == "Layout(permutation=(1, 0), shape=(2, 3))"

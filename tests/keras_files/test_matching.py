@@ -1,5 +1,6 @@
 """Which layer of Keras is which module of PyTorch."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from keras_memory import checkpoint_of, layer_of
 from keras_stored import DATA, Net, assert_is, assert_same_datasets, build, dense, load, sequential, write_h5
 
 from torch_adadelta.keras import KerasFileError, Layout, load_keras, save_keras
+from torch_adadelta.keras.correspondence import Match
+from torch_adadelta.keras.fits import _are_same
 from torch_adadelta.keras.layouts import WeightPlacement
-from torch_adadelta.keras.matching import Match, _are_same, match
+from torch_adadelta.keras.matching import match
 
 
 def test_several_possibilities_are_an_error_that_lists_both_sides(tmp_path: Path) -> None:
@@ -35,7 +38,9 @@ Left of PyTorch:
   a (Linear): weight (4, 4), bias (4,)
 first may be b or a
 second may be b or a
-Give them in mapping={'layer': 'module'}; or pass match='order' if the modules are defined in the order of the layers"""
+Pass config=model.to_json(), which has their classes and their order; or give them in mapping={'layer': 'module'}; or \
+pass match='order' if the modules are defined in the order of the layers, or match='order_within_kind' if those are that \
+fit the same layers"""
     )
     load(path, model, match="order")
     assert_is(model.b.weight, layers["first"]["kernel"].T)
@@ -118,11 +123,84 @@ def test_the_order_decides_between_two_chains_only() -> None:
         (Net(x=linear(4, 4), y=linear(4, 4)), config),
         (chain, branches),
         (chain, None),
-        (nn.Sequential(linear(4, 4), Net(x=linear(4, 4))), config),
+        (Net(x=nn.Sequential(linear(4, 4)), y=nn.Sequential(linear(4, 4))), config),
     ):
         with pytest.raises(KerasFileError, match="cannot be told"):
             matched(model, TWO, own)
-        assert next(iter(matched(model, TWO, own, how="order").values())) in ("x.weight", "0.weight")
+        assert next(iter(matched(model, TWO, own, how="order").values())) in ("x.weight", "x.0.weight", "0.weight")
+
+
+def test_an_assignment_that_is_the_only_possible_is_taken() -> None:
+    """A class that the file does not tell, beside one that it does: of two modules each fits, one is left."""
+    norm = {"gamma": (4,), "beta": (4,)}
+    layers = {"a": (None, norm), "b": ("LayerNormalization", norm), "c": ("LayerNormalization", norm)}
+    modules = {"x": nn.LayerNorm(4), "y": nn.GroupNorm(2, 4), "z": nn.LayerNorm(4)}
+    with pytest.raises(KerasFileError) as caught:
+        matched(Net(**modules), layers, flatten="channels_last")
+    assert "Found: a → y\nLeft of Keras:\n  b (LayerNormalization)" in str(caught.value)
+    assert "b may be x or z" in str(caught.value)
+    # What is certain is taken from those that compete, and then names decide for the others.
+    layers = {"a": (None, norm), "z": ("LayerNormalization", norm), "x": ("LayerNormalization", norm)}
+    found = matched(Net(**modules), layers, flatten="channels_last")
+    assert [found[f"{layer}/gamma"] for layer in layers] == ["y.weight", "z.weight", "x.weight"]
+
+
+def test_the_order_decides_for_what_lies_in_a_sequential() -> None:
+    """Though the model as a whole is no chain, on neither side."""
+    config = {"class_name": "Functional", "config": {"layers": [
+        {"class_name": "InputLayer", "config": {"name": "in"}, "inbound_nodes": []},
+        *({"class_name": "Dense", "config": {"name": name}, "inbound_nodes": [[[before, 0, 0, {}]]]}
+          for name, before in (("one", "in"), ("two", "one"), ("left", "in"), ("right", "in"))),
+        {"class_name": "Concatenate", "config": {"name": "all"},
+         "inbound_nodes": [[["two", 0, 0, {}], ["left", 0, 0, {}], ["right", 0, 0, {}]]]},
+    ], "output_layers": [["all", 0, 0]]}}  # fmt: skip
+    layers = TWO | {"left": (4, 3), "right": (4, 2)}
+    model = Net(r=linear(4, 2), l=linear(4, 3), trunk=nn.Sequential(linear(4, 4), nn.ReLU(), linear(4, 4)))
+    found = matched(model, layers, config)
+    assert found == {
+        "one/kernel": "trunk.0.weight", "two/kernel": "trunk.2.weight",
+        "left/kernel": "l.weight", "right/kernel": "r.weight",
+    }  # fmt: skip
+    # One of two Sequentials of the same shapes: which one cannot be told.
+    two = Net(a=nn.Sequential(linear(4, 4)), b=nn.Sequential(linear(4, 4)), l=linear(4, 3), r=linear(4, 2))
+    with pytest.raises(KerasFileError, match=r"one may be a\.0 or b\.0"):
+        matched(two, layers, config)
+    # Layers in branches have no order, though their modules have.
+    layers = {"left": (4, 4), "right": (4, 4), "one": (4, 3), "two": (3, 3)}
+    model = Net(x=nn.Sequential(linear(4, 4), linear(4, 4)), y=linear(4, 3), z=linear(3, 3))
+    with pytest.raises(KerasFileError, match=r"left may be x\.0 or x\.1"):
+        matched(model, layers, config)
+
+
+def test_the_order_within_a_kind() -> None:
+    layers = {"n1": ("LayerNormalization", {"gamma": (4,), "beta": (4,)}), "out": (4, 3), "one": (4, 4)}
+    layers |= {"n2": layers["n1"], "two": (4, 4)}
+    modules = {"d": nn.Linear(4, 3, bias=False), "two": linear(4, 4), "m": nn.LayerNorm(4), "one": linear(4, 4)}
+    model = Net(**modules, n=nn.LayerNorm(4))
+    with pytest.raises(KerasFileError, match=r"or match='order_within_kind' if those are that fit the same layers"):
+        matched(model, layers)
+    with pytest.raises(KerasFileError, match="match='order', n1 would be d: it is a layer_norm"):
+        matched(model, layers, how="order")
+    # The names of one and two decide, and the order for the rest.
+    assert matched(model, layers, how="order_within_kind") == {
+        "n1/gamma": "m.weight", "n1/beta": "m.bias", "n2/gamma": "n.weight", "n2/beta": "n.bias",
+        "out/kernel": "d.weight", "one/kernel": "one.weight", "two/kernel": "two.weight",
+    }  # fmt: skip
+    checkpoint = checkpoint_of(None, [layer_of(name, "Dense", {}, {"kernel": np.ones((4, 4))}) for name in TWO])
+    checkpoint.is_ordered = False
+    with pytest.raises(KerasFileError, match="the file does not hold the order of the layers"):
+        match(checkpoint, Net(x=linear(4, 4), y=linear(4, 4)), how="order_within_kind")
+    with pytest.raises(KerasFileError, match=r"Left of Keras:\n  one"):
+        matched(Net(x=linear(4, 4)), TWO, how="order_within_kind")
+
+
+def test_a_thousand_layers_of_one_shape_are_quickly_matched() -> None:
+    names = [f"d{number}" for number in range(1000)]
+    config = sequential(*((name, "Dense", {}) for name in names))
+    begin = time.process_time()
+    found = matched(nn.Sequential(*(linear(4, 4) for _ in names)), dict.fromkeys(names, (4, 4)), config)
+    assert time.process_time() - begin < 10
+    assert found == {f"{name}/kernel": f"{number}.weight" for number, name in enumerate(names)}
 
 
 def attention(heads: int) -> tuple[str, dict[str, Any]]:
@@ -173,10 +251,11 @@ def test_what_is_missing_on_one_side_is_an_error(modules: dict[str, tuple[int, i
 def test_layers_that_compete_for_one_module_are_both_named() -> None:
     with pytest.raises(KerasFileError, match=r"Left of Keras:\n  one .*\n  two .*\nLeft of PyTorch:\n  a "):
         matched(Net(a=linear(4, 4)), TWO)
-    # Here the names would make a pair that does not fit.
+    # Here the names would make a pair that does not fit, and the only assignment is another.
     norm = {"gamma": (4,), "beta": (4,)}
-    with pytest.raises(KerasFileError, match="which layer is which module cannot be told"):
-        matched(Net(a=nn.GroupNorm(2, 4), b=nn.LayerNorm(4)), {"a": ("LayerNormalization", norm), "b": (None, norm)})
+    layers = {"a": ("LayerNormalization", norm), "b": (None, norm)}
+    found = matched(Net(a=nn.GroupNorm(2, 4), b=nn.LayerNorm(4)), layers, flatten="channels_last")
+    assert (found["a/gamma"], found["b/gamma"]) == ("b.weight", "a.weight")
 
 
 def test_a_layer_may_be_left_out() -> None:
@@ -286,7 +365,6 @@ def test_weights_are_given_explicitly(tmp_path: Path) -> None:
         ({"one/nothing": "a.weight"}, "has 'one/nothing', and one has kernel, bias"),
         ({"nothing": "a"}, "no layer and no weight"),
         ({"one": "b"}, "no module with parameters"),
-        ({"one/bias": "a.bias", "odd/scale": ("scale", (1, 0))}, "some weights of one, and not kernel"),
     ):
         with pytest.raises(ValueError, match=message):
             load(path, model, mapping=wrong)
@@ -308,7 +386,7 @@ def test_what_is_given_must_fit_and_is_given_once() -> None:
 
 def test_arguments_are_checked() -> None:
     model, optimizer = build()
-    with pytest.raises(ValueError, match="match must be one of auto, names, order, got 'guess'"):
+    with pytest.raises(ValueError, match="match must be one of auto, names, order, order_within_kind, got 'guess'"):
         load_keras(DATA / "k3.h5", optimizer, model, match="guess")
     with pytest.raises(
         ValueError, match="flatten must be 'channels_first' or 'channels_last', or a dictionary, got 'chw'"

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
@@ -10,7 +9,7 @@ import pytest
 from keras_memory import checkpoint_of, layer_of
 from keras_stored import Net
 
-from torch_adadelta.keras.matching import is_chain, match, torch_layers_of
+from torch_adadelta.keras.matching import match, torch_layers_of
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
@@ -63,18 +62,6 @@ def test_modules_that_are_no_layers_of_keras() -> None:
     found, loose = torch_layers_of(nn.ModuleDict({"a": weighted}))
     assert found == []
     assert set(loose) == {"a.bias", "a.parametrizations.weight.original0", "a.parametrizations.weight.original1"}
-
-
-def test_which_models_are_chains() -> None:
-    class Mine(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    linears = (nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
-    assert is_chain(nn.Sequential(*linears))
-    assert is_chain(nn.Sequential(linears[0], nn.Sequential(*linears[1:])))
-    assert not is_chain(Mine(*linears))
-    assert not is_chain(nn.Sequential(linears[0], nn.ModuleList(linears[1:])))
 
 
 @pytest.mark.parametrize(

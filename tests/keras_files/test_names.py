@@ -34,6 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*not in the file, so that train
         ("Adadelta/average/dense/kernel", ("average", "dense/kernel")),
         ("adadelta/dense_kernel_average", ("average", "dense_kernel")),
         ("adadelta/dense_kernel_gradient_accumulator", ("gradient_accumulator", "dense_kernel")),
+        ("training_3/Adadelta/dense/kernel/accum_grad", ("square_avg", "training_3/Adadelta/dense/kernel")),
+        ("cond_1/Adadelta/accumulated_grad/dense/kernel", ("square_avg", "dense/kernel")),
+        ("loss_scale_optimizer/adadelta/dense_kernel_accumulated_grad", ("square_avg", "dense_kernel")),
+        ("a/b/cond/adadelta/dense_kernel_average", ("average", "dense_kernel")),
         ("dense/kernel/momentum", ("", "")),
         ("dense/kernel/accum_grad/norm", ("", "")),
         ("adadelta/dense_kernel_average_of_all", ("", "")),
@@ -71,12 +75,12 @@ def test_parts_of_a_layer_have_one_vocabulary(tmp_path: Path) -> None:
         for name, cls in (("a", "Bidirectional"), ("b", "MultiHeadAttention"), ("c", "GRU"))
     }
     path = named(tmp_path, sequential(("m", "Mine", {})), m=["feed_forward_1/kernel"])
-    assert layers_of(path) == {"m Mine": ["feed_forward_1/kernel"]}
+    assert layers_of(path) == {"m/feed_forward_1 None": ["kernel"]}
     assert layers_of(named(tmp_path, None, query=["kernel"])) == {"query None": ["kernel"]}  # a layer of such a name
     numbered = write_numbered(tmp_path / "m.weights.h5", {"layers/query": [(2, 3)]})
     assert layers_of(numbered) == {"query None": ["0"]}
     numbered = write_numbered(tmp_path / "m.weights.h5", {"layers/block/up": [(2, 3)]})
-    assert layers_of(numbered, config=sequential(("b", "Block", {}))) == {"b Block": ["up/0"]}
+    assert layers_of(numbered, config=sequential(("b", "Block", {}))) == {"b/up None": ["0"]}
     path = named(tmp_path, None, net=["x/kernel", "y/kernel"])
     assert layers_of(path) == {"net/x None": ["kernel"], "net/y None": ["kernel"]}
     # A layer with some parts of an attention, and not all, is none.
@@ -195,3 +199,64 @@ def test_weights_that_are_one_number_have_state(tmp_path: Path) -> None:
         with opened(own_path) as checkpoint:
             states = [variable.square_avg for _, variable in checkpoint.variables()]
             assert [state and float(state.read().flat[0]) for state in states] == expected
+
+
+@pytest.mark.parametrize("scope", ["training/Adadelta/", "training_3/Adadelta_1/", "cond_1/", "a/b/cond/", ""])
+def test_scopes_before_the_optimizer(scope: str, tmp_path: Path) -> None:
+    """Also where one weight ends with the name of another."""
+    path = write_h5(tmp_path / "m.h5", {"a": {"kernel": np.full(2, 2.0)}, "b": {"a/kernel": np.full(2, 3.0)}})
+    with h5py.File(path, "r+") as file:
+        for weight in ("a/kernel", "b/a/kernel"):
+            for slot in ("accum_grad", "accum_var"):
+                renamed(f"Adadelta/{weight}/{slot}:0", f"{scope}{weight}/{slot}:0")(file)
+        renamed("Adadelta/iter:0", f"{scope}iter_1:0")(file)
+    with opened(path) as checkpoint:
+        assert checkpoint.count() == 3
+        states = [variable.square_avg for _, variable in checkpoint.variables()]
+        assert [state and state.read()[0] for state in states] == [4.0, 9.0]
+
+
+def test_a_scope_that_is_open_is_refused(tmp_path: Path) -> None:
+    """The state is of a weight, or of another that ends so, in a scope of the name of its layer."""
+    path = write_h5(tmp_path / "m.h5", {"a": {"kernel": np.full(2, 2.0)}, "b": {"a/kernel": np.full(2, 3.0)}})
+    with h5py.File(path, "r+") as file:
+        for slot in ("accum_grad", "accum_var"):
+            renamed(f"Adadelta/b/a/kernel/{slot}:0", f"x/b/a/kernel/{slot}:0")(file)
+        with_state_names("Adadelta/iter:0", *(f"x/b/a/kernel/{slot}:0" for slot in ("accum_grad", "accum_var")))(file)
+    with pytest.raises(KerasFileError, match="may belong to b/a/kernel or a/kernel"), opened(path):
+        pass
+
+
+def test_in_a_submodel_the_order_tells_where_names_do_not(tmp_path: Path) -> None:
+    """In TensorFlow 1 a weight of a layer conv may be called as its neighbour, conv_1."""
+    inner = sequential(("conv", "Dense", {}), ("conv_1", "Dense", {}))
+    model = {"class_name": "Sequential", "config": {"name": "m", "layers": [inner]}}
+    weights = {f"{name}/kernel": np.full((2, 2), value) for name, value in (("conv_1", 1.0), ("conv_1_1", 2.0))}
+    path = write_h5(tmp_path / "m.h5", {"sequential": weights}, model)
+    with h5py.File(path, "r+") as file:
+        group = file["model_weights/sequential"]
+        for name in ("conv_1", "conv_1_1"):
+            group[f"{name}/kernel:0"] = group[f"sequential/{name}/kernel:0"][()]
+        group.attrs["weight_names"] = [b"conv_1/kernel:0", b"conv_1_1/kernel:0"]
+        for name in ("conv_1", "conv_1_1"):
+            for slot in ("accum_grad", "accum_var"):
+                renamed(f"Adadelta/sequential/{name}/kernel/{slot}:0", f"training/Adadelta/{name}/kernel/{slot}:0")(
+                    file
+                )
+    with opened(path) as checkpoint:
+        found = {layer.path: variable.value.read()[0, 0] for layer, variable in checkpoint.variables()}
+        assert found == {"sequential/conv": 1.0, "sequential/conv_1": 2.0}
+        assert all(variable.has_state for _, variable in checkpoint.variables())
+    inner["config"]["layers"][1]["class_name"] = "Embedding"
+    with (
+        pytest.raises(KerasFileError, match="the weights kernel of conv_1_1 are not those of sequential/conv_1"),
+        opened(path, model),
+    ):
+        pass
+
+
+def test_a_wrapped_layer_leaves_its_own_name_out(tmp_path: Path) -> None:
+    """As in .h5 files of Keras 3."""
+    inner = {"layer": {"class_name": "LSTM", "config": {"name": "inner"}}}
+    path = named(tmp_path, sequential(("t", "TimeDistributed", inner)), t=["inner/lstm_cell/kernel"])
+    assert layers_of(path) == {"t LSTM": ["kernel"]}

@@ -190,7 +190,10 @@ def test_layers_come_in_the_order_of_their_state(tmp_path: Path) -> None:
         (lambda f: f.move("optimizer/vars/3", "optimizer/vars/99"), "some variables of its optimizer are missing"),
         (lambda f: f.move("optimizer/vars/3", "optimizer/vars/x"), "its optimizer holds x, which is no number"),
         (lambda f: f.move("optimizer", "optimizer/inner_optimizer"), "LossScaleOptimizer|it has no group optimizer"),
-        (lambda f: f.create_group("optimizer/inner_optimizer"), "its optimizer is a LossScaleOptimizer"),
+        (
+            lambda f: f.create_group("optimizer/inner_optimizer"),
+            "its LossScaleOptimizer has 10 variables, which do not fit the 0 of its",
+        ),
         *(
             (
                 lambda f, name=name: f["optimizer/vars"].attrs.update(name=name),
@@ -256,5 +259,3 @@ def test_a_configuration_is_that_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(KerasFileError, match=r"model\.json: config is no JSON"):
         layers_of(path, config=tmp_path / "model.json")
-    with pytest.raises(KerasFileError, match="config has a lambda"):
-        layers_of(path, config=sequential(("d1", "Lambda", {}), ("d2", "Dense", {})))

@@ -146,6 +146,11 @@ def rename(objects: Objects, number: int, name: str) -> None:
     objects.nodes[number]["variable"] = (name, objects.nodes[number]["variable"][1])
 
 
+def slot_without_value(objects: Objects) -> None:
+    objects.nodes.append({"children": []})
+    objects.slots.append((objects.slots[0][0], "accum_var", len(objects.nodes) - 1))
+
+
 def without(objects: Objects, name: str) -> None:
     objects.optimizer["children"] = [child for child in objects.optimizer["children"] if child[0] != name]
 
@@ -160,9 +165,9 @@ def without(objects: Objects, name: str) -> None:
         (LEGACY, lambda o: o.slots.clear(), "no step was taken"),
         (NEW, lambda o: without(o, "_variables"), "no step was taken"),
         (LEGACY, lambda o: o.slots.append((o.slots[0][0], "momentum", 3)), "has the slot momentum; it is not Adadelta"),
-        (LEGACY, lambda o: o.slots.append((o.slots[0][0], "accum_var", 1)), "a slot of its optimizer has no value"),
-        (LEGACY, lambda o: o.slots.pop(), "a slot of no weight, or one slot of two"),
-        (LEGACY, lambda o: o.slots.extend([(3, "accum_grad", 4), (3, "accum_var", 4)]), "a slot of no weight"),
+        (LEGACY, lambda o: slot_without_value(o), "acc_delta of a/kernel has no value"),
+        (LEGACY, lambda o: o.slots.pop(), "square_avg of b/kernel, and not acc_delta"),
+        (LEGACY, lambda o: o.slots.extend([(3, "accum_grad", 4), (3, "accum_var", 4)]), "has state of no weight"),
         (
             NEW,
             lambda o: rename(o, o.states[0], "Adadelta/accumulated_grad/b/kernel"),
@@ -184,3 +189,82 @@ def test_objects_that_do_not_fit_are_refused(generation: str, edit: Edit, messag
     edit(objects)
     with pytest.raises(KerasFileError, match=message), opened(objects.write(tmp_path)):
         pass
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_weights_alone_are_found_beside_several_optimizers(generation: str, tmp_path: Path) -> None:
+    """Where it cannot be told which optimizer is meant, none of them has weights, and no option is taken."""
+    objects = Objects(generation, ["dense/kernel", "norm/moving_mean", "norm/gamma"])
+    names = {"iter": np.int64(3), "learning_rate": np.float32(0.25)}
+    if generation != LEGACY:
+        names = {f"_{name.replace('iter', 'iterations')}": value for name, value in names.items()}
+    children = [(name, objects.add(f"SGD/{name}", np.array(value))) for name, value in names.items()]
+    objects.nodes.append({"children": children})
+    objects.root["children"].append(("other", len(objects.nodes) - 1))
+    path = objects.write(tmp_path)
+    with (
+        pytest.raises(KerasFileError, match="it holds 2 optimizers, and which one is meant cannot be told"),
+        opened(path),
+    ):
+        pass
+    with opened(path, has_state=False) as checkpoint:
+        roles = {layer.path: [v.role for v in layer.variables] for layer in checkpoint.layers}
+        assert roles == {"dense": ["kernel"], "norm": ["gamma", "moving_mean"]}
+        assert not any(variable.slots for _, variable in checkpoint.variables())
+        assert (checkpoint.hyperparameters, checkpoint.iterations, checkpoint.optimizer) == ({}, None, None)
+        assert checkpoint.source == "TensorFlow checkpoint"
+
+
+def by_attributes(generation: str, paths: list[str], names: list[str]) -> Objects:
+    """The objects of a subclass, whose weights have their places by attributes, and names besides."""
+    objects = Objects(generation, names if generation != KERAS3 else [f"w{number}" for number in range(len(paths))])
+    numbers = [number for _, number in objects.model["children"]]
+    objects.model["children"] = []
+    for path, number, name in zip(paths, numbers, names, strict=True):
+        objects.nodes[number]["variable"] = (name, objects.nodes[number]["variable"][1])
+        parent = objects.model
+        for part in path.split("/")[:-1]:
+            if part not in dict(parent["children"]):
+                objects.nodes.append({"children": []})
+                parent["children"].append((part, len(objects.nodes) - 1))
+            parent = objects.nodes[dict(parent["children"])[part]]
+        parent["children"].append((path.rpartition("/")[2], number))
+    if generation == KERAS3:
+        for number, name in enumerate(("_accumulated_grads", "_accumulated_delta_vars")):
+            objects.optimizer["children"].append((name, objects.group(objects.states[number::2])))
+    return objects
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_layers_of_a_subclass_have_the_names_of_its_attributes(generation: str, tmp_path: Path) -> None:
+    """Keras 3 leaves layers out of the names of weights: the lists of its optimizer say whose state is whose."""
+    first = ["encoder/up/kernel", "encoder/attend/_query_dense/kernel", "blocks/0/down/kernel", "head/_kernel"]
+    own = [f"net/dense_{n}/kernel" for n in range(4)]
+    names = ["net/kernel"] * 4 if generation == KERAS3 else own
+    paths = ["encoder/up", "encoder/attend/query", "blocks/0/down", "head"]
+    with opened(by_attributes(generation, first, names).write(tmp_path)) as checkpoint:
+        assert_right(checkpoint, {path: ["kernel"] for path in paths})
+    # Of what Keras names itself, such as layer-1, the names of the weights say more.
+    mixed = ["encoder/up/kernel", "layer-1/kernel", "x/kernel", "y/kernel"]
+    named = [f"dense_{n}/kernel" for n in range(4)]
+    if generation != KERAS3:
+        with opened(by_attributes(generation, mixed, named).write(tmp_path)) as checkpoint:
+            assert_right(checkpoint, {f"dense_{n}": ["kernel"] for n in range(4)})
+
+
+def test_two_weights_of_one_name_have_no_state_that_is_named_after_them(tmp_path: Path) -> None:
+    objects = by_attributes(NEW, ["a/kernel", "b/kernel"], ["net/one/kernel", "net/two/kernel"])
+    for number in objects.trainable.values():
+        objects.nodes[number]["variable"] = ("net/one/kernel", objects.nodes[number]["variable"][1])
+    path = objects.write(tmp_path)
+    with pytest.raises(KerasFileError, match="it holds two weights of one name"), opened(path):
+        pass
+
+
+def test_the_configuration_says_what_is_frozen(tmp_path: Path) -> None:
+    layers = [{"class_name": "Dense", "config": {"name": name, "trainable": name == "b"}} for name in "ab"]
+    config = {"class_name": "Sequential", "config": {"name": "s", "layers": layers}}
+    path = Objects(LEGACY, ["a/kernel", "b/kernel"]).write(tmp_path)
+    for given, expected in ((config, [True, False]), (None, [False, False])):
+        with opened(path, given) as checkpoint:
+            assert [variable.is_frozen for _, variable in checkpoint.variables()] == expected

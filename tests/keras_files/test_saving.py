@@ -231,3 +231,23 @@ def test_bfloat16_is_written_as_bfloat16(tmp_path: Path) -> None:
     after = datasets(tmp_path / "back.weights.h5")
     assert after["layers/dense/vars/0"].dtype == "V2"
     assert set(after["layers/dense/vars/0"].view("<u2").ravel()) == {0x3F81}
+
+
+@pytest.mark.parametrize("length", [None, 400])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_the_form_of_the_configuration_stays(length: int | None, encoding: str, tmp_path: Path) -> None:
+    """h5py 2, which TensorFlow 2.4 has, reads one form as bytes and the other as text."""
+
+    def reform(file: Any) -> None:
+        data = file.attrs["training_config"].encode()
+        file.attrs.create("training_config", data.ljust(length or 0), dtype=h5py.string_dtype(encoding, length and 400))
+
+    path = edited(tmp_path, reform)
+    model, optimizer = build(learning_rate=0.25, clipnorm=0.0625)
+    save_keras(tmp_path / "back.h5", optimizer, model, path)
+    with h5py.File(tmp_path / "back.h5", "r") as file:
+        form = h5py.check_string_dtype(file.attrs.get_id("training_config").dtype)
+        assert (form.encoding, form.length is None) == (encoding, length is None)
+    assert written_config(tmp_path / "back.h5")["clipnorm"] == 0.0625
+    with h5py.File(DATA / "tf24.h5", "r") as file:  # which TensorFlow 2.4 wrote
+        assert h5py.check_string_dtype(file.attrs.get_id("training_config").dtype).encoding == "ascii"

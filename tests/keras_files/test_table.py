@@ -10,14 +10,15 @@ pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
 from keras_table import GENERATIONS, ROWS, check, recorded
 
-ARCHIVE = Path(__file__).resolve().parents[1] / "data" / "keras" / "table.tar.xz"
+DATA = Path(__file__).resolve().parents[1] / "data" / "keras"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("table")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+    for name in ("table.tar.xz", "mixed.tar.xz"):
+        with tarfile.open(DATA / name) as archive:
+            archive.extractall(folder, filter="data")
     return folder
 
 

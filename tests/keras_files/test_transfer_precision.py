@@ -1,6 +1,7 @@
 """Files of Keras and parameters in bfloat16: masters take float32 weights whole, and give them back."""
 
 import copy
+import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,14 @@ def test_a_load_that_fails_amid_the_writes_leaves_masters_as_they_were(tmp_path:
     optimizer = AdadeltaKeras(model.named_parameters(), **MASTERS)
     advance(optimizer, 3)
     before = copy.deepcopy(optimizer.state_dict()), [param.detach().clone() for param in model.parameters()]
-    for masters in (True, False):
+    for masters, has_state in ((True, False), (True, True), (False, True)):
         with pytest.raises(RuntimeError, match="single memory location"):
-            load_keras(path, optimizer, model, weights=True)
+            load_keras(path, optimizer, model, weights=True, state=has_state)
         assert all(map(torch.equal, model.parameters(), before[1]))
         for number, state in optimizer.state_dict()["state"].items():
             assert state.keys() == before[0]["state"][number].keys()
             assert all(torch.equal(state[key], value) for key, value in before[0]["state"][number].items())
-        if masters:
+        if masters and has_state:
             del optimizer.state[model.one.weight], before[0]["state"][0]
 
 
@@ -103,3 +104,19 @@ def test_state_without_weights_leaves_masters(tmp_path: Path) -> None:
     for (param, master), was in zip(optimizer.master_params(), before, strict=True):
         assert_same_bits(master, was)
         assert set(optimizer.state[param]) == {"square_avg", "acc_delta", "remainder"}
+
+
+@NO_NOTE
+def test_the_weights_of_mixed_precision_are_masters(tmp_path: Path) -> None:
+    """Keras has variables of float32 there, and computes in float16."""
+    with tarfile.open(DATA / "mixed.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for generation in ("tf24", "legacy", "new", "keras3"):
+        path = tmp_path / generation / "mixed_precision" / "model.h5"
+        for dtype, options in ((torch.float32, {}), (torch.bfloat16, MASTERS)):
+            model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+            optimizer = AdadeltaKeras(model.named_parameters(), **options)
+            load_keras(path, optimizer, model, weights=True)
+            assert all(master.dtype is torch.float32 for _, master in optimizer.master_params())
+            save_keras(path.with_name("back.h5"), optimizer, model, path)
+            assert_same_datasets(path, path.with_name("back.h5"))

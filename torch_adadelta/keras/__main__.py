@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from torch_adadelta.keras.checkpoints import opened
-from torch_adadelta.keras.config import DROPPABLE, SLOT_OF
+from torch_adadelta.keras.config import DROPPABLE, IDLE, SLOT_OF
 from torch_adadelta.keras.contents import Checkpoint, explained
+from torch_adadelta.keras.errors import NoStateError
 from torch_adadelta.keras.flattening import FLATTEN, Flattening
 from torch_adadelta.keras.layers import SLOTS, Layer, Variable
-from torch_adadelta.keras.layouts import LayoutMismatch, WeightPlacement, same
+from torch_adadelta.keras.layouts import LayoutMismatch, WeightPlacement, row_of, same
 from torch_adadelta.keras.matching import canonical
 from torch_adadelta.options import OPTIONS
 
 
-def table(checkpoint: Checkpoint) -> str:
-    """What a file holds, as text."""
-    lines = [f"{checkpoint.path}: {checkpoint.source}", f"iterations     {checkpoint.count()}"]
+def table(checkpoint: Checkpoint, reason: str = "not read") -> str:
+    """What a file holds, as text; with the reason, where that is without state."""
+    count = str(checkpoint.count()) if checkpoint.has_state else "not in it"
+    if checkpoint.has_state and checkpoint.iterations is None:
+        count += ", for the file has none"
+    lines = [f"{checkpoint.path}: {checkpoint.source}", f"iterations     {count}"]
+    if not checkpoint.has_state:
+        lines += [f"state          {reason}", f"optimizer      {checkpoint.optimizer or 'not known'}"]
     for name, value in _told(checkpoint).items():
         text = f"{value.get('class_name')} {value.get('config')}" if isinstance(value, dict) else repr(value)
         lines.append(f"{name:<14} {text}")
@@ -46,10 +52,11 @@ def table(checkpoint: Checkpoint) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines += [f"note           {remark}" for remark in (*checkpoint.remarks, *checkpoint.notes)]
     lines.append("")
     for row in rows:
         lines.append("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in checkpoint.notes)])
 
 
 def _told(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def tensors(checkpoint: Checkpoint, flatten: str | None = None) -> tuple[dict[st
     The names are "iterations", those of the hyperparameters that are numbers, and "weights." or the
     key of a state before the path of a layer and the name that its module has for the parameter.
     """
-    found = {"iterations": torch.tensor(checkpoint.count())}
+    found = {} if checkpoint.iterations is None else {"iterations": torch.tensor(checkpoint.count())}
     for name, value in _told(checkpoint).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             found[name] = torch.tensor(float(value), dtype=torch.float64)
@@ -97,7 +104,7 @@ def _parameters(checkpoint: Checkpoint, layer: Layer, layout: list[WeightPlaceme
         if stored is None:
             continue
         array = explained(checkpoint, stored)
-        array = placement.layout.to_torch(array if placement.row is None else array[placement.row])
+        array = placement.layout.to_torch(row_of(array, placement.row))
         parts.setdefault(placement.param, []).append(array)
     found = {}
     for name, arrays in parts.items():
@@ -142,13 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="show weights, state, iterations and hyperparameters")
     converter = commands.add_parser("convert", help="write them as Tensors, in the layouts of PyTorch")
+    droppable = [*DROPPABLE, *IDLE]
     for command in (inspect, converter):
         command.add_argument("file", type=Path, help=".h5, .keras, .weights.h5, TensorFlow checkpoint or SavedModel")
         command.add_argument("--config", type=Path, help="a file with model.to_json(), for files without it")
-        command.add_argument("--drop", action="append", default=[], choices=DROPPABLE, help="what may be left out")
+        command.add_argument("--drop", action="append", default=[], choices=droppable, help="what may be left out")
         command.add_argument(
             "--uses", action="append", default=[], choices=SLOT_OF, help="what it used, where the file does not say"
         )
+        command.add_argument("--no-state", action="store_true", help="the weights alone, of any optimizer or none")
         command.add_argument("--state-order", nargs="+", metavar="WEIGHT", help="the weights as the optimizer has them")
     converter.add_argument("out", type=Path, help=".pt or .safetensors")
     converter.add_argument(
@@ -158,15 +167,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        with opened(options.file, options.config, options.drop, options.state_order, options.uses) as checkpoint:
-            if options.command == "inspect":
-                print(table(checkpoint))
-            else:
-                print("\n".join(convert(checkpoint, options.out, options.flatten)))
+        try:
+            _run(options, not options.no_state)
+        except NoStateError as error:
+            if options.command == "convert" or options.state_order:
+                raise
+            _run(options, False, str(error).removeprefix(f"{options.file}: "))
     except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(options: argparse.Namespace, has_state: bool, reason: str = "not read") -> None:
+    how = (options.config, options.drop, options.state_order, options.uses, has_state)
+    with opened(options.file, *how) as checkpoint:
+        if options.command == "inspect":
+            print(table(checkpoint, reason))
+        else:
+            print("\n".join(convert(checkpoint, options.out, options.flatten)))
 
 
 if __name__ == "__main__":

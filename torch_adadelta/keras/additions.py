@@ -1,12 +1,12 @@
 """What Keras 3 adds to Adadelta in a file: weight decay, moving averages and sums of gradients, in and out."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
 from torch_adadelta.keras.config import DROPPABLE, OPTIONS_OF, SLOT_OF
-from torch_adadelta.keras.contents import KERAS3, LEGACY, NEW, Checkpoint
+from torch_adadelta.keras.contents import KERAS3, NEW, Checkpoint
 from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.options import OPTIONS
@@ -18,6 +18,13 @@ DEFAULTS: Final = {
 } | {"weight_decay": None}
 
 DROPPABLE_ON_SAVE: Final = (*DROPPABLE, "exclusions")
+
+
+class LeftOut(NamedTuple):
+    """What a copy of a template is written without, of `SLOT_OF`."""
+
+    ours: list[str]  # what the optimizer has, and the template has no place for
+    theirs: list[str]  # what the template has, and the optimizer does not
 
 
 def steps(optimizer: AdadeltaKeras, settings: Mapping[str, Any]) -> int:
@@ -124,13 +131,13 @@ def exclusions_note(optimizer: AdadeltaKeras, settings: Mapping[str, Any]) -> li
 
 def check_places(
     checkpoint: Checkpoint, optimizer: AdadeltaKeras, drop: Collection[str], hyperparameters: bool
-) -> list[str]:
-    """What is to be left out, because the file has no place for it.
+) -> LeftOut:
+    """What is to be left out, because only the optimizer has it, or only the file.
 
     Raises:
-        ValueError: that is not to be dropped; or the file has more than the optimizer.
+        ValueError: that is not to be dropped.
     """
-    left_out = []
+    left_out = LeftOut([], [])
     for name, slot in SLOT_OF.items():
         option = OPTIONS_OF[name][0]
         value = getattr(optimizer, option)
@@ -142,12 +149,15 @@ def check_places(
                     f"{'' if checkpoint.generation == KERAS3 else ', such as that of Keras 3'}; or pass "
                     f"drop={{{name!r}}} to leave them out"
                 )
-            left_out.append(name)
+            left_out.ours.append(name)
         elif not value and has(checkpoint, slot):
             raise ValueError(
-                f"{checkpoint.path} has {DROPPABLE[name]}, and the optimizer has {option}={value!r}; save a template "
-                f"with a Keras optimizer without it, or set optimizer.{option}"
+                f"{checkpoint.path} has {DROPPABLE[name]}, and the optimizer has {option}={value!r}. Set "
+                f"optimizer.{option}; or pass drop={{{name!r}}} to take them out of the copy, for a Keras optimizer "
+                "without them"
             )
+        elif not value and slot in checkpoint.optional:
+            left_out.theirs.append(name)
     count, n = int(optimizer.param_groups[0]["iterations"]), steps(optimizer, {})
     theirs = _steps_of(checkpoint, n)
     if not hyperparameters and has(checkpoint, accumulation.KEY) and count % theirs != count % n:
@@ -171,7 +181,7 @@ def written_weight_decay(
     if not found:
         return {}
     problem = None
-    if checkpoint.generation == LEGACY:
+    if not checkpoint.generation.has_additions:
         problem = f"weight_decay={found[-1]!r}, which this Keras does not have"
     elif len(found) > 1:
         problem = f"weight_decay={found[0]!r} and {found[-1]!r} in its groups, where Keras has one number"

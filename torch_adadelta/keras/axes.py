@@ -6,123 +6,55 @@ each layer does to the axes: a convolution makes new ones, a Permute moves them,
 layer with a `data_format` says which axis has the channels.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Final
 
+from torch_adadelta.keras.classes import PARTS
 from torch_adadelta.keras.config import Call, LayerConfig, ModelConfig, wrapped_class
+from torch_adadelta.keras.features import (
+    Axis,
+    Feature,
+    Features,
+    Flat,
+    Value,
+    flat_of,
+    joined,
+    leaves_of,
+    orders_by_channels,
+    position,
+    size_of,
+)
 from torch_adadelta.keras.layers import Layer
-from torch_adadelta.keras.layouts import KEEP_ORDER, FeatureOrder
 
 # Layers that leave every axis where it is.
 _ELEMENTWISE: Final = re.compile(
     r"Activation|ReLU|LeakyReLU|ELU|PReLU|Softmax|ThresholdedReLU|Dropout|SpatialDropout\dD|GaussianNoise|GaussianDropout|"
     r"AlphaDropout|Rescaling|ActivityRegularization|Masking|UnitNormalization|Normalization|Identity"
 )
+
+
 _MERGE: Final = re.compile(r"Add|Subtract|Multiply|Average|Maximum|Minimum")
+
+
 _CONV: Final = re.compile(r"(Depthwise|Separable)?Conv(\d)D(Transpose)?")
+
+
 _POOL: Final = re.compile(r"(Max|Average)Pooling(\d)D|ZeroPadding(\d)D|Cropping(\d)D|UpSampling(\d)D")
+
+
 _GLOBAL: Final = re.compile(r"Global(Max|Average)Pooling(\d)D")
-_RECURRENT: Final = ("LSTM", "GRU", "SimpleRNN", "RNN", "Bidirectional")
+
+
+_RECURRENT: Final = ("LSTM", "GRU", "SimpleRNN", "RNN", "CuDNNLSTM", "CuDNNGRU", "Bidirectional")
+
+
 _LAST_AXIS: Final = ("LayerNormalization", "RMSNormalization")
+
+
 _CHANNEL_AXIS: Final = ("BatchNormalization", "SyncBatchNormalization", "GroupNormalization")
-
-
-@dataclass(eq=False)
-class Feature:
-    """An axis, or a part of one: what a layer makes, and Reshape may split into `parts`."""
-
-    size: int | None
-    is_free: bool = False  # whether the weights of a layer give it its order, so that it can be another in PyTorch
-    parts: "list[Feature]" = field(default_factory=list)
-    order: "list[Feature] | None" = None  # of the parts in PyTorch; None for the same
-    channels: "list[Feature]" = field(default_factory=list)  # those of the parts that come first there
-    is_unclear: bool = False  # whether different layers take its parts for different axes of maps
-    same: "Feature | None" = None  # another, if an Add or the like makes both one
-    whole: "Feature | None" = None  # what it is a part of
-    members: "list[Feature]" = field(default_factory=list)  # what a Concatenate put one behind the other
-    why: str = ""
-
-    @property
-    def root(self) -> "Feature":
-        """The one that stands for all that are the same."""
-        feature = self
-        while feature.same is not None:
-            feature = feature.same
-        return feature
-
-
-Features = list[Feature]
-
-
-def _leaves(features: Iterable[Feature], is_torch: bool = False) -> Features:
-    """The parts that are not split any further, in the order of Keras or of PyTorch."""
-    found: Features = []
-    for feature in features:
-        root = feature.root
-        if is_torch and root.order is not None:
-            found += _leaves(root.order, is_torch)
-        else:
-            found += _leaves(root.parts, is_torch) if root.parts else [root]
-    return found
-
-
-@dataclass
-class Value:
-    """What is known of a tensor, without its first axis, the batch."""
-
-    axes: list[Features] | None = None  # of Keras; None if nothing is known
-    torch: Features | None = None  # all features in the order of PyTorch; None for that of Keras
-    channels: Features | None = None  # those of the axis that the last layer with a format took for the channels
-    is_image: bool = False  # an input that may be maps, of which no layer said where the channels are
-    doubt: str = ""  # why the order in PyTorch cannot be told
-    why: str = ""  # where maps come from
-
-    @property
-    def is_maps(self) -> bool:
-        """Whether PyTorch may have another order."""
-        return self.channels is not None or (self.is_image and self.axes is not None) or bool(self.doubt)
-
-    def torch_order(self) -> Features:
-        """All features in the order of PyTorch."""
-        return _joined(self.axes or []) if self.torch is None else self.torch
-
-
-class Axis(NamedTuple):
-    """The features that a weight has a row for each of."""
-
-    features: Features | None  # in the order of Keras
-    value: Value
-    is_joint: bool = True  # False if the weight has an axis for each
-
-
-class Flat(NamedTuple):
-    """Features that are several axes in a row, and in which order PyTorch may have them."""
-
-    why: str
-    channels: int = -1  # of the maps; -1 if that is not known
-    first: FeatureOrder | None = None  # where the channels come first; None if that cannot be told
-    last: FeatureOrder = KEEP_ORDER  # where they come last; the order of Keras where that cannot be told
-    shown: FeatureOrder | None = None  # where the maps are flattened as the last module gives them
-    is_open: bool = True  # whether the order in PyTorch has to be known
-    is_split: bool = False  # whether it is split into the axes of maps, instead of flattened from them
-    by_channels: Mapping[int, FeatureOrder] = {}  # where nothing but their number tells which axis has the channels
-
-
-def _joined(axes: Iterable[Features]) -> Features:
-    return [feature for axis in axes for feature in axis]
-
-
-def _position(index: int, rank: int) -> int | None:
-    """Where an axis is without the batch; None if there is no such axis."""
-    at = index - 1 if index > 0 else index + rank
-    return at if 0 <= at < rank else None
-
-
-# ---- What each layer does -------------------------------------------------------------------------------------------
 
 
 class Axes:
@@ -155,7 +87,7 @@ class Axes:
         """The layers whose weights run over several axes of maps in a row, by their paths."""
         found = {}
         for path, axes in self._inputs.items():
-            flats = [_flat(axis) for axis in axes]
+            flats = [flat_of(axis) for axis in axes]
             flat = flats[0]
             orders = [other and other._replace(why="") for other in flats]
             if any(order != orders[0] for order in orders):
@@ -170,11 +102,11 @@ class Axes:
         for path, features in self._outputs.items():
             root = features[0].root
             if root.is_unclear:
-                leaves = _leaves([root])
+                leaves = leaves_of([root])
                 is_image = root.order is None and len(leaves) > 2
-                found[path] = Flat(root.why, by_channels=_by_channels(leaves) if is_image else {}, is_split=True)
+                found[path] = Flat(root.why, by_channels=orders_by_channels(leaves) if is_image else {}, is_split=True)
             elif root.order is not None:
-                flat = _flat(Axis([root], Value([[root]])))
+                flat = flat_of(Axis([root], Value([[root]])))
                 if flat is not None:
                     found[path] = flat
         return found
@@ -272,8 +204,8 @@ class Axes:
         if value.axes is None or not all(isinstance(index, int) for index in indices):
             self._takes(layer, value)
             return
-        places = [_position(index, len(value.axes)) for index in indices]
-        features = _joined(value.axes[place] for place in places if place is not None)
+        places = [position(index, len(value.axes)) for index in indices]
+        features = joined(value.axes[place] for place in places if place is not None)
         self._inputs.setdefault(layer.path, []).append(Axis(features, value, is_joint=len(places) == 1))
 
     def _makes(self, path: str, size: Any) -> Features:
@@ -301,10 +233,10 @@ class Axes:
         channels = value.channels or []
         self._inputs.setdefault(layer.path + ("/depthwise" if is_separable else ""), []).append(Axis(channels, value))
         made = self._makes(layer.path + ("/pointwise" if is_separable else ""), self._filters(layer, name, config))
-        spatial = [[Feature(_window(_size(axis), config, index, name))] for index, axis in enumerate(axes)]
+        spatial = [[Feature(_window(size_of(axis), config, index, name))] for index, axis in enumerate(axes)]
         return Value(
             [made, *spatial] if is_first else [*spatial, made],
-            [*made, *_joined(spatial)],
+            [*made, *joined(spatial)],
             made,
             why=f"maps of {layer.path}",
         )
@@ -327,14 +259,14 @@ class Axes:
         channels = value.channels or []
         is_first = config.get("data_format") == "channels_first"
         axes = value.axes[1:] if is_first else value.axes[:-1]
-        spatial = [[Feature(_window(_size(axis), config, index, name))] for index, axis in enumerate(axes)]
+        spatial = [[Feature(_window(size_of(axis), config, index, name))] for index, axis in enumerate(axes)]
         found = [channels, *spatial] if is_first else [*spatial, channels]
-        return replace(value, axes=found, torch=[*channels, *_joined(spatial)])
+        return replace(value, axes=found, torch=[*channels, *joined(spatial)])
 
     def _normalised(self, layer: LayerConfig, config: dict[str, Any], value: Value) -> Value:
         axis = config.get("axis", -1)
         axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
-        at = _position(axis, len(value.axes)) if value.axes and isinstance(axis, int) else None
+        at = position(axis, len(value.axes)) if value.axes and isinstance(axis, int) else None
         if value.axes is None or at is None:
             self._takes(layer, value)
             return value
@@ -364,18 +296,18 @@ class Axes:
         first = sources[0]
         ranks = {len(value.axes) if value.axes else 0 for value in sources}
         axis = config.get("axis", -1)
-        at = _position(axis, len(first.axes)) if first.axes and len(ranks) == 1 and isinstance(axis, int) else None
+        at = position(axis, len(first.axes)) if first.axes and len(ranks) == 1 and isinstance(axis, int) else None
         if first.axes is None or at is None:
             return self._unknown(layer, sources)
         sizes = []
         for value in sources:
             assert value.axes is not None
-            joint = len(_leaves(value.axes[at])) > 1
+            joint = len(leaves_of(value.axes[at])) > 1
             is_mixed = value.doubt or (value.channels is None) != (first.channels is None)
             if joint or is_mixed or (value.channels is not None and value.channels != value.axes[at]):
                 return self._unknown(layer, sources)
-            sizes.append(_size(value.axes[at]))
-        members = _joined(value.axes[at] for value in sources if value.axes)
+            sizes.append(size_of(value.axes[at]))
+        members = joined(value.axes[at] for value in sources if value.axes)
         made = [Feature(None if None in sizes else sum(size or 0 for size in sizes), is_free=True, members=members)]
         self._concatenations.append(made[0])
         axes = [*first.axes[:at], made, *first.axes[at + 1 :]]
@@ -399,7 +331,14 @@ class Axes:
         """A layer that may do anything: if it is given maps, or has convolutions, what it gives may be maps."""
         for value in sources:
             self._leave(value)
-        own = [v for path, known in self._weights.items() if path == layer.path for v in known.variables]
+        inner = f"{layer.path}/"
+        own = [
+            variable
+            for path, known in self._weights.items()
+            if path == layer.path or path.startswith(inner)
+            for variable in known.variables
+            if variable.role.partition("/")[0] not in PARTS.values()  # whose kernels have heads, and no maps
+        ]
         if any(value.is_maps for value in sources) or any(len(v.value.shape) > 2 for v in own):
             why = next((value.why for value in sources if value.why), "")
             name = layer.class_name
@@ -410,7 +349,7 @@ class Axes:
         """Something takes a tensor of which nobody knows what it takes the axes for."""
         if value.axes is None or len(value.axes) < 3 or value.channels is not None:
             return
-        if 1 not in (_size(value.axes[0]), _size(value.axes[-1])):  # one channel is first and last
+        if 1 not in (size_of(value.axes[0]), size_of(value.axes[-1])):  # one channel is first and last
             for feature in _spread(value.axes):
                 if feature.order is None:
                     feature.is_unclear = True
@@ -427,16 +366,11 @@ def _given(config: dict[str, Any]) -> Value:
     return Value([[Feature(size)] for size in sizes], is_image=len(sizes) > 2, why=f"maps of {name}")
 
 
-def _size(axis: Features) -> int | None:
-    sizes = [feature.size for feature in _leaves(axis)]
-    return None if None in sizes else math.prod(size or 0 for size in sizes)
-
-
 def _spread(axes: list[Features]) -> Features:
     """The features of which the parts are in more than one axis."""
     places: dict[int, tuple[Feature, set[int]]] = {}
     for number, axis in enumerate(axes):
-        for leaf in _leaves(axis):
+        for leaf in leaves_of(axis):
             top = leaf
             while top.whole is not None:
                 top = top.whole.root
@@ -447,17 +381,17 @@ def _spread(axes: list[Features]) -> Features:
 def _with_channels(value: Value, at: int, layer: LayerConfig) -> Value:
     """Maps whose channels are in a known axis: PyTorch has it first."""
     assert value.axes is not None
-    axes = [_leaves(axis) for axis in value.axes]
-    order = _joined([axes[at], *axes[:at], *axes[at + 1 :]])
+    axes = [leaves_of(axis) for axis in value.axes]
+    order = joined([axes[at], *axes[:at], *axes[at + 1 :]])
     for feature in _spread(axes):
-        parts = set(map(id, _leaves([feature])))
+        parts = set(map(id, leaves_of([feature])))
         own = [leaf for leaf in order if id(leaf) in parts]
         if feature.order is not None and feature.order != own:
             feature.is_unclear = True
         feature.order, feature.why = own, f"Reshape to the maps of {layer.path}"
         feature.channels = [leaf for leaf in axes[at] if id(leaf) in parts]
     doubt = "" if value.channels is None else value.doubt
-    if value.channels is not None and _leaves(value.channels) != axes[at]:
+    if value.channels is not None and leaves_of(value.channels) != axes[at]:
         doubt = doubt or f"call of {layer.path}, whose channels are in another axis than before"
     return replace(
         value,
@@ -479,7 +413,7 @@ def _flattened(layer: LayerConfig, config: dict[str, Any], value: Value) -> Valu
     is_first = config.get("data_format") == "channels_first"
     if value.is_image and not value.doubt:
         # The format says where the channels are, but it is the default's, and may be that of nobody.
-        sizes = [_size(axes[0]) or 0, _size(axes[-1]) or 0]
+        sizes = [size_of(axes[0]) or 0, size_of(axes[-1]) or 0]
         if is_first or sizes[0] >= sizes[1]:
             value = _with_channels(value, 0 if is_first else len(axes) - 1, layer)
     elif is_first and value.channels is None and not value.doubt:
@@ -487,7 +421,7 @@ def _flattened(layer: LayerConfig, config: dict[str, Any], value: Value) -> Valu
     if is_first:
         axes = [*axes[1:], axes[0]]
     why = f"{layer.class_name} of the {value.why}" if value.is_maps else value.why
-    return replace(value, axes=[_joined(axes)], why=why)
+    return replace(value, axes=[joined(axes)], why=why)
 
 
 def _reshaped(layer: LayerConfig, config: dict[str, Any], value: Value) -> Value | None:
@@ -497,8 +431,8 @@ def _reshaped(layer: LayerConfig, config: dict[str, Any], value: Value) -> Value
         return None
     if len(target) == 1:
         return _flattened(layer, {}, value)
-    leaves = [leaf for leaf in _leaves(_joined(value.axes)) if leaf.size != 1]
-    total = _size(leaves)
+    leaves = [leaf for leaf in leaves_of(joined(value.axes)) if leaf.size != 1]
+    total = size_of(leaves)
     if -1 in target:
         known = math.prod(size for size in target if size != -1)
         if total is None or not known or total % known:
@@ -561,9 +495,9 @@ def _unified(first: Value, other: Value, layer: LayerConfig) -> bool:
             return not other.is_maps
         other = _with_channels(other, at, layer)
     for ours, theirs in zip(first.axes, other.axes or [], strict=True):
-        if 1 in (_size(ours), _size(theirs)):
+        if 1 in (size_of(ours), size_of(theirs)):
             continue
-        left, right = _leaves(ours), _leaves(theirs)
+        left, right = leaves_of(ours), leaves_of(theirs)
         if len(left) > 1 and len(right) == 1 and right[0].is_free:
             # Features of a Dense, say, that are added to flattened maps: they are in the order of these.
             if None in [leaf.size for leaf in left]:
@@ -571,9 +505,9 @@ def _unified(first: Value, other: Value, layer: LayerConfig) -> bool:
                 continue
             parts = _split(right[0], [leaf.size or 0 for leaf in left])
             own = {id(leaf): part for leaf, part in zip(left, parts, strict=True)}
-            ordered = [own[id(leaf)] for leaf in _leaves(first.torch_order(), True) if id(leaf) in own]
+            ordered = [own[id(leaf)] for leaf in leaves_of(first.torch_order(), True) if id(leaf) in own]
             right[0].order, right[0].why = ordered, f"{layer.class_name} to the {first.why}"
-            right[0].channels = [own[id(leaf)] for leaf in _leaves(first.channels or []) if id(leaf) in own]
+            right[0].channels = [own[id(leaf)] for leaf in leaves_of(first.channels or []) if id(leaf) in own]
         elif len(left) != len(right):
             return False
         else:
@@ -586,8 +520,8 @@ def _unified(first: Value, other: Value, layer: LayerConfig) -> bool:
 
 def _pattern(value: Value) -> list[int]:
     """Where the features of PyTorch's order are in that of Keras."""
-    places = {id(leaf): number for number, leaf in enumerate(_leaves(_joined(value.axes or [])))}
-    return [places.get(id(leaf), -1) for leaf in _leaves(value.torch_order(), True)]
+    places = {id(leaf): number for number, leaf in enumerate(leaves_of(joined(value.axes or [])))}
+    return [places.get(id(leaf), -1) for leaf in leaves_of(value.torch_order(), True)]
 
 
 def _window(size: int | None, config: dict[str, Any], axis: int, name: str) -> int | None:
@@ -626,76 +560,3 @@ def _window(size: int | None, config: dict[str, Any], axis: int, name: str) -> i
     if padding in ("same", "causal"):
         return -(-size // stride)
     return (size - dilation * (kernel - 1) - 1) // stride + 1
-
-
-# ---- From features to orders ----------------------------------------------------------------------------------------
-
-
-def _flat(axis: Axis) -> Flat | None:
-    """What is known of the order of features; None if they are one axis, or in no other order in PyTorch."""
-    value = axis.value
-    if axis.features is None:
-        return Flat(value.doubt) if value.doubt else None
-    keras = _leaves(axis.features)
-    unclear = next((feature for feature in axis.features if feature.root.is_unclear), None)
-    if unclear is not None:
-        return Flat(unclear.root.why)
-    if len(keras) < 2:
-        return None
-    inside = set(map(id, keras))
-    order = [leaf for leaf in _leaves(value.torch_order(), True) if id(leaf) in inside]
-    channels = [leaf for leaf in _leaves(value.channels or []) if id(leaf) in inside]
-    found = _order(keras, order)
-    why = value.doubt or value.why or next((feature.root.why for feature in axis.features if feature.root.why), "")
-    if not value.is_maps:
-        channels = next((feature.root.channels for feature in axis.features if feature.root.order), [])
-        if not channels:
-            return None if found == KEEP_ORDER else Flat(why or "Permute of a sequence")
-        return _flat_maps(why, keras, order, channels)._replace(is_split=True)
-    if not axis.is_joint:
-        return None if found == KEEP_ORDER else Flat(f"normalisation over several axes of the {why}")
-    if value.doubt:
-        return Flat(why, shown=found if channels else None)
-    if value.is_image:
-        return Flat(why, by_channels=_by_channels(keras))
-    return _flat_maps(why, keras, order, channels)
-
-
-def _flat_maps(why: str, keras: Features, order: Features, channels: Features) -> Flat:
-    first = _order(keras, order)
-    last = _order(keras, [*(leaf for leaf in order if leaf not in channels), *channels])
-    return Flat(why, _size(channels) or -1, first, last or KEEP_ORDER, first, is_open=first != KEEP_ORDER)
-
-
-def _by_channels(keras: Features) -> dict[int, FeatureOrder]:
-    """The orders with the channels first, if the number of channels tells which axis they are in."""
-    found: dict[int, FeatureOrder] = {}
-    for at in (0, len(keras) - 1):
-        size = keras[at].size
-        order = _order(keras, [keras[at], *keras[:at], *keras[at + 1 :]])
-        if size is not None and order is not None:
-            found[size] = order
-    return found
-
-
-def _order(keras: Features, torch: Features) -> FeatureOrder | None:
-    """The view and the permutation that bring features from one order to the other; None if sizes are missing."""
-    keras = [leaf for leaf in keras if leaf.size != 1]
-    torch = [leaf for leaf in torch if leaf.size != 1]
-    if set(map(id, keras)) != set(map(id, torch)):
-        return None
-    after = {id(one): two for one, two in itertools.pairwise(torch)}
-    runs: list[Features] = []
-    for leaf in keras:
-        if runs and after.get(id(runs[-1][-1])) is leaf:
-            runs[-1].append(leaf)
-        else:
-            runs.append([leaf])
-    if len(runs) < 2:
-        return KEEP_ORDER
-    sizes = [_size(run) for run in runs]
-    if sizes.count(None) > 1:
-        return None
-    starts = [id(run[0]) for run in runs]
-    permutation = tuple(starts.index(id(leaf)) for leaf in torch if id(leaf) in starts)
-    return FeatureOrder(tuple(-1 if size is None else size for size in sizes), permutation)

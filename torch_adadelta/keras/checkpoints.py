@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from torch_adadelta.keras import config as configs
-from torch_adadelta.keras.contents import Checkpoint, damage_named
-from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.contents import NO_STATE, Checkpoint, Request, damage_named
+from torch_adadelta.keras.errors import KerasFileError, NoStateError
 from torch_adadelta.keras.hdf5 import Hdf5
 from torch_adadelta.keras.numbered import from_numbered, from_zip
 from torch_adadelta.keras.object_graph import from_object_graph
 from torch_adadelta.keras.tf_checkpoint import Bundle, find_prefix
-from torch_adadelta.keras.whole_model import from_h5
+from torch_adadelta.keras.whole_model import STATE_HAS_NAMES, from_h5
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def opened(
     drop: Collection[str] = (),
     state_order: Sequence[str] | None = None,
     uses: Collection[str] = (),
+    has_state: bool = True,
 ) -> Iterator[Checkpoint]:
     """Opens a file of any kind that holds a model of Keras and the state of its Adadelta.
 
@@ -39,22 +40,32 @@ def opened(
             checkpoint; or a SavedModel.
         config: the configuration of the model, for files without it, or instead of theirs: what ``model.to_json()``
             returned, a file that holds it, or the dictionary.
-        drop: what may be left out, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
+        drop: what may be left out, of "ema", "weight_decay" and "gradient_accumulation".
         state_order: the names of the weights in the order of the optimizer, for files that number its state.
         uses: what the optimizer used of "ema" and "gradient_accumulation", for those of these files that do not say.
+        has_state: False for the weights, and the options of an Adadelta, of a file with any optimizer or none.
 
     Raises:
         FileNotFoundError: there is no such file.
-        KerasFileError: it is none of these, damaged, or without the state of an Adadelta.
+        NoStateError: it has no state of an Adadelta.
+        KerasFileError: it is none of these, or damaged.
+        ValueError: `drop` has what cannot be left out, or `state_order` is given where no state is read.
         ImportError: it needs h5py, which is not installed.
     """
-    if set(drop) - set(configs.DROPPABLE):
+    if set(drop) - {*configs.DROPPABLE, *configs.IDLE}:
         raise ValueError(f"drop must be a set of {', '.join(configs.DROPPABLE)}; got {drop!r}")
+    if state_order is not None and not has_state:
+        raise ValueError("state_order is the order of a state, and with state=False none is read; leave it out")
     path = Path(path)
     closers: list[Any] = []
     try:
         with damage_named(path):
-            checkpoint = _read(path, _given_config(config), drop, state_order, uses, closers)
+            checkpoint = _read(path, Request(_given_config(config), drop, state_order, uses, has_state), closers)
+        if checkpoint.model is not None:
+            checkpoint.remarks += [
+                f"its model has a lambda, {name!r}, which is not run: the PyTorch model must compute it"
+                for name in checkpoint.model.lambdas
+            ]
         yield checkpoint
     finally:
         for closer in closers:
@@ -74,42 +85,34 @@ def _given_config(config: Any) -> dict[str, Any] | None:
 
 def _read(
     path: Path,
-    config: dict[str, Any] | None,
-    drop: Collection[str],
-    state_order: Sequence[str] | None,
-    uses: Collection[str],
+    request: Request,
     closers: list[Any],
 ) -> Checkpoint:
-    if config is not None:
-        configs.refuse_lambdas(config, "config", drop)
     prefix = find_prefix(path)
     if prefix is not None:
-        _refuse_order(state_order)
+        if request.state_order is not None:
+            raise KerasFileError(STATE_HAS_NAMES)
         bundle = Bundle(prefix)
         closers.append(bundle)
-        return from_object_graph(path, bundle, config, drop)
+        return from_object_graph(path, bundle, request)
     if path.is_dir():
         raise KerasFileError("the directory holds no TensorFlow checkpoint")
     with path.open("rb") as file:
         magic = file.read(8)
         size = path.stat().st_size
     if magic[:4] == b"PK\x03\x04":
-        return from_zip(path, size, config, drop, state_order, uses, closers)
+        return from_zip(path, size, request, closers)
     if magic == b"\x89HDF\r\n\x1a\n":
         hdf5 = Hdf5.sandboxed(path)
         closers.append(hdf5)
-        if hdf5.has("model_weights"):
-            _refuse_order(state_order)
-            return from_h5(path, hdf5, config, drop)
-        if hdf5.attribute_list("", "layer_names") is not None:
-            raise KerasFileError(
-                "it holds weights only, as save_weights writes them in .h5. Save with model.save('model.h5'), which "
-                "keeps the state of the optimizer too"
-            )
-        return from_numbered(path, hdf5, ".weights.h5", None, {}, config, drop, state_order, uses)
+        is_whole = hdf5.has("model_weights")
+        if is_whole or hdf5.attribute_list("", "layer_names") is not None:
+            if request.has_state and not is_whole:
+                raise NoStateError(
+                    NO_STATE.format(
+                        why="it has weights only, as save_weights writes them in .h5", how="model.save('model.h5')"
+                    )
+                )
+            return from_h5(path, hdf5, request)
+        return from_numbered(path, hdf5, ".weights.h5", None, {}, request)
     raise KerasFileError("it is no .h5, .keras or .weights.h5 file, and there is no TensorFlow checkpoint of that name")
-
-
-def _refuse_order(state_order: Sequence[str] | None) -> None:
-    if state_order is not None:
-        raise KerasFileError("state_order is for files that number the state; in this one it has the names of weights")

@@ -21,6 +21,8 @@ NUMBERED: Final = {
     "RMSNormalization": ("scale",),
     "LSTM": _RNN,
     "GRU": _RNN,
+    "CuDNNLSTM": ("kernel", "recurrent_kernel", "bias"),
+    "CuDNNGRU": ("kernel", "recurrent_kernel", "bias"),
     "SimpleRNN": _RNN,
     "MultiHeadAttention": ("kernel", "bias?use_bias"),
     "Dense": ("kernel", "bias?use_bias"),
@@ -28,6 +30,9 @@ NUMBERED: Final = {
     **{f"Conv{n}DTranspose": ("kernel", "bias?use_bias") for n in (1, 2, 3)},
     **{f"SeparableConv{n}D": ("depthwise_kernel", "pointwise_kernel", "bias?use_bias") for n in (1, 2)},
 }
+
+
+WITH_WEIGHTS: Final = {*NUMBERED, "Bidirectional"}
 
 
 BY_SNAKE_CASE: Final = {configs.snake_case(name): name for name in (*NUMBERED, "Bidirectional", "TimeDistributed")}

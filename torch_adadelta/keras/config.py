@@ -1,14 +1,14 @@
 """What a file says of its model and its optimizer, in JSON: the layers, how they are connected, the hyperparameters.
 
-Nothing of it is executed. What holds code, such as the bytecode of a lambda, is refused.
+Nothing of it is executed. What holds code, such as the bytecode of a lambda, is told by its name.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from typing import Any, Final, NamedTuple
 
-from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.errors import KerasFileError, NoStateError
 from torch_adadelta.options import OPTIONS, without_neutral
 from torch_adadelta.step import accumulation, averages
 
@@ -20,8 +20,9 @@ DROPPABLE: Final = {
     "ema": "moving averages of the weights (use_ema)",
     "weight_decay": "weight decay",
     "gradient_accumulation": "gradient accumulation",
-    "lambda": "layers or functions written as a lambda",
 }
+# Names that say nothing any more: "lambda" vouched for what is not run anyway.
+IDLE: Final = {"lambda"}
 # The options that belong to what `drop` may name; and the state that the first of them asks for.
 OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
     "ema": ("use_ema", "ema_momentum", "ema_overwrite_frequency"),
@@ -60,58 +61,56 @@ def parsed(text: str | bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def refuse_lambdas(config: Any, what: str, drop: Collection[str]) -> None:
-    """Raises KerasFileError if there is code in the configuration, unless `drop` has "lambda"."""
-    if "lambda" in drop:
-        return
-    todo = [config]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, list):
-            todo += item
-        elif isinstance(item, dict):
-            todo += item.values()
-            name = item.get("class_name")
-            if name in ("Lambda", "__lambda__") or item.get("function_type") == "lambda":
-                inner = item.get("config")
-                label = inner.get("name") if isinstance(inner, dict) else None
-                named = f" ({label!r})" if isinstance(label, str) else ""
-                raise KerasFileError(
-                    f"{what} has a lambda{named}: that is the bytecode of a Python function, which whoever wrote the "
-                    "file chose, and it is not run. Write what it computes in the PyTorch model, and pass "
-                    "drop={'lambda'} to leave it out"
-                )
-
-
 # ---- The optimizer --------------------------------------------------------------------------------------------------
+
+
+ADADELTA: Final = "Adadelta"
+
+
+def optimizer_class(config: Any) -> str | None:
+    """The class that a configuration ``{"class_name": ..., "config": ...}`` names; None if there is none."""
+    return str(config.get("class_name", "")).rpartition(">")[2] or None if isinstance(config, dict) else None
+
+
+def is_scaled(config: Any) -> bool:
+    """Whether it is the configuration of a LossScaleOptimizer, which mixed precision puts around the optimizer."""
+    return bool(re.fullmatch(r"LossScaleOptimizer(V\d+)?", optimizer_class(config) or ""))
+
+
+def inner_optimizer(config: Any) -> Any:
+    """The configuration in that of a LossScaleOptimizer; any other as it is."""
+    if not is_scaled(config):
+        return config
+    options = config.get("config")
+    return options.get("inner_optimizer", options.get("optimizer")) if isinstance(options, dict) else None
 
 
 def hyperparameters(config: Any, drop: Collection[str]) -> dict[str, Any]:
     """What a configuration of Adadelta gives to `AdadeltaKeras`; a schedule as its configuration.
 
     Args:
-        config: ``{"class_name": ..., "config": ...}``.
+        config: ``{"class_name": ..., "config": ...}``, as `inner_optimizer` gives it.
         drop: what of `DROPPABLE` may be left out.
 
     Raises:
-        KerasFileError: it is the configuration of another optimizer.
+        NoStateError: it is the configuration of another optimizer.
+        KerasFileError: it is damaged.
     """
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
         raise KerasFileError("the configuration of its optimizer is damaged")
-    name = str(config.get("class_name", "")).rpartition(">")[2]
-    if name == "LossScaleOptimizer":
-        raise KerasFileError(
-            "its optimizer is a LossScaleOptimizer, whose scale does not carry over: save the model compiled with its "
-            "inner optimizer"
-        )
-    if name != "Adadelta":
-        raise KerasFileError(f"its optimizer is {name or 'unknown'!s}, not Adadelta")
+    name = optimizer_class(config)
+    if name != ADADELTA:
+        raise NoStateError(OTHER_OPTIMIZER.format(name=name or "unknown"))
     options = without_neutral(config["config"])
     left_out = dropped_options(drop)
     found = {key: options[key] for key in _TAKEN if options.get(key) is not None and key not in left_out}
     if "lr" in options:
         found.setdefault("learning_rate", options["lr"])
     return found
+
+
+WEIGHTS_ALONE: Final = "pass state=False to load the weights alone"
+OTHER_OPTIMIZER: Final = "its optimizer is {name}, not Adadelta; " + WEIGHTS_ALONE
 
 
 def dropped_options(drop: Collection[str]) -> set[str]:
@@ -182,6 +181,7 @@ class ModelConfig:
         self.layers: list[LayerConfig] = []
         self.calls: dict[str, list[list[Call]]] = {}  # of a layer by its path: for each call, the calls before it
         self.is_complete = True  # whether all of the model is known: it is not if the model is a subclass
+        self.lambdas = _lambdas(config.get("config"))
         self._left = _MAX_CALLS
         self.outputs = self._add(config, "", "", True, [[]])[0]
 
@@ -202,11 +202,9 @@ class ModelConfig:
             is_trainable: whether it, and all models around it, are.
             sources: for each call of it, where its inputs come from.
         """
-        options = model.get("config")
-        entries = options.get("layers") if isinstance(options, dict) else None
-        if isinstance(options, list):  # of Keras before 2.3
-            entries, options = options, {}
-        if not isinstance(entries, list) or not isinstance(options, dict):
+        options = _options(model)
+        entries = options.get("layers") if options is not None else None
+        if not isinstance(entries, list) or options is None:
             self.is_complete = False
             return [[] for _ in sources]
         is_sequential = model.get("class_name") == "Sequential"
@@ -216,10 +214,10 @@ class ModelConfig:
         inputs = [source.name for source in _named(options.get("input_layers"))]
         last = sources
         for entry in entries:
-            if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
+            layer = _options(entry) if isinstance(entry, dict) else None
+            if layer is None:
                 raise KerasFileError("the configuration of its model has a layer that is none")
             class_name = str(entry.get("class_name", "")).rpartition(">")[2]
-            layer = entry["config"]
             name = str(layer.get("name", entry.get("name", "")))
             snake = snake_case(class_name)
             count = used.get(snake)
@@ -250,21 +248,33 @@ class ModelConfig:
         found = [_flat(_taken(outputs, source, number) for source in names) for number in range(len(sources))]
         return found if any(found) else last
 
-    @property
-    def inputs(self) -> dict[str, list[str]]:
-        """Of a layer by its path: the paths of the layers before it, in its first call."""
-        return {path: [call.path for call in calls[0]] if calls else [] for path, calls in self.calls.items()}
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether each layer follows on the one before it, so that the order of the layers is that of computation."""
-        paths, inputs = [layer.path for layer in self.layers], self.inputs
-        pairs = zip(paths[1:], paths, strict=False)
-        return self.is_complete and all(inputs[path] == [before] for path, before in pairs)
-
     def by_path(self) -> dict[str, LayerConfig]:
         """The layers by their paths."""
         return {layer.path: layer for layer in self.layers}
+
+
+def _options(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration of a layer; before Keras 2.2.3, that of a Sequential is the list of its layers."""
+    options = entry.get("config")
+    if isinstance(options, list) and entry.get("class_name") == "Sequential":
+        return {"layers": options}
+    return options if isinstance(options, dict) else None
+
+
+def _lambdas(config: Any) -> list[str]:
+    """The names of the layers that are a lambda, or have one, such as an activation."""
+    found: dict[str, None] = {}
+    todo: list[tuple[Any, str]] = [(config, "")]
+    while todo:
+        item, name = todo.pop()
+        if isinstance(item, dict):
+            inner = item.get("config", item)
+            name = str(inner.get("name", name)) if isinstance(inner, dict) else name
+            if item.get("class_name") in ("Lambda", "__lambda__") or item.get("function_type") == "lambda":
+                found[name] = None
+        if isinstance(item, dict | list):
+            todo += [(child, name) for child in reversed(list(item.values() if isinstance(item, dict) else item))]
+    return list(found)
 
 
 class _Source(NamedTuple):
@@ -322,6 +332,13 @@ def _sources(call: Any) -> list[_Source]:
             else:
                 todo = [*item, *todo]
     return list(dict.fromkeys(found))
+
+
+def leaf_of(path: str, known: Container[str]) -> str | None:
+    """The layer of a model that a path names, or is in: "block" of "block/up", if block is a custom layer."""
+    while path and path not in known:
+        path = path.rpartition("/")[0]
+    return path or None
 
 
 def snake_case(class_name: str) -> str:

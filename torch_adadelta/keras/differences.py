@@ -8,10 +8,11 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 
 from torch_adadelta.keras import additions
-from torch_adadelta.keras.contents import KERAS3, LEGACY, Checkpoint
+from torch_adadelta.keras.config import ADADELTA
+from torch_adadelta.keras.contents import KERAS3, Checkpoint
+from torch_adadelta.keras.correspondence import Match, WeightTransfer
 from torch_adadelta.keras.layers import Layer
-from torch_adadelta.keras.matching import Match, TorchLayer, WeightTransfer
-from torch_adadelta.keras.modules import params_of
+from torch_adadelta.keras.modules import TorchLayer, params_of
 from torch_adadelta.keras.report import text_of
 from torch_adadelta.optimizer import AdadeltaKeras
 
@@ -31,12 +32,12 @@ def differences(found: Match, checkpoint: Checkpoint) -> list[str]:
                 f"momentum={1 - momentum:g} in PyTorch"
             )
         notes += _recurrent_differences(layer, torch_layer)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            is_legacy = checkpoint.generation == LEGACY
-            if is_legacy != bool(module.sparse):
-                rows = "only the rows that a batch uses" if is_legacy else "all rows"
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and checkpoint.optimizer == ADADELTA:
+            is_sparse = checkpoint.generation.is_sparse
+            if is_sparse != bool(module.sparse):
+                rows = "only the rows that a batch uses" if is_sparse else "all rows"
                 notes.append(
-                    f"{torch_layer.path}: this Keras updates {rows} of an embedding, as sparse={is_legacy} does"
+                    f"{torch_layer.path}: this Keras updates {rows} of an embedding, as sparse={is_sparse} does"
                 )
             is_trained = any(variable.has_state and not variable.is_frozen for variable in layer.variables)
             if checkpoint.generation == KERAS3 and checkpoint.backend in (None, "tensorflow") and is_trained:
@@ -53,10 +54,10 @@ def unconfirmed(checkpoint: Checkpoint, optimizer: AdadeltaKeras, settings: Mapp
     names = [name for name in _OPTIONS if name not in settings]
     if not names:
         return []
-    if checkpoint.generation != LEGACY:
+    if checkpoint.generation.has_additions:
         names += additions.given(optimizer)
     own = ", ".join(f"{name}={text_of(getattr(optimizer, name))}" for name in names)
-    others = "" if checkpoint.generation == LEGACY or "weight_decay" in names else ", and no weight decay"
+    others = "" if not checkpoint.generation.has_additions or "weight_decay" in names else ", and no weight decay"
     is_scheduled = checkpoint.generation == KERAS3 and "learning_rate" in names
     rate = " (Keras had a schedule)" if is_scheduled else ""
     return [
@@ -92,9 +93,7 @@ def norm_variables(found: Match, optimizer: AdadeltaKeras) -> list[_NormVariable
             continue
         names, pieces = [], []
         for transfer in transfers:
-            shape = transfer.variable.value.shape
-            first = transfer.first or 0
-            end = first + transfer.layout.result(shape if transfer.row is None else shape[1:])[0]
+            first, end = transfer.rows
             is_whole = counts[transfer.tensor] == 1
             names.append(transfer.name if is_whole else f"{transfer.name}[{first}:{end}]")
             pieces.append((transfer.tensor, first, end))

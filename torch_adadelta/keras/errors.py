@@ -18,6 +18,10 @@ class KerasFileError(ValueError):
     """A file cannot be taken: it is damaged, hostile, or does not hold what is wanted; the message says which."""
 
 
+class NoStateError(KerasFileError):
+    """A file holds no state of an Adadelta, so that the weights are all there is to load."""
+
+
 class LazyArray(NamedTuple):
     """An array in a file, which is read when `read` is called, after its shape was found to fit."""
 
@@ -25,6 +29,15 @@ class LazyArray(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], Array]
+    flipped: tuple[int, ...] = ()  # the axes that the file has the other way round
+
+    def flip(self, axes: tuple[int, ...]) -> "LazyArray":
+        """The array that the file has the other way round along some axes."""
+        return self._replace(read=lambda: np.flip(self.read(), axes), flipped=axes)
+
+    def as_stored(self, array: Array) -> Array:
+        """What to write into the file for the array to be this one."""
+        return np.flip(array, self.flipped)
 
 
 def checked_shape(name: str, shape: tuple[int, ...], itemsize: int, stored: int, file_size: int) -> int:

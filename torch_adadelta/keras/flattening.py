@@ -5,9 +5,11 @@ from typing import Any, Final
 
 from torch import nn
 
-from torch_adadelta.keras.axes import Axes, Flat
+from torch_adadelta.keras.axes import Axes
+from torch_adadelta.keras.config import LayerConfig
 from torch_adadelta.keras.contents import Checkpoint, damage_named
 from torch_adadelta.keras.errors import KerasFileError
+from torch_adadelta.keras.features import Flat
 from torch_adadelta.keras.layers import Layer
 from torch_adadelta.keras.layouts import (
     KEEP_ORDER,
@@ -31,6 +33,22 @@ _CONVOLUTIONS: Final = ("conv", "conv_transpose", "depthwise")
 
 Word = str | int | None
 
+# The sides of a layer.
+_INPUTS, _OUTPUTS = 0, 1
+
+
+class UnknownOrder(LayoutMismatch):
+    """The order of features cannot be told, so that only a Layout for each weight says it.
+
+    Args:
+        message: why.
+        example: how the features that the layer takes, and those that it gives, may be ordered anew.
+    """
+
+    def __init__(self, message: str, example: tuple[FeatureOrder, FeatureOrder] = (KEEP_ORDER, KEEP_ORDER)) -> None:
+        super().__init__(message)
+        self.example = example
+
 
 class Flattening:
     """What the user says, and the modules show, of the order of flattened maps.
@@ -48,13 +66,14 @@ class Flattening:
 
     def __init__(self, checkpoint: Checkpoint, given: str | Mapping[str, Any] | None, has_maps: bool = False) -> None:
         model = checkpoint.model
-        self._is_known = model is not None and model.is_complete
-        self._inputs: dict[str, Flat] = {}
-        self._outputs: dict[str, Flat] = {}
-        if model is not None and self._is_known:
+        # The layers of which it is known where their features come from: not those in a custom layer.
+        self._paths: set[str] = set()
+        self._flats: tuple[dict[str, Flat], dict[str, Flat]] = {}, {}  # by `_INPUTS` and `_OUTPUTS`
+        if model is not None and model.is_complete:
+            self._paths.update(path for layer in model.layers for path in _paths_of(layer))
             with damage_named(checkpoint.path):
                 axes = Axes(model, checkpoint.layers)
-                self._inputs, self._outputs = axes.inputs(), axes.outputs()
+                self._flats = axes.inputs(), axes.outputs()
         self._maps = _channels_of_maps(checkpoint.layers)
         self._has_maps = has_maps or bool(self._maps[0])
         self._word = given if isinstance(given, str) else None
@@ -74,53 +93,72 @@ class Flattening:
                 f"flatten[{path!r}] must be {' or '.join(map(repr, FLATTEN))}, a number of channels, or a pair of "
                 f"these for inputs and outputs; got {value!r}"
             )
-        for word, flats, candidates, side in zip(
-            words, (self._inputs, self._outputs), self._maps, ("takes", "gives"), strict=True
-        ):
-            if not _is_count(word):
-                continue
-            flat = flats.get(path)
-            if self._is_known and flat is None:
+        for word, flats, side in zip(words, self._flats, ("takes", "gives"), strict=True):
+            if _is_count(word) and path in self._paths and path not in flats:
                 raise KerasFileError(
                     f"{checkpoint.path}: flatten has {path!r}, and by the configuration it {side} no features that are "
                     "maps in one row"
                 )
-            counts = sorted(candidates) if flat is None else sorted(flat.by_channels) or [flat.channels]
-            if counts not in ([], [-1]) and word not in counts:
-                shape = checkpoint.layers[paths.index(path)].variables[0].value.shape
-                source = f"a {flat.why} has" if flat else "the convolutions in the file have"
-                raise KerasFileError(
-                    f"{checkpoint.path}: {path}: {shape[-1 if side == 'gives' else 0]} features are no maps of {word} "
-                    f"channels: {source} {' or '.join(map(str, counts))}. If it is none of these, give the layer in "
-                    "mapping, its weights each with a Layout"
-                )
         return words
 
-    def of(self, layer: Layer, torch_layer: TorchLayer | None = None) -> tuple[FeatureOrder, FeatureOrder]:
+    def of(
+        self, layer: Layer, torch_layer: TorchLayer | None = None, has_inputs: bool = True
+    ) -> tuple[FeatureOrder, FeatureOrder]:
         """How the features that a layer takes, and those that it gives, are ordered anew.
 
         Args:
             layer: the layer.
             torch_layer: its module, if there is one.
+            has_inputs: False if those that it takes do not matter.
 
         Raises:
             LayoutMismatch: that cannot be told.
         """
         words = self._words.get(layer.path, (self._word, self._word))
-        if not self._is_known:
+        for word, side in zip(words, (_INPUTS, _OUTPUTS), strict=True):
+            self._check_count(layer, word, side)
+        if layer.path not in self._paths:
             return self._unknown(layer, torch_layer, words)
         is_batch = torch_layer is not None and isinstance(torch_layer.module, nn.BatchNorm2d | nn.BatchNorm3d)
-        found = []
-        for flats, word in zip((self._inputs, self._outputs), words, strict=True):
-            flat = flats.get(layer.path)
+        found: list[FeatureOrder] = []
+        problems: list[UnknownOrder] = []
+        for word, side in zip(words, (_INPUTS, _OUTPUTS), strict=True):
+            flat = self._flats[side].get(layer.path) if has_inputs or side == _OUTPUTS else None
+            found.append(KEEP_ORDER)
             if flat is None or (is_batch and flat.channels < 0):  # whose features are no flattened maps
-                found.append(KEEP_ORDER)
-            else:
-                is_shown = torch_layer is not None and (
-                    torch_layer.is_unflattened if flat.is_split else torch_layer.is_flattened
-                )
-                found.append(_ordered(layer, flat, word, is_shown))
+                continue
+            is_shown = torch_layer is not None and (
+                torch_layer.is_unflattened if flat.is_split else torch_layer.is_flattened
+            )
+            try:
+                found[-1] = _ordered(layer, flat, word, is_shown)
+            except UnknownOrder as error:
+                problems.append(error)
+                found[-1] = self._example(layer, side)
+        if problems:
+            raise UnknownOrder(str(problems[0]), (found[0], found[1]))
         return found[0], found[1]
+
+    def _check_count(self, layer: Layer, word: Word, side: int) -> None:
+        """Raises UnknownOrder if a number of channels that is given contradicts the file."""
+        flat = self._flats[side].get(layer.path)
+        counts = sorted(self._maps[side]) if flat is None else sorted(flat.by_channels) or [flat.channels]
+        if not isinstance(word, int) or counts in ([], [-1]) or word in counts:
+            return
+        count = _features(layer, side)
+        source = f"a {flat.why} has" if flat else "the convolutions in the file have"
+        example = of_maps(word) if count % word == 0 else KEEP_ORDER
+        raise UnknownOrder(
+            f"{count} features are no maps of {word} channels: {source} {' or '.join(map(str, counts))}. If it is none "
+            "of these, give the layer in mapping, its weights each with a Layout",
+            (example, KEEP_ORDER) if side == _INPUTS else (KEEP_ORDER, example),
+        )
+
+    def _example(self, layer: Layer, side: int) -> FeatureOrder:
+        """An order that features may have, where nothing tells: that of maps of a convolution in the file."""
+        count = _features(layer, side)
+        channels = [number for number in self._maps[side] if number > 1 and count % number == 0 and count > number]
+        return of_maps(max(channels)) if channels else KEEP_ORDER
 
     def _unknown(
         self, layer: Layer, torch_layer: TorchLayer | None, words: tuple[Word, Word]
@@ -149,6 +187,19 @@ class Flattening:
         return KEEP_ORDER, KEEP_ORDER
 
 
+def _paths_of(known: LayerConfig) -> list[str]:
+    """The layers that a layer of a configuration is: see `separated`."""
+    if known.class_name.startswith("Separable"):
+        return [f"{known.path}/depthwise", f"{known.path}/pointwise"]
+    return [known.path]
+
+
+def _features(layer: Layer, side: int) -> int:
+    """How many features a layer takes, or gives, by its first weight."""
+    shape = layer.variables[0].value.shape
+    return shape[-1 if side == _OUTPUTS else 0]
+
+
 def _is_count(word: Any) -> bool:
     return isinstance(word, int) and not isinstance(word, bool) and word > 0
 
@@ -171,7 +222,7 @@ def _ordered(layer: Layer, flat: Flat, word: Word, is_shown: bool) -> FeatureOrd
             "flatten='channels_last' if the model keeps the order of Keras"
         )
     if flat.first is None:
-        raise LayoutMismatch(
+        raise UnknownOrder(
             f"{what}, so their order cannot be told. Pass flatten='channels_last' if the model keeps the order of "
             "Keras, or give the layer in mapping, its weights each with a Layout"
         )

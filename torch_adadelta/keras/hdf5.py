@@ -229,6 +229,15 @@ class Hdf5:
         return found
 
 
+def set_text(item: Any, name: str, text: str) -> None:
+    """Sets an attribute to a text, in the form that it has: what h5py 2 wrote as bytes it has to read as bytes."""
+    form = h5py.check_string_dtype(item.attrs.get_id(name).dtype)
+    encoding = "utf-8" if form is None else form.encoding
+    data = text.encode()
+    length = len(data) if form is not None and form.length is not None else None
+    item.attrs.create(name, data, dtype=h5py.string_dtype(encoding, length))
+
+
 def _decoded(name: str, value: Any) -> str:
     if isinstance(value, bytes):
         try:

@@ -28,14 +28,14 @@ class Layout(NamedTuple):
     permutation: Shape
     shape: Shape | None = None  # of the result; None for that of the permuted array
     view: Shape | None = None  # before the permutation; None for the shape in the file
-    blocks: Shape | None = None  # the order of the second axis of the view, such as that of the gates of a GRU
+    blocks: Shape | None = None  # the order of the last axis but one of the view, such as that of the gates of a GRU
 
     def to_torch(self, array: Array) -> Array:
         """The array in the layout of PyTorch."""
         if self.view is not None:
             array = array.reshape(self.view)
         if self.blocks is not None:
-            array = array.take(self.blocks, axis=1)
+            array = array.take(self.blocks, axis=-2)
         array = array.transpose(self.permutation)
         return array if self.shape is None else array.reshape(self.shape)
 
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
         view = shape if self.view is None else self.view
         array = array.reshape([view[axis] for axis in self.permutation]).transpose(np.argsort(self.permutation))
         if self.blocks is not None:
-            array = array.take(np.argsort(self.blocks), axis=1)
+            array = array.take(np.argsort(self.blocks), axis=-2)
         return array.reshape(shape)
 
     def result(self, shape: Shape) -> Shape:
@@ -62,6 +62,10 @@ class Layout(NamedTuple):
         if math.prod(self.shape) != math.prod(found):
             raise ValueError(f"an array of shape {shape} cannot be turned by {self}")
         return self.shape
+
+    def __repr__(self) -> str:
+        given = {"view": self.view, "blocks": self.blocks, "permutation": self.permutation, "shape": self.shape}
+        return f"Layout({', '.join(f'{name}={value}' for name, value in given.items() if value is not None)})"
 
     def __str__(self) -> str:
         parts = [] if self.view is None else [f"view {self.view}"]
@@ -95,8 +99,18 @@ class WeightPlacement(NamedTuple):
     role: str  # the weight
     param: str  # the parameter or buffer of the module
     layout: Layout
-    row: int | None = None  # of the weight, if its rows go to different parameters
+    row: int | None = None  # of the two that the weight consists of, if they go to different parameters
     first: int | None = None  # the first row of the parameter, if it has others too
+
+
+def row_of(array: Array, row: int | None) -> Array:
+    """One of the two rows, one behind the other, that a weight consists of, as a view; all of it for None."""
+    return array if row is None else array.reshape(2, -1)[row]
+
+
+def shape_of(shape: Shape, row: int | None) -> Shape:
+    """The shape of `row_of` a weight of this shape."""
+    return shape if row is None else (math.prod(shape) // 2,)
 
 
 def same(shape: Shape) -> Layout:
@@ -116,6 +130,8 @@ KINDS: Final = {
     "RMSNormalization": "rms_norm",
     "LSTM": "lstm",
     "GRU": "gru",
+    "CuDNNLSTM": "lstm",
+    "CuDNNGRU": "gru",
     "SimpleRNN": "rnn",
     "MultiHeadAttention": "attention",
     **{f"Conv{n}D": "conv" for n in (1, 2, 3)},
@@ -244,8 +260,14 @@ def _is_rnn(kind: str, shapes: Mapping[str, Shape]) -> bool:
     if len(kernel) != 2 or len(recurrent) != 2:
         return False
     width = GATES[kind] * recurrent[0]
-    biases: list[Shape | None] = [None, (width,), *([(2, width)] if kind == "gru" else [])]
+    own: dict[str, list[Shape]] = {"lstm": [_cudnn_bias(shapes)], "gru": [_cudnn_bias(shapes), (2, width)]}
+    biases: list[Shape | None] = [None, (width,), *own.get(kind, [])]
     return kernel[1] == recurrent[1] == width and shapes.get("bias") in biases
+
+
+def _cudnn_bias(shapes: Mapping[str, Shape], side: str = "") -> Shape:
+    """The shape of the bias that CuDNNLSTM and CuDNNGRU have, and no other layer: both biases in a row."""
+    return (2 * shapes[f"{side}recurrent_kernel"][1],)
 
 
 def _is_attention(shapes: Mapping[str, Shape]) -> bool:
@@ -299,8 +321,8 @@ def placements(
         names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
         return [placement for role in shapes for placement in _vector(shapes, role, names[role], inputs)]
     if kind in GATES:
-        return _rnn_placements(kind, shapes)
-    return _attention_placements(shapes, is_split)
+        return _rnn_placements(kind, shapes, inputs)
+    return _attention_placements(shapes, is_split, inputs)
 
 
 def _vector(
@@ -331,23 +353,33 @@ def _dense_kernel(shape: Shape, inputs: FeatureOrder, outputs: FeatureOrder) -> 
     return Layout(permutation, shape=(shape[1], shape[0]), view=(*rows, *columns))
 
 
-def _rnn_placements(kind: str, shapes: Mapping[str, Shape]) -> list[WeightPlacement]:
+def _rnn_placements(kind: str, shapes: Mapping[str, Shape], inputs: FeatureOrder) -> list[WeightPlacement]:
     found = []
     # Keras has the gates of a GRU in the order update, reset, new; PyTorch has reset first.
     blocks = (1, 0, 2) if kind == "gru" else None
     for side, suffix in (("", ""), ("forward/", ""), ("backward/", "_reverse")):
         if f"{side}kernel" not in shapes:
             continue
-        for name, param in (("kernel", "weight_ih"), ("recurrent_kernel", "weight_hh")):
-            rows, columns = shapes[f"{side}{name}"]
-            view = (rows, GATES[kind], columns // GATES[kind])
-            layout = Layout((1, 2, 0), shape=(columns, rows), view=view, blocks=blocks)
-            found.append(WeightPlacement(f"{side}{name}", f"{param}{suffix}", layout))
         bias = shapes.get(f"{side}bias")
+        is_cudnn = bias == _cudnn_bias(shapes, side)
+        for name, param, order in (("kernel", "weight_ih", inputs), ("recurrent_kernel", "weight_hh", KEEP_ORDER)):
+            rows, columns = shapes[f"{side}{name}"]
+            gates = (GATES[kind], columns // GATES[kind])
+            if is_cudnn:  # the memory of each gate is that of its transpose already
+                if order != KEEP_ORDER:
+                    raise LayoutMismatch("the kernels of CuDNNLSTM and CuDNNGRU cannot be ordered anew")
+                layout = Layout((1, 0, 2), shape=(columns, rows), view=(rows, *gates), blocks=blocks)
+            else:
+                view = _viewed(rows, order)
+                permutation = (len(view), len(view) + 1, *order.permutation)
+                layout = Layout(permutation, shape=(columns, rows), view=(*view, *gates), blocks=blocks)
+            found.append(WeightPlacement(f"{side}{name}", f"{param}{suffix}", layout))
         if bias is None:
             continue
-        layout = Layout((0, 1, 2), shape=bias[-1:], view=(1, GATES[kind], bias[-1] // GATES[kind]), blocks=blocks)
-        if len(bias) == 2:
+        is_double = is_cudnn or len(bias) == 2
+        (width,) = shape_of(bias, 0 if is_double else None)
+        layout = Layout((0, 1, 2), shape=(width,), view=(1, GATES[kind], width // GATES[kind]), blocks=blocks)
+        if is_double:
             found.append(WeightPlacement(f"{side}bias", f"bias_ih{suffix}", layout, row=0))
             found.append(WeightPlacement(f"{side}bias", f"bias_hh{suffix}", layout, row=1))
         elif kind == "gru":
@@ -361,7 +393,7 @@ def _rnn_placements(kind: str, shapes: Mapping[str, Shape]) -> list[WeightPlacem
     return found
 
 
-def _attention_placements(shapes: Mapping[str, Shape], is_split: bool) -> list[WeightPlacement]:
+def _attention_placements(shapes: Mapping[str, Shape], is_split: bool, inputs: FeatureOrder) -> list[WeightPlacement]:
     found = []
     _, heads, width = shapes["query/kernel"]
     size = heads * width
@@ -369,7 +401,10 @@ def _attention_placements(shapes: Mapping[str, Shape], is_split: bool) -> list[W
         raise LayoutMismatch("its value_dim is not its key_dim; torch.nn.MultiheadAttention has one width for both")
     for number, part in enumerate(_PARTS[:3]):
         rows = shapes[f"{part}/kernel"][0]
-        layout = Layout((1, 2, 0), shape=(size, rows))
+        view = _viewed(rows, inputs)
+        layout = Layout((len(view), len(view) + 1, *inputs.permutation), shape=(size, rows))
+        if inputs != KEEP_ORDER:
+            layout = layout._replace(view=(*view, heads, width))
         if is_split:
             found.append(WeightPlacement(f"{part}/kernel", f"{part[0]}_proj_weight", layout))
         else:
@@ -380,11 +415,7 @@ def _attention_placements(shapes: Mapping[str, Shape], is_split: bool) -> list[W
             )
     outputs = shapes["output/kernel"][2]
     found.append(WeightPlacement("output/kernel", "out_proj.weight", Layout((2, 0, 1), shape=(outputs, size))))
-    return (
-        [*found, *_vector({"output/bias": shapes.get("output/bias", ())}, "output/bias", "out_proj.bias")]
-        if ("output/bias" in shapes)
-        else found
-    )
+    return [*found, *_vector(shapes, "output/bias", "out_proj.bias")]
 
 
 # ---- Modules of PyTorch ---------------------------------------------------------------------------------------------
@@ -413,8 +444,21 @@ def kinds_of(module: nn.Module) -> list[str]:
     return [kind for kind, classes in _MODULES.items() if isinstance(module, classes)]
 
 
-# The kinds of layers whose weights can be ordered anew with their features.
-_ORDERED: Final = ("dense", "batch_norm", "layer_norm", "rms_norm")
+def is_split(module: nn.Module) -> bool:
+    """Whether an attention module keeps query, key and value apart."""
+    return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
+
+
+def runs_over_inputs(kind: str, role: str) -> bool:
+    """Whether a weight has a row for each feature that a layer takes."""
+    return kind.endswith("_norm") or (role.rpartition("/")[2] == "kernel" and not role.startswith("output/"))
+
+
+# The kinds of layers whose weights can be ordered anew with the features that come in, and with those that go out.
+_ORDERED: Final = (
+    ("dense", "batch_norm", "layer_norm", "rms_norm", *GATES, "attention"),
+    ("dense", "batch_norm", "layer_norm", "rms_norm"),
+)
 
 
 def ordered_placements(
@@ -425,11 +469,12 @@ def ordered_placements(
     Raises:
         LayoutMismatch: they cannot, or `placements` raises it.
     """
-    if (inputs, outputs) != (KEEP_ORDER, KEEP_ORDER) and interpretation.kind not in _ORDERED:
-        raise LayoutMismatch(
-            "its features are flattened maps, and what that means for its weights is not known; give them in mapping, "
-            "each with a Layout, or let the model keep the order of Keras and pass flatten='channels_last' for it"
-        )
+    for order, kinds, side in zip((inputs, outputs), _ORDERED, ("takes", "gives"), strict=True):
+        if order != KEEP_ORDER and interpretation.kind not in kinds:
+            raise LayoutMismatch(
+                f"the features that it {side} are flattened maps, and a layer of the kind {interpretation.kind} cannot "
+                "have them in another order; let the model keep that of Keras, and pass flatten='channels_last' for it"
+            )
     return placements(interpretation, is_split, inputs, outputs)
 
 
@@ -455,15 +500,10 @@ def placed(
     """
     if interpretation.kind not in kinds_of(module):
         raise LayoutMismatch(f"it is a {interpretation.kind}, and the module a {type(module).__name__}")
-    is_split = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
-    found = ordered_placements(interpretation, is_split, inputs, outputs)
+    found = ordered_placements(interpretation, is_split(module), inputs, outputs)
     rows: dict[str, int] = {}
     for placement in found:
-        shape = placement.layout.result(
-            interpretation.shapes[placement.role]
-            if placement.row is None
-            else interpretation.shapes[placement.role][1:]
-        )
+        shape = placement.layout.result(shape_of(interpretation.shapes[placement.role], placement.row))
         if placement.param not in tensors:
             raise LayoutMismatch(f"the module has no {placement.param} for {placement.role}")
         target = tuple(tensors[placement.param].shape)

@@ -25,6 +25,11 @@ class TorchLayer:
     is_flattened: bool = False  # whether an nn.Flatten of feature maps comes before it in its nn.Sequential
     is_unflattened: bool = False  # whether an nn.Unflatten comes behind it
 
+    @property
+    def module_path(self) -> str:
+        """The path of the module, without the number of the layer in it."""
+        return re.sub(r"\[\d+\]$", "", self.path) if isinstance(self.module, nn.RNNBase) else self.path
+
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items())
         return f"{self.path or '(the model)'} ({type(self.module).__name__}): {shapes}"
@@ -88,12 +93,6 @@ def _steps(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _steps(child, _joined(path, name))
     else:
         yield path, module
-
-
-def is_chain(model: nn.Module) -> bool:
-    """Whether the order of the modules is known to be that of computation."""
-    steps = list(_steps(model, ""))
-    return all(isinstance(module, ALL_MODULES) or not any(True for _ in module.parameters()) for _, module in steps)
 
 
 # The modules that take maps, and give them with the channels first.

@@ -3,29 +3,33 @@
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch_adadelta.keras import config as configs
 from torch_adadelta.keras.classes import BY_SNAKE_CASE, PARTS, is_part, numbered_roles, role_prefix
-from torch_adadelta.keras.config import LayerConfig, ModelConfig, wrapped_class
+from torch_adadelta.keras.config import LayerConfig, ModelConfig, leaf_of, wrapped_class
 from torch_adadelta.keras.contents import (
     KERAS3,
+    LEGACY,
     NEW,
     NO_STATE,
+    UNKNOWN,
     Checkpoint,
+    Request,
     attach,
     dropped,
     mark_frozen,
     scalar,
+    scale_remark,
     separated,
     variables_of,
 )
-from torch_adadelta.keras.errors import MAX_EXPANSION, KerasFileError, LazyArray
+from torch_adadelta.keras.errors import MAX_EXPANSION, KerasFileError, LazyArray, NoStateError
 from torch_adadelta.keras.hdf5 import Hdf5, required
 from torch_adadelta.keras.layers import Layer, Variable
-from torch_adadelta.keras.state_order import assigned, natural
+from torch_adadelta.keras.state_order import State, assigned, natural
 
 _WEIGHTS: Final = "model.weights.h5"
 
@@ -33,10 +37,7 @@ _WEIGHTS: Final = "model.weights.h5"
 def from_zip(
     path: Path,
     size: int,
-    config: dict[str, Any] | None,
-    drop: Collection[str],
-    state_order: Sequence[str] | None,
-    uses: Collection[str],
+    request: Request,
     closers: list[Any],
 ) -> Checkpoint:
     required()
@@ -52,21 +53,22 @@ def from_zip(
             metadata = configs.parsed(_member(archive, "metadata.json", size), "metadata.json")
             version = str(metadata.get("keras_version"))
         weights = _member(archive, _WEIGHTS, size)
-    configs.refuse_lambdas(own, "its model", drop)
     hdf5 = Hdf5.sandboxed(None, weights)
     closers.append(hdf5)
     compiled = own.get("compile_config")
     optimizer = compiled.get("optimizer") if isinstance(compiled, dict) else None
     if isinstance(optimizer, str):
         optimizer = {"class_name": optimizer[:1].upper() + optimizer[1:], "config": {}}
-    if isinstance(optimizer, dict) and "legacy" in str(optimizer.get("module", "")):
-        raise KerasFileError(
+    if request.has_state and _is_legacy(configs.inner_optimizer(optimizer)):
+        raise NoStateError(
             NO_STATE.format(
                 why="with the legacy optimizers of tf_keras, .keras files leave it out",
                 how="model.save('model.h5'), or tf.train.Checkpoint(model=model, optimizer=model.optimizer)",
             )
         )
-    return from_numbered(path, hdf5, ".keras", version, optimizer, config or own, drop, state_order, uses)
+    if request.config is None:
+        request = request._replace(config=own)
+    return from_numbered(path, hdf5, ".keras", version, optimizer, request)
 
 
 def _member(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
@@ -88,7 +90,7 @@ def _member(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
 
 
 # By the names that Keras 3 gives them. Some of them have two states for each weight, too.
-_OTHER_OPTIMIZERS: Final = "adam|adamw|adamax|nadam|rms_?prop|adagrad|sgd|ftrl|lion|lamb|adafactor|muon"
+_OTHER_OPTIMIZERS: Final = "adam|adamw|adamax|nadam|rm_?s_?prop|adagrad|sgd|ftrl|lion|lamb|adafactor|muon"
 
 
 def from_numbered(
@@ -97,13 +99,9 @@ def from_numbered(
     format: str,
     version: str | None,
     optimizer: Any,
-    config: dict[str, Any] | None,
-    drop: Collection[str],
-    state_order: Sequence[str] | None,
-    uses: Collection[str],
+    request: Request,
 ) -> Checkpoint:
-    found = configs.hyperparameters(optimizer, drop) if optimizer else {}
-    model = ModelConfig(config) if config is not None else None
+    model = ModelConfig(request.config) if request.config is not None else None
     groups: dict[str, dict[int, LazyArray]] = {}
     for name, dataset in hdf5.datasets():
         group, _, number = name.rpartition("/")
@@ -119,50 +117,86 @@ def from_numbered(
         raise KerasFileError("it holds no weights")
     layers = _numbered_layers(groups, hdf5, model)
     mark_frozen(layers, model)
-    states = _numbered_states(hdf5)
-    attribute = hdf5.get("optimizer/vars")
-    optimizer_name = hdf5.attribute_text(attribute, "name") if attribute is not None else None
-    is_keras3 = (version or "").startswith("3") or optimizer_name is not None
-    if not states:
+    stored = _stored_optimizer(hdf5, optimizer)
+    optimizer = configs.inner_optimizer(optimizer)
+    class_name = configs.optimizer_class(optimizer) or stored.class_name
+    is_keras3 = (version or "").startswith("3") or stored.name is not None
+    found = configs.hyperparameters(optimizer, request.drop) if optimizer and class_name == configs.ADADELTA else {}
+    state = State()
+    learning_rate = None
+    if request.has_state:
+        _check_state(stored, class_name, format, is_keras3)
+        class_name = configs.ADADELTA
+        options = optimizer["config"] if optimizer else {}
+        state = assigned(stored.variables, layers, model, options, request.drop, request.state_order, request.uses)
+        learning_rate = state.learning_rate
+    elif is_keras3 and class_name == configs.ADADELTA and len(stored.variables) > 1:
+        learning_rate = stored.variables[1] if stored.variables[1].shape == () else None
+    for _, variable in variables_of(layers):
+        if id(variable) in state.slots:
+            attach("a weight", variable, state.slots[id(variable)])
+    layers = separated(layers)
+    place = {id(variable): number for number, variable in enumerate(state.order)}
+    known = {layer.path: number for number, layer in enumerate(model.layers if model and model.is_complete else ())}
+    # The configuration has the order of layers, but for those in a custom layer, which the order of the state tells.
+    layers.sort(
+        key=lambda layer: (
+            known.get(leaf_of(layer.path, known) or "", 0),
+            min((place.get(id(v), len(place)) for v in layer.variables), default=0),
+        )
+    )
+    is_ordered = all(
+        any(variable.has_state for variable in layer.variables)
+        for layer in layers
+        if not known or layer.class_name is None
+    )
+    if learning_rate is not None:
+        found["learning_rate"] = scalar(learning_rate)
+    if is_keras3 or learning_rate is not None:
+        generation = KERAS3
+    elif class_name != configs.ADADELTA:
+        generation = UNKNOWN
+    else:
+        generation = LEGACY if _is_legacy(optimizer) else NEW
+    found, notes = configs.without_idle_clipping(found) if generation != LEGACY else (found, [])
+    return Checkpoint(
+        path,
+        format,
+        generation,
+        layers,
+        state.iterations,
+        found,
+        model,
+        learning_rate,
+        [*dropped(request.drop), *stored.remarks],
+        notes,
+        is_ordered=is_ordered,
+        optimizer=class_name,
+        has_state=request.has_state,
+        optional=state.optional,
+        copies=stored.copies,
+    )
+
+
+def _is_legacy(optimizer: Any) -> bool:
+    return isinstance(optimizer, dict) and "legacy" in str(optimizer.get("module", ""))
+
+
+def _check_state(stored: "_Optimizer", class_name: str | None, format: str, is_keras3: bool) -> None:
+    """Raises unless there may be state of an Adadelta."""
+    if class_name not in (None, configs.ADADELTA):
+        raise NoStateError(configs.OTHER_OPTIMIZER.format(name=class_name))
+    variables = stored.variables
+    if not variables:
         how = "model.save('model.h5')" if not is_keras3 else f"model.save{'_weights' if 'w' in format else ''}"
-        raise KerasFileError(
+        raise NoStateError(
             NO_STATE.format(
                 why=f"it has no group optimizer, as {format} files of tf_keras with a legacy optimizer have none",
                 how=f"{how}, or tf.train.Checkpoint(model=model, optimizer=model.optimizer)",
             )
         )
-    if optimizer_name is not None and not found:
-        kind = re.fullmatch(rf"({_OTHER_OPTIMIZERS})(_\d+)?", optimizer_name)
-        if kind:
-            raise KerasFileError(f"its optimizer is {kind[1]}, not Adadelta")
-    if len(states) < 2 + (states[-1].shape == () and states[-1].dtype.kind == "f"):
-        raise KerasFileError(NO_STATE.format(why="no step was taken", how="what you saved it with"))
-    state = assigned(states, layers, model, optimizer["config"] if optimizer else {}, drop, state_order, uses)
-    for _, variable in variables_of(layers):
-        if id(variable) in state.slots:
-            attach("a weight", variable, state.slots[id(variable)])
-    place = {id(variable): number for number, variable in enumerate(state.order)}
-    if model is None or not model.is_complete:
-        layers.sort(key=lambda layer: min((place.get(id(v), len(place)) for v in layer.variables), default=0))
-    is_ordered = all(any(variable.has_state for variable in layer.variables) for layer in layers)
-    found, notes = configs.without_idle_clipping(found)
-    iterations, learning_rate = state.iterations, state.learning_rate
-    if learning_rate is not None:
-        found["learning_rate"] = scalar(learning_rate)
-    generation = KERAS3 if is_keras3 or learning_rate is not None else NEW
-    return Checkpoint(
-        path,
-        format,
-        generation,
-        separated(layers),
-        iterations,
-        found,
-        model,
-        learning_rate,
-        dropped(drop),
-        notes,
-        is_ordered=is_ordered,
-    )
+    if len(variables) < 2 + (variables[-1].shape == () and variables[-1].dtype.kind == "f"):
+        raise NoStateError(NO_STATE.format(why="no step was taken", how="what you saved it with"))
 
 
 def _numbered_layers(groups: dict[str, dict[int, LazyArray]], hdf5: Hdf5, model: ModelConfig | None) -> list[Layer]:
@@ -212,9 +246,10 @@ def _is_known(layer: Layer) -> bool:
     return parts == {"forward", "backward"} and all("/cell/vars/" in v.value.name for v in layer.variables)
 
 
-def _part_rank(part: str) -> tuple[int, str]:
+def _part_rank(part: str) -> tuple[str, int, str]:
     ranks = ["forward", "query", "key", "value", "output", "backward"]
-    return (ranks.index(part) if part in ranks else -1, part)
+    layer, _, last = part.rpartition("/")
+    return (layer, ranks.index(last), last) if last in ranks else (part, -1, "")
 
 
 def _owner(group: str, known: Mapping[str, LayerConfig]) -> tuple[str, list[str]]:
@@ -244,14 +279,60 @@ def _unknown(group: str, hdf5: Hdf5) -> tuple[str | None, dict[str, Any], str]:
     return class_name, {}, "/".join(path)
 
 
-def _numbered_states(hdf5: Hdf5) -> list[LazyArray]:
-    if hdf5.has("optimizer/inner_optimizer"):
-        raise KerasFileError("its optimizer is a LossScaleOptimizer, whose scale does not carry over")
+class _Optimizer(NamedTuple):
+    """The variables of an optimizer, inside of a LossScaleOptimizer if there is one around it."""
+
+    variables: list[LazyArray]
+    name: str | None  # which Keras 3 writes
+    copies: dict[str, str]  # where the LossScaleOptimizer has a variable once more
+    remarks: list[str]
+
+    @property
+    def class_name(self) -> str | None:
+        """Its class, if it has the name that Keras 3 gives it."""
+        kind = re.fullmatch(rf"(adadelta|{_OTHER_OPTIMIZERS})(_\d+)?", self.name or "")
+        return None if kind is None else kind[1].replace("adadelta", configs.ADADELTA)
+
+
+def _stored_optimizer(hdf5: Hdf5, config: Any) -> _Optimizer:
+    """The variables of the optimizer.
+
+    A LossScaleOptimizer has them behind its own, of which Keras 3 saves four, the scale last. The optimizer in it has
+    them once more, and with these Keras goes on, for it reads them last.
+
+    Args:
+        hdf5: the file.
+        config: the configuration of the optimizer, if there is one.
+    """
+    outer = _numbered_variables(hdf5, "optimizer")
+    if not hdf5.has("optimizer/inner_optimizer"):
+        remarks = [scale_remark(None, config)] if configs.is_scaled(config) else []
+        return _Optimizer(outer, _optimizer_name(hdf5, "optimizer"), {}, remarks)
+    inner = _numbered_variables(hdf5, "optimizer/inner_optimizer")
+    own, copied = outer[: len(outer) - len(inner)], outer[len(outer) - len(inner) :]
+    if [stored.shape for stored in copied] != [stored.shape for stored in inner] or len(own) not in (0, 4):
+        raise KerasFileError(
+            f"its LossScaleOptimizer has {len(outer)} variables, which do not fit the {len(inner)} of its optimizer"
+        )
+    return _Optimizer(
+        inner,
+        _optimizer_name(hdf5, "optimizer/inner_optimizer"),
+        {stored.name: copy.name for stored, copy in zip(inner, copied, strict=True)},
+        [scale_remark(own[3] if own else None, config if configs.is_scaled(config) else None)],
+    )
+
+
+def _optimizer_name(hdf5: Hdf5, group: str) -> str | None:
+    item = hdf5.get(f"{group}/vars")
+    return hdf5.attribute_text(item, "name") if item is not None else None
+
+
+def _numbered_variables(hdf5: Hdf5, group: str) -> list[LazyArray]:
     numbered: dict[int, LazyArray] = {}
-    for name, dataset in hdf5.datasets("optimizer/vars"):
+    for name, dataset in hdf5.datasets(f"{group}/vars"):
         if not name.isdecimal():
             raise KerasFileError(f"its optimizer holds {name}, which is no number")
-        numbered[int(name)] = hdf5.of_dataset(f"optimizer/vars/{name}", dataset)
+        numbered[int(name)] = hdf5.of_dataset(f"{group}/vars/{name}", dataset)
     if sorted(numbered) != list(range(len(numbered))):
         raise KerasFileError("some variables of its optimizer are missing")
     return [numbered[number] for number in range(len(numbered))]

@@ -10,11 +10,11 @@ taken if it belongs to the same weight in every case.
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from torch_adadelta.keras.config import DROPPABLE, OPTIONS_OF, SLOT_OF, ModelConfig, optional_state
+from torch_adadelta.keras.config import DROPPABLE, OPTIONS_OF, SLOT_OF, WEIGHTS_ALONE, ModelConfig, optional_state
 from torch_adadelta.keras.errors import KerasFileError, LazyArray
 from torch_adadelta.keras.layers import ACCUMULATORS, Layer, Variable
 
@@ -28,12 +28,13 @@ _STATISTICS: Final = {"moving_mean", "moving_variance"}
 
 
 class State(NamedTuple):
-    """The variables of an optimizer, told apart."""
+    """The variables of an optimizer, told apart; by default none."""
 
-    iterations: LazyArray
-    learning_rate: LazyArray | None
-    slots: dict[int, dict[str, LazyArray]]  # by the `id` of the weight
-    order: list[Variable]  # the weights, as far as they have state
+    iterations: LazyArray | None = None
+    learning_rate: LazyArray | None = None
+    slots: Mapping[int, dict[str, LazyArray]] = {}  # by the `id` of the weight
+    order: Sequence[Variable] = ()  # the weights, as far as they have state
+    optional: Mapping[str, list[str]] = {}  # where an optional slot of all weights is, by its key
 
 
 @dataclass
@@ -114,6 +115,7 @@ def assigned(
     drop: Collection[str],
     state_order: Sequence[str] | None,
     uses: Collection[str] = (),
+    is_by_slot: bool = False,
 ) -> State:
     """The state of each weight.
 
@@ -126,18 +128,22 @@ def assigned(
         state_order: the names of the weights in the order of the optimizer, if the user gave it.
         uses: what the optimizer used of "ema" and "gradient_accumulation", as far as that is known elsewhere. It names
             what the counts say is there, where nothing else does.
+        is_by_slot: whether the variables are those of Keras 2: perhaps without iterations, and first all accumulators,
+            then all delta accumulators.
 
     Raises:
         KerasFileError: the variables are not those of an Adadelta, or it cannot be told which is which.
     """
-    if states[0].shape != () or states[0].dtype.kind not in "iu":
+    has_iterations = states[0].shape == () and states[0].dtype.kind in "iu"
+    if not (has_iterations or is_by_slot):
         raise KerasFileError("the first variable of its optimizer is not the iterations")
+    iterations, rest = (states[0], states[1:]) if has_iterations else (None, states)
     weights = _weights(layers)
     given = None if state_order is None else _given(state_order, weights)
-    units = _units(layers, model)
+    units = _units(layers, model, is_by_slot)
     found: list[tuple[_Reading, _Order]] = []
     problems: list[str] = []
-    for reading in _readings(states, options, drop):
+    for reading in _by_slot(rest) if is_by_slot else _readings(rest, options, drop):
         shapes = [pair[0].shape for pair in reading.pairs]
         if given is not None:
             order = _Order([*given], is_unique=True) if [v.value.shape for v in given] == shapes else None
@@ -148,12 +154,14 @@ def assigned(
     if len(found) == 1 and found[0][1].is_unique:
         reading, order = found[0]
         columns = dict(zip(ACCUMULATORS, zip(*reading.pairs, strict=True), strict=True))
+        optional = {}
         for name, column in zip(_names(reading, options, drop, uses, len(states)), reading.beside, strict=True):
+            optional[SLOT_OF[name]] = [stored.name for stored in column]
             if name not in drop:
                 columns[SLOT_OF[name]] = tuple(column)
         places = [(variable, place) for place, variable in enumerate(order.variables) if variable is not None]
         slots = {id(v): {slot: column[place] for slot, column in columns.items()} for v, place in places}
-        return State(states[0], reading.learning_rate, slots, [v for v, _ in places])
+        return State(iterations, reading.learning_rate, slots, [v for v, _ in places], optional)
     listing = _listing(weights, states)
     if given is not None:
         raise KerasFileError(
@@ -176,10 +184,11 @@ def assigned(
             "for both fit"
         )
     config = "" if model is not None else "config=model.to_json(), or "
+    another = "" if options else f"; or, if it is not that of an Adadelta, {WEIGHTS_ALONE}"
     raise KerasFileError(
         "the state of its optimizer has no names, and which weight each belongs to cannot be told from the "
         f"configuration, the counts and the shapes: {problem}. Pass {config}state_order=[names of the weights in the "
-        f"optimizer's order], from those below{listing}"
+        f"optimizer's order], from those below{another}{listing}"
     )
 
 
@@ -223,15 +232,15 @@ class _Reading(NamedTuple):
 
 
 def _readings(states: Sequence[LazyArray], options: dict[str, Any], drop: Collection[str]) -> Iterator[_Reading]:
-    """All that the counts admit.
+    """All that the counts admit, of what is behind the iterations.
 
-    Behind the iterations there may be the learning rate; the averages of all weights; their accumulated gradients; and
-    then the two accumulators of one weight after the other.
+    There may be the learning rate; the averages of all weights; their accumulated gradients; and then the two
+    accumulators of one weight after the other.
     """
     kept = optional_state(options)
     counts = {len(kept), len([name for name in kept if name not in drop])} if options else {0, 1, 2}
     for has_rate, extras in itertools.product((True, False), sorted(counts)):
-        rest = list(states[1:])
+        rest = list(states)
         learning_rate = None
         if has_rate:
             if rest[0].shape != () or rest[0].dtype.kind != "f":
@@ -246,6 +255,14 @@ def _readings(states: Sequence[LazyArray], options: dict[str, Any], drop: Collec
         shapes = [one.shape for one, _ in pairs]
         if all([stored.shape for stored in column] == shapes for column in ([two for _, two in pairs], *beside)):
             yield _Reading(learning_rate, beside, pairs)
+
+
+def _by_slot(states: Sequence[LazyArray]) -> Iterator[_Reading]:
+    """All accumulators, and then all delta accumulators."""
+    half = len(states) // 2
+    pairs = list(zip(states[:half], states[half:], strict=False))
+    if len(states) == 2 * half and all(one.shape == two.shape for one, two in pairs):
+        yield _Reading(None, [], pairs)
 
 
 def _names(
@@ -278,11 +295,12 @@ class _Order(NamedTuple):
     is_unique: bool
 
 
-def _units(layers: Sequence[Layer], model: ModelConfig | None) -> list[_Block]:
-    """What comes one after the other: the layers of a model that is known, or else one block with all of them."""
-    if model is None or not model.is_complete:
+def _units(layers: Sequence[Layer], model: ModelConfig | None, is_ordered: bool) -> list[_Block]:
+    """What comes one after the other: layers whose order is known, by the model or else; or one block with all."""
+    is_known = model is not None and model.is_complete
+    if not (is_known or is_ordered):
         return [_tree(layers, is_optional=True)]
-    units = [_tree([layer], is_optional=layer.is_frozen) for layer in layers]
+    units = [_tree([layer], is_optional=layer.is_frozen or not is_known) for layer in layers]
     return [unit for unit in units if unit.variables or unit.children]
 
 

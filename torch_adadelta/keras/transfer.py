@@ -14,12 +14,13 @@ from torch_adadelta.backends import masters
 from torch_adadelta.backends.opmath import stored
 from torch_adadelta.keras import additions, matching
 from torch_adadelta.keras.checkpoints import opened
-from torch_adadelta.keras.config import CLIPPING, dropped_options
-from torch_adadelta.keras.contents import LEGACY, Checkpoint, explained
+from torch_adadelta.keras.config import ADADELTA, CLIPPING, WEIGHTS_ALONE, dropped_options
+from torch_adadelta.keras.contents import Checkpoint, explained
+from torch_adadelta.keras.correspondence import Match
 from torch_adadelta.keras.differences import differences, has_a_part, norm_variables, other_norms, unconfirmed
 from torch_adadelta.keras.errors import Array, KerasFileError, LazyArray
 from torch_adadelta.keras.layers import ACCUMULATORS, SLOTS
-from torch_adadelta.keras.matching import Match, WeightTransfer
+from torch_adadelta.keras.layouts import row_of
 from torch_adadelta.keras.modules import params_of
 from torch_adadelta.keras.report import Report
 from torch_adadelta.optimizer import AdadeltaKeras
@@ -52,6 +53,7 @@ def load_keras(
     *,
     weights: bool = False,
     hyperparameters: bool = True,
+    state: bool = True,
     mapping: Mapping[str, Any] | None = None,
     match: str = "auto",
     flatten: str | Mapping[str, Any] | None = None,
@@ -69,8 +71,12 @@ def load_keras(
     the file does not have the options, the optimizer must be given them.
 
     The kind of the file is found out: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
-    or directory) or SavedModel, of TensorFlow 2.4 and later, tf_keras with the legacy or the new class, or Keras 3.
-    Neither TensorFlow nor Keras is needed; all but TensorFlow checkpoints need h5py. Nothing in the file is executed.
+    or directory) or SavedModel, of standalone Keras 2, TensorFlow, tf_keras with either class, or Keras 3. Neither
+    TensorFlow nor Keras is needed; all but TensorFlow checkpoints need h5py. Nothing in the file is executed: the
+    report names the layers that are a lambda, which the PyTorch model must compute.
+
+    Of mixed precision (``mixed_float16``), the state of the Adadelta inside of the LossScaleOptimizer is read, and the
+    number of steps that it counts. The scale is left out; the report says what it was, if the file does.
 
     Args:
         path: the file.
@@ -78,12 +84,23 @@ def load_keras(
         model: computes the same as the model of Keras.
         weights: whether to set the parameters, and the statistics of batch normalisation, too.
         hyperparameters: False to keep those of the optimizer.
-        mapping: what cannot be inferred, as a dictionary: from the path of a layer of Keras to that of a module
-            (``{"dense": "encoder.fc1"}``), or from a weight to a parameter, with a permutation or `Layout` if it is
-            turned (``{"dense/kernel": ("fc1.weight", (1, 0))}``); None leaves a layer out.
-        match: how layers and modules find each other. "auto" takes what is the only possibility by kind and shape;
-            names if they agree on both sides; and the order if it is known to be that of computation in both, as in two
-            Sequentials. "names" demands equal names. "order" takes the modules in the order of their definition.
+        state: False to load the weights without the state, from a file of any optimizer or none, ``save_weights`` in
+            ``.h5`` included. The state of the parameters and ``optimizer.iterations`` stay as they are. Hyperparameters
+            come over if the file is known to be of an Adadelta. Which weights Keras trained is not looked at.
+        mapping: what cannot be inferred, as a dictionary. From the path of a layer of Keras to that of a module
+            (``{"dense": "encoder.fc1"}``). From a custom layer or nested model to a module that has modules in it
+            (``{"transformer_block": "block"}``): what is below the one then finds its counterpart below the other; of
+            several such keys the longest counts. From a weight to a parameter, or rows of it, with a permutation or
+            `Layout` if it is turned (``{"dense/kernel": ("fc1.weight", (1, 0))}``,
+            ``{"q/kernel": ("attention.in_proj_weight[0:16]", (1, 0))}``); the other weights of the layer follow. None
+            leaves out a layer, or all below a path.
+        match: how layers and modules find each other. "auto" takes the pairs that are in every assignment possible by
+            kind and shape; names if they agree on both sides of those that compete; and the order if each of the layers
+            that compete is known to be computed from the one before it, and what their modules are in is an
+            ``nn.Sequential``. "order_within_kind" takes, where this leaves layers open, the order of the layers that
+            compete and that in which their modules are defined: for several LayerNorms of one shape in a functional
+            model, say. "order" takes all modules in the order of their definition. "names" demands equal names. The
+            order of a model that is a subclass is that in which its layers were created.
         flatten: how the model flattens feature maps in front of a Linear, and makes features maps: "channels_first" as
             PyTorch does, "channels_last" if it permutes them to the order of Keras before. Or a dictionary with one of
             these for each layer, or the number of channels of the maps that the layer takes in one row, or a pair of
@@ -91,10 +108,10 @@ def load_keras(
             given where an ``nn.Sequential`` shows it by an ``nn.Flatten`` or ``nn.Unflatten``.
         config: the configuration of the model, for files without it, or instead of theirs: what ``model.to_json()``
             returned, a file that holds that, or the dictionary.
-        drop: what to leave out, with its options, of "ema", "weight_decay", "gradient_accumulation" and "lambda".
-        state_order: for a ``.keras`` or ``.weights.h5`` file, whose state has numbers instead of names, the names of
-            the weights in the order of the optimizer. Needed only where the error asks for it: where the configuration,
-            the counts and the shapes admit several orders, as with layers in a custom layer.
+        drop: what to leave out, with its options, of "ema", "weight_decay" and "gradient_accumulation".
+        state_order: for a file whose state has numbers instead of names (``.keras``, ``.weights.h5``, the ``.h5`` of
+            Keras 2), the names of the weights in the order of the optimizer. Needed only where the error asks for it:
+            where the configuration, the counts and the shapes admit several orders, as with layers in a custom layer.
         custom_objects: classes of schedules by their names, for those that `torch_adadelta.schedules` does not have.
 
     Returns:
@@ -104,8 +121,8 @@ def load_keras(
 
     Raises:
         FileNotFoundError, ImportError: there is no such file; h5py is missing.
-        KerasFileError: the file is damaged, hostile or without such state; or layers and modules do not match, or not
-            in one way only, with a list of both. It is a ValueError.
+        KerasFileError: the file is damaged or hostile, or has no such state and `state` is True; or layers and modules
+            do not match, or not in one way only, with a list of both. It is a ValueError.
         ValueError, TypeError: an argument is wrong.
         Whatever is raised, optimizer and model are as they were.
 
@@ -117,39 +134,48 @@ def load_keras(
         (4, 0.5)
     """
     check_arguments(optimizer, model)
-    with opened(path, config, drop, state_order, additions.uses(optimizer)) as checkpoint:
+    with opened(path, config, drop, state_order, additions.uses(optimizer), state) as checkpoint:
         found = matching.match(checkpoint, model, mapping, match, flatten)
         notes = differences(found, checkpoint)
         check_coverage(found, checkpoint, optimizer, weights)
         settings = _settings(checkpoint, optimizer, custom_objects, drop) if hyperparameters else {}
-        count = checkpoint.count()
-        additions.check_state(checkpoint, optimizer, settings, count)
-        states = _states(found, checkpoint, optimizer, notes)
-        additions.check_sums(checkpoint, states, count, additions.steps(optimizer, settings))
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        if state:
+            count = checkpoint.count()
+            additions.check_state(checkpoint, optimizer, settings, count)
+            states = _states(found, checkpoint, optimizer, notes)
+            additions.check_sums(checkpoint, states, count, additions.steps(optimizer, settings))
+            infos = additions.remarks(checkpoint, optimizer, settings, count)
+        else:
+            infos = [_STATELESS.get(checkpoint.optimizer, _OF_ANOTHER.format(name=checkpoint.optimizer))]
         values = _values(found, checkpoint, optimizer, notes) if weights else []
-    infos = additions.remarks(checkpoint, optimizer, settings, count)
-    if hyperparameters:
+    if hyperparameters and checkpoint.optimizer == ADADELTA:
         notes += unconfirmed(checkpoint, optimizer, settings)
         notes += additions.exclusions_note(optimizer, settings)
         infos += checkpoint.notes
-    variables = norm_variables(found, optimizer)
+    is_going_on = state or bool(settings)  # as in Keras, so that clipnorm takes the norms of its weights
+    variables = norm_variables(found, optimizer) if is_going_on else []
     if has_a_part(optimizer):
         notes += other_norms(variables, settings.get("clipnorm", optimizer.clipnorm))
         variables = []
-    infos += [f"left out: {what}" for what in checkpoint.dropped]
+    if checkpoint.iterations is None and state:
+        infos.append("there are no iterations in the file, and this Keras, too, goes on from 0")
+    infos += [*checkpoint.remarks, *(f"left out: {what}" for what in _frozen_elsewhere(found, optimizer))]
     if notes:  # before anything is changed, for the user may have made errors of warnings
         warnings.warn("; ".join([f"{path}: {notes[0]}", *notes[1:]]), stacklevel=2)
     reported = {name: value for name, value in settings.items() if _is_news(checkpoint, optimizer, name, value)}
     with optimizer.restored_on_error():
-        optimizer.set_calls(0)  # with gradients that wait for their update, some options could not be set
+        if state:
+            optimizer.set_calls(0)  # with gradients that wait for their update, some options could not be set
         for name, value in settings.items():
             setattr(optimizer, name, value)
-        if not has_a_part(optimizer):
+        if is_going_on and not has_a_part(optimizer):
             optimizer.norm_variables = [variable.pieces for variable in variables]
-        optimizer.set_calls(count)
+        if state:
+            optimizer.set_calls(count)
         for param in [param for group in optimizer.param_groups for param in group["params"]]:
-            own = states.get(param, {})
             before = optimizer.state.pop(param, {})
+            own = states.get(param, {}) if state else dict(before)
             if masters.KEY in before:  # a copy, for the weights may be written
                 own[masters.KEY] = before[masters.KEY].clone()
             if own:
@@ -158,6 +184,14 @@ def load_keras(
     report = Report(f"{path}: {checkpoint.source}", optimizer.iterations, reported, rows_of(found), [*notes, *infos])
     report.norm_variables = [(variable.weight, variable.names) for variable in variables]
     return report
+
+
+# What a report tells of a file that was read without state, by the class of its optimizer.
+_STATELESS: Final[dict[str | None, str]] = {
+    None: "its optimizer is not known to be Adadelta; neither its state nor its hyperparameters were read",
+    ADADELTA: "neither the state nor the iterations of its Adadelta were read",
+}
+_OF_ANOTHER: Final = "its optimizer is {name}, not Adadelta; neither its state nor its hyperparameters were read"
 
 
 def check_arguments(optimizer: Any, model: Any) -> None:
@@ -177,11 +211,10 @@ def check_arguments(optimizer: Any, model: Any) -> None:
 
 
 def rows_of(found: Match) -> list[tuple[str, str, str, bool]]:
-    rows = []
-    for transfer in found.transfers:
-        rows_of = "" if transfer.first is None else f"[{transfer.first}:]"
-        rows.append((transfer.label, transfer.name + rows_of, str(transfer.layout), transfer.variable.has_state))
-    return rows
+    return [
+        (transfer.label, transfer.part, str(transfer.layout), transfer.variable.has_state)
+        for transfer in found.transfers
+    ]
 
 
 def _neutral(name: str) -> float:
@@ -202,6 +235,8 @@ def check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKera
         if not _is_param(transfer.tensor):
             continue
         names[transfer.tensor] = transfer.name
+        if not checkpoint.has_state:  # nothing says what Keras trained
+            continue
         variable = transfer.variable
         own = (variable.has_state, variable.is_frozen)
         if has_state.setdefault(transfer.tensor, own) != own:
@@ -246,6 +281,17 @@ def check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKera
                 )
 
 
+def _frozen_elsewhere(found: Match, optimizer: AdadeltaKeras) -> list[str]:
+    """A note on the state of weights that are frozen by now, and of which the optimizer has no parameter."""
+    trained = params_of(optimizer)
+    labels = [
+        transfer.label
+        for transfer in found.transfers
+        if transfer.variable.has_state and _is_param(transfer.tensor) and transfer.tensor not in trained
+    ]
+    return [f"the state of {', '.join(labels)}, which are frozen, and not in the optimizer"] if labels else []
+
+
 def _sides(found: Match) -> str:
     return "What corresponds:" + "".join(f"\n  {transfer.label} → {transfer.name}" for transfer in found.transfers)
 
@@ -258,11 +304,18 @@ def _settings(
 ) -> dict[str, Any]:
     """The hyperparameters to set, checked as the constructor checks them."""
     found = dict(checkpoint.hyperparameters)
-    if found.get("epsilon") == 0 and checkpoint.generation != LEGACY:
+    if found.get("epsilon") == 0 and checkpoint.generation.has_zero:
         raise KerasFileError(
             f"{checkpoint.path}: its optimizer has epsilon={found['epsilon']!r}, which stays 0 in this Keras, and "
             "means 1e-7 for AdadeltaKeras, as in TensorFlow 2.4. Give AdadeltaKeras all options, with an epsilon as "
             "small as you like, and pass hyperparameters=False"
+        )
+    norms = [name for name in ("clipnorm", "global_clipnorm") if found.get(name) is not None]
+    if checkpoint.generation.is_norm_first and norms and found.get("clipvalue") is not None:
+        raise KerasFileError(
+            f"{checkpoint.path}: its optimizer has clipnorm={found[norms[0]]!r} and clipvalue={found['clipvalue']!r}. "
+            "This Keras clips by the norm and then by value, AdadeltaKeras by value first. Give AdadeltaKeras the "
+            "other options, with gradient_transformers that clip in this order, and pass hyperparameters=False"
         )
     if isinstance(found.get("learning_rate"), dict):
         try:
@@ -309,7 +362,7 @@ def _states(
             if key in ACCUMULATORS and (array < 0).any():
                 raise KerasFileError(
                     f"{checkpoint.path}: {key} of {_name_of(found, param)} has negative numbers, which an average of "
-                    "squares cannot have; it is damaged, or the state of another optimizer"
+                    f"squares cannot have; it is damaged, or the state of another optimizer; {WEIGHTS_ALONE}"
                 )
             state = states.setdefault(param, {})
             for own in (*ACCUMULATORS, key):
@@ -368,21 +421,19 @@ def _name_of(found: Match, tensor: Tensor) -> str:
 
 def _assembled(found: Match, checkpoint: Checkpoint, key: str) -> Iterator[tuple[Tensor, Array]]:
     """The arrays for the tensors of PyTorch: of their shape, from all transfers that go to them."""
-    by_tensor: dict[Tensor, list[WeightTransfer]] = {}
-    for transfer in found.transfers:
-        if key == "value" or key in transfer.variable.slots:
-            by_tensor.setdefault(transfer.tensor, []).append(transfer)
     read: dict[int, Array] = {}
-    for tensor, transfers in by_tensor.items():
+    for transfers in found.by_tensor():
         parts = []
         for transfer in transfers:
+            if key != "value" and key not in transfer.variable.slots:
+                continue
             stored: LazyArray = getattr(transfer.variable, key)
             array = read.pop(id(stored), None)
             if array is None:
                 array = explained(checkpoint, stored)
             if transfer.row is not None:
                 read[id(stored)] = array  # another transfer takes the other row
-                array = array[transfer.row]
-            parts.append(transfer.layout.to_torch(array))
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        yield tensor, np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
+            parts.append(transfer.layout.to_torch(row_of(array, transfer.row)))
+        if parts:
+            joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            yield transfers[0].tensor, np.array(joined, dtype=joined.dtype.newbyteorder("="), order="C")
