@@ -13,6 +13,7 @@ from keras_jobs import (
     Job,
     check,
     compiled,
+    optimizer_of,
     precision,
     save,
     train,
@@ -91,6 +92,31 @@ def test_a_base_that_is_thawed(tmp_path: Path) -> None:
 
         theirs.get_layer("base").trainable = True
         model.base.requires_grad_(True)
+        thawed = JOB._replace(mode=nn.Module.train)
+        losses = train_keras(thawed, theirs, batches[10:])
+        np.testing.assert_allclose(train(thawed, model, optimizer, batches[10:]), losses, rtol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*not in the file, so that training goes on")
+@pytest.mark.parametrize("generation", ["new", "keras3"])
+def test_a_base_that_is_thawed_for_another_optimizer(generation: str, tmp_path: Path) -> None:
+    """The newer classes train what they were built for: Keras compiles the model anew, and so its state begins anew."""
+    rng = np.random.default_rng(0)
+    batches = [batch(rng) for _ in range(30)]
+    path = tmp_path / f"job.{KINDS[generation]}"
+    with precision(generation, "") as K:
+        theirs = compiled(JOB, K, generation)
+        train_keras(JOB, theirs, batches[:10])
+        save(theirs, path)
+        model = Classifier().double().requires_grad_(True)
+        optimizer = AdadeltaKeras(model.named_parameters(), **OPTIONS)
+        load_keras(path, optimizer, model, weights=True, state=False, config=theirs.to_json())
+        assert not optimizer.state
+
+        theirs.get_layer("base").trainable = True
+        theirs.compile(optimizer=optimizer_of(K, generation, **OPTIONS), loss="mse")
+        theirs.optimizer.build(theirs.trainable_variables)
         thawed = JOB._replace(mode=nn.Module.train)
         losses = train_keras(thawed, theirs, batches[10:])
         np.testing.assert_allclose(train(thawed, model, optimizer, batches[10:]), losses, rtol=TOLERANCE)
