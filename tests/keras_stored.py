@@ -269,3 +269,16 @@ def load(path: Path, model: nn.Module, **options: Any) -> AdadeltaKeras:
 
 def assert_is(param: Tensor, array: np.ndarray) -> None:
     np.testing.assert_array_equal(param.detach().numpy(), array, strict=True)
+
+
+def write_numbered(path: Path, groups: dict[str, list[tuple[int, ...]]], names: dict[str, str] | None = None) -> Path:
+    """A .weights.h5 file of these shapes by group, whose optimizer has them in this order."""
+    with h5py.File(path, "w") as file:
+        arrays = [np.full(shape, 1, "f4") for shapes in groups.values() for shape in shapes]
+        for number, array in enumerate([np.int64(3), np.float32(0.5), *(a for own in arrays for a in (own, own))]):
+            file[f"optimizer/vars/{number}"] = array
+        for group, shapes in groups.items():
+            for number, shape in enumerate(shapes):
+                file[f"{group}/vars/{number}"] = np.ones(shape, "f4")
+            file[f"{group}/vars"].attrs["name"] = (names or {}).get(group, "")
+    return path

@@ -14,6 +14,7 @@ from keras_stored import (
     sequential,
     with_state_names,
     write_h5,
+    write_numbered,
 )
 
 from torch_adadelta.keras import KerasFileError, names
@@ -117,19 +118,6 @@ def test_a_layer_that_was_renamed_has_weights_of_its_old_name(tmp_path: Path) ->
         for slot in ("grad", "var"):
             file[f"optimizer_weights/old/kernel/accum_{slot}:0"] = np.ones((2, 2))
     assert layers_of(path) == {"new Dense": ["kernel"], "rnn GRU": ["kernel"]}
-
-
-def write_numbered(path: Path, groups: dict[str, list[tuple[int, ...]]], names: dict[str, str] | None = None) -> Path:
-    """A .weights.h5 file of these shapes by group, whose optimizer has them in this order."""
-    with h5py.File(path, "w") as file:
-        arrays = [np.full(shape, 1, "f4") for shapes in groups.values() for shape in shapes]
-        for number, array in enumerate([np.int64(3), np.float32(0.5), *(a for own in arrays for a in (own, own))]):
-            file[f"optimizer/vars/{number}"] = array
-        for group, shapes in groups.items():
-            for number, shape in enumerate(shapes):
-                file[f"{group}/vars/{number}"] = np.ones(shape, "f4")
-            file[f"{group}/vars"].attrs["name"] = (names or {}).get(group, "")
-    return path
 
 
 def test_names_that_two_layers_have(tmp_path: Path) -> None:

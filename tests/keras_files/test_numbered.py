@@ -22,6 +22,7 @@ from keras_stored import (
     layers_of,
     replaced,
     sequential,
+    write_numbered,
     zipped,
 )
 
@@ -105,19 +106,6 @@ def test_the_optimizer_of_a_keras_file(tmp_path: Path) -> None:
             assert checkpoint.hyperparameters == {**expected, "learning_rate": 0.5}
     assert_refused(compiled("adam"), "its optimizer is Adam, not")
     assert_refused(compiled({**options, "module": "keras.optimizers.legacy"}), "with the legacy optimizers of tf_keras")
-
-
-def write_numbered(path: Path, groups: dict[str, list[tuple[int, ...]]], names: dict[str, str] | None = None) -> Path:
-    """A .weights.h5 file of these shapes by group, whose optimizer has them in this order."""
-    with h5py.File(path, "w") as file:
-        arrays = [np.full(shape, 1, "f4") for shapes in groups.values() for shape in shapes]
-        for number, array in enumerate([np.int64(3), np.float32(0.5), *(a for own in arrays for a in (own, own))]):
-            file[f"optimizer/vars/{number}"] = array
-        for group, shapes in groups.items():
-            for number, shape in enumerate(shapes):
-                file[f"{group}/vars/{number}"] = np.ones(shape, "f4")
-            file[f"{group}/vars"].attrs["name"] = (names or {}).get(group, "")
-    return path
 
 
 def test_parts_of_numbered_layers(tmp_path: Path) -> None:
