@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -282,3 +283,10 @@ def write_numbered(path: Path, groups: dict[str, list[tuple[int, ...]]], names: 
                 file[f"{group}/vars/{number}"] = np.ones(shape, "f4")
             file[f"{group}/vars"].attrs["name"] = (names or {}).get(group, "")
     return path
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    """The folder, with the files that an archive of recorded ones holds."""
+    with tarfile.open(DATA / name) as archive:
+        archive.extractall(folder, filter="data")
+    return folder

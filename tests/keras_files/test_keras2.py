@@ -1,7 +1,6 @@
 """Files of standalone Keras 2 and of TensorFlow 1: what they hold, how training goes on, and the way back."""
 
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +21,7 @@ from keras_stored import (
     dense,
     load,
     sequential,
+    unpacked,
     written_config,
 )
 
@@ -172,10 +172,7 @@ def nested() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files by keras_old_models.py."""
-    path = tmp_path_factory.mktemp("old")
-    with tarfile.open(OLD / "nested.tar.xz") as archive:
-        archive.extractall(path, filter="data")
-    return path
+    return unpacked("old/nested.tar.xz", tmp_path_factory.mktemp("old"))
 
 
 MODELS: Final[dict[str, Callable[[], nn.Module]]] = {"siamese": Siamese, "frozen": Frozen, "nested": nested}

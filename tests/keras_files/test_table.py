@@ -1,10 +1,10 @@
 """The table of files, as each generation wrote them; see keras_table.py. Needs no Keras."""
 
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from keras_stored import unpacked
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
@@ -17,8 +17,7 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "keras"
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("table")
     for name in ("table.tar.xz", "mixed.tar.xz"):
-        with tarfile.open(DATA / name) as archive:
-            archive.extractall(folder, filter="data")
+        unpacked(name, folder)
     return folder
 
 

@@ -1,7 +1,6 @@
 """Files of Keras and parameters in bfloat16: masters take float32 weights whole, and give them back."""
 
 import copy
-import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
-from keras_stored import DATA, WRITABLE, Net, assert_same_datasets, build, dense, write_h5
+from keras_stored import DATA, WRITABLE, Net, assert_same_datasets, build, dense, unpacked, write_h5
 from training import advance
 
 from torch_adadelta import AdadeltaKeras, to_bfloat16
@@ -109,8 +108,7 @@ def test_state_without_weights_leaves_masters(tmp_path: Path) -> None:
 @NO_NOTE
 def test_the_weights_of_mixed_precision_are_masters(tmp_path: Path) -> None:
     """Keras has variables of float32 there, and computes in float16."""
-    with tarfile.open(DATA / "mixed.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpacked("mixed.tar.xz", tmp_path)
     for generation in ("tf24", "legacy", "new", "keras3"):
         path = tmp_path / generation / "mixed_precision" / "model.h5"
         for dtype, options in ((torch.float32, {}), (torch.bfloat16, MASTERS)):

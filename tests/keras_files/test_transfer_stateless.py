@@ -1,6 +1,5 @@
 """`load_keras` with ``state=False``: the weights, from files of any optimizer or none; see keras_stateless_models.py."""
 
-import tarfile
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +11,19 @@ from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 
-from keras_stored import DATA, Net, assert_is, build, dense, edited, recurrent, sequential, with_options, write_h5
+from keras_stored import (
+    DATA,
+    Net,
+    assert_is,
+    build,
+    dense,
+    edited,
+    recurrent,
+    sequential,
+    unpacked,
+    with_options,
+    write_h5,
+)
 from keras_table import GENERATIONS
 
 from torch_adadelta import AdadeltaKeras
@@ -31,10 +42,7 @@ UNKNOWN: Final = "its optimizer is not known to be Adadelta; neither its state n
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stateless")
-    with tarfile.open(DATA / "stateless.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    return folder
+    return unpacked("stateless.tar.xz", tmp_path_factory.mktemp("stateless"))
 
 
 def chain() -> nn.Sequential:
