@@ -34,7 +34,9 @@ inf, nan = torch.inf, torch.nan
 # Of parameters, gradients, square_avgs and acc_deltas; or of parameters, indices, values, square_avgs and acc_deltas.
 Lists = list[list[Tensor]]
 
-HYPERPARAMETERS = (1.0, float(np.float32(0.9)), 1e-6)
+# Each shows: a learning rate of 1 would hide where it is left out.
+HYPERPARAMETERS = (float(np.float32(0.7)), float(np.float32(0.9)), 1e-6)
+ORACLE_HYPERPARAMETERS = dict(zip(("learning_rate", "rho", "epsilon"), HYPERPARAMETERS, strict=True))
 
 
 def capabilities() -> list[str]:
@@ -427,7 +429,7 @@ def assert_update(
     `decay` is that of the weights, as a `Segment` has it.
     """
     remainders = kept.remainders_of(params)
-    options = {"learning_rate": 1.0, "rho": 0.9, "epsilon": 1e-6, "maximize": clip.maximize}
+    options = {**ORACLE_HYPERPARAMETERS, "maximize": clip.maximize}
     options["weight_decay"] = decay.get("weight_decay", 0.0)
     options["decoupled_weight_decay"] = decay.get("is_decoupled", True)
     oracles = [kept.oracle_of(p, r, **options) for p, r in zip(params, remainders or [None] * len(params), strict=True)]

@@ -4,7 +4,7 @@ import direct
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, REAL_DTYPES, assert_same_bits, dtype_name, gradients, randn
-from op_cases import CLIPS, assert_update, lay_out, needs_library
+from op_cases import CLIPS, HYPERPARAMETERS, Kept, assert_update, kept_lists, lay_out, needs_library
 
 pytestmark = needs_library
 
@@ -53,3 +53,19 @@ def test_state_of_another_layout_than_the_parameter(dtype: torch.dtype) -> None:
         direct.fused(*lists, 1.0, 0.9, 1e-6)  # type: ignore[arg-type]
         for one, other in zip(lists, expected, strict=True):
             assert_same_bits(one[0], other[0], layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masters_of_any_layout(layout: str) -> None:
+    """Beside remainders of another, of more than a block."""
+    kept = Kept(torch.float32, has_masters=True)
+    lists = kept_lists([(5, 3, 2, 37)], torch.bfloat16, kept)
+    expected = [[x.clone() for x in part] for part in lists]
+    direct.fused(*expected[:4], *HYPERPARAMETERS, **kept.options, remainders=expected[5])
+    for other in LAYOUTS:
+        own = [[lay_out(layout if k < 5 else other, x.clone()) for x in part] for k, part in enumerate(lists)]
+        direct.fused(*own[:4], *HYPERPARAMETERS, **kept.options, remainders=own[5])
+        for k in (0, 2, 3):
+            assert_same_bits(own[k][0], expected[k][0], other)
+        assert torch.equal(own[5][0], expected[5][0]), other
+    assert_update([lay_out(layout, x) for x in lists[0]], lists[1], kept=kept)

@@ -8,14 +8,29 @@ import direct
 import numpy as np
 import pytest
 import torch
-from cases import LAYOUTS, REAL_DTYPES, Segments, assert_like_oracle, dtype_name, oracle_of, segment, segments, to_numpy
+from average_cases import averages_of
+from cases import (
+    LAYOUTS,
+    REAL_DTYPES,
+    Segments,
+    assert_like_oracle,
+    assert_same_bits,
+    dtype_name,
+    oracle_of,
+    segment,
+    segments,
+    to_numpy,
+)
 from op_cases import (
     CALLS,
     HYPERPARAMETERS,
+    ORACLE_HYPERPARAMETERS,
     Clip,
     Lists,
+    assert_refused,
     assert_same_lists,
     dense_lists,
+    lists_for,
     needs_library,
     sparse_lists,
     ways,
@@ -152,6 +167,40 @@ def test_the_values_of_each_segment_are_those_of_the_oracle(dtype: torch.dtype) 
         assert_like_oracle(row[0][0], {"square_avg": row[2][0], "acc_delta": row[3][0]}, by_oracle)
 
 
+def test_the_average_of_each_segment_has_its_momentum() -> None:
+    lists = dense_lists([40, 50, 60])
+    averages, rows = averages_of(lists[0]), [(0.9, True), (0.0, False), (torch.tensor(0.7), False)]
+    before = [x.clone() for x in averages]
+    own = (segment(1, *HYPERPARAMETERS, ema_momentum=momentum, overwrites=is_on) for momentum, is_on in rows)
+    CALLS["dense"](*lists, *segments(*own), averages=averages)
+    alone = dense_lists([40, 50, 60])
+    CALLS["dense"](*alone, *segment(3, *HYPERPARAMETERS))
+    for (momentum, is_on), param, average, was, updated in zip(rows, lists[0], averages, before, alone[0], strict=True):
+        m = torch.tensor(float(momentum))
+        expected = m * was + (1 - m) * updated
+        assert_same_bits(average, expected)
+        assert_same_bits(param, expected if is_on else updated)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "listed"),
+    [
+        ([2], "2"),
+        ([4], "4"),
+        ([], ""),
+        ([2, 0], "2, 0"),
+        ([4, -1], "4, -1"),
+        ([-1, 4], "-1, 4"),
+        ([2**63 - 1, 2**63 - 1, 5], "9223372036854775807, 9223372036854775807, 5"),
+    ],
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_sizes_that_do_not_add_up(call: str, sizes: list[int], listed: str) -> None:
+    own = segments(*(segment(size, *HYPERPARAMETERS) for size in sizes))
+    error = f"the call: the sizes of the segments are {listed}, which do not add up to 3 parameters"
+    assert_refused(CALLS[call], lists_for(call), *own, error=error)
+
+
 @pytest.mark.parametrize("is_tensor", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("call", ["dense", "sparse"])
 def test_a_factor_of_float64_is_that_of_the_oracle(call: str, is_tensor: bool) -> None:
@@ -159,7 +208,7 @@ def test_a_factor_of_float64_is_that_of_the_oracle(call: str, is_tensor: bool) -
     factor = {"factor_tensor": torch.tensor(0.37, dtype=torch.float64)} if is_tensor else {"factor": 0.37}
     lists = make(call, torch.float64)
     params, grads = lists[0], lists[2 if call == "sparse" else 1]
-    oracles = [oracle_of(p, learning_rate=1.0, rho=0.9, epsilon=1e-6) for p in params]
+    oracles = [oracle_of(p, **ORACLE_HYPERPARAMETERS) for p in params]
     for _ in range(2):
         CALLS[call](*lists, *segment(len(params), *HYPERPARAMETERS), **factor)
     for i, (param, square_avg, acc_delta, by_oracle) in enumerate(zip(params, *lists[-2:], oracles, strict=True)):

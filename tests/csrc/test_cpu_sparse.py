@@ -19,6 +19,7 @@ from cases import (
 from op_cases import (
     CLIPS,
     HYPERPARAMETERS,
+    ORACLE_HYPERPARAMETERS,
     OWN_STATE,
     TABLES,
     Clip,
@@ -33,6 +34,7 @@ from op_cases import (
     lay_out,
     nan,
     needs_library,
+    several,
     sparse_lists,
     states_of,
     ways,
@@ -56,7 +58,7 @@ def assert_like_the_oracle(
     """Two steps on each instruction set, with nothing written between the elements. A sixth list holds remainders."""
     params, indices, values, *states = make()
     templates = [torch.empty(value.shape, dtype=param.dtype) for param, value in zip(params, values, strict=True)]
-    hyperparameters = {"learning_rate": 1.0, "rho": 0.9, "epsilon": 1e-6, "maximize": clip.maximize}
+    hyperparameters = {**ORACLE_HYPERPARAMETERS, "maximize": clip.maximize}
     remainders = states[2] if len(states) > 2 and states[2] else [None] * len(params)
     oracles = [kept.oracle_of(p, r, **hyperparameters) for p, r in zip(params, remainders, strict=True)]
     for by_oracle, index, template, value in zip(oracles, indices, templates, values, strict=True):
@@ -147,6 +149,18 @@ def test_rows_that_are_cut(dtype: torch.dtype) -> None:
 
 def test_a_parameter_listed_twice_is_updated_in_order() -> None:
     assert_repeated_in_order("sparse")
+
+
+def test_several_segments() -> None:
+    """Each as by itself."""
+    together, apart = ([[x.clone() for x in part] for part in sparse_lists(TABLES)] for _ in range(2))
+    sizes, numbers, tensors = several([1] * len(TABLES))
+    adadelta.sparse_adadelta_(*together, [], sizes, numbers, tensors)
+    count = len(numbers) // len(TABLES)
+    for i in range(len(TABLES)):
+        row = slice(i * count, (i + 1) * count)
+        adadelta.sparse_adadelta_(*(part[i : i + 1] for part in apart), [], [1], numbers[row], tensors[row])
+    assert_same_lists(together, apart)
 
 
 def test_indices_of_any_layout() -> None:

@@ -34,7 +34,9 @@ def assert_square_sums(
     params: list[Tensor], grads: list[Tensor], clipvalue: float = inf, threads: Any = (1,), **options: Any
 ) -> None:
     expected = [square_sum(p, g, clipvalue, **options) for p, g in zip(params, grads, strict=True)]
-    given = {"grad_scale": torch.tensor(options.pop("scale"))} if "scale" in options else {}
+    given: dict[str, Any] = {"grad_scale": torch.tensor(options.pop("scale"))} if "scale" in options else {}
+    if "loss_scale" in options:
+        given["loss_scale_factor"] = options.pop("loss_scale")
     for way in ways(threads):
         actual = direct.square_sums(params, grads, clipvalue, **options, **given)
         assert_same_bits(actual, np.array(expected, np.float64), way)
@@ -52,9 +54,11 @@ def test_every_size_in_one_call(dtype: torch.dtype, in_double: bool) -> None:
 
 @pytest.mark.parametrize("clipvalue", [inf, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_divided_by_a_scale(dtype: torch.dtype, clipvalue: float) -> None:
+def test_divided_by_scales(dtype: torch.dtype, clipvalue: float) -> None:
+    """By one or both; that of the loss is none that float32 has."""
     grads = [gradients((size,), dtype, steps=1, seed=size)[0] for size in (3, 130, 513, 4097)]
-    assert_square_sums(grads, grads, inf if dtype.is_complex else clipvalue, scale=3.0)
+    for scales in ({"scale": 3.0}, {"loss_scale": 0.7}, {"scale": 3.0, "loss_scale": 0.7}):
+        assert_square_sums(grads, grads, inf if dtype.is_complex else clipvalue, **scales)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -91,7 +95,11 @@ def test_the_memory_of_the_parameter_has_the_order(layout: str, dtype: torch.dty
     param = LAYOUTS[layout](randn(shape, dtype, torch.Generator().manual_seed(1)))
     grads = [
         lay_out(order_sensitive(shape, dtype, seed=0))
-        for lay_out in (*LAYOUTS.values(), lambda grad: grad[:, :1, :, :1].expand(shape))
+        for lay_out in (
+            *LAYOUTS.values(),
+            lambda grad: grad[:, :1, :, :1].expand(shape),
+            lambda grad: grad.as_strided(shape, (1, 1, 1, 1)),
+        )
     ]
     assert_square_sums([param] * len(grads), grads)
     assert_square_sums([param] * len(grads), grads, in_double=True)

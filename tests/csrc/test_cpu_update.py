@@ -97,6 +97,12 @@ def test_special_values(dtype: torch.dtype, name: str) -> None:
         assert_update([torch.ones_like(grad) for grad in grads], grads, chosen, str(chosen))
 
 
+def test_the_largest_clipvalue() -> None:
+    """Which clamps infinities alone."""
+    grads = [torch.tensor([inf, -inf, nan, 3e38, -1.0, 0.0] * 7)]
+    assert_update([torch.ones(42)], grads, Clip(clipvalue=torch.finfo(torch.float32).max))
+
+
 @pytest.mark.parametrize("factor", [nan, inf, 0.0, -0.0, 1.0, -1.0, 1e300])
 def test_any_factor_as_number_and_as_tensor(factor: float) -> None:
     grad = gradients((300,), torch.float32, steps=1)[0]
@@ -134,9 +140,9 @@ def test_spelled_out() -> None:
     """So that the oracle does not vouch for itself: with rho = 0, square_avg is the square of the clipped gradient."""
     three, four = torch.tensor([3.0, -4.0, nan]), torch.tensor([1.0, 1.0, 0.0])
 
-    def square_avg(grad: Tensor, **options: Any) -> list[float]:
+    def square_avg(grad: Tensor, rho: float = 0.0, **options: Any) -> list[float]:
         lists = [[torch.ones(3)], [grad], [torch.zeros(3)], [torch.zeros(3)]]
-        direct.fused(*lists, 1.0, 0.0, 1e-6, **options)
+        direct.fused(*lists, 1.0, rho, 1e-6, **options)
         return lists[2][0].tolist()
 
     sums = torch.tensor([25.0], dtype=torch.float64)
@@ -148,6 +154,21 @@ def test_spelled_out() -> None:
     assert square_avg(four * 8, clipvalue=6.0, factor=0.5, maximize=True) == [9.0, 9.0, 0.0]
     assert math.isnan(square_avg(four, clipnorm=2.5, square_sums=sums * nan)[0])
     assert square_avg(four, clipnorm=2.5, square_sums=sums * inf) == [0.0, 0.0, 0.0]
+    # 1 - rho is subtracted in float32.
+    assert square_avg(four, rho=0.9) == [float(np.float32(1) - np.float32(0.9))] * 2 + [0.0]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+def test_gradients_that_are_added_up(dtype: torch.dtype, name: str) -> None:
+    """As of the COO entries of a row, clipped one by one; here the last is zero."""
+    for way in ways():
+        expected, (params, (grad,), *states) = (dense_lists([(2, 300)], dtype) for _ in range(2))
+        options = CLIPS[name].options(params, [grad])
+        direct.fused(*expected, *HYPERPARAMETERS, **options)
+        values = torch.cat([grad, torch.zeros_like(grad[:1])])
+        direct.sparse_op(params, [torch.tensor([[0, 1, 0]])], [values], *states, *HYPERPARAMETERS, **options)
+        assert_same_lists([params, *states], [expected[0], *expected[2:]], way)
 
 
 # ---- State of another dtype, and masters ----------------------------------------------------------------------------
@@ -183,7 +204,8 @@ def test_special_values_of_every_kind(dtype: torch.dtype, kept: Kept) -> None:
     values = torch.tensor(special, dtype=torch.float64).to(dtype)
     grads = [values.repeat_interleave(len(special)), values, values.flip(0)]
     params = [values.repeat(len(special)), values.clone(), torch.ones(len(special)).to(dtype)]
-    assert_update(params, grads, kept=kept)
+    for is_decoupled in (False, True):  # a weight decay of 0 makes no nan of an infinite parameter
+        assert_update([x.clone() for x in params], grads, kept=kept, is_decoupled=is_decoupled)
 
 
 @pytest.mark.parametrize("overwrites", [False, True])

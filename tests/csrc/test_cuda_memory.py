@@ -14,7 +14,7 @@ from emulated import (
     options_for,
     virtual_zeros,
 )
-from op_cases import Lists, dense, dense_lists, lay_out, states_of
+from op_cases import Kept, Lists, dense, dense_lists, kept_lists, lay_out, states_of
 
 pytestmark = marks
 
@@ -44,6 +44,20 @@ def test_tensors_that_are_not_aligned(dtype: torch.dtype, shifted: tuple[int, ..
         return made
 
     assert_same_update(make)
+
+
+@pytest.mark.parametrize("shifted", [(), (0,), (5,), (0, 5)], ids=str)
+def test_masters_that_are_aligned_or_not(shifted: tuple[int, ...]) -> None:
+    """Parameters and remainders."""
+    kept = Kept(torch.float32, has_masters=True)
+
+    def make() -> Lists:
+        made = kept_lists([1, 8, 33, 2051, CHUNK + 9], torch.bfloat16, kept)
+        for part in shifted:
+            made[part][:] = [torch.zeros(len(x) + 1, dtype=x.dtype)[1:].copy_(x) for x in made[part]]
+        return made
+
+    assert assert_same_update(make, values=kept.options) == 1
 
 
 @pytest.mark.parametrize("name", ["plain", "clipnorm"])
@@ -139,3 +153,17 @@ def test_more_elements_than_32_bits_count(sliced: int | None, dtype: torch.dtype
     for one, begin, end in zip(views, first, last, strict=True):
         assert_same_bits(one[: 2 * CHUNK], begin[: 2 * CHUNK])
         assert_same_bits(one[-CHUNK - 5 :], end[-CHUNK - 5 :])
+
+
+def test_short_rows_of_more_elements_than_32_bits_count() -> None:
+    """Only the first and the last blocks run."""
+    rows = 2**32 // 3 + CHUNK
+    ends = [gradients((CHUNK, 3), torch.bfloat16, steps=1, seed=k)[0].abs() for k in range(4)]
+    long = [virtual_zeros(4 * rows, torch.bfloat16).view(rows, 4)[:, :3] for _ in ends]
+    for x, end in zip(long, ends, strict=True):
+        x[-CHUNK:] = end
+    emulated.set_edge_blocks(3)
+    emulated.adadelta_(*([x] for x in long), [], [], *segment(1, *HYPERPARAMETERS))
+    dense(*([end] for end in ends), *segment(1, *HYPERPARAMETERS))
+    for x, end in zip(long, ends, strict=True):
+        assert_same_bits(x[-CHUNK // 2 :], end[-CHUNK // 2 :])

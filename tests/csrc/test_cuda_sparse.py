@@ -131,6 +131,19 @@ def test_values_of_another_dtype_that_are_not_aligned(dtype: torch.dtype, value_
         assert_same_sparse_update(make)
 
 
+@pytest.mark.parametrize("shifted", [0, 3, 4, 5])
+def test_masters_that_are_not_aligned(shifted: int) -> None:
+    """One of their tensors alone."""
+    kept = Kept(torch.float32, has_masters=True)
+
+    def make() -> Lists:
+        made = kept_sparse_lists([((9, 8), 1), ((3, 64), 1)], torch.bfloat16, kept)
+        made[shifted][:] = [torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in made[shifted]]
+        return made
+
+    assert_same_sparse_update(make, values=kept.options)
+
+
 def test_a_parameter_listed_twice_is_updated_in_turn() -> None:
     def make() -> Lists:
         params, indices, values, square_avgs, acc_deltas = sparse_lists([((9, 5), 1)] * 3)
@@ -213,6 +226,22 @@ def test_an_index_out_of_range_is_left_out(layout: str) -> None:
     emulated.sparse_adadelta_(*lists, [], *segment(1, *HYPERPARAMETERS))
     adadelta.sparse_adadelta_(*expected, [], *segment(1, *HYPERPARAMETERS))
     assert_same_lists([lists[part] for part in (0, 3, 4)], [expected[part] for part in (0, 3, 4)])
+
+
+def test_more_entries_than_a_launch_takes() -> None:
+    indices, values = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**31 * 512), torch.ones(1).expand(2**31 * 512)
+    params = [torch.ones(3), torch.ones(3)]
+    error = "parameter 1: it or its gradient has more elements than one launch can take"
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
+        emulated.first_invalid_indices(params, [indices[:, :3], indices], [values[:3], values], *states_of(params), [])
+
+
+def test_without_entries_nothing_is_launched() -> None:
+    """A device refuses a launch of no blocks."""
+    lists, before = sparse_lists([((9, 5), 1), ((2, 3), 0)], count=0), emulated.launches()
+    assert emulated.first_invalid_indices(*lists, []).tolist() == [-1, -1]
+    emulated.sparse_adadelta_(*lists, [], *segment(2, *HYPERPARAMETERS))
+    assert emulated.launches() == before
 
 
 def test_check_only_launches_nothing() -> None:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from cases import COMPLEX_DTYPES, DTYPES, LAYOUTS, REAL_DTYPES, dtype_name, gradients, order_sensitive, randn
-from emulated import SQUARE_OPTIONS, assert_same_square_sums, emulated, marks, virtual_zeros
+from emulated import (
+    LARGE_TABLE,
+    SMALL_TABLE,
+    SQUARE_OPTIONS,
+    assert_same_square_sums,
+    emulated,
+    marks,
+    virtual_zeros,
+)
 from op_cases import adadelta, inf, nan
 
 pytestmark = marks
@@ -32,6 +40,16 @@ def test_units(units: int) -> None:
     for seed in range(2):
         grads = [order_sensitive((units * 65536 - 100,), torch.bfloat16, seed).float(), torch.ones(3)]
         assert assert_same_square_sums(grads, grads, (0,)) == 2
+
+
+@pytest.mark.parametrize("count", [SMALL_TABLE + 1, LARGE_TABLE, LARGE_TABLE + 1])
+def test_number_of_gradients_of_several_units(count: int) -> None:
+    """Only their two first and last units are summed, and those of ones that are added up in two launches."""
+    grads = [torch.zeros(65537)] * count
+    emulated.set_edge_blocks(1)
+    before = emulated.launches()
+    emulated.grad_square_sums(grads, grads)
+    assert emulated.launches() - before == (4 if count > LARGE_TABLE else 2)
 
 
 @pytest.mark.slow
@@ -74,6 +92,20 @@ def test_special_values(dtype: torch.dtype, clipvalue: float | None) -> None:
     special = [inf, -inf, nan, 1e20, -1e20, 1e200, 0.0, -0.0, 1e-30, 1e-45, 2.0, -2.0]
     grads = [torch.tensor([value, 1.0, -3.0], dtype=torch.float64).to(dtype) for value in special]
     assert_same_square_sums(grads, grads, clipvalue=clipvalue)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_name)
+def test_gradients_that_are_not_aligned(dtype: torch.dtype) -> None:
+    base = order_sensitive((5000,), dtype, 0)
+    grads = [base[begin:] for begin in range(9)]
+    assert_same_square_sums(grads, grads)
+
+
+def test_more_elements_than_a_launch_takes() -> None:
+    ones = torch.ones(1).expand(2**31 * 65536)
+    error = "parameter 1: it or its gradient has more elements than one launch can take"
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
+        emulated.grad_square_sums([torch.ones(3), ones], [torch.ones(3), ones])
 
 
 def test_nothing_to_sum() -> None:

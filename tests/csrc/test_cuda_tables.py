@@ -115,6 +115,20 @@ def test_columns_of_a_square_matrix() -> None:
     assert_same_square_sums([torch.ones(5, 3)], [columns(1)])
 
 
+def test_dimensions_of_equal_strides() -> None:
+    """As in a gradient of sliding windows."""
+    grad = randn((9,), torch.float32, torch.Generator().manual_seed(0)).unfold(0, 4, 1)
+    assert_same_update(lambda: [[torch.ones(6, 4)], [grad], *states_of([torch.ones(6, 4)])])
+    assert_same_square_sums([torch.ones(6, 4)], [grad])
+
+
+def test_tensors_of_several_chunks() -> None:
+    """Beside small ones."""
+    assert assert_same_update(lambda: dense_lists([CHUNK + 1, 3, 2 * CHUNK + 5, 1, CHUNK])) == 1
+    grads = [gradients((size,), torch.float32, steps=1, seed=size)[0] for size in (70_000, 3, 200_000, 1)]
+    assert assert_same_square_sums(grads, grads) == 2
+
+
 def test_more_dimensions_than_a_table_takes() -> None:
     """64, of which the parts of a complex number are one. By strides like these, no two dimensions become one."""
     shape = (2, *[1] * 62, 3)
@@ -159,13 +173,3 @@ def test_number_of_gradients(count: int, launches: int) -> None:
     sizes = [0] + [size for i in range(count) for size in (1 + i % 9, 0)]
     grads = [gradients((size,), torch.float32, steps=1, seed=i)[0] for i, size in enumerate(sizes)]
     assert assert_same_square_sums(grads, grads) == launches
-
-
-@pytest.mark.parametrize(("count", "launches"), [(SMALL_TABLE + 1, 2), (LARGE_TABLE, 2), (LARGE_TABLE + 1, 4)])
-def test_number_of_gradients_of_several_units(count: int, launches: int) -> None:
-    """Only their two first and last units are summed, and those of ones that are added up in two launches."""
-    grads = [torch.zeros(65537)] * count
-    emulated.set_edge_blocks(1)
-    before = emulated.launches()
-    emulated.grad_square_sums(grads, grads)
-    assert emulated.launches() - before == launches

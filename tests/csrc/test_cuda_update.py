@@ -18,7 +18,7 @@ from cases import (
     segment,
     segments,
 )
-from emulated import CHUNK, HYPERPARAMETERS, OPTIONS, assert_same_update, emulated, options_for
+from emulated import CHUNK, HYPERPARAMETERS, OPTIONS, assert_same_update, emulated, options_for, virtual_zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
@@ -84,6 +84,33 @@ def test_neighbours_are_not_written() -> None:
         return [list(x.split(sizes)) for x in flat]
 
     assert assert_same_update(make, **OPTIONS["clipnorm"]) == 1
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["dense", "sliced"])
+def test_more_elements_than_31_bits_count(step: int) -> None:
+    """Only the first and the last blocks run."""
+    count = 2**31 + CHUNK + 5
+    ends = [gradients((CHUNK,), torch.bfloat16, steps=1, seed=k)[0].abs() for k in range(4)]
+    long = [virtual_zeros(step * count, torch.bfloat16)[::step] for _ in ends]
+    for x, end in zip(long, ends, strict=True):
+        x[-CHUNK:] = end
+    emulated.set_edge_blocks(2)
+    emulated.adadelta_(*([x] for x in long), [], [], *segment(1, *HYPERPARAMETERS))
+    adadelta.adadelta_(*([x] for x in ends), [], [], *segment(1, *HYPERPARAMETERS))
+    assert_same_lists([[x[-CHUNK:].clone() for x in long]], [ends])
+
+
+@pytest.mark.parametrize("shifted", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_one_tensor_that_is_not_aligned(dtype: torch.dtype, shifted: int) -> None:
+    """Beside others that are."""
+
+    def make() -> Lists:
+        made = dense_lists([8, 700], dtype)
+        made[shifted][:] = [torch.zeros(len(x) + 1, dtype=dtype)[1:].copy_(x) for x in made[shifted]]
+        return made
+
+    assert assert_same_update(make) == 1
 
 
 def test_a_parameter_listed_twice_is_updated_in_turn() -> None:
@@ -254,6 +281,19 @@ def test_state_of_every_kind_and_layout(dtype: torch.dtype, kept: Kept, layout: 
     """With gradients of every dtype."""
     make = functools.partial(kept_lists, [(2, 3, 4, 9)] * 4 + [(1, 1, 1, 2051)] * 4, dtype, kept, REAL_DTYPES, layout)
     assert_same_update(make, values=kept.options, **OPTIONS["clipvalue-clipnorm"])
+
+
+@with_kept
+def test_each_tensor_of_another_layout(dtype: torch.dtype, kept: Kept) -> None:
+    names = list(LAYOUTS)
+
+    def make() -> Lists:
+        made = kept_lists([(2, 3, 4, 9)] * len(names), dtype, kept)
+        for part in (0, 2, 3, 5):
+            made[part][:] = [lay_out(names[(i + part) % len(names)], x) for i, x in enumerate(made[part])]
+        return made
+
+    assert_same_update(make, values=kept.options)
 
 
 @with_kept

@@ -79,11 +79,6 @@ def test_a_complex_parameter_has_no_order_to_clamp_in(call: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "hyperparameters", "tensors", "error"),
     [
-        ([2], ONES, [], "the sizes of the segments are 2, which do not add up to 3 parameters"),
-        ([4], ONES, [], "the sizes of the segments are 4, which do not add up to 3 parameters"),
-        ([], [], [], "the sizes of the segments are , which do not add up to 3 parameters"),
-        ([4, -1], [*ONES, *ONES], [], "the sizes of the segments are 4, -1, which"),
-        ([2**63 - 1, 2**63 - 1, 5], [*ONES, *ONES, *ONES], [], "the sizes of the segments are 92"),
         ([3], ONES[:9], [], "1 segments have 9 hyperparameters and 0 hyperparameter_tensors, but must have 10 and"),
         ([1, 2], ONES, [], "2 segments have 10 hyperparameters and 0 hyperparameter_tensors, but must have 20 and"),
         ([3], ONES, [None] * 3, "1 segments have 10 hyperparameters and 3 hyperparameter_tensors, but must"),

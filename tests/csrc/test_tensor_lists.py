@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from average_cases import average_dtype, averages_of
-from cases import DTYPES, dtype_name, segment
+from cases import DTYPES, LAYOUTS, dtype_name, segment, segments
 from op_cases import CALLS as OPS
 from op_cases import (
     Kept,
@@ -16,6 +16,7 @@ from op_cases import (
     dense,
     dense_lists,
     kept_lists,
+    lay_out,
     lists_for,
     needs_library,
     with_cache,
@@ -355,3 +356,39 @@ def test_a_tensor_of_any_layout_that_does_not_overlap() -> None:
             dense(*lists, *segment(1, 1.0, 0.9, 1e-7))
         else:
             assert_refused(dense, lists, *segment(1, 1.0, 0.9, 1e-7), error=f"parameter 0: it {OVERLAPS}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [f32, bf16, c64], ids=dtype_name)
+def test_tensors_of_any_layout_are_updated_as_contiguous_ones(dtype: torch.dtype, layout: str) -> None:
+    """With gradients of another layout, and of another dtype."""
+    own = segment(2, 1.0, 0.9, 1e-7)
+    for other in LAYOUTS:
+        expected = dense_lists([(2, 3, 1, 5)] * 2, dtype, (dtype, torch.complex128 if dtype.is_complex else f64))
+        lists = [[lay_out(other if k == 1 else layout, x.clone()) for x in part] for k, part in enumerate(expected)]
+        dense(*lists, *own)
+        dense(*expected, *own)
+        for part in (0, 2, 3):
+            assert all(map(torch.equal, lists[part], expected[part])), other
+
+
+@pytest.mark.parametrize("part", [0, 2, 3])
+def test_complex_tensors_without_the_last_of_their_memory(part: int) -> None:
+    lists = dense_lists([4], c64)
+    shortened(lists[part][0])
+    error = "parameter 0: .* reaches beyond its memory: its storage was resized"
+    with pytest.raises(RuntimeError, match=f"^torch_adadelta refuses {error}"):
+        dense(*lists, *segment(1, 1.0, 0.9, 1e-7))
+
+
+def test_state_and_remainders_are_those_of_their_segment() -> None:
+    made = [kept_lists([5], dtype, Kept(state)) for dtype, state in ((f32, bf16), (f32, f32))]
+    lists = [[x for one in made for x in one[k]] for k in range(6)]
+    codes = [segment(1, 1.0, 0.9, 1e-7, state_dtype=code) for code in (2, 1)]
+    adadelta.adadelta_(*lists, *segments(*codes))
+    error = "parameter 0: its state has another dtype than its state_dtype"
+    assert_refused(adadelta.adadelta_, lists, *segments(*reversed(codes)), error=error)
+    masters = [segment(1, 1.0, 0.9, 1e-7, has_masters=has_masters) for has_masters in (True, False)]
+    lists = kept_lists([5, 6], bf16, Kept(has_masters=True))
+    error = "parameter 1: it has a remainder, but has_masters is 0"
+    assert_refused(adadelta.adadelta_, lists, *segments(*masters), error=error)

@@ -171,6 +171,10 @@ inline void run_block(unsigned threads, std::mt19937& generator) {
 // `Argument`: a reference to the parameters, or a pointer to them.
 template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t blocks, unsigned threads, Argument parameters) {
+  if (blocks <= 0) {
+    std::fputs("emulator: a launch has no blocks, which CUDA refuses\n", stderr);
+    std::abort();
+  }
   struct Call {
     void (*kernel)(Argument);
     Argument parameters;
