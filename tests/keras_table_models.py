@@ -268,6 +268,15 @@ STATE = {
 }
 
 
+def has_channels_first():
+    """Whether TensorFlow has a convolution with the channels first, which oneDNN gives it on some processors."""
+    try:
+        tf.nn.conv2d(tf.ones((1, 1, 3, 3)), tf.ones((2, 2, 1, 1)), 1, "VALID", data_format="NCHW")
+    except tf.errors.UnimplementedError:
+        return False
+    return True
+
+
 def state_of(model, generation):
     """That of the weights that are trained, sorted: its numbers, whatever their layout."""
     optimizer, found = getattr(model.optimizer, "inner_optimizer", model.optimizer), {}

@@ -244,10 +244,10 @@ def test_the_layers_of_a_subclass_have_the_names_of_its_attributes(generation: s
     paths = ["encoder/up", "encoder/attend/query", "blocks/0/down", "head"]
     with opened(by_attributes(generation, first, names).write(tmp_path)) as checkpoint:
         assert_right(checkpoint, {path: ["kernel"] for path in paths})
-    # Of what Keras names itself, such as layer-1, the names of the weights say more.
-    mixed = ["encoder/up/kernel", "layer-1/kernel", "x/kernel", "y/kernel"]
+    # Of what Keras names itself, such as layer-1 and the lists of a SavedModel, the names of the weights say more.
     named = [f"dense_{n}/kernel" for n in range(4)]
-    if generation != KERAS3:
+    for kept in ("layer-1/kernel", "b/variables/0") if generation != KERAS3 else ():
+        mixed = ["encoder/up/kernel", kept, "x/kernel", "y/kernel"]
         with opened(by_attributes(generation, mixed, named).write(tmp_path)) as checkpoint:
             assert_right(checkpoint, {f"dense_{n}": ["kernel"] for n in range(4)})
 

@@ -41,6 +41,8 @@ def _unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [*models.LIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in ROWS)])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_table(generation: str, name: str, tmp_path: Path) -> None:
+    if name == "channels first" and not models.has_channels_first():
+        pytest.skip("TensorFlow has no convolution with the channels first on this processor")
     models.write(generation, name, tmp_path)
     kinds = [kind for kind in models.KINDS[generation] if (generation, kind, name) not in models.UNWRITTEN]
     check(name, generation, {kind: models.path_of(kind, tmp_path) for kind in kinds}, np.load(tmp_path / "truth.npz"))

@@ -218,7 +218,12 @@ _NOT_LAYERS: Final = {
 
 def _has_names(path: list[str]) -> bool:
     """Whether a path is one of attributes that somebody named, as in a subclass, and not of lists that Keras keeps."""
-    return len(path) > 1 and all(is_part(name) or re.fullmatch(r"[A-Za-z]\w*|\d+", name) for name in path)
+    is_named = all(is_part(name) or re.fullmatch(r"[A-Za-z]\w*|\d+", name) for name in path)
+    return len(path) > 1 and is_named and _KEPT.isdisjoint(path)
+
+
+# The lists that a SavedModel has of the weights of each layer.
+_KEPT: Final = {"variables", "trainable_variables", "non_trainable_variables"}
 
 
 def _weight_nodes(
