@@ -167,4 +167,10 @@ void every() {
 
 }  // namespace
 
-int main() { every<ByItself, Whole, Group<Bfloat16>, Group<Bfloat16InOrder>>(); }
+int main() {
+  if constexpr (std::is_same_v<Bfloat16, Bfloat16InOrder>) {  // every group is in order
+    every<ByItself, Whole, Group<Bfloat16>>();
+  } else {
+    every<ByItself, Whole, Group<Bfloat16>, Group<Bfloat16InOrder>>();
+  }
+}
