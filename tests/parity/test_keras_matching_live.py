@@ -122,7 +122,7 @@ def test_a_subclassed_model(generation: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(outputs, expected, rtol=1e-9, atol=1e-12, err_msg=f"{path} {cls} {options}")
             found = torch.cat([s["square_avg"].flatten() for s in optimizer.state.values()])
             np.testing.assert_array_equal(np.sort(found.numpy()), state["square_avg"])
-            job = Job(ours, optimizer, options)
+            job = Job(ours, optimizer, options, [])
             assert train(job, *zip(*data, strict=True)) == pytest.approx(losses, rel=TOLERANCE[generation])
         ours = Renamed().double()
         with pytest.raises(KerasFileError, match="cannot be told"):
