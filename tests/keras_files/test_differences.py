@@ -124,12 +124,20 @@ def test_differences_between_the_models_are_told(tmp_path: Path) -> None:
 
 def test_an_rnn_of_another_activation_is_told(tmp_path: Path) -> None:
     for activation, nonlinearity, expected in (
-        ("relu", "relu", ""), ("tanh", "tanh", ""), ("relu", "tanh", "rnn has activation='relu', and rnn has tanh")
+        ("relu", "relu", ""), ("tanh", "tanh", ""), ("relu", "tanh", "rnn has activation='relu', and rnn has tanh"),
+        ("tanh", "relu", "rnn has activation='tanh', and rnn has relu"),
     ):  # fmt: skip
         config = sequential(("rnn", "SimpleRNN", {"activation": activation}))
         path = write_h5(tmp_path / "m.h5", {"rnn": recurrent(3, 2, 1, (2,))}, config)
         for cls in (nn.RNN, nn.RNNCell):
             assert warnings_of(path, freeze_second_biases(Net(rnn=cls(3, 2, nonlinearity=nonlinearity)))) == expected
+
+
+def test_a_gru_without_biases_and_configuration_is_told(tmp_path: Path) -> None:
+    kernels = {name: value for name, value in recurrent(3, 2, 3, ()).items() if "bias" not in name}
+    path = write_h5(tmp_path / "m.h5", {"gru": kernels})
+    expected = "the file does not say whether gru has reset_after=True, as gru does"
+    assert warnings_of(path, Net(gru=nn.GRU(3, 2, bias=False))) == expected
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])

@@ -18,3 +18,11 @@ def test_what_is_alike_is_of_one_sort() -> None:
     assert [len(fits.options(layer, modules[1])) for layer in layers] == [1, 0, 1]
     assert fits.reason(layers[1], modules[0]) == "kernel would be (2, 4), and weight is (3, 4)"
     assert fits.options(layers[0], modules[0])[0].kind == "dense"
+
+
+def test_layers_of_the_same_shapes_may_differ_by_their_configuration() -> None:
+    weights = {"kernel": np.ones((3, 9)), "recurrent_kernel": np.ones((3, 9))}
+    layers = [layer_of(str(is_after), "GRU", {"reset_after": is_after}, weights) for is_after in (True, False)]
+    modules, _ = torch_layers_of(nn.GRU(3, 3, bias=False))
+    fits = Fits(layers, modules)
+    assert [len(fits.options(layer, modules[0])) for layer in layers] == [1, 0]

@@ -404,6 +404,24 @@ def test_both_directions_of_a_layer_that_nobody_knows() -> None:
     assert interpretation.kind == "lstm"
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_gru_without_biases_tells_by_its_configuration_where_it_resets(is_wrapped: bool) -> None:
+    sides = ("forward__", "backward__") if is_wrapped else ("",)
+    shapes = {f"{side}{role}": (3, 9) for side in sides for role in ("kernel", "recurrent_kernel")}
+    module = nn.GRU(3, 3, bias=False, bidirectional=is_wrapped)
+    tensors = {name.replace("_l0", ""): tensor for name, tensor in module.named_parameters()}
+    for is_after in (True, False):
+        config: dict[str, Any] = {"reset_after": is_after}
+        if is_wrapped:
+            config = {"layer": {"class_name": "GRU", "config": config}}
+        (interpretation,) = form_of("Bidirectional" if is_wrapped else "GRU", config, **shapes)
+        if is_after:
+            assert len(placed(interpretation, module, tensors)) == len(shapes)
+        else:
+            with pytest.raises(LayoutMismatch, match="a GRU with reset_after=False applies its reset gate before"):
+                placed(interpretation, module, tensors)
+
+
 def test_names_of_the_kernel_of_a_depthwise_convolution() -> None:
     for class_name in ("DepthwiseConv2D", None):
         (interpretation,) = form_of(class_name, depthwise_kernel=(3, 3, 2, 4))

@@ -10,9 +10,9 @@ from torch import nn
 
 pytest.importorskip("h5py", reason="needs the extra 'keras'")
 from keras_memory import checkpoint_of, layer_of
-from keras_stored import Net, Weights, assert_is, assert_same_datasets, dense, load, sequential, write_h5
+from keras_stored import DATA, Net, Weights, assert_is, assert_same_datasets, build, dense, load, sequential, write_h5
 
-from torch_adadelta.keras import KerasFileError, Layout, save_keras
+from torch_adadelta.keras import KerasFileError, Layout, load_keras, save_keras
 from torch_adadelta.keras.mapping import Part
 from torch_adadelta.keras.matching import match
 
@@ -240,3 +240,16 @@ def test_weights_of_a_layer_that_is_of_no_kind_do_not_follow(tmp_path: Path) -> 
         load(path, model, mapping={"odd/scale": "a.weight"})
     load(path, model, mapping={"odd/scale": "a.weight", "odd/shift": "a.bias"})
     assert_is(model.a.bias, torch.ones(4, dtype=torch.float64).numpy())
+
+
+def test_arguments_of_another_type_are_named() -> None:
+    model, optimizer = build()
+    for mapping, message in (
+        ([("d1", "0")], "mapping must be a dictionary, got list"),
+        ({"d1/kernel": ("0.weight", 3)}, r"mapping\['d1/kernel'\] has 3 for 0.weight, which is no permutation"),
+        ({"d1/kernel": ("0.weight", ("a", 1))}, r"has \('a', 1\) for 0.weight, which is no permutation and no Layout"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            load_keras(DATA / "k3.h5", optimizer, model, mapping=mapping)
+    with pytest.raises(TypeError, match="config must be a dictionary, JSON or the path of a file, got int"):
+        load_keras(DATA / "k3.h5", optimizer, model, config=3)

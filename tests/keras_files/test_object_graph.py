@@ -252,6 +252,15 @@ def test_the_layers_of_a_subclass_have_the_names_of_its_attributes(generation: s
             assert_right(checkpoint, {f"dense_{n}": ["kernel"] for n in range(4)})
 
 
+@pytest.mark.parametrize("generation", [LEGACY, NEW])
+def test_a_checkpoint_may_be_of_the_model_itself(generation: str, tmp_path: Path) -> None:
+    """``save_weights`` writes no object around the model: the names of the attributes are all there."""
+    objects = by_attributes(generation, ["up/kernel", "down/kernel"], ["net/dense/kernel", "net/dense_1/kernel"])
+    objects.root["children"] = [*objects.model["children"], ("optimizer", 2)]
+    with opened(objects.write(tmp_path)) as checkpoint:
+        assert_right(checkpoint, {"up": ["kernel"], "down": ["kernel"]})
+
+
 def test_two_weights_of_one_name_have_no_state_that_is_named_after_them(tmp_path: Path) -> None:
     objects = by_attributes(NEW, ["a/kernel", "b/kernel"], ["net/one/kernel", "net/two/kernel"])
     for number in objects.trainable.values():

@@ -76,7 +76,7 @@ def test_weights_come_from_a_file_of_any_optimizer(name: str, generation: str, f
         model = chain()
         optimizer = stepped(model, learning_rate=0.125)
         state = {param: {key: t.clone() for key, t in own.items()} for param, own in optimizer.state.items()}
-        with pytest.raises(KerasFileError, match=r"pass state=False to load the weights alone"):
+        with pytest.raises(KerasFileError, match="pass state=False and weights=True to load the weights alone"):
             load_keras(path, optimizer, model, weights=True, config=str(expected["config"]))
         report = load(path, optimizer, model, config=str(expected["config"]))
         for index, param in enumerate(model.parameters()):
@@ -129,6 +129,19 @@ def test_options_and_weights_are_asked_for_by_themselves() -> None:
     assert not all(map(torch.equal, model.parameters(), before))
     with pytest.raises(ValueError, match="state_order is the order of a state, and with state=False none is read"):
         load(DATA / "k3.keras", optimizer, model, state_order=["d1/kernel"])
+
+
+def test_a_call_that_loads_nothing_is_refused(files: Path) -> None:
+    """Above all state=False without weights=True, with a file that has no hyperparameters of an Adadelta."""
+    model, optimizer = build()
+    with pytest.raises(
+        KerasFileError, match=r"state=False and hyperparameters=False, nothing is loaded; pass weights="
+    ):
+        load_keras(DATA / "k3.h5", optimizer, model, state=False, hyperparameters=False)
+    model = chain()
+    optimizer = stepped(model)
+    with pytest.raises(KerasFileError, match="no hyperparameters of an Adadelta in it, nothing is loaded"):
+        load_keras(files / "keras3" / "Adam" / "model.h5", optimizer, model, state=False)
 
 
 def test_what_keras_trained_is_not_asked() -> None:

@@ -56,11 +56,11 @@ def opened(
         raise ValueError(f"drop must be a set of {', '.join(configs.DROPPABLE)}; got {drop!r}")
     if state_order is not None and not has_state:
         raise ValueError("state_order is the order of a state, and with state=False none is read; leave it out")
-    path = Path(path)
+    path, model = Path(path), _given_config(config)
     closers: list[Any] = []
     try:
         with damage_named(path):
-            checkpoint = _read(path, Request(_given_config(config), drop, state_order, uses, has_state), closers)
+            checkpoint = _read(path, Request(model, drop, state_order, uses, has_state), closers)
         if checkpoint.model is not None:
             checkpoint.remarks += [
                 f"its model has a lambda, {name!r}, which is not run: the PyTorch model must compute it"
@@ -79,6 +79,8 @@ def _given_config(config: Any) -> dict[str, Any] | None:
         return configs.parsed(json.dumps(dict(config), default=str), "config")
     if isinstance(config, str) and config.lstrip().startswith("{"):
         return configs.parsed(config, "config")
+    if not isinstance(config, str | Path):
+        raise TypeError(f"config must be a dictionary, JSON or the path of a file, got {type(config).__name__}")
     with damage_named(Path(config)):
         return configs.parsed(Path(config).read_bytes(), "config")
 

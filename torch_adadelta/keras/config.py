@@ -109,7 +109,7 @@ def hyperparameters(config: Any, drop: Collection[str]) -> dict[str, Any]:
     return found
 
 
-WEIGHTS_ALONE: Final = "pass state=False to load the weights alone"
+WEIGHTS_ALONE: Final = "pass state=False and weights=True to load the weights alone"
 OTHER_OPTIMIZER: Final = "its optimizer is {name}, not Adadelta; " + WEIGHTS_ALONE
 
 

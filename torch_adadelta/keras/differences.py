@@ -125,19 +125,22 @@ def _recurrent_differences(layer: Layer, torch_layer: TorchLayer) -> Iterator[st
         return
     inner = layer.config.get("layer")
     config = inner["config"] if isinstance(inner, dict) and isinstance(inner.get("config"), dict) else layer.config
-    for key, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
+    nonlinearity = getattr(torch_layer.module, "nonlinearity", "tanh")
+    for key, expected in (("activation", nonlinearity), ("recurrent_activation", "sigmoid")):
         value = config.get(key)
         if isinstance(value, dict):
             value = value.get("config", value.get("class_name"))
-        if isinstance(value, str) and value not in (expected, _nonlinearity(torch_layer)):
+        if isinstance(value, str) and value != expected:
             yield f"{layer.path} has {key}={value!r}, and {torch_layer.path} has {expected}"
+    if (
+        isinstance(torch_layer.module, nn.GRU | nn.GRUCell)
+        and not torch_layer.module.bias
+        and "reset_after" not in config
+    ):
+        yield f"the file does not say whether {layer.path} has reset_after=True, as {torch_layer.path} does"
     for key, does in (("go_backwards", "goes forwards"), ("stateful", "begins each batch anew")):
         if config.get(key) is True:
             yield f"{layer.path} has {key}=True, and {torch_layer.path} {does}"
     if layer.config.get("merge_mode", "concat") != "concat":
         mode = layer.config["merge_mode"]
         yield f"{layer.path} has merge_mode={mode!r}, and {torch_layer.path} concatenates both directions"
-
-
-def _nonlinearity(torch_layer: TorchLayer) -> str | None:
-    return getattr(torch_layer.module, "nonlinearity", None)

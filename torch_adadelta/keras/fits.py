@@ -13,6 +13,7 @@ from torch_adadelta.keras.layouts import (
     LayoutMismatch,
     WeightPlacement,
     interpretations,
+    is_reset_first,
     placed,
     placements,
 )
@@ -77,7 +78,7 @@ def _signature_of_layer(layer: Layer) -> Any:
     """The same for layers that fit the same modules."""
     inner = layer.config.get("layer")
     inner_class = str(inner.get("class_name")) if isinstance(inner, dict) else ""
-    return layer.class_name, inner_class, tuple((v.role, v.value.shape) for v in layer.variables)
+    return layer.class_name, inner_class, is_reset_first(layer), tuple((v.role, v.value.shape) for v in layer.variables)
 
 
 def _signature_of_torch_layer(torch_layer: TorchLayer) -> Any:

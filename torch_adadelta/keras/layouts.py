@@ -149,6 +149,7 @@ class Interpretation(NamedTuple):
     kind: str
     shapes: dict[str, Shape]
     roles: dict[str, str]  # from the role as understood to the role in the file
+    is_reset_first: bool = False  # of a GRU, whether its configuration has reset_after=False
 
 
 def interpretations(layer: Layer) -> list[Interpretation]:
@@ -170,8 +171,15 @@ def interpretations(layer: Layer) -> list[Interpretation]:
         for roles in _vocabularies(candidate, names):
             understood = {role: shapes[name] for role, name in roles.items()}
             if _is_of_kind(candidate, understood):
-                found.append(Interpretation(candidate, understood, roles))
+                found.append(Interpretation(candidate, understood, roles, is_reset_first(layer)))
     return found
+
+
+def is_reset_first(layer: Layer) -> bool:
+    """Whether the configuration of a layer says ``reset_after=False``, its own or that of the layer in it."""
+    inner = layer.config.get("layer")
+    options = inner.get("config") if isinstance(inner, dict) else layer.config
+    return isinstance(options, dict) and options.get("reset_after") is False
 
 
 def _inner_class(layer: Layer) -> str:
@@ -270,6 +278,15 @@ def _cudnn_bias(shapes: Mapping[str, Shape], side: str = "") -> Shape:
     return (2 * shapes[f"{side}recurrent_kernel"][1],)
 
 
+def _has_one_bias(shapes: Mapping[str, Shape]) -> bool:
+    """Whether a recurrent layer has a bias for its gates, and not two in one weight."""
+    return any(
+        len(shape) == 1 and shape != _cudnn_bias(shapes, role.removesuffix("bias"))
+        for role, shape in shapes.items()
+        if role.endswith("bias")
+    )
+
+
 def _is_attention(shapes: Mapping[str, Shape]) -> bool:
     query, key, value, output = (shapes[f"{part}/kernel"] for part in _PARTS)
     if not len(query) == len(key) == len(value) == len(output) == 3:
@@ -321,6 +338,12 @@ def placements(
         names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
         return [placement for role in shapes for placement in _vector(shapes, role, names[role], inputs)]
     if kind in GATES:
+        if interpretation.is_reset_first or (kind == "gru" and _has_one_bias(shapes)):
+            raise LayoutMismatch(
+                "a GRU with reset_after=False applies its reset gate before the recurrent product, and torch.nn.GRU "
+                "after it; no weights make them compute the same. Write the cell by hand, and give its weights in "
+                "mapping"
+            )
         return _rnn_placements(kind, shapes, inputs)
     return _attention_placements(shapes, is_split, inputs)
 
@@ -382,12 +405,6 @@ def _rnn_placements(kind: str, shapes: Mapping[str, Shape], inputs: FeatureOrder
         if is_double:
             found.append(WeightPlacement(f"{side}bias", f"bias_ih{suffix}", layout, row=0))
             found.append(WeightPlacement(f"{side}bias", f"bias_hh{suffix}", layout, row=1))
-        elif kind == "gru":
-            raise LayoutMismatch(
-                "a GRU with reset_after=False applies its reset gate before the recurrent product, and torch.nn.GRU "
-                "after it; no weights make them compute the same. Write the cell by hand, and give its weights in "
-                "mapping"
-            )
         else:
             found.append(WeightPlacement(f"{side}bias", f"bias_ih{suffix}", layout))
     return found

@@ -67,6 +67,8 @@ class UserMapping:
         self._both = both
         self._targets: dict[str, str | None] = {}  # of layers, and of what has layers in it
         self.transfers: list[WeightTransfer] = []
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"mapping must be a dictionary, got {type(mapping).__name__}")
         for key, target in mapping.items():
             if not isinstance(key, str):
                 raise ValueError(f"mapping has {key!r}, which is no layer and no weight. " + self._both())
@@ -126,6 +128,8 @@ class UserMapping:
         if layout is None:
             layout = same(shape)
         elif not isinstance(layout, Layout):
+            if not isinstance(layout, list | tuple) or not all(isinstance(axis, int) for axis in layout):
+                raise TypeError(f"mapping[{key!r}] has {layout!r} for {label}, which is no permutation and no Layout")
             layout = Layout(tuple(layout))
         if layout.result(shape) != goal:
             raise ValueError(

@@ -265,7 +265,7 @@ def _weight_nodes(
         node = nodes[number]
         is_other = "seed_generator" in (node.full_name or "") or (node.key or "").startswith("save_counter")
         if node.key is not None and not is_other:
-            paths[number] = [*path[1:-1], path[-1].lstrip("_")]
+            paths[number] = [*path[:-1], path[-1].lstrip("_")]
             if number not in weights:
                 weights.append(number)
         children = [
@@ -274,4 +274,8 @@ def _weight_nodes(
             if name not in _NOT_LAYERS and not name.startswith("train_")
         ]
         todo += reversed(children)
+    if (
+        len({path[0] for path in paths.values()}) == 1
+    ):  # the name of the model, unless the checkpoint is the model itself
+        paths = {number: path[1:] for number, path in paths.items()}
     return weights, owned, paths

@@ -84,7 +84,7 @@ def load_keras(
         model: computes the same as the model of Keras.
         weights: whether to set the parameters, and the statistics of batch normalisation, too.
         hyperparameters: False to keep those of the optimizer.
-        state: False to load the weights without the state, from a file of any optimizer or none, ``save_weights`` in
+        state: False to load without the state, with `weights` from a file of any optimizer or none, ``save_weights`` in
             ``.h5`` included. The state of the parameters and ``optimizer.iterations`` stay as they are. Hyperparameters
             come over if the file is known to be of an Adadelta. Which weights Keras trained is not looked at.
         mapping: what cannot be inferred, as a dictionary. From the path of a layer of Keras to that of a module
@@ -139,6 +139,11 @@ def load_keras(
         notes = differences(found, checkpoint)
         check_coverage(found, checkpoint, optimizer, weights)
         settings = _settings(checkpoint, optimizer, custom_objects, drop) if hyperparameters else {}
+        if not (weights or state or settings):
+            kept = "hyperparameters=False" if not hyperparameters else "no hyperparameters of an Adadelta in it"
+            raise KerasFileError(
+                f"{checkpoint.path}: with weights=False, state=False and {kept}, nothing is loaded; pass weights=True"
+            )
         states: dict[Tensor, dict[str, Tensor]] = {}
         if state:
             count = checkpoint.count()
