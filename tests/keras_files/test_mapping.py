@@ -193,6 +193,7 @@ def test_weights_go_to_rows_of_a_parameter(tmp_path: Path) -> None:
         ({"key/bias": "attend.in_proj_bias[10:14]"}, r"attend.in_proj_bias of shape \(12,\) has no such rows"),
         ({"key/bias": "attend.in_proj_bias[8:4]"}, "has no such rows"),
         ({"key/bias": "attend.nothing[0:4]"}, "the model has no parameter of that name"),
+        ({"key/bias": None}, "is None, which leaves out layers as a whole, such as key"),
         ({"key/bias": "attend.in_proj_bias[5:9]"}, r"mapping has query/bias|nothing for attend.in_proj_bias\[4:5\]"),
         ({"key/bias": "attend.in_proj_bias[0:4]"}, r"mapping has .* for attend.in_proj_bias\[0:4\], and"),
     ):

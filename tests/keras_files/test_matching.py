@@ -105,6 +105,10 @@ def test_names_that_some_have_decide_nothing() -> None:
         matched(two, {"one": (4, 4)})
     with pytest.raises(KerasFileError, match="cannot be told"):
         matched(two, {"a/one": (4, 4), "b/one": (4, 4)})
+    crossed = Net(dec=Net(dense=linear(4, 4)), enc=Net(dense_1=linear(4, 4)))
+    with pytest.raises(KerasFileError, match="cannot be told"):
+        matched(crossed, {"enc/dense": (4, 4), "dec/dense_1": (4, 4)})
+    assert matched(crossed, {"dense": (4, 4), "x/dense_1": (4, 4)})["dense/kernel"] == "dec.dense.weight"
     # A name does not make fit what does not.
     assert matched(Net(one=linear(3, 4), two=linear(4, 4)), {"two": (3, 4), "one": (4, 4)}) == {
         "two/kernel": "one.weight", "one/kernel": "two.weight"
@@ -359,7 +363,7 @@ def test_weights_are_given_explicitly(tmp_path: Path) -> None:
         ({"one/kernel": "a.weight"}, r"kernel of shape \(12, 2\) would be \(12, 2\), and a.weight is \(2, 12\)"),
         ({"one/kernel": ("a.weight", (0,))}, "cannot be turned"),
         ({"one/kernel": ("a.nothing", (1, 0))}, "the model has no parameter of that name"),
-        ({"one/kernel": None}, "the model has no parameter of that name"),
+        ({"one/kernel": None}, "is None, which leaves out layers as a whole, such as one"),
         ({"one/kernel": ["a.weight"]}, "the model has no parameter of that name"),
         ({"one": ("a", (1, 0))}, r"is \('a', \(1, 0\)\), which is no module with parameters"),
         ({"one/nothing": "a.weight"}, "has 'one/nothing', and one has kernel, bias"),

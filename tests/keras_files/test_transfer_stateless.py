@@ -120,8 +120,9 @@ def test_a_file_with_state_gives_its_weights_and_options(name: str) -> None:
 def test_options_and_weights_are_asked_for_by_themselves() -> None:
     model, optimizer = build(learning_rate=0.125)
     before = [param.clone() for param in model.parameters()]
-    load_keras(DATA / "tf24.h5", optimizer, model, state=False)
+    report = load_keras(DATA / "tf24.h5", optimizer, model, state=False)
     assert optimizer.learning_rate == 0.5
+    assert report.moves == []
     assert all(map(torch.equal, model.parameters(), before))
     model, optimizer = build(learning_rate=0.125)
     load(DATA / "tf24.h5", optimizer, model, hyperparameters=False)

@@ -117,6 +117,8 @@ class UserMapping:
         if variable is None:
             names = ", ".join(variable.role for variable in layer.variables)
             raise ValueError(f"mapping has {key!r}, and {layer.path} has {names}")
+        if target is None:
+            raise ValueError(f"mapping[{key!r}] is None, which leaves out layers as a whole, such as {layer.path}")
         label, layout = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
         name, first, end = self._rows(key, label, target)
         tensor = self._tensors[name]

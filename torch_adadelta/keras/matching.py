@@ -381,7 +381,10 @@ def _listed(title: str, items: Sequence[Any]) -> str:
 
 
 def _by_name(part: Part, layers: list[Layer], torch_layers: list[TorchLayer]) -> list[tuple[Layer, TorchLayer]] | None:
-    """The pairs of the same name, if all have one: whole paths, or else their last parts, or those of attributes."""
+    """The pairs of the same name, if all have one: whole paths, or else their last parts, or those of attributes.
+
+    Last parts decide nothing where what is before them has the same names on both sides, and contradicts them.
+    """
     modules = [part.name_of_module(torch_layer) for torch_layer in torch_layers]
     paths = [part.name_of_layer(layer.path) for layer in layers]
     groups = [part.name_of_layer(layer.group) for layer in layers]  # in a numbered file, the attributes of a subclass
@@ -389,12 +392,21 @@ def _by_name(part: Part, layers: list[Layer], torch_layers: list[TorchLayer]) ->
         by_layer = dict(zip(map(key, names), layers, strict=True))
         by_module = dict(zip(map(key, modules), torch_layers, strict=True))
         if len(by_layer) == len(layers) and by_layer.keys() == by_module.keys():
-            return [(layer, by_module[name]) for name, layer in by_layer.items()]
+            pairs = [(layer, by_module[name]) for name, layer in by_layer.items()]
+            own = {name: _parent(path) for name, path in zip(map(key, names), names, strict=True)}
+            others = {name: _parent(path) for name, path in zip(map(key, modules), modules, strict=True)}
+            common = set(own.values()) & set(others.values()) - {""}
+            if all(own[name] == others[name] or common.isdisjoint((own[name], others[name])) for name in own):
+                return pairs
     return None
 
 
 def _last(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def canonical(layer: Layer, flattening: Flattening) -> list[WeightPlacement]:

@@ -186,7 +186,8 @@ def load_keras(
             if own:
                 optimizer.state[param] = own
         _set_values(values, optimizer)
-    report = Report(f"{path}: {checkpoint.source}", optimizer.iterations, reported, rows_of(found), [*notes, *infos])
+    moves = rows_of(found) if weights or state else []
+    report = Report(f"{path}: {checkpoint.source}", optimizer.iterations, reported, moves, [*notes, *infos])
     report.norm_variables = [(variable.weight, variable.names) for variable in variables]
     return report
 
