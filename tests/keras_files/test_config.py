@@ -129,7 +129,7 @@ def test_the_optimizer_in_a_loss_scale_optimizer_is_the_one(name: str, key: str)
     for damaged in ({"class_name": name}, adadelta(name), adadelta(name, **{key: 3})):
         with pytest.raises(KerasFileError, match="is damaged"):
             hyperparameters(configs.inner_optimizer(damaged), ())
-    with pytest.raises(NoStateError, match=r"its optimizer is SGD, not Adadelta; pass state=False"):
+    with pytest.raises(NoStateError, match="its optimizer is SGD, not Adadelta"):
         hyperparameters(configs.inner_optimizer(adadelta(name, **{key: adadelta("SGD")})), ())
 
 

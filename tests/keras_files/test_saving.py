@@ -251,3 +251,11 @@ def test_the_form_of_the_configuration_stays(length: int | None, encoding: str, 
     assert written_config(tmp_path / "back.h5")["clipnorm"] == 0.0625
     with h5py.File(DATA / "tf24.h5", "r") as file:  # which TensorFlow 2.4 wrote
         assert h5py.check_string_dtype(file.attrs.get_id("training_config").dtype).encoding == "ascii"
+
+
+def test_a_template_without_state_is_refused(tmp_path: Path) -> None:
+    """To load the weights alone is no way out here."""
+    model, optimizer = build()
+    with pytest.raises(KerasFileError, match=r"holds no state of an Adadelta: .* compiled with the optimizer$"):
+        save_keras(tmp_path / "back.keras", optimizer, model, template=DATA / "legacy.keras")
+    assert not list(tmp_path.iterdir())

@@ -180,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, has_state: bool, reason: str = "not read") -> None:
-    how = (options.config, options.drop, options.state_order, options.uses, has_state)
+    way_out = "pass --no-state for the weights alone" if options.command == "convert" else ""
+    how = (options.config, options.drop, options.state_order, options.uses, has_state, way_out)
     with opened(options.file, *how) as checkpoint:
         if options.command == "inspect":
             print(table(checkpoint, reason))

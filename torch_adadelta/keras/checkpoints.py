@@ -32,6 +32,7 @@ def opened(
     state_order: Sequence[str] | None = None,
     uses: Collection[str] = (),
     has_state: bool = True,
+    way_out: str = "",
 ) -> Iterator[Checkpoint]:
     """Opens a file of any kind that holds a model of Keras and the state of its Adadelta.
 
@@ -44,6 +45,7 @@ def opened(
         state_order: the names of the weights in the order of the optimizer, for files that number its state.
         uses: what the optimizer used of "ema" and "gradient_accumulation", for those of these files that do not say.
         has_state: False for the weights, and the options of an Adadelta, of a file with any optimizer or none.
+        way_out: what to do with a file without state, for the message.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,7 +61,7 @@ def opened(
     path, model = Path(path), _given_config(config)
     closers: list[Any] = []
     try:
-        with damage_named(path):
+        with damage_named(path), _with_way_out(way_out):
             checkpoint = _read(path, Request(model, drop, state_order, uses, has_state), closers)
         if checkpoint.model is not None:
             checkpoint.remarks += [
@@ -70,6 +72,14 @@ def opened(
     finally:
         for closer in closers:
             closer.close()
+
+
+@contextmanager
+def _with_way_out(way_out: str) -> Iterator[None]:
+    try:
+        yield
+    except NoStateError as error:
+        raise NoStateError(f"{error}; {way_out}" if way_out else str(error)) from error
 
 
 def _given_config(config: Any) -> dict[str, Any] | None:

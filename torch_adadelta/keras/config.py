@@ -110,7 +110,7 @@ def hyperparameters(config: Any, drop: Collection[str]) -> dict[str, Any]:
 
 
 WEIGHTS_ALONE: Final = "pass state=False and weights=True to load the weights alone"
-OTHER_OPTIMIZER: Final = "its optimizer is {name}, not Adadelta; " + WEIGHTS_ALONE
+OTHER_OPTIMIZER: Final = "its optimizer is {name}, not Adadelta"
 
 
 def dropped_options(drop: Collection[str]) -> set[str]:

@@ -265,5 +265,5 @@ def scalar(stored: LazyArray) -> float:
 
 NO_STATE: Final = (
     "it holds no state of an Adadelta: {why}. Save with {how}, after a step at least, from a model that was compiled "
-    "with the optimizer; or " + configs.WEIGHTS_ALONE
+    "with the optimizer"
 )

@@ -161,7 +161,7 @@ def _state_by_place(nodes: list[Node], optimizer: int) -> dict[int, dict[str, in
     found: dict[int, dict[str, int]] = {}
     for variable, slot, number in nodes[optimizer].slots:
         if slot not in _SLOTS:
-            raise NoStateError(f"its optimizer has the slot {slot}; it is not Adadelta; {configs.WEIGHTS_ALONE}")
+            raise NoStateError(f"its optimizer has the slot {slot}; it is not Adadelta")
         found.setdefault(variable, {})[_SLOTS[slot]] = number
     lists = dict(nodes[optimizer].children)
     if "_trainable_variables" in lists:
@@ -200,7 +200,7 @@ def _state_by_name(nodes: list[Node], optimizer: int, owned: list[int], bundle: 
             raise KerasFileError(f"its optimizer has {name} twice; name the layers, and save it again")
         states[name] = bundle.stored(key)
     if states and not any(slot_of(name)[0] for name in states):
-        raise NoStateError(f"its optimizer has {next(iter(states))}; it is not Adadelta; {configs.WEIGHTS_ALONE}")
+        raise NoStateError(f"its optimizer has {next(iter(states))}; it is not Adadelta")
     return states
 
 

@@ -134,7 +134,7 @@ def load_keras(
         (4, 0.5)
     """
     check_arguments(optimizer, model)
-    with opened(path, config, drop, state_order, additions.uses(optimizer), state) as checkpoint:
+    with opened(path, config, drop, state_order, additions.uses(optimizer), state, WEIGHTS_ALONE) as checkpoint:
         found = matching.match(checkpoint, model, mapping, match, flatten)
         notes = differences(found, checkpoint)
         check_coverage(found, checkpoint, optimizer, weights)
