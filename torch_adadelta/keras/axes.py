@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from torch_adadelta.keras.classes import PARTS
-from torch_adadelta.keras.config import Call, LayerConfig, ModelConfig, wrapped_class
+from torch_adadelta.keras.config import Call, LayerConfig, ModelConfig, inner_layer, wrapped_class
 from torch_adadelta.keras.features import (
     Axis,
     Feature,
@@ -317,10 +317,9 @@ class Axes:
         return replace(first, axes=axes, torch=[*made, *rest], channels=made)
 
     def _recurrent(self, layer: LayerConfig, config: dict[str, Any], value: Value) -> Value:
-        inner = config.get("layer")
-        own = inner["config"] if isinstance(inner, dict) and isinstance(inner.get("config"), dict) else config
+        inner, own = inner_layer(config)
         units = own.get("units")
-        is_double = inner is not None and config.get("merge_mode", "concat") == "concat"
+        is_double = bool(inner) and config.get("merge_mode", "concat") == "concat"
         size = units * (2 if is_double else 1) if isinstance(units, int) else None
         made = self._makes(layer.path, size)
         if not own.get("return_sequences"):

@@ -41,9 +41,8 @@ BY_SNAKE_CASE: Final = {configs.snake_case(name): name for name in (*NUMBERED, "
 def numbered_roles(class_name: str | None, config: dict[str, Any], count: int) -> list[str] | None:
     """The names of so many weights of a layer, or None if they cannot be told."""
     if class_name == "Bidirectional":
-        inner = config.get("layer")
-        class_name = str(inner.get("class_name")) if isinstance(inner, dict) else "LSTM"
-        config = inner["config"] if isinstance(inner, dict) and isinstance(inner.get("config"), dict) else {}
+        inner, own = configs.inner_layer(config)
+        class_name, config = (inner, own) if inner else ("LSTM", {})
     entries = [entry.partition("?")[::2] for entry in NUMBERED.get(class_name or "", ())]
     if config:
         entries = [(role, key) for role, key in entries if not key or config.get(key, True)]

@@ -154,10 +154,18 @@ class LayerConfig(NamedTuple):
 
 def wrapped_class(known: LayerConfig) -> tuple[str, dict[str, Any]]:
     """The class and configuration of a layer, or of the one that a TimeDistributed applies at each time."""
-    inner = known.config.get("layer")
-    if known.class_name == "TimeDistributed" and isinstance(inner, dict) and isinstance(inner.get("config"), dict):
-        return str(inner.get("class_name")), inner["config"]
-    return known.class_name, known.config
+    class_name, config = inner_layer(known.config)
+    is_wrapper = known.class_name == "TimeDistributed" and class_name and "config" in known.config["layer"]
+    return (class_name, config) if is_wrapper else (known.class_name, known.config)
+
+
+def inner_layer(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class and configuration of the layer in a wrapper such as Bidirectional; "" and its own if there is none."""
+    inner = config.get("layer")
+    if not isinstance(inner, dict):
+        return "", config
+    options = inner.get("config")
+    return str(inner.get("class_name")), options if isinstance(options, dict) else {}
 
 
 class Call(NamedTuple):

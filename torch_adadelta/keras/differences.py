@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 
 from torch_adadelta.keras import additions
-from torch_adadelta.keras.config import ADADELTA
+from torch_adadelta.keras.config import ADADELTA, inner_layer
 from torch_adadelta.keras.contents import KERAS3, Checkpoint
 from torch_adadelta.keras.correspondence import Match, WeightTransfer
 from torch_adadelta.keras.layers import Layer
@@ -123,8 +123,7 @@ def other_norms(variables: list[_NormVariable], clipnorm: float | None) -> list[
 def _recurrent_differences(layer: Layer, torch_layer: TorchLayer) -> Iterator[str]:
     if not isinstance(torch_layer.module, nn.RNNBase | nn.RNNCellBase):
         return
-    inner = layer.config.get("layer")
-    config = inner["config"] if isinstance(inner, dict) and isinstance(inner.get("config"), dict) else layer.config
+    config = inner_layer(layer.config)[1]
     nonlinearity = getattr(torch_layer.module, "nonlinearity", "tanh")
     for key, expected in (("activation", nonlinearity), ("recurrent_activation", "sigmoid")):
         value = config.get(key)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from torch_adadelta.keras.config import inner_layer
 from torch_adadelta.keras.layers import Layer
 from torch_adadelta.keras.layouts import (
     Interpretation,
@@ -76,9 +77,12 @@ def _sizes_of_layer(layer: Layer) -> set[int]:
 
 def _signature_of_layer(layer: Layer) -> Any:
     """The same for layers that fit the same modules."""
-    inner = layer.config.get("layer")
-    inner_class = str(inner.get("class_name")) if isinstance(inner, dict) else ""
-    return layer.class_name, inner_class, is_reset_first(layer), tuple((v.role, v.value.shape) for v in layer.variables)
+    return (
+        layer.class_name,
+        inner_layer(layer.config)[0],
+        is_reset_first(layer),
+        tuple((v.role, v.value.shape) for v in layer.variables),
+    )
 
 
 def _signature_of_torch_layer(torch_layer: TorchLayer) -> Any:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from torch_adadelta.keras.config import inner_layer
 from torch_adadelta.keras.errors import Array
 from torch_adadelta.keras.layers import Layer
 
@@ -158,7 +159,7 @@ def interpretations(layer: Layer) -> list[Interpretation]:
     shapes = {variable.role: variable.value.shape for variable in layer.variables}
     kind = KINDS.get(layer.class_name or "")
     if layer.class_name == "Bidirectional":
-        kind = next((KINDS[c] for c in (_inner_class(layer),) if c in KINDS), None)
+        kind = next((KINDS[c] for c in (inner_layer(layer.config)[0],) if c in KINDS), None)
         kinds = [kind] if kind in GATES else list(GATES)
     elif kind is not None:
         kinds = [kind]
@@ -177,14 +178,7 @@ def interpretations(layer: Layer) -> list[Interpretation]:
 
 def is_reset_first(layer: Layer) -> bool:
     """Whether the configuration of a layer says ``reset_after=False``, its own or that of the layer in it."""
-    inner = layer.config.get("layer")
-    options = inner.get("config") if isinstance(inner, dict) else layer.config
-    return isinstance(options, dict) and options.get("reset_after") is False
-
-
-def _inner_class(layer: Layer) -> str:
-    inner = layer.config.get("layer")
-    return str(inner.get("class_name")) if isinstance(inner, dict) else ""
+    return inner_layer(layer.config)[1].get("reset_after") is False
 
 
 _VOCABULARY: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
