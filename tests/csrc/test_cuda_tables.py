@@ -105,6 +105,20 @@ def test_strides(layout: str) -> None:
     assert_same_update(make)
 
 
+@pytest.mark.parametrize("part", [4, 5], ids=["averages", "remainders"])
+def test_strides_of_averages_and_remainders(part: int) -> None:
+    """Dimensions that follow each other in all other tensors stay apart where they do not in these."""
+    kept = Kept(has_masters=part == 5)
+
+    def make() -> Lists:
+        lists = kept_lists([(3, 2, 5, 9)] * len(LAYOUTS), torch.bfloat16, kept)
+        lists[4] = averages_of(lists[0])
+        lists[part] = [lay_out(layout, x) for layout, x in zip(LAYOUTS, lists[part], strict=True)]
+        return lists
+
+    assert_same_update(make, values={**kept.options, "ema_momentum": 0.9, "overwrites": True})
+
+
 def test_columns_of_a_square_matrix() -> None:
     """Its rows are as far apart as it has rows, but do not follow each other."""
 

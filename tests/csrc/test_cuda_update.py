@@ -18,7 +18,16 @@ from cases import (
     segment,
     segments,
 )
-from emulated import CHUNK, HYPERPARAMETERS, OPTIONS, assert_same_update, emulated, options_for, virtual_zeros
+from emulated import (
+    CHUNK,
+    HYPERPARAMETERS,
+    LARGE_SEGMENTS,
+    OPTIONS,
+    assert_same_update,
+    emulated,
+    options_for,
+    virtual_zeros,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
@@ -332,6 +341,11 @@ def test_state_of_every_kind_in_one_call() -> None:
 
 
 # ---- Launches -------------------------------------------------------------------------------------------------------
+
+
+def test_a_segment_more_than_a_launch_takes() -> None:
+    count = LARGE_SEGMENTS + 1
+    assert assert_same_update(lambda: dense_lists([3] * count), sizes=[1] * count) == 2
 
 
 def test_what_launches_nothing() -> None:
