@@ -106,17 +106,17 @@ _MODULES: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "SimpleRNN": nn.RNN}
 
 
 def _recurrent(kind: str, is_double: bool) -> Case:
-    gates, torch_layers = _GATES[kind], 3
+    gates, units = _GATES[kind], 3
     shapes: dict[str, tuple[int, ...]] = {
-        "kernel": (4, gates * torch_layers),
-        "recurrent_kernel": (torch_layers, gates * torch_layers),
-        "bias": (2, gates * torch_layers) if kind == "GRU" else (gates * torch_layers,),
+        "kernel": (4, gates * units),
+        "recurrent_kernel": (units, gates * units),
+        "bias": (2, gates * units) if kind == "GRU" else (gates * units,),
     }
     if not is_double:
         return Case(
             kind,
             shapes,
-            lambda: freeze_second_biases(_MODULES[kind](4, torch_layers, batch_first=True)),
+            lambda: freeze_second_biases(_MODULES[kind](4, units, batch_first=True)),
             (7, 4),
             _CELLS[kind],
             lambda module, x: module(x)[0],
@@ -129,7 +129,7 @@ def _recurrent(kind: str, is_double: bool) -> Case:
     return Case(
         "Bidirectional",
         {f"{side}/{role}": shape for side in ("forward", "backward") for role, shape in shapes.items()},
-        lambda: freeze_second_biases(_MODULES[kind](4, torch_layers, batch_first=True, bidirectional=True)),
+        lambda: freeze_second_biases(_MODULES[kind](4, units, batch_first=True, bidirectional=True)),
         (7, 4),
         both,
         lambda module, x: module(x)[0],

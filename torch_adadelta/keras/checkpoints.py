@@ -1,11 +1,13 @@
 """Reads what a file of Keras holds: its layers with their weights, the state of its Adadelta, and the hyperparameters.
 
-Four generations (TensorFlow 2.4, the legacy and the new class of tf_keras, Keras 3) write four formats (``.h5``,
-``.keras``, ``.weights.h5``, TensorFlow checkpoints), and what they hold falls in two classes:
+The generations of `contents` write four formats (``.h5``, ``.keras``, ``.weights.h5``, TensorFlow checkpoints), and
+what they hold falls in two classes:
 
-- In ``.h5`` and TensorFlow checkpoints, weights and state have names, and a state names its weight.
-- In ``.keras`` and ``.weights.h5`` both are numbered. Which weight the n-th state belongs to follows from the order of
-  the layers, which is in the configuration of the model, or else from the shapes, if those leave one possibility.
+- In ``.h5`` and TensorFlow checkpoints, weights and state have names, and a state names its weight, or has its place
+  beside it.
+- In ``.keras`` and ``.weights.h5`` both are numbered, and the state in an ``.h5`` of Keras 2 is. Which weight the n-th
+  state belongs to follows from the order of the layers, which is in the configuration of the model, or else from the
+  shapes, if those leave one possibility.
 """
 
 import json
@@ -95,11 +97,7 @@ def _given_config(config: Any) -> dict[str, Any] | None:
         return configs.parsed(Path(config).read_bytes(), "config")
 
 
-def _read(
-    path: Path,
-    request: Request,
-    closers: list[Any],
-) -> Checkpoint:
+def _read(path: Path, request: Request, closers: list[Any]) -> Checkpoint:
     prefix = find_prefix(path)
     if prefix is not None:
         if request.state_order is not None:

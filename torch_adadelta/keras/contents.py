@@ -21,21 +21,23 @@ class Generation(NamedTuple):
     """A class of Adadelta that Keras had, and what its options and its updates mean."""
 
     title: str
-    has_decay: bool  # the option `decay`
-    has_additions: bool  # weight decay, moving averages, gradient accumulation
-    has_zero: bool  # whether a clip option of 0 means none, and an epsilon of 0 stays 0
-    is_sparse: bool  # whether only the rows of an embedding that a batch uses are updated
-    is_norm_first: bool  # whether gradients are clipped by their norm, and by value after that
-    has_global_clipnorm: bool
+    has_decay: bool = False  # the option `decay`
+    has_additions: bool = False  # weight decay, moving averages, gradient accumulation
+    has_zero: bool = False  # whether a clip option of 0 means none, and an epsilon of 0 stays 0
+    is_sparse: bool = False  # whether only the rows of an embedding that a batch uses are updated
+    is_norm_first: bool = False  # whether gradients are clipped by their norm, and by value after that
+    has_global_clipnorm: bool = True
 
 
-KERAS2: Final = Generation("Keras 2", True, False, True, False, True, True)
-TF1: Final = Generation("TensorFlow 1.13 to 2.2", True, False, False, True, True, False)
-LEGACY: Final = Generation("TensorFlow 2.4 or the legacy class of tf_keras", True, False, False, True, False, True)
-NEW: Final = Generation("the new class of tf_keras", False, True, True, False, False, True)
-KERAS3: Final = Generation("Keras 3", False, True, True, False, False, True)
+KERAS2: Final = Generation("Keras 2", has_decay=True, has_zero=True, is_norm_first=True)
+TF1: Final = Generation(
+    "TensorFlow 1.13 to 2.2", has_decay=True, is_sparse=True, is_norm_first=True, has_global_clipnorm=False
+)
+LEGACY: Final = Generation("TensorFlow 2.4 or the legacy class of tf_keras", has_decay=True, is_sparse=True)
+NEW: Final = Generation("the new class of tf_keras", has_additions=True, has_zero=True)
+KERAS3: Final = Generation("Keras 3", has_additions=True, has_zero=True)
 # Of a file without state, whose optimizer is another, or not in it.
-UNKNOWN: Final = Generation("", True, False, False, False, False, True)
+UNKNOWN: Final = Generation("", has_decay=True)
 
 
 class Request(NamedTuple):

@@ -200,7 +200,10 @@ def attach_slots(
     drop: Collection[str],
     kept: Collection[str] | None = None,
 ) -> None:
-    """Gives each weight the state that was found for its name; what else there is, and what it raises, see above."""
+    """Gives each weight the state that was found for its name, without what is to be left out.
+
+    Args and what it raises are those of `attach_named`.
+    """
     left_out = {configs.SLOT_OF.get(name) for name in drop}
     for name in configs.SLOT_OF:
         _check_optional(name, found, drop, kept)

@@ -31,28 +31,23 @@ from torch_adadelta.keras.hdf5 import Hdf5, required
 from torch_adadelta.keras.layers import Layer, Variable
 from torch_adadelta.keras.state_order import State, assigned, natural
 
-_WEIGHTS: Final = "model.weights.h5"
+WEIGHTS: Final = "model.weights.h5"
 
 
-def from_zip(
-    path: Path,
-    size: int,
-    request: Request,
-    closers: list[Any],
-) -> Checkpoint:
+def from_zip(path: Path, size: int, request: Request, closers: list[Any]) -> Checkpoint:
     required()
     with zipfile.ZipFile(path) as archive:
         names = [info.filename for info in archive.infolist()]
         if len(set(names)) != len(names):
             raise KerasFileError("the archive has a file twice")
-        if _WEIGHTS not in names or "config.json" not in names:
-            raise KerasFileError(f"the archive has no {_WEIGHTS} or no config.json; it is no .keras file")
+        if WEIGHTS not in names or "config.json" not in names:
+            raise KerasFileError(f"the archive has no {WEIGHTS} or no config.json; it is no .keras file")
         own = configs.parsed(_member(archive, "config.json", size), "config.json")
         version = ""
         if "metadata.json" in names:
             metadata = configs.parsed(_member(archive, "metadata.json", size), "metadata.json")
             version = str(metadata.get("keras_version"))
-        weights = _member(archive, _WEIGHTS, size)
+        weights = _member(archive, WEIGHTS, size)
     hdf5 = Hdf5.sandboxed(None, weights)
     closers.append(hdf5)
     compiled = own.get("compile_config")
@@ -94,12 +89,7 @@ _OTHER_OPTIMIZERS: Final = "adam|adamw|adamax|nadam|rm_?s_?prop|adagrad|sgd|ftrl
 
 
 def from_numbered(
-    path: Path,
-    hdf5: Hdf5,
-    format: str,
-    version: str | None,
-    optimizer: Any,
-    request: Request,
+    path: Path, hdf5: Hdf5, format: str, version: str | None, optimizer: Any, request: Request
 ) -> Checkpoint:
     model = ModelConfig(request.config) if request.config is not None else None
     groups: dict[str, dict[int, LazyArray]] = {}

@@ -64,12 +64,11 @@ def from_object_graph(path: Path, bundle: Bundle, request: Request) -> Checkpoin
         scalars = _scalars(nodes[optimizer], nodes, bundle)
         remarks += _scale_remarks(nodes, around.get(optimizer, optimizer), bundle)
         if request.has_state:
-            places = _state_by_place(nodes, optimizer)
-            if places:
+            if places := _state_by_place(nodes, optimizer):
                 label = dict(zip(weights, names, strict=True))
                 attach_slots(_of_places(places, label, nodes, bundle), by_name, request.drop)
             else:
-                by_full_name = dict(zip(full_names, map(by_name.__getitem__, names), strict=True))
+                by_full_name = {full: by_name[name] for full, name in zip(full_names, names, strict=True)}
                 if len(by_full_name) < len(weights):
                     raise KerasFileError("it holds two weights of one name; name the layers, and save it again")
                 attach_named(_state_by_name(nodes, optimizer, owned, bundle), by_full_name, request.drop)
@@ -274,8 +273,7 @@ def _weight_nodes(
             if name not in _NOT_LAYERS and not name.startswith("train_")
         ]
         todo += reversed(children)
-    if (
-        len({path[0] for path in paths.values()}) == 1
-    ):  # the name of the model, unless the checkpoint is the model itself
+    # All are in one object: the model, unless the checkpoint is the model itself.
+    if len({path[0] for path in paths.values()}) == 1:
         paths = {number: path[1:] for number, path in paths.items()}
     return weights, owned, paths

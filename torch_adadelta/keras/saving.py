@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +23,12 @@ from torch_adadelta.keras.correspondence import Match
 from torch_adadelta.keras.errors import Array, LazyArray
 from torch_adadelta.keras.layouts import row_of, shape_of
 from torch_adadelta.keras.modules import params_of
+from torch_adadelta.keras.numbered import WEIGHTS
 from torch_adadelta.keras.report import Report
 from torch_adadelta.keras.transfer import check_arguments, check_coverage, rows_of
 from torch_adadelta.optimizer import AdadeltaKeras
 from torch_adadelta.options import BY_NAME
 from torch_adadelta.step import averages
-
-_WEIGHTS: Final = "model.weights.h5"
 
 
 def save_keras(
@@ -293,7 +292,7 @@ def _write_zip(part: Path, template: Path, changes: Changes) -> None:
     with zipfile.ZipFile(template) as old, zipfile.ZipFile(part, "w") as new:
         for info in old.infolist():
             data = old.read(info)
-            if info.filename == _WEIGHTS:
+            if info.filename == WEIGHTS:
                 buffer = BytesIO(data)
                 with hdf5.required().File(buffer, "r+") as file:
                     _write_datasets(file, changes)

@@ -212,7 +212,7 @@ def check_arguments(optimizer: Any, model: Any) -> None:
                 kind = "a DTensor" if hasattr(param, "placements") else "complex" if param.is_complex() else "on meta"
                 raise ValueError(
                     f"{name_in(optimizer.param_groups, group_index, index)} is {kind}; load into a plain model first, "
-                    "and shard or transfer it after that"
+                    "and shard or move it after that"
                 )
 
 
@@ -269,7 +269,7 @@ def check_coverage(found: Match, checkpoint: Checkpoint, optimizer: AdadeltaKera
         is_second = name.rpartition(".")[2].startswith("bias_hh")
         reason = (
             "PyTorch's LSTM adds two biases, which get the same gradient, where Keras has one: trained, both would "
-            "transfer. Call torch_adadelta.keras.freeze_second_biases(model)"
+            "move. Call torch_adadelta.keras.freeze_second_biases(model)"
             if is_second
             else f"Keras has no such weight. Set it to {neutral:g} and call requires_grad_(False) on it"
         )

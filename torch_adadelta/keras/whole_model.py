@@ -141,9 +141,15 @@ def _generation(version: str, states: Collection[str], options: dict[str, Any]) 
     """What wrote a file, by the version of Keras, and the names of the state or else the options."""
     if version.startswith("3"):
         return KERAS3
-    if keras2.is_nameless(states) if states else re.fullmatch(r"2\.[0-3]\.\d+|2\.[01]\.\d+-tf", version):
+    if states:
+        slots = [name.rpartition("/")[2] for name in states if slot_of(name)[1]]
+        is_keras2 = keras2.is_nameless(states)
+        is_new = not any(slot.startswith(("accum_grad", "accum_var")) for slot in slots)
+    else:
+        is_keras2 = bool(re.fullmatch(r"2\.[0-3]\.\d+|2\.[01]\.\d+-tf", version))
+        is_new = "use_ema" in options
+    if is_keras2:
         return KERAS2
-    slots = [name.rpartition("/")[2] for name in states if slot_of(name)[1]]
-    if not any(slot.startswith(("accum_grad", "accum_var")) for slot in slots) if states else "use_ema" in options:
+    if is_new:
         return NEW
     return TF1 if version.endswith("-tf") else LEGACY
