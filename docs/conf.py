@@ -41,7 +41,7 @@ def setup(app: Sphinx) -> None:
         raise SkipNode
 
     def display(translator, node):
-        aligned = rf"\begin{{aligned}}{node.astext()}\end{{aligned}}"
+        aligned = rf"\begin{{align*}}{node.astext()}\end{{align*}}"
         translator.body.append(f'<div class="math">{convert(aligned, display="block")}</div>')
         raise SkipNode
 
