@@ -1,8 +1,8 @@
 """Keras' own Adadelta with the fused update, for Keras 3 on its PyTorch backend.
 
-It is `keras.optimizers.Adadelta` in all but speed: options, state, files and configuration are those of Keras. What is
-replaced are the methods that Keras' backends may replace. Each keeps its meaning, so that a subclass may override one,
-and falls back to Keras' own where a graph is traced or a scope redirects variables.
+It is `keras.optimizers.Adadelta` in everything but speed: options, state, files and configuration are those of Keras.
+It overrides only methods that backends of Keras may override. Each method keeps its meaning, so that a subclass may
+override it. Each falls back to that of Keras where a graph is traced or a scope redirects variables.
 
 Importing this module imports Keras.
 """
@@ -46,33 +46,36 @@ _PLAIN_TYPES: Final = frozenset((torch.Tensor, torch.nn.Parameter))
 class Adadelta(_KerasAdadelta):
     """`keras.optimizers.Adadelta` whose update is one fused pass over memory, for Keras' torch backend.
 
-    With the gradient g, as in Keras 3:
+    For the gradient g, as in Keras 3:
 
         accumulated_grad      = rho * accumulated_grad + (1 - rho) * g²
         d                     = sqrt(accumulated_delta_var + epsilon) / sqrt(accumulated_grad + epsilon) * g
         accumulated_delta_var = rho * accumulated_delta_var + (1 - rho) * d²
         variable              = variable - learning_rate * d
 
-    Keras' `Adadelta` differs in the last bits, for it multiplies by g before it divides, and rounds `1 - rho` from a
-    double. State has the same order: each loads the other's files. An epsilon of 0 stays 0, rho stays a double.
+    Keras' `Adadelta` differs in the last bits, because it multiplies by g before it divides, and rounds `1 - rho` from
+    a double. The state has the same order, so each class loads the other's files. An epsilon of 0 stays 0, and rho
+    stays a double.
 
-    Where the fused update cannot run (complex variables, a device without kernels, no compiled library), one warning
-    says why, and Keras' own update runs.
+    Where the fused update cannot run (complex variables, a device without kernels, no compiled library), Keras' own
+    update runs, and one warning gives the reason.
 
     Args:
-        learning_rate (float, schedule or callable, optional): what steps are multiplied by. (default: 0.001)
-        rho (float, optional): the decay of both averages. (default: 0.95)
-        epsilon (float, optional): what is added inside the roots. (default: 1e-7)
-        weight_decay (float, optional): variables lose `weight_decay * learning_rate` of themselves. (default: None)
+        learning_rate (float, schedule or callable, optional): the factor of the step. (default: 0.001)
+        rho (float, optional): the decay rate of both averages. (default: 0.95)
+        epsilon (float, optional): added under both roots. (default: 1e-7)
+        weight_decay (float, optional): variables decay by `weight_decay * learning_rate` of themselves. (default: None)
         clipnorm (float, optional): the largest norm of each gradient. (default: None)
         clipvalue (float, optional): the largest absolute value of an element of a gradient. (default: None)
         global_clipnorm (float, optional): the largest norm of all gradients together. (default: None)
         use_ema (bool, optional): keep moving averages of the variables. (default: False)
-        ema_momentum (float, optional): the decay of these averages. (default: 0.99)
-        ema_overwrite_frequency (int, optional): after how many iterations averages replace variables. (default: None)
-        loss_scale_factor (float, optional): what the loss is multiplied and gradients are divided by. (default: None)
-        gradient_accumulation_steps (int, optional): how many calls make one update. (default: None)
-        name (str, optional): of the optimizer. (default: "adadelta")
+        ema_momentum (float, optional): the decay rate of these averages. (default: 0.99)
+        ema_overwrite_frequency (int, optional): the number of iterations after which averages replace variables.
+            (default: None)
+        loss_scale_factor (float, optional): the loss is multiplied by it, and gradients are divided by it.
+            (default: None)
+        gradient_accumulation_steps (int, optional): the number of calls for one update. (default: None)
+        name (str, optional): the name of the optimizer. (default: "adadelta")
 
     Raises:
         RuntimeError: the backend of Keras is not torch.

@@ -1,15 +1,15 @@
-"""The learning-rate schedules of tf.keras: the same numbers, for a step number or for a step Tensor on any device.
+"""The learning-rate schedules of tf.keras with the same numbers, for a step number or a step Tensor on any device.
 
-Keras computes a schedule in the dtype of its initial learning rate. So does this module: in T, float64 for a float64
-Tensor or NumPy scalar and else float32, where every operation is rounded on its own, in the order of Keras. Python
-numbers are rounded to float32 before they are cast to T.
+Keras computes a schedule in the dtype of its initial learning rate, and so does this module. This dtype, called T, is
+float64 for a float64 Tensor or NumPy scalar, and float32 otherwise. Every operation is rounded separately, in the order
+of Keras. Python numbers are rounded to float32 before they are cast to T.
 
-A Tensor step gives a Tensor, by operations on its device alone: nothing waits for the device and nothing branches on
-a value, so a CUDA graph can capture a call and torch.compile can trace it. A step number takes the same way, on the
+A step Tensor gives a Tensor. The computation runs on its device, without synchronization and without branches on
+values, so a CUDA graph can capture it and torch.compile can trace it. A step number is computed in the same way on the
 CPU, and gives a float with the same bits.
 
-Constants are 0-dim Tensors on the device, not Python numbers: on CUDA PyTorch replaces the division by a number with
-the product with its reciprocal, which rounds twice.
+Constants are 0-dim Tensors on the device, not Python numbers: on CUDA, PyTorch replaces the division by a number with a
+multiplication by its reciprocal, which rounds twice.
 """
 
 import ctypes
@@ -185,9 +185,9 @@ def _scalar_step(step: Tensor) -> Tensor:
 
 
 class LearningRateSchedule:
-    """The base of all schedules: something that gives the learning rate of a step.
+    """Base class of all schedules. A schedule gives the learning rate of a step.
 
-    A schedule of your own overrides `__call__` and, to be saved with an optimizer, `get_config`:
+    A subclass overrides `__call__` and, to be saved with an optimizer, `get_config`:
 
         class Inverse(LearningRateSchedule):
             def __init__(self, learning_rate):
@@ -203,16 +203,16 @@ class LearningRateSchedule:
     """
 
     def __call__(self, step: Any) -> Any:
-        """The learning rate of a step, which is a number or a one-element Tensor and counts from 0."""
+        """The learning rate of a step. The step is a number or a one-element Tensor and counts from 0."""
         raise NotImplementedError(f"{type(self).__name__} must override `__call__(self, step)`")
 
     def get_config(self) -> dict[str, Any]:
-        """The keyword arguments that make this schedule again, as plain Python values."""
+        """The keyword arguments of the constructor, as plain Python values."""
         raise NotImplementedError(f"{type(self).__name__} must override `get_config(self)` to be saved")
 
     @classmethod
     def from_config(cls: type[Schedule], config: Mapping[str, Any]) -> Schedule:
-        """The schedule that `get_config` described, of this package or of Keras."""
+        """Makes a schedule from the output of `get_config`, of this package or of Keras."""
         return cls(**{key: _from_keras(value) for key, value in config.items()})
 
     def __repr__(self) -> str:
@@ -236,16 +236,16 @@ class _KerasSchedule(LearningRateSchedule):
         """The learning rate of a step.
 
         Args:
-            step: a number >= 0, or a one-element Tensor of an integer or floating dtype, whose value is not checked.
-                It is rounded to T: in float32, beyond 2**24 several steps are the same one.
+            step (float or Tensor): a number >= 0, or a one-element Tensor of an integer or floating dtype, whose value
+                is not checked. It is rounded to T: in float32, steps beyond 2**24 may coincide.
 
         Returns:
-            For a number, a float that holds the value in T. For a Tensor, a 0-dim Tensor in T on the step's device.
-            The host waits for a device only where an argument of the schedule is a Tensor on another device.
+            For a number, a float that holds the value in T. For a Tensor, a 0-dim Tensor in T on the device of the
+            step. The host waits for a device only if an argument of the schedule is a Tensor on another device.
 
         Raises:
-            TypeError: `step` is no number and no Tensor, or a complex or boolean Tensor.
-            ValueError: it is negative or nan, or a Tensor without exactly one element.
+            TypeError: `step` is not a number or Tensor, or it is a complex or boolean Tensor.
+            ValueError: `step` is negative or nan, or a Tensor without exactly one element.
         """
         if isinstance(step, Tensor):
             return self._value(_scalar_step(step))
@@ -299,7 +299,7 @@ class _RateDecay(_KerasSchedule):
         return lr, decay_rate, torch.floor(periods) if self.staircase else periods
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values."""
+        """The arguments of the constructor, as plain Python values."""
         return self._config("initial_learning_rate", "decay_steps", "decay_rate", "staircase")
 
 
@@ -309,14 +309,16 @@ class ExponentialDecay(_RateDecay):
         initial_learning_rate * decay_rate ** (step / decay_steps)
 
     Args:
-        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
-        decay_steps: the number of steps after which the rate is multiplied once, > 0.
-        decay_rate: the factor.
-        staircase: whether the exponent is rounded down, so that the rate stays for `decay_steps` steps at a time.
-        name: kept for Keras, without effect.
+        initial_learning_rate (float or Tensor): the learning rate of step 0: a number, a NumPy scalar or a one-element
+            Tensor.
+        decay_steps (float or Tensor): the number of steps for one multiplication, > 0.
+        decay_rate (float or Tensor): the factor.
+        staircase (bool, optional): round the exponent down, so that the rate is constant for `decay_steps` steps.
+            (default: False)
+        name (str, optional): for Keras; it has no effect. (default: None)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a number is nan, infinite or out of range.
 
     Source: `tf.keras.optimizers.schedules.ExponentialDecay`.
@@ -339,23 +341,23 @@ class ExponentialDecay(_RateDecay):
 
 
 class PiecewiseConstantDecay(_KerasSchedule):
-    """A value for each interval between boundaries.
+    """Uses a constant learning rate in each interval between boundaries.
 
         values[0]     step <= boundaries[0]
         values[i]     boundaries[i - 1] < step <= boundaries[i]
         values[-1]    step > boundaries[-1]
 
-    As in Keras the boundaries are cast to the dtype of the step before they are compared, floats to float32 first. So
-    to an integer step, boundaries lose their fraction; to a float32 step, a boundary beyond 2**24 is its neighbour.
-    Integer steps are compared as int64, whatever their width.
+    As in Keras, boundaries are cast to the dtype of the step before the comparison, and floats to float32 first. So
+    with an integer step, boundaries lose their fraction. With a float32 step, a boundary beyond 2**24 is rounded to a
+    neighbour. Integer steps are compared as int64, whatever their width.
 
     Args:
-        boundaries: a list of numbers, NumPy scalars or one-element Tensors, strictly increasing.
-        values: the learning rates, one more than there are boundaries. The dtype of the first is T.
-        name: kept for Keras, without effect.
+        boundaries (list): numbers, NumPy scalars or one-element Tensors, strictly increasing.
+        values (list): the learning rates, one more than there are boundaries. The dtype of the first one determines T.
+        name (str, optional): for Keras; it has no effect. (default: None)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: the lengths do not match, the boundaries do not increase, or a number is nan or infinite.
 
     Source: `tf.keras.optimizers.schedules.PiecewiseConstantDecay`.
@@ -388,32 +390,34 @@ class PiecewiseConstantDecay(_KerasSchedule):
         return value
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values."""
+        """The arguments of the constructor, as plain Python values."""
         config = self._config("boundaries", "values")
         config["values"] = [float(value) for value in config["values"]]  # Keras refuses a mixture of int and float
         return config
 
 
 class PolynomialDecay(_KerasSchedule):
-    """Goes from one learning rate to another, in a line or another power.
+    """Decays from one learning rate to another, along a line or another power.
 
         t = min(step, decay_steps)
         (initial_learning_rate - end_learning_rate) * (1 - t / decay_steps) ** power + end_learning_rate
 
-    With `cycle` t is the step, and `decay_steps` is multiplied by ceil(step / decay_steps), at step 0 by 1: at each
-    multiple of `decay_steps` the end is reached, and the step after it begins anew, higher the longer the cycle.
-    (Beyond 2**24 steps rounding may bring t above the multiple; then a fractional power is nan, as in Keras.)
+    With `cycle`, t is the step, and `decay_steps` is multiplied by ceil(step / decay_steps), or by 1 at step 0. The
+    learning rate reaches `end_learning_rate` at each multiple of `decay_steps`. The next step restarts, and later
+    cycles restart higher. (Beyond 2**24 steps, rounding may bring t above the multiple. A fractional power is then nan,
+    as in Keras.)
 
     Args:
-        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
-        decay_steps: the number of steps to the end, > 0.
-        end_learning_rate: the learning rate at the end; 0.0001 by default.
-        power: the power; 1.0, a line, by default.
-        cycle: whether to begin anew after `decay_steps`, instead of staying at the end.
-        name: kept for Keras, without effect.
+        initial_learning_rate (float or Tensor): the learning rate of step 0: a number, a NumPy scalar or a one-element
+            Tensor.
+        decay_steps (float or Tensor): the number of steps to the end, > 0.
+        end_learning_rate (float or Tensor, optional): the learning rate at the end. (default: 0.0001)
+        power (float or Tensor, optional): the power; 1.0 is a line. (default: 1.0)
+        cycle (bool, optional): restart after `decay_steps` instead of staying at the end. (default: False)
+        name (str, optional): for Keras; it has no effect. (default: None)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a number is nan, infinite or out of range.
 
     Source: `tf.keras.optimizers.schedules.PolynomialDecay`.
@@ -446,24 +450,26 @@ class PolynomialDecay(_KerasSchedule):
         return (lr - end_lr) * _rounded_once(torch.pow, 1 - t / decay_steps, power) + end_lr
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values."""
+        """The arguments of the constructor, as plain Python values."""
         return self._config("initial_learning_rate", "decay_steps", "end_learning_rate", "power", "cycle")
 
 
 class InverseTimeDecay(_RateDecay):
-    """Divides the learning rate by a number that grows with the steps.
+    """Divides the learning rate by a number that grows with the step.
 
         initial_learning_rate / (1 + decay_rate * step / decay_steps)
 
     Args:
-        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
-        decay_steps: the number of steps after which the divisor has grown by `decay_rate`, > 0.
-        decay_rate: the growth of the divisor.
-        staircase: whether step / decay_steps is rounded down, so that the rate stays for `decay_steps` steps at a time.
-        name: kept for Keras, without effect.
+        initial_learning_rate (float or Tensor): the learning rate of step 0: a number, a NumPy scalar or a one-element
+            Tensor.
+        decay_steps (float or Tensor): the number of steps in which the divisor grows by `decay_rate`, > 0.
+        decay_rate (float or Tensor): the growth of the divisor.
+        staircase (bool, optional): round step / decay_steps down, so that the rate is constant for `decay_steps` steps.
+            (default: False)
+        name (str, optional): for Keras; it has no effect. (default: None)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a number is nan, infinite or out of range.
 
     Source: `tf.keras.optimizers.schedules.InverseTimeDecay`.
@@ -486,32 +492,34 @@ class InverseTimeDecay(_RateDecay):
 
 
 class CosineDecay(_KerasSchedule):
-    """Follows half a cosine down to `alpha` times the learning rate; before that, if wanted, a line up to it.
+    """Decays along half a cosine to `alpha` times the learning rate, after an optional linear warm-up.
 
         t = min(step, decay_steps)
         initial_learning_rate * ((1 - alpha) * 0.5 * (1 + cos(pi * t / decay_steps)) + alpha)
 
-    With a `warmup_target`, for the first `warmup_steps` steps
+    With a `warmup_target`, the first `warmup_steps` steps are
 
         (warmup_target - initial_learning_rate) * step / warmup_steps + initial_learning_rate
 
-    and from there the decay as above, of `warmup_target` and with step - warmup_steps.
+    and the decay above follows, from `warmup_target` and with step - warmup_steps.
 
     Args:
-        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
-        decay_steps: the number of steps of the decay, > 0.
-        alpha: the learning rate at the end, as a fraction of the highest; 0.0 by default.
-        name: kept for Keras, without effect.
-        warmup_target: the learning rate at the end of the warm-up; None, the default, for no warm-up.
-        warmup_steps: the number of steps of the warm-up, >= 0; 0 by default, when the decay of `warmup_target` begins
-            at once. Without a `warmup_target` it has no effect.
+        initial_learning_rate (float or Tensor): the learning rate of step 0: a number, a NumPy scalar or a one-element
+            Tensor.
+        decay_steps (float or Tensor): the number of steps of the decay, > 0.
+        alpha (float or Tensor, optional): the learning rate at the end, as a fraction of the highest. (default: 0.0)
+        name (str, optional): for Keras; it has no effect. (default: None)
+        warmup_target (float or Tensor, optional): the learning rate at the end of the warm-up; None for no warm-up.
+            (default: None)
+        warmup_steps (float or Tensor, optional): the number of steps of the warm-up, >= 0. With 0, the decay from
+            `warmup_target` begins at once. Without a `warmup_target` it has no effect. (default: 0)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a number is nan, infinite or out of range.
 
-    Sources: `tf.keras.experimental.CosineDecay`, and for the warm-up `keras.optimizers.schedules.CosineDecay` of
-    Keras 3; Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, https://arxiv.org/abs/1608.03983.
+    Sources: `tf.keras.experimental.CosineDecay`, and for the warm-up `keras.optimizers.schedules.CosineDecay` of Keras
+    3; Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, https://arxiv.org/abs/1608.03983.
     """
 
     def __init__(
@@ -545,7 +553,7 @@ class CosineDecay(_KerasSchedule):
         return torch.where(t < warmup_steps, warming_up, decaying)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values; those of the warm-up, which r2.4 does not know, only if set."""
+        """The arguments, as plain Python values. Those of the warm-up, which r2.4 does not have, only if set."""
         config = self._config("initial_learning_rate", "decay_steps", "alpha", "warmup_target", "warmup_steps")
         if config["warmup_target"] is None and config["warmup_steps"] == 0:
             del config["warmup_target"], config["warmup_steps"]
@@ -553,26 +561,28 @@ class CosineDecay(_KerasSchedule):
 
 
 class CosineDecayRestarts(_KerasSchedule):
-    """Follows half a cosine down, again and again, each time slower and from a new height.
+    """Decays along half a cosine in each period. Each period has its own length and initial learning rate.
 
         period i lasts first_decay_steps * t_mul ** i steps; in it, with x from 0 to 1,
         initial_learning_rate * ((1 - alpha) * 0.5 * m_mul ** i * (1 + cos(pi * x)) + alpha)
 
-    For `t_mul` other than 1, i is the quotient of two logarithms, rounded down, as in Keras. In float32 it may fall on
-    the wrong side of an integer: with `t_mul=2` the 13th and the 15th restart come one step late, and restarts after
-    some hundred times `first_decay_steps` may come a few steps early.
+    If `t_mul` is not 1, i is the quotient of two logarithms, rounded down, as in Keras. In float32 it may fall on the
+    wrong side of an integer. With `t_mul=2`, the 13th and the 15th restart come one step late. Restarts after some
+    hundred times `first_decay_steps` may come a few steps early.
 
     Args:
-        initial_learning_rate: the learning rate of step 0; a number, a NumPy scalar or a one-element Tensor.
-        first_decay_steps: the number of steps of the first period, > 0.
-        t_mul: how many times longer each period is than the one before, > 0; 2.0 by default. Below 1 the periods have
-            an end, first_decay_steps / (1 - t_mul) steps, from which on the value is nan, as in Keras.
-        m_mul: how many times higher; 1.0 by default.
-        alpha: the learning rate at the end of each period, as a fraction of the initial one; 0.0 by default.
-        name: kept for Keras, without effect.
+        initial_learning_rate (float or Tensor): the learning rate of step 0: a number, a NumPy scalar or a one-element
+            Tensor.
+        first_decay_steps (float or Tensor): the number of steps of the first period, > 0.
+        t_mul (float or Tensor, optional): the ratio of the lengths of successive periods, > 0. Below 1, the periods end
+            after first_decay_steps / (1 - t_mul) steps, and the value is nan from there on, as in Keras. (default: 2.0)
+        m_mul (float or Tensor, optional): the ratio of the heights of successive periods. (default: 1.0)
+        alpha (float or Tensor, optional): the learning rate at the end of each period, as a fraction of the initial
+            one. (default: 0.0)
+        name (str, optional): for Keras; it has no effect. (default: None)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a number is nan, infinite or out of range.
 
     Sources: `tf.keras.experimental.CosineDecayRestarts`; Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with
@@ -618,12 +628,12 @@ class CosineDecayRestarts(_KerasSchedule):
         return lr * ((1 - alpha) * _half_cosine(fraction, 0.5 * height) + alpha)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values."""
+        """The arguments of the constructor, as plain Python values."""
         return self._config("initial_learning_rate", "first_decay_steps", "t_mul", "m_mul", "alpha")
 
 
 class LinearCosineDecay(_KerasSchedule):
-    """A line down, times a cosine.
+    """Decays along a line multiplied by a cosine.
 
         t = min(step, decay_steps)
         linear = (decay_steps - t) / decay_steps
@@ -631,16 +641,16 @@ class LinearCosineDecay(_KerasSchedule):
         initial_learning_rate * ((alpha + linear) * cosine + beta)
 
     Args:
-        initial_learning_rate: the learning rate that the rest is a factor of; a number, a NumPy scalar or a one-element
-            Tensor.
-        decay_steps: the number of steps of the decay, > 0.
-        num_periods: how many full periods the cosine has in that time; 0.5 by default.
-        alpha: added to the line; 0.0 by default.
-        beta: added to the product; 0.001 by default.
-        name: kept for Keras, without effect.
+        initial_learning_rate (float or Tensor): the learning rate that is scaled: a number, a NumPy scalar or a
+            one-element Tensor.
+        decay_steps (float or Tensor): the number of steps of the decay, > 0.
+        num_periods (float or Tensor, optional): the number of full periods of the cosine in the decay. (default: 0.5)
+        alpha (float or Tensor, optional): added to the line. (default: 0.0)
+        beta (float or Tensor, optional): added to the product. (default: 0.001)
+        name (str, optional): for Keras; it has no effect. (default: None)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a number is nan, infinite or out of range.
 
     Sources: `tf.keras.experimental.LinearCosineDecay` of TensorFlow r2.4; Bello et al., Neural Optimizer Search with
@@ -676,12 +686,12 @@ class LinearCosineDecay(_KerasSchedule):
         return linear
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values."""
+        """The arguments of the constructor, as plain Python values."""
         return self._config("initial_learning_rate", "decay_steps", "num_periods", "alpha", "beta")
 
 
 class NoisyLinearCosineDecay(LinearCosineDecay):
-    """A line down with noise, times a cosine.
+    """Decays along a line with noise, multiplied by a cosine.
 
         t = min(step, decay_steps)
         linear = (decay_steps - t) / decay_steps
@@ -689,29 +699,30 @@ class NoisyLinearCosineDecay(LinearCosineDecay):
         cosine = 0.5 * (1 + cos(pi * 2 * num_periods * t / decay_steps))
         initial_learning_rate * ((alpha + linear + noise) * cosine + beta)
 
-    As in Keras the value may be negative. Unlike in Keras, where the noise comes from a generator with a state of its
-    own, it is a function of the seed and the step (rounded down, modulo 2**32) and nothing else: a run that is resumed
-    sees the noise that it would have seen, and a step that is asked for twice gives the same value twice.
+    The value may be negative, as in Keras. In Keras, the noise comes from a generator with a state. Here it is a
+    function of only the seed and the step (rounded down, modulo 2**32). So a resumed run has the same noise as an
+    uninterrupted one, and repeated calls with one step return the same value.
 
-    Where several processes train one model, give a seed: each of them would draw its own.
+    If several processes train one model, pass a seed. Otherwise each process draws its own.
 
-    `get_config` holds the seed. tf_keras reads such a config, and draws other noise from the seed; Keras 3 has no such
-    schedule; r2.4 knows no seed, so `config.pop("seed")` before its `from_config`.
+    `get_config` includes the seed. tf_keras reads this config, and draws other noise from the seed. Keras 3 has no such
+    schedule. r2.4 has no seed: call `config.pop("seed")` before its `from_config`.
 
     Args:
-        initial_learning_rate: the learning rate that the rest is a factor of; a number, a NumPy scalar or a one-element
-            Tensor.
-        decay_steps: the number of steps of the decay, > 0.
-        initial_variance: the variance of the noise at step 0, >= 0; 1.0 by default.
-        variance_decay: the power by which the variance falls; 0.55 by default.
-        num_periods: how many full periods the cosine has in that time; 0.5 by default.
-        alpha: added to the line; 0.0 by default.
-        beta: added to the product; 0.001 by default.
-        name: kept for Keras, without effect.
-        seed: an int. None, the default, draws one from PyTorch's default generator, once, here.
+        initial_learning_rate (float or Tensor): the learning rate that is scaled: a number, a NumPy scalar or a
+            one-element Tensor.
+        decay_steps (float or Tensor): the number of steps of the decay, > 0.
+        initial_variance (float or Tensor, optional): the variance of the noise at step 0, >= 0. (default: 1.0)
+        variance_decay (float or Tensor, optional): the power with which the variance falls. (default: 0.55)
+        num_periods (float or Tensor, optional): the number of full periods of the cosine in the decay. (default: 0.5)
+        alpha (float or Tensor, optional): added to the line. (default: 0.0)
+        beta (float or Tensor, optional): added to the product. (default: 0.001)
+        name (str, optional): for Keras; it has no effect. (default: None)
+        seed (int, optional): the seed of the noise. None draws one from PyTorch's default generator, once, in the
+            constructor. (default: None)
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: a number is nan, infinite or out of range.
 
     Sources: `tf.keras.experimental.NoisyLinearCosineDecay` of TensorFlow r2.4; Bello et al., Neural Optimizer Search
@@ -746,7 +757,7 @@ class NoisyLinearCosineDecay(LinearCosineDecay):
 
     @property
     def seed(self) -> int:
-        """What the noise is made of, besides the step."""
+        """The seed of the noise."""
         return self._seed
 
     def _line(self, linear: Tensor, t: Tensor, step: Tensor) -> Tensor:
@@ -757,7 +768,7 @@ class NoisyLinearCosineDecay(LinearCosineDecay):
         return linear + _standard_normal(step, self._keys).to(t.dtype) * _rounded_once(torch.sqrt, variance)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain Python values, with the seed that was given or drawn."""
+        """The arguments of the constructor, as plain Python values, with the seed that was given or drawn."""
         names = ("initial_learning_rate", "decay_steps", "initial_variance", "variance_decay", "num_periods")
         return self._config(*names, "alpha", "beta", "seed")
 
@@ -801,16 +812,16 @@ _KERAS_PACKAGES: Final = frozenset(("keras", "tf_keras", "tensorflow"))
 
 
 def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
-    """What `deserialize`, and the `deserialize` of every Keras, make the schedule of again.
+    """Converts a schedule to a dictionary that `deserialize`, here and in every Keras, converts back.
 
     Args:
-        schedule: a schedule of this package or of your own, with `get_config`.
+        schedule (LearningRateSchedule): a schedule of this package, or your own with `get_config`.
 
     Returns:
         {"class_name": the name of its class, "config": its arguments, as plain Python values}.
 
     Raises:
-        TypeError: `schedule` is none.
+        TypeError: `schedule` is not a LearningRateSchedule.
     """
     if not isinstance(schedule, LearningRateSchedule):
         raise TypeError(f"Only a LearningRateSchedule can be serialized, got {schedule!r}")
@@ -818,16 +829,16 @@ def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
 
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """The schedule that `serialize`, of this package, of r2.4, tf_keras or Keras 3, described.
+    """Makes a schedule from the output of `serialize`, of this package, of r2.4, tf_keras or Keras 3.
 
     Args:
-        config: {"class_name", "config"}; "module" and "registered_name", which newer versions of Keras add, may tell
-            that a class is not one of Keras, even though its name is.
-        custom_objects: classes of your own, by name. They come first.
+        config (dict): has the keys "class_name" and "config". Newer versions of Keras add "module" and
+            "registered_name", which may show that a class is not from Keras although its name is.
+        custom_objects (dict, optional): your own classes, by name. They take precedence. (default: None)
 
     Raises:
-        TypeError: `config` is no mapping.
-        ValueError: it lacks a key, or its class is unknown.
+        TypeError: `config` is not a mapping.
+        ValueError: a key is missing, or the class is unknown.
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"A schedule's config must be a dict, got {config!r} of type {type(config).__name__}")

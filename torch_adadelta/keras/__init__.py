@@ -1,4 +1,4 @@
-"""Moving a training job between Keras and PyTorch: the files of all generations of Keras since 2.0, without Keras."""
+"""Moves training jobs between Keras and PyTorch: reads and writes the files of all Keras since 2.0, without Keras."""
 
 from torch_adadelta.keras.errors import KerasFileError
 from torch_adadelta.keras.layouts import Layout

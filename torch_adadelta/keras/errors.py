@@ -15,7 +15,7 @@ MAX_NDIM: Final = 8
 
 
 class KerasFileError(ValueError):
-    """A file cannot be taken: it is damaged, hostile, or does not hold what is wanted; the message says which."""
+    """A file cannot be used: it is damaged, hostile, or lacks what is needed. The message says which."""
 
 
 class NoStateError(KerasFileError):

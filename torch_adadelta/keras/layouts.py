@@ -19,10 +19,17 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How an array of Keras becomes one of PyTorch: viewed in a shape, permuted, and viewed in the final shape.
+    """How a Keras array becomes a PyTorch array: it is viewed in a shape, permuted, and viewed in the final shape.
 
-    Example: a Dense kernel of shape (6 * 6 * 8, 10) behind a Flatten of (height, width, channels) becomes a Linear
-    weight behind a flatten of (channels, height, width) by
+    Args:
+        permutation (tuple of int): the permutation of the axes of the view.
+        shape (tuple of int, optional): the shape of the result. None is that of the permuted array. (default: None)
+        view (tuple of int, optional): the shape before the permutation. None is the shape in the file. (default: None)
+        blocks (tuple of int, optional): the new order of the second-to-last axis of the view, such as the order of the
+            gates of a GRU. None keeps it. (default: None)
+
+    Example: a Dense kernel of shape (6 * 6 * 8, 10) after a Flatten of (height, width, channels) becomes a Linear
+    weight after a flatten of (channels, height, width) by
     ``Layout(view=(36, 8, 10), permutation=(2, 1, 0), shape=(10, 288))``.
     """
 
@@ -32,7 +39,7 @@ class Layout(NamedTuple):
     blocks: Shape | None = None  # the order of the last axis but one of the view, such as that of the gates of a GRU
 
     def to_torch(self, array: Array) -> Array:
-        """The array in the layout of PyTorch."""
+        """The array in the PyTorch layout."""
         if self.view is not None:
             array = array.reshape(self.view)
         if self.blocks is not None:
@@ -41,7 +48,7 @@ class Layout(NamedTuple):
         return array if self.shape is None else array.reshape(self.shape)
 
     def to_keras(self, array: Array, shape: Shape) -> Array:
-        """The array in the layout of Keras, of this shape."""
+        """The array in the Keras layout, with the given shape."""
         view = shape if self.view is None else self.view
         array = array.reshape([view[axis] for axis in self.permutation]).transpose(np.argsort(self.permutation))
         if self.blocks is not None:
@@ -49,10 +56,10 @@ class Layout(NamedTuple):
         return array.reshape(shape)
 
     def result(self, shape: Shape) -> Shape:
-        """The shape of the result of an array of this shape.
+        """The shape that an array of the given shape has in the PyTorch layout.
 
         Raises:
-            ValueError: such an array cannot be turned so.
+            ValueError: the layout does not fit the shape.
         """
         view = shape if self.view is None else self.view
         if math.prod(view) != math.prod(shape) or sorted(self.permutation) != list(range(len(view))):

@@ -8,7 +8,16 @@ from torch_adadelta import schedules
 
 @dataclass
 class Report:
-    """What was moved, from where to where; `str()` of it is a table."""
+    """What `load_keras` or `save_keras` moved. ``str(report)`` is a table.
+
+    Attributes:
+        source (str): the path and the kind of the file.
+        iterations (int): the number of updates.
+        hyperparameters (dict): the hyperparameters that were set or written.
+        moves (list): a tuple (weight, parameter, layout, whether there is state) for each weight.
+        notes (list): differences between the two models, and what was not in the file or not moved.
+        norm_variables (list): a tuple (weight, pieces) for each weight that is not one parameter.
+    """
 
     source: str
     iterations: int

@@ -46,32 +46,39 @@ def save_keras(
     state_order: Sequence[str] | None = None,
     drop: Collection[str] = (),
 ) -> Report:
-    """Writes a copy of a file of Keras with the state, the weights and the hyperparameters of now, for Keras to go on.
+    """Writes a copy of a Keras file with the current state, weights and hyperparameters, so that Keras continues.
 
     Args:
-        path: the file to write. It is written beside it and renamed into place when it is whole; it may be `template`.
-        optimizer: its state and its hyperparameters are written. A parameter without state yet gets zeros.
-        model: has the weights.
-        template: a ``.h5``, ``.keras`` or ``.weights.h5`` file that holds the same model with the state of an Adadelta,
-            such as the one that was loaded. TensorFlow checkpoints cannot be written.
-        weights: False to leave the weights of the template.
-        hyperparameters: False to leave those of the template. Otherwise they are written wherever the file has a place
-            for them; the `Report` names those without.
-        mapping: as for `load_keras`.
-        match: as for `load_keras`.
-        flatten: as for `load_keras`.
-        config: as for `load_keras`.
-        state_order: as for `load_keras`.
-        drop: what may be left out: "ema" and "gradient_accumulation", the moving averages and sums of gradients, with
-            their options, where only the optimizer has them, or only the template; then they are taken out of the copy,
-            and Keras is to be compiled without them. "weight_decay" and "exclusions" from it where Keras cannot have
-            them: it has one number for all parameters, which goes off the weights, and exclusions are in no file.
+        path (str or Path): the file to write. It is written beside its target and renamed when it is complete. It may
+            be `template`.
+        optimizer (AdadeltaKeras): has the state and the hyperparameters. A parameter without state is written with
+            zeros.
+        model (nn.Module): has the weights.
+        template (str or Path): a ``.h5``, ``.keras`` or ``.weights.h5`` file of the same model with the state of an
+            Adadelta, such as the file that was loaded. TensorFlow checkpoints cannot be written.
+        weights (bool, optional): False keeps the weights of the template. (default: True)
+        hyperparameters (bool, optional): False keeps the hyperparameters of the template. True writes those for which
+            the file has a place; the `Report` names the others. (default: True)
+        mapping (dict, optional): as for `load_keras`. (default: None)
+        match (str, optional): as for `load_keras`. (default: "auto")
+        flatten (str or dict, optional): as for `load_keras`. (default: None)
+        config (str, Path or dict, optional): as for `load_keras`. (default: None)
+        state_order (sequence of str, optional): as for `load_keras`. (default: None)
+        drop (collection of str, optional): what may be left out. (default: ())
+
+            - ``"ema"`` and ``"gradient_accumulation"``: moving averages and sums of gradients, with their options, that
+              only the optimizer or only the template has. They are removed from the copy; compile Keras without them.
+            - ``"weight_decay"`` and ``"exclusions"``: weight decay that Keras cannot express. Keras has one decoupled
+              `weight_decay` for all parameters, and no file holds exclusions.
+
+    Returns:
+        A `Report` of what was written.
 
     Raises:
-        What `load_keras` raises, and
-        ValueError: the template is a TensorFlow checkpoint; or it has a schedule and the optimizer a number, or the
-            other way round; or the optimizer has what that Keras does not know.
-        `path` is not touched then.
+        ValueError: the template is a TensorFlow checkpoint; only one of the template and the optimizer has a schedule;
+            or the optimizer has options that this Keras does not have.
+
+    The errors of `load_keras` are raised too. After any error, `path` is as before.
     """
     check_arguments(optimizer, model)
     if set(drop) - {*additions.DROPPABLE_ON_SAVE, *IDLE}:

@@ -29,11 +29,17 @@ from torch_adadelta.step.validation import name_in
 
 
 def freeze_second_biases(model: nn.Module) -> nn.Module:
-    """Sets to zero, and freezes, the second bias of every LSTM and RNN of a model; returns the model.
+    """Sets the second bias of every LSTM and RNN of a model to zero and freezes it.
 
-    Keras' LSTM and SimpleRNN have one bias. PyTorch's have two, ``bias_ih`` and ``bias_hh``, which are added, so both
-    get the same gradient: trained together they would move twice as far as that of Keras. (A GRU with
+    LSTM and SimpleRNN have one bias in Keras. In PyTorch they have two, ``bias_ih`` and ``bias_hh``, which are added
+    and get the same gradient. If both are trained, their sum moves twice as far as the bias in Keras. (A GRU with
     ``reset_after=True`` has two biases in both frameworks, and keeps them.)
+
+    Args:
+        model (nn.Module): the model, which is changed in place.
+
+    Returns:
+        The model.
     """
     for module in model.modules():
         if isinstance(module, nn.LSTM | nn.LSTMCell | nn.RNN | nn.RNNCell):
@@ -62,69 +68,85 @@ def load_keras(
     state_order: Sequence[str] | None = None,
     custom_objects: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Takes over the state of Keras' Adadelta from a file, so that training goes on where Keras left it.
+    """Loads the state of Keras' Adadelta from a file, so that training continues where Keras stopped.
 
-    Sets ``optimizer.iterations``, the state of each parameter (``accum_grad`` as ``square_avg``, ``accum_var`` as
-    ``acc_delta``, each turned as its weight is), and the hyperparameters that the file has, a schedule included; and
-    ``optimizer.norm_variables``, so that ``clipnorm`` takes the norms of the weights of Keras, not of parameters. Where
-    Keras kept moving averages (``use_ema``) or sums of gradients (``gradient_accumulation_steps``), these come, too; if
-    the file does not have the options, the optimizer must be given them.
+    Sets ``optimizer.iterations``, the state of each parameter, and the hyperparameters that the file has, including a
+    schedule. ``accum_grad`` becomes ``square_avg`` and ``accum_var`` becomes ``acc_delta``, each transformed as its
+    weight is. Moving averages (``use_ema``) and sums of gradients (``gradient_accumulation_steps``) are loaded too. If
+    the file has them without the options, the optimizer must have the options. ``optimizer.norm_variables`` is set, so
+    that ``clipnorm`` uses the norms of Keras' weights, not of parameters.
 
-    The kind of the file is found out: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
-    or directory) or SavedModel, of standalone Keras 2, TensorFlow, tf_keras with either class, or Keras 3. Neither
-    TensorFlow nor Keras is needed; all but TensorFlow checkpoints need h5py. Nothing in the file is executed: the
-    report names the layers that are a lambda, which the PyTorch model must compute.
+    The kind of the file is detected: ``.h5``, ``.keras``, ``.weights.h5``, a TensorFlow checkpoint (its prefix, index
+    or directory) or a SavedModel, of standalone Keras 2, TensorFlow, either class of tf_keras, or Keras 3. Neither
+    TensorFlow nor Keras is needed. All files but TensorFlow checkpoints need h5py. Nothing in the file is executed. The
+    report names Lambda layers, which the PyTorch model must compute.
 
-    Of mixed precision (``mixed_float16``), the state of the Adadelta inside of the LossScaleOptimizer is read, and the
-    number of steps that it counts. The scale is left out; the report says what it was, if the file does.
+    With mixed precision (``mixed_float16``), the state and the number of steps of the Adadelta inside the
+    LossScaleOptimizer are loaded. The loss scale is not loaded; the report gives it if the file does.
 
     Args:
-        path: the file.
-        optimizer: has all parameters of `model` that Keras trained.
-        model: computes the same as the model of Keras.
-        weights: whether to set the parameters, and the statistics of batch normalisation, too.
-        hyperparameters: False to keep those of the optimizer.
-        state: False to load without the state, with `weights` from a file of any optimizer or none, ``save_weights`` in
-            ``.h5`` included. The state of the parameters and ``optimizer.iterations`` stay as they are. Hyperparameters
-            come over if the file is known to be of an Adadelta. Which weights Keras trained is not looked at.
-        mapping: what cannot be inferred, as a dictionary. From the path of a layer of Keras to that of a module
-            (``{"dense": "encoder.fc1"}``). From a custom layer or nested model to a module that has modules in it
-            (``{"transformer_block": "block"}``): what is below the one then finds its counterpart below the other; of
-            several such keys the longest counts. From a weight to a parameter, or rows of it, with a permutation or
-            `Layout` if it is turned (``{"dense/kernel": ("fc1.weight", (1, 0))}``,
-            ``{"q/kernel": ("attention.in_proj_weight[0:16]", (1, 0))}``); the other weights of the layer follow. None
-            leaves out a layer, or all below a path.
-        match: how layers and modules find each other. "auto" takes the pairs that are in every assignment possible by
-            kind and shape; names if they agree on both sides of those that compete; and the order if each of the layers
-            that compete is known to be computed from the one before it, and what their modules are in is an
-            ``nn.Sequential``. "order_within_kind" takes, where this leaves layers open, the order of the layers that
-            compete and that in which their modules are defined: for several LayerNorms of one shape in a functional
-            model, say. "order" takes all modules in the order of their definition. "names" demands equal names. The
-            order of a model that is a subclass is that in which its layers were created.
-        flatten: how the model flattens feature maps in front of a Linear, and makes features maps: "channels_first" as
-            PyTorch does, "channels_last" if it permutes them to the order of Keras before. Or a dictionary with one of
-            these for each layer, or the number of channels of the maps that the layer takes in one row, or a pair of
-            either for what it takes and what it gives (``{"dense": (None, 32)}`` before a reshape to maps). Need not be
-            given where an ``nn.Sequential`` shows it by an ``nn.Flatten`` or ``nn.Unflatten``.
-        config: the configuration of the model, for files without it, or instead of theirs: what ``model.to_json()``
-            returned, a file that holds that, or the dictionary.
-        drop: what to leave out, with its options, of "ema", "weight_decay" and "gradient_accumulation".
-        state_order: for a file whose state has numbers instead of names (``.keras``, ``.weights.h5``, the ``.h5`` of
-            Keras 2), the names of the weights in the order of the optimizer. Needed only where the error asks for it:
-            where the configuration, the counts and the shapes admit several orders, as with layers in a custom layer.
-        custom_objects: classes of schedules by their names, for those that `torch_adadelta.schedules` does not have.
+        path (str or Path): the file.
+        optimizer (AdadeltaKeras): has all parameters of `model` that Keras trained.
+        model (nn.Module): computes the same as the Keras model.
+        weights (bool, optional): True also sets the parameters, and the statistics of batch normalisation.
+            (default: False)
+        hyperparameters (bool, optional): False keeps the hyperparameters of the optimizer. (default: True)
+        state (bool, optional): False loads without state. Then `weights` can come from a file of any optimizer or none,
+            including ``save_weights`` in ``.h5``. Hyperparameters are loaded if the file is known to be of an Adadelta.
+            The state of the parameters and ``optimizer.iterations`` do not change. Which weights Keras trained does not
+            matter. (default: True)
+        mapping (dict, optional): what cannot be inferred. A key is a path in Keras:
+
+            - a layer, for a module: ``{"dense": "encoder.fc1"}``;
+            - a custom layer or a nested model, for a module that contains modules: ``{"transformer_block": "block"}``.
+              The layers below the one are matched with the modules below the other. Of several such keys, the longest
+              is used;
+            - a weight, for a parameter or rows of one, with a permutation or a `Layout` if it is transposed or
+              reshaped: ``{"dense/kernel": ("fc1.weight", (1, 0))}``,
+              ``{"q/kernel": ("attention.in_proj_weight[0:16]", (1, 0))}``. The other weights of the layer follow.
+
+            The value None leaves out a layer, or everything below a path. (default: None)
+        match (str, optional): how layers are matched with modules. (default: "auto")
+
+            - ``"auto"`` uses the pairs that occur in every assignment that kinds and shapes allow. Then it uses names,
+              if the layers and modules that still compete have the same names. Then it uses the order, if each
+              competing layer is known to be computed from the one before it and the modules are in an
+              ``nn.Sequential``.
+            - ``"order_within_kind"`` matches the layers that ``"auto"`` leaves open in the order in which their modules
+              are defined: for example, several LayerNorms of one shape in a functional model.
+            - ``"order"`` matches all layers in the order in which the modules are defined. The layers of a subclassed
+              model are in the order of their creation.
+            - ``"names"`` requires equal names.
+        flatten (str or dict, optional): how the model flattens feature maps before a Linear, and how it turns features
+            into maps. "channels_first" is the way of PyTorch. "channels_last" is for a model that first permutes maps
+            to the order of Keras. A dictionary has one of these for each layer, or the number of channels of the maps
+            that the layer takes in one row, or a pair for its input and its output (``{"dense": (None, 32)}`` before a
+            reshape to maps). Not needed if an ``nn.Sequential`` has an ``nn.Flatten`` or ``nn.Unflatten`` there.
+            (default: None)
+        config (str, Path or dict, optional): the configuration of the model, for a file without one, or instead of its
+            own: the output of ``model.to_json()``, a file that contains it, or the dictionary. (default: None)
+        drop (collection of str, optional): what is left out, with its options: "ema", "weight_decay",
+            "gradient_accumulation". (default: ())
+        state_order (sequence of str, optional): for a file with numbered state (``.keras``, ``.weights.h5``, the
+            ``.h5`` of Keras 2), the names of the weights in the order of the optimizer. Needed only if an error asks
+            for it, because the configuration, the counts and the shapes admit several orders, as with layers in a
+            custom layer. (default: None)
+        custom_objects (dict, optional): classes of schedules that `torch_adadelta.schedules` does not have, by name.
+            (default: None)
 
     Returns:
-        A `Report`, which says what went where. A difference between the two models that changes how training goes on
-        (such as another epsilon of a normalisation) is a note in it, and a UserWarning; and so are the options that the
-        file does not hold.
+        A `Report` of what was loaded. A difference between the two models that changes the training, such as another
+        epsilon of a normalisation, is a note in it and a UserWarning. So are the options that the file does not have.
 
     Raises:
-        FileNotFoundError, ImportError: there is no such file; h5py is missing.
-        KerasFileError: the file is damaged or hostile, or has no such state and `state` is True; or layers and modules
-            do not match, or not in one way only, with a list of both. It is a ValueError.
-        ValueError, TypeError: an argument is wrong.
-        Whatever is raised, optimizer and model are as they were.
+        FileNotFoundError: there is no such file.
+        ImportError: h5py is missing.
+        KerasFileError: the file is damaged or hostile; it has no such state and `state` is True; or layers and modules
+            do not match, or match in several ways. The message then lists both. It is a ValueError.
+        ValueError: an argument has a wrong value.
+        TypeError: an argument has a wrong type.
+
+    After any error, the optimizer and the model are as before.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
