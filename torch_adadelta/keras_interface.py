@@ -239,9 +239,8 @@ class KerasInterface(Optimizer):
     def variables(self) -> list[Tensor]:
         """Returns the number of steps, then the `square_avg` of all parameters, then the `acc_delta` of all parameters.
 
-        With `use_ema`, all averages follow; with `gradient_accumulation_steps`, all sums of gradients. The Tensors are
-        the optimizer's state, not copies. A parameter without state contributes zeros, and its own values as the
-        average.
+        With `use_ema`, all averages follow; with `gradient_accumulation_steps`, all sums of gradients. The state is not
+        copied. A parameter without state contributes zeros, and its own values as the average.
         """
         keys = self._optional_keys()
         states = [self._state_of(param, keys) for param in self._params()]

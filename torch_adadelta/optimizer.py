@@ -96,7 +96,7 @@ class AdadeltaKeras(KerasInterface):
         decay (float or Tensor, optional): divides the learning rate of step t, counted from 0, by ``1 + decay * t``. A
             number >= 0 or a one-element CPU Tensor. (default: 0.0)
         clipvalue (float, optional): clips every element of a gradient to [-clipvalue, clipvalue]. (default: None)
-        clipnorm (float, optional): scales each gradient whose norm exceeds this value down to it. (default: None)
+        clipnorm (float, optional): scales each gradient with a greater norm down to this norm. (default: None)
         global_clipnorm (float, optional): scales all gradients together so that their global norm does not exceed this
             value. It cannot be combined with ``clipnorm``. (default: None)
         gradient_aggregator (Callable, optional): a function that takes a list of (gradient, parameter) tuples and
@@ -123,8 +123,8 @@ class AdadeltaKeras(KerasInterface):
             (default: False)
         ema_momentum (float, optional): the momentum of the averages, in [0, 1]. The first step uses 0, so that an
             average begins as the updated parameter. (default: 0.99)
-        ema_overwrite_frequency (int, optional): the number of updates, >= 1, after which the parameters are overwritten
-            by their averages. (default: None)
+        ema_overwrite_frequency (int, optional): overwrites the parameters by their averages after every so many
+            updates, >= 1. (default: None)
         gradient_accumulation_steps (int, optional): the number of steps, >= 2, whose mean gradient makes one update.
             The sums are ``state[param]["gradient_accumulator"]``. `iterations` counts updates.
             ``param_groups[0]["iterations"]``, which schedules receive, counts steps. (default: None)
@@ -494,7 +494,7 @@ class AdadeltaKeras(KerasInterface):
     ema_momentum = _option("ema_momentum", "The momentum of the moving averages. Can be set.")
     ema_overwrite_frequency = _option(
         "ema_overwrite_frequency",
-        "The number of updates after which parameters are overwritten by their averages, or None. Can be set.",
+        "The parameters are overwritten by their averages after every so many updates, or never if None. Can be set.",
     )
     gradient_accumulation_steps = _option(
         "gradient_accumulation_steps",
