@@ -1,4 +1,4 @@
-"""`to_bfloat16` and `to_float32`: a model and its optimizer in another precision, and the training goes on."""
+"""`to_bfloat16` and `to_float32`: convert a model and its optimizer between steps of a training."""
 
 import warnings
 from collections.abc import Iterator
@@ -22,25 +22,29 @@ _STAY_FLOAT32: Final = nn.modules.batchnorm._NormBase
 
 @torch.inference_mode(False)  # what is made in inference mode cannot be trained outside of it
 def to_bfloat16(model: nn.Module, optimizer: _Optimizer) -> _Optimizer:
-    """Converts float32 parameters to bfloat16 in place, and keeps what they lose in the state of the optimizer.
+    """Converts float32 parameters to bfloat16 in place. The state of the optimizer keeps the bits that they lose.
 
-    The training that follows is that of float32 parameters, with gradients of a model in bfloat16: the groups get
-    ``master_weights=True``, and those with ``state_dtype=None`` get ``torch.float32``, which their state has.
+    Training continues as with float32 parameters and the gradients of a bfloat16 model. The param groups get
+    ``master_weights=True``. Groups with ``state_dtype=None`` get ``torch.float32``, the dtype that their state has.
 
     BatchNorm and InstanceNorm stay in float32. Other buffers, and parameters that the optimizer does not have, are
-    rounded, as by ``model.to(torch.bfloat16)``; a warning names those that lose something.
+    rounded as by ``model.to(torch.bfloat16)``. A warning names those that lose precision.
 
     Args:
-        model (nn.Module): the model; its parameters stay the same objects.
-        optimizer (AdadeltaKeras): the optimizer of its parameters. State is not converted.
+        model (nn.Module): the model. Its parameters remain the same objects.
+        optimizer (AdadeltaKeras): the optimizer of its parameters. Its state is not converted.
 
     Returns:
         The optimizer.
 
     Raises:
-        ValueError: a parameter of such a group is a DTensor, of float16, float64 or complex; a group is differentiable;
-            the model is in DistributedDataParallel, none of the optimizer's, or has parameters without a shape.
-        RuntimeError: a parameter has a gradient; `step_in_backward` is on. Whatever is raised, nothing was changed.
+        TypeError: if `optimizer` is not an AdadeltaKeras.
+        ValueError: if a parameter in an affected group is a DTensor, float16, float64 or complex; if such a group is
+            differentiable; if the model contains DistributedDataParallel, shares no parameter with the optimizer, or
+            has uninitialized parameters; if the optimizer belongs to ZeroRedundancyOptimizer.
+        RuntimeError: if a parameter has a gradient, if `step_in_backward` is on, or inside `swap_averages`.
+
+    If it raises, nothing has changed.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -75,22 +79,25 @@ def to_bfloat16(model: nn.Module, optimizer: _Optimizer) -> _Optimizer:
 
 @torch.inference_mode(False)  # what is made in inference mode cannot be trained outside of it
 def to_float32(model: nn.Module, optimizer: _Optimizer) -> _Optimizer:
-    """Converts bfloat16 parameters to float32 in place: with ``master_weights=True``, to their masters.
+    """Converts bfloat16 parameters to float32 in place. With ``master_weights=True``, they become their masters.
 
-    It undoes `to_bfloat16`, bit by bit. Buffers, and parameters that the optimizer does not have, become float32, too.
+    It undoes `to_bfloat16` bit by bit. Buffers, and parameters that the optimizer does not have, become float32, too.
     State becomes float32 where it had the dtype of the parameter.
 
     Args:
-        model (nn.Module): the model; its parameters stay the same objects.
+        model (nn.Module): the model. Its parameters remain the same objects.
         optimizer (AdadeltaKeras): the optimizer of its parameters.
 
     Returns:
         The optimizer.
 
     Raises:
-        ValueError: a parameter is a DTensor, or has no shape yet; the model is in DistributedDataParallel, or none of
-            the optimizer's.
-        RuntimeError: a parameter has a gradient; `step_in_backward` is on. Whatever is raised, nothing was changed.
+        TypeError: if `optimizer` is not an AdadeltaKeras.
+        ValueError: if a parameter is a DTensor; if the model contains DistributedDataParallel, shares no parameter with
+            the optimizer, or has uninitialized parameters; if the optimizer belongs to ZeroRedundancyOptimizer.
+        RuntimeError: if a parameter has a gradient, if `step_in_backward` is on, or inside `swap_averages`.
+
+    If it raises, nothing has changed.
     """
     params = _trained(model, optimizer, torch.bfloat16)
     converted = set(map(id, params))

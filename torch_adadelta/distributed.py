@@ -1,4 +1,4 @@
-"""Sums over processes: `all_reduce_sum` of gradients, to be passed as `gradient_aggregator`, and norms."""
+"""Sums over processes: `all_reduce_sum`, a `gradient_aggregator`, and the norms of `norm_group`."""
 
 import functools
 import hashlib
@@ -27,44 +27,46 @@ _PLAIN_TYPES: Final = (Tensor, Parameter)
 class AllReduceSum:
     """Sums every gradient over the processes of a group, as tf.keras sums over the replicas of a strategy.
 
-    ``all_reduce_sum`` is the instance with the defaults. For losses that are sums over a shard of the batch, every
-    process then makes the step of one process that saw the whole batch; for means, divide the loss by the number of
-    processes. Gradients that DistributedDataParallel or FSDP has reduced already must not be summed again.
+    ``all_reduce_sum`` is the instance with the defaults; pass it as ``gradient_aggregator``. If the loss is a sum over
+    a shard of the batch, every process takes the step of one process that sees the whole batch. If the loss is a mean,
+    divide it by the number of processes. Do not sum gradients that DistributedDataParallel or FSDP has reduced already.
 
     Args:
-        group: the process group; None for the default group, whatever that is at the call.
-        bucket_bytes: gradients of one device and dtype are packed, in list order, into flat buffers of at most this
-            many bytes, and each buffer is one call of the backend; a larger gradient has a call of its own. The default
-            of 25 MiB is that of DistributedDataParallel.
-        check: compare the lists of all processes before any gradient is sent. It costs one call for a few integers and
-            makes the host wait for the other processes, though not for work queued on a CUDA device. Without it,
-            lists that differ mix up gradients, crash the backend or wait until its timeout.
+        group (ProcessGroup, optional): the process group. None means the default group at the time of the call.
+            (default: None)
+        bucket_bytes (int, optional): the largest size of a bucket. Gradients of one device and dtype are packed into
+            buckets in list order, and each bucket is one call of the backend. A larger gradient has a call of its own.
+            The default is that of DistributedDataParallel. (default: 25 MiB)
+        check (bool, optional): compares the lists of all processes before any gradient is sent. This costs one call
+            with a few integers. The host waits for the other processes, but not for work queued on a CUDA device.
+            Without the check, lists that differ mix up gradients, crash the backend or wait for its timeout.
+            (default: True)
 
-    Called with a list of (gradient, parameter) tuples, it returns such a list with the same parameters. All processes
-    of the group must make the call, with as many gradients, of the same shapes and dtypes in the same order; a process
-    without any calls it with an empty list.
+    An instance takes a list of (gradient, parameter) tuples and returns such a list with the same parameters. All
+    processes of the group must call it with the same number of gradients, of the same shapes and dtypes in the same
+    order. A process without gradients passes an empty list.
 
-    The sum of a sparse gradient (``torch.sparse_coo``) is a new one that holds the COO entries of all processes, in the
-    order of the ranks, and is not coalesced: the update adds them, in that order. Those of a device travel in one
-    ``all_gather``, in which each process sends as much as the one that has most.
+    The sum of sparse gradients (``torch.sparse_coo``) is a new uncoalesced Tensor with the COO entries of all
+    processes, in the order of the ranks. The update adds them in that order. The gradients of one device travel in one
+    ``all_gather``, in which each process sends as many bytes as the process with the most.
 
-    The sum of a dense one is computed in the gradient's dtype, complex numbers as pairs of reals. It has the same bits
-    in every process (``torch.distributed.all_reduce`` promises that), but the backend chooses the order of summation:
-    with more than two processes the last bits may depend on it. The sums are written into the gradients, which is meant
-    for copies, as an optimizer passes them. Only a gradient that cannot be written to, since it is lazily conjugated or
-    negated or its elements share memory, is returned as a new tensor. While the sums run, a second copy exists of all
-    gradients but those that are contiguous and alone in their bucket.
+    The sum of dense gradients is computed in their dtype, complex numbers as pairs of reals. All processes get the same
+    bits, as ``torch.distributed.all_reduce`` promises. The backend chooses the order of summation, on which the last
+    bits may depend with more than two processes. Sums are written into the gradients, which are copies when an
+    optimizer passes them. A gradient that cannot be written to, because it is lazily conjugated or negated or its
+    elements share memory, is returned as a new Tensor. While the sums run, all gradients exist twice, except those that
+    are contiguous and alone in their bucket.
 
-    One process by itself gets its gradients back as they are.
+    With one process, the gradients are returned unchanged.
 
-    An instance can be compared, copied (the copy is the instance itself) and, if ``group`` is None, pickled.
+    Instances can be compared and copied (a copy is the instance itself) and, if ``group`` is None, pickled.
 
     Raises:
-        TypeError: a gradient is not a plain Tensor.
-        ValueError: ``bucket_bytes`` is not positive.
-        RuntimeError: there is no process group, or this process is not in it; a gradient is of a compressed sparse
-            layout, requires grad where autograd is on, or is on a device that the group's backends do not serve; with
-            ``check``, in every process: the lists differ, or another process refused its own.
+        TypeError: if a gradient is not a plain Tensor.
+        ValueError: if ``bucket_bytes`` is not positive.
+        RuntimeError: if there is no process group, or this process is not in it; if a gradient has a compressed sparse
+            layout, requires grad while autograd is on, or is on a device that the backends of the group do not serve.
+            With ``check``, in every process, if the lists differ or another process refused a gradient.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -75,8 +77,8 @@ class AllReduceSum:
         tensor([2.])
         >>> torch.distributed.destroy_process_group()
 
-    Source: ``OptimizerV2._aggregate_gradients``, ``tensorflow/python/keras/optimizer_v2/optimizer_v2.py``,
-    TensorFlow 2.4, whose default is ``all_reduce_sum_gradients`` of ``optimizer_v2/utils.py``.
+    Source: ``OptimizerV2._aggregate_gradients`` in ``tensorflow/python/keras/optimizer_v2/optimizer_v2.py``, TensorFlow
+    2.4. Its default is ``all_reduce_sum_gradients`` of ``optimizer_v2/utils.py``.
     """
 
     group: "dist.ProcessGroup | None" = None
@@ -95,7 +97,11 @@ class AllReduceSum:
         return self
 
     def __call__(self, grads_and_params: Iterable[tuple[Tensor, _P]]) -> list[tuple[Tensor, _P]]:
-        """Returns the (gradient, parameter) tuples with every gradient summed over the processes."""
+        """Returns the tuples with every gradient summed over the processes.
+
+        Args:
+            grads_and_params (iterable): (gradient, parameter) tuples.
+        """
         world_size = _world_size(self.group)
         pairs: list[tuple[Tensor, _P]] = []
         grads: list[Tensor] = []
@@ -255,10 +261,10 @@ def _from_bytes(data: Tensor, like: Tensor, count: int, dim: int) -> Tensor:
 
 
 class NormGroup:
-    """The processes over which the norm of all gradients is taken, each of which has other parameters.
+    """The processes over which the norm of all gradients is taken. Each of them has other parameters.
 
     Args:
-        given: a process group, or "world" for the default group, whatever that is at the call.
+        given (ProcessGroup or "world"): the process group. "world" means the default group at the time of the call.
     """
 
     def __init__(self, given: Any) -> None:
@@ -279,10 +285,10 @@ class NormGroup:
     def agree(
         self, iterations: int, has_gradient: bool, in_double: bool, global_clipnorm: float | None
     ) -> tuple[bool, bool]:
-        """Whether any process has a gradient, and whether any has one whose norm is taken in float64.
+        """Returns whether any process has a gradient, and whether any has one whose norm is taken in float64.
 
         Raises:
-            RuntimeError: in every process, if they disagree on `iterations` or the norm; there is no process group.
+            RuntimeError: if there is no process group; in every process, if they disagree on `iterations` or the norm.
         """
         _world_size(self._group, "norm_group")
         bits = struct.unpack("<q", struct.pack("<d", -1.0 if global_clipnorm is None else global_clipnorm))[0]
@@ -302,7 +308,7 @@ class NormGroup:
         return any(row[1] for row in rows), any(row[2] for row in rows)
 
     def sum(self, number: Tensor) -> Tensor:
-        """The sum of a number over the processes, the same bits in each of them."""
+        """Returns the sum of a number over the processes, with the same bits in each of them."""
         backends = dist.get_backend_config(self._group)
         device = number.device
         if f"{device.type}:" not in backends:
@@ -448,7 +454,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def check_norm_group(norm_group: NormGroup | None, options: dict[str, Any], is_made_by_zero: bool) -> None:
-    """Raises ValueError if all gradients have one norm, and no group of processes is known that has them."""
+    """Raises ValueError if global_clipnorm is set under ZeroRedundancyOptimizer without a norm_group."""
     if is_made_by_zero and norm_group is None and options["global_clipnorm"] is not None:
         raise ValueError(
             f"global_clipnorm={options['global_clipnorm']!r} needs the gradients of all parameters, and under "
@@ -459,14 +465,16 @@ def check_norm_group(norm_group: NormGroup | None, options: dict[str, Any], is_m
 
 
 def is_made_by_zero() -> bool:
-    """Whether a ZeroRedundancyOptimizer is making an optimizer for the parameters of this process right now."""
+    """Whether a ZeroRedundancyOptimizer is constructing an optimizer for the parameters of this process right now."""
     # By the module of the callers, not by their locals: to look at those keeps them alive as long as the call runs.
     name = "torch.distributed.optim.zero_redundancy_optimizer"
     return name in sys.modules and any(frame.f_globals.get("__name__") == name for frame in _frames())
 
 
 def is_called_to_make_state() -> bool:
-    """Whether distributed checkpointing calls `step`, with zeros for gradients, to have state to load into."""
+    """Whether distributed checkpointing calls `step` with zero gradients, only to initialize the state that it loads
+    into.
+    """
     return any(
         frame.f_code.co_name == "_init_optim_state"
         and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"

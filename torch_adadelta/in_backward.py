@@ -1,4 +1,4 @@
-"""`step_in_backward`: each parameter is updated as soon as its gradient is there, and the gradient is freed."""
+"""`step_in_backward`: updates each parameter as soon as its gradient is complete, and frees the gradient."""
 
 import threading
 from functools import partial
@@ -24,7 +24,7 @@ _REFUSED_OPTIONS: Final = {
 
 
 class StepInBackward:
-    """What `step_in_backward` returns; `remove()` ends it."""
+    """The handle that `step_in_backward` returns. `remove()` removes its hooks."""
 
     def __init__(self, optimizer: AdadeltaKeras) -> None:
         self._optimizer = optimizer
@@ -43,7 +43,7 @@ class StepInBackward:
                 self._handles.append(param.register_post_accumulate_grad_hook(step))
 
     def remove(self) -> None:
-        """Ends it: gradients stay in `.grad` again, and `step()` is to be called."""
+        """Removes the hooks. Gradients stay in `.grad` again, and `step()` must be called."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -139,32 +139,34 @@ def check(optimizer: AdadeltaKeras) -> None:
 
 
 def step_in_backward(optimizer: AdadeltaKeras) -> StepInBackward:
-    """Lets the backward pass itself take the step, so that no more than a few gradients exist at a time.
+    """Makes the backward pass take the step, so that only a few gradients exist at a time.
 
-    From now on each parameter is updated as soon as its gradient is complete, by a hook of
-    ``torch.Tensor.register_post_accumulate_grad_hook``, and the gradient is freed. Every backward pass is a step:
-    schedules, callables and `decay` are evaluated once, at its beginning, and `iterations` advances once, at its end.
-    The numbers are those of `backward()` and `step()`, bit by bit. A `step()` that is left in the loop finds no
-    gradients and does nothing.
+    From now on, each parameter is updated as soon as its gradient is complete, and the gradient is freed. The hooks are
+    those of ``torch.Tensor.register_post_accumulate_grad_hook``. Every backward pass is a step. Schedules, callables
+    and `decay` are evaluated once, at its beginning. `iterations` advances once, at its end. The numbers are those of
+    `backward()` and `step()`, bit by bit. A `step()` that remains in the loop finds no gradients and does nothing.
 
-    It is not for activation checkpointing with ``use_reentrant=True``, which runs a backward pass within another.
+    Everything that can be checked is checked before the first parameter is written. A backward pass that fails later
+    leaves some parameters updated, and is not counted.
 
-    Whatever can be checked is checked before the first parameter is written; a backward pass that fails later leaves
-    some parameters updated, and is not counted.
+    It does not support activation checkpointing with ``use_reentrant=True``, which runs a backward pass within another.
 
     Args:
-        optimizer: an `AdadeltaKeras` whose parameters have no gradients. A group that is added later is not included.
+        optimizer (AdadeltaKeras): the optimizer. Its parameters must have no gradients. Param groups that are added
+            later are not included.
 
     Returns:
-        An object whose `remove()` ends it.
+        A handle whose `remove()` removes the hooks.
 
     Raises:
-        ValueError, now or at the beginning of a backward pass: `clipnorm`, `global_clipnorm`, `norm_group`, an
-            aggregator or transformers are set, since they need all gradients, or `gradient_accumulation_steps`; a group
-            is differentiable; a parameter is a DTensor.
-        RuntimeError, likewise: a parameter has a gradient, so gradients are being accumulated; there are several
-            processes; it is on already. Also when a GradScaler calls `step()`: it would have to unscale the gradients
-            before they are applied.
+        ValueError: if `clipnorm`, `global_clipnorm`, `norm_group`, an aggregator or transformers are set, which need
+            all gradients; if `gradient_accumulation_steps` is set; if a group is differentiable; if a parameter is a
+            DTensor.
+        RuntimeError: if a parameter has a gradient, since gradients cannot be accumulated; if there are several
+            processes; if it is on already. Also if a GradScaler calls `step()`: it would have to unscale the gradients
+            first.
+
+    The checks run in this call and at the beginning of every backward pass.
 
     Example:
         >>> param = torch.nn.Parameter(torch.ones(3))

@@ -1,4 +1,4 @@
-"""The calls of a Keras optimizer that one of PyTorch does not have: for custom training loops that are ported."""
+"""The methods of a Keras optimizer that `torch.optim` does not have, for custom training loops ported from Keras."""
 
 import math
 import warnings
@@ -47,11 +47,11 @@ class KerasInterface(Optimizer):
         raise NotImplementedError
 
     def check_not_swapped(self, what: str) -> None:
-        """Raises RuntimeError inside of `swap_averages`."""
+        """Raises RuntimeError inside `swap_averages`."""
         raise NotImplementedError
 
     def initial_state(self, param: Tensor, key: str) -> Tensor:
-        """What a step begins with, where a parameter has no state by this key yet."""
+        """Returns the value with which a step begins if the parameter has no state under this key yet."""
         raise NotImplementedError
 
     def _params(self) -> list[Tensor]:
@@ -65,18 +65,20 @@ class KerasInterface(Optimizer):
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
     ) -> None:
-        """Takes a step with these gradients instead of those in `.grad`, as `step()` would, hooks included.
+        """Takes a step with the given gradients instead of those in `.grad`. Hooks run as for `step()`.
 
         Args:
-            grads_and_vars: (gradient, parameter) tuples, as ``zip(grads, params)`` gives them. A parameter whose
-                gradient is None is left out, with a warning; an empty list does nothing, and counts no step.
-            name: of no use in PyTorch; for calls written for Keras.
-            experimental_aggregate_gradients: False leaves the `gradient_aggregator` out.
+            grads_and_vars (iterable): (gradient, parameter) tuples, as from ``zip(grads, params)``. A gradient of None
+                is skipped with a warning. An empty list does nothing and counts no step.
+            name (str, optional): ignored. It exists for code written for Keras. (default: None)
+            experimental_aggregate_gradients (bool, optional): whether to call the `gradient_aggregator`.
+                (default: True)
 
         Raises:
-            TypeError: `grads_and_vars` does not consist of such tuples.
-            ValueError: no parameter has a gradient, or one is not a parameter of this optimizer.
-            What `step()` raises.
+            TypeError: if `grads_and_vars` does not consist of such tuples.
+            ValueError: if all gradients are None, or if a tensor is not a parameter of this optimizer.
+
+        Also raises what `step()` raises.
         """
         if not isinstance(grads_and_vars, Iterable):
             raise TypeError(f"grads_and_vars must consist of tuples, got {type(grads_and_vars).__name__}")
@@ -121,16 +123,18 @@ class KerasInterface(Optimizer):
         grad_loss: Tensor | None = None,
         name: str | None = None,
     ) -> None:
-        """Computes the gradients of a loss and applies them; `.grad` stays out of it.
+        """Computes the gradients of a loss and applies them. `.grad` is neither read nor written.
 
-        Under DistributedDataParallel, whose hooks run in `backward()` only, call that and `step()` instead.
+        The hooks of DistributedDataParallel run in `backward()` only. Call `backward()` and `step()` there instead.
 
         Args:
-            loss: a Tensor, or a callable without arguments that returns it; summed if it has several elements. There is
-                no tape to pass, for a Tensor carries its graph.
-            var_list: the parameters, or a callable that returns them and is called after `loss`.
-            grad_loss: the gradient of what is minimised with respect to `loss`, of its shape; None for ones.
-            name: of no use in PyTorch.
+            loss (Tensor or Callable): the loss, or a callable without arguments that returns it. Several elements are
+                summed. There is no tape argument: a Tensor carries its graph.
+            var_list (sequence of Tensor or Callable): the parameters, or a callable that returns them. The callable
+                runs after `loss`.
+            grad_loss (Tensor, optional): the upstream gradient, in the shape of `loss`, as ``grad_outputs`` of
+                ``torch.autograd.grad``. None means ones. (default: None)
+            name (str, optional): ignored. (default: None)
 
         Raises what `apply_gradients` raises.
         """
@@ -141,10 +145,14 @@ class KerasInterface(Optimizer):
         self.apply_gradients(zip(_gradients(loss, params, grad_loss), params, strict=True), name)
 
     def get_gradients(self, loss: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of a loss with respect to parameters; `.grad` stays as it is.
+        """Returns the gradients of a loss with respect to parameters. `.grad` is neither read nor written.
+
+        Args:
+            loss (Tensor): the loss. Several elements are summed.
+            params (sequence of Tensor): the parameters.
 
         Raises:
-            ValueError: the loss does not depend on one of them.
+            ValueError: if the loss does not depend on one of the parameters.
         """
         params = _flattened(params)
         grads = _gradients(loss, params, None)
@@ -159,10 +167,11 @@ class KerasInterface(Optimizer):
     # ---- Configuration ------------------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` and Keras make the same optimizer from: plain values, by Keras' names.
+        """Returns the configuration as plain Python values, under the names of Keras.
 
-        It describes the first param group. A schedule becomes ``{"class_name": ..., "config": ...}``, a Tensor its
-        number, a callable what it returns now. Aggregator, transformers and state are not part of it.
+        `from_config` and Keras construct the same optimizer from it. It describes the first param group. A schedule
+        becomes ``{"class_name": ..., "config": ...}``, a Tensor its number, and a callable its present value. The
+        aggregator, the transformers and the state are not included.
         """
         config: dict[str, Any] = {}
         for option in OPTIONS:
@@ -184,16 +193,16 @@ class KerasInterface(Optimizer):
     def from_config(
         cls, config: dict[str, Any], params: Any, custom_objects: dict[str, Any] | None = None, **options: Any
     ) -> Any:
-        """An optimizer for `params` from a configuration of `get_config`, or of ``tf.keras`` or Keras.
+        """Constructs an optimizer from a configuration of `get_config`, ``tf.keras`` or Keras.
 
         Args:
-            config: it is not changed. `lr` is taken for `learning_rate`.
-            params: as for the constructor.
-            custom_objects: classes of schedules by their names, for those that `schedules` does not have.
+            config (dict): the configuration. It is not modified. `lr` is read as `learning_rate`.
+            params (iterable): as for the constructor.
+            custom_objects (dict, optional): classes of schedules by name, for those that `schedules` does not have.
+                (default: None)
             options: further arguments of the constructor, such as `fused`.
 
-        Raises:
-            What the constructor raises.
+        Raises what the constructor raises.
         """
         config = without_neutral({key: value for key, value in config.items() if key not in _MEANINGLESS})
         if "lr" in config:
@@ -205,14 +214,18 @@ class KerasInterface(Optimizer):
     # ---- Weights and slots --------------------------------------------------------------------------------------
 
     def get_slot_names(self) -> list[str]:
-        """The names of the state: "accum_grad", here `square_avg`, and "accum_var", here `acc_delta`."""
+        """Returns ``["accum_grad", "accum_var"]``, the names that Keras uses for `square_avg` and `acc_delta`."""
         return list(SLOTS)
 
     def get_slot(self, var: Tensor, slot_name: str) -> Tensor:
-        """The state of a parameter by the name that Keras has for it.
+        """Returns a state tensor of a parameter by its Keras name.
+
+        Args:
+            var (Tensor): the parameter.
+            slot_name (str): "accum_grad" for `square_avg`, or "accum_var" for `acc_delta`.
 
         Raises:
-            KeyError: there is no such slot, or the parameter has no state yet.
+            KeyError: if there is no such slot, or if the parameter has no state yet.
         """
         if slot_name not in SLOTS:
             raise KeyError(f"no slot {slot_name!r}; there are {', '.join(SLOTS)}")
@@ -224,10 +237,10 @@ class KerasInterface(Optimizer):
         return slot
 
     def variables(self) -> list[Tensor]:
-        """The number of steps, the `square_avg` of all parameters, and their `acc_delta`, in the parameters' order.
+        """Returns the number of steps, then the `square_avg` of all parameters, then the `acc_delta` of all parameters.
 
-        Then, with `use_ema`, all averages; and with `gradient_accumulation_steps` all sums of gradients. State is the
-        optimizer's own; for a parameter without any, there are zeros, and the parameter itself for its average.
+        With `use_ema`, all averages follow; with `gradient_accumulation_steps`, all sums of gradients. The state is not
+        copied. A parameter without state contributes zeros, and its own values as the average.
         """
         keys = self._optional_keys()
         states = [self._state_of(param, keys) for param in self._params()]
@@ -236,7 +249,7 @@ class KerasInterface(Optimizer):
         return [iterations, *(state[key] for key in (*SLOTS.values(), *keys) for state in states)]
 
     def _optional_keys(self) -> list[str]:
-        """The keys of the state besides the accumulators, if there is such."""
+        """The keys of the state besides the accumulators that are in use."""
         wanted = {
             averages.KEY: self.param_groups[0]["use_ema"],
             accumulation.KEY: self.param_groups[0]["gradient_accumulation_steps"] is not None,
@@ -257,19 +270,20 @@ class KerasInterface(Optimizer):
         return self.variables()
 
     def get_weights(self) -> list[Any]:
-        """`variables()` as NumPy arrays, copied; bfloat16 becomes float32, and complex32 complex64."""
+        """Returns copies of `variables()` as NumPy arrays. bfloat16 becomes float32, complex32 becomes complex64."""
         return [_to_numpy(tensor) for tensor in self.variables()]
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets the number of steps and all state, in the order of `get_weights`.
+        """Sets the number of steps and all state.
 
         Args:
-            weights: arrays or Tensors; averages and sums of gradients may be left out. Without them the first may be
-                left out too, as in old files: then the number of steps becomes 0.
+            weights (sequence of array or Tensor): the values in the order of `get_weights`. Averages and sums of
+                gradients can be left out. The number of steps can then be left out, too, as in old files; it becomes 0.
 
         Raises:
-            ValueError: wrong number or shape; or gradients wait for their update, and there are no sums of them; then
-                nothing was set.
+            ValueError: if the number of weights or a shape is wrong, or if accumulated gradients wait for their update
+                and the weights have no sums. Nothing is set then.
+            RuntimeError: inside `swap_averages`.
         """
         self.check_not_swapped("no weights can be set")
         params = self._params()

@@ -1,4 +1,4 @@
-"""AdadeltaKeras: constructor, param groups, properties, checkpoints, and a `step()` that leaves the work to `step/`."""
+"""AdadeltaKeras: constructor, param groups, properties, checkpoints, and a `step()` that delegates to `step/`."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ def _restore(tensors: Iterable[Tensor | None], values: Iterable[Tensor | None]) 
 
 
 class AdadeltaKeras(KerasInterface):
-    r"""Adadelta, computed exactly as ``tf.keras.optimizers.Adadelta`` of TensorFlow 2.4 computes it.
+    r"""Implements Adadelta with the exact numbers of ``tf.keras.optimizers.Adadelta`` in TensorFlow 2.4.
 
     For the gradient :math:`g_t` and the parameter :math:`\theta`, with :math:`a_0 = u_0 = 0`:
 
@@ -71,78 +71,95 @@ class AdadeltaKeras(KerasInterface):
         u_t &= \rho\, u_{t-1} + (1 - \rho)\, d_t^2 \\
         \theta_t &= \theta_{t-1} - \text{lr}\, d_t
 
-    :math:`a` is ``state[param]["square_avg"]`` (``accum_grad`` in Keras), :math:`u` is ``state[param]["acc_delta"]``
-    (``accum_var``); both have the parameter's shape and layout and, without ``state_dtype``, its dtype, and appear when
-    it first has a gradient. The arithmetic runs in float64 for float64 (and complex128) parameters, else in float32;
-    16-bit parameters and state are rounded once, when they are stored. Complex parameters are pairs of reals. All
+    :math:`a` is ``state[param]["square_avg"]`` (``accum_grad`` in Keras). :math:`u` is ``state[param]["acc_delta"]``
+    (``accum_var``). Both are created when the parameter first has a gradient. They have its shape and layout, and its
+    dtype unless ``state_dtype`` is set.
+
+    The opmath dtype is float64 for float64 and complex128 parameters, and float32 for all others. Parameters and state
+    in 16 bits are rounded once, when they are stored. Complex parameters are treated as pairs of real numbers. All
     implementations give the same bits.
 
     Args:
-        params: parameters, named parameters or param groups, as for every ``torch.optim`` optimizer. A group may set
-            ``lr`` (or ``learning_rate``), ``rho``, ``epsilon``, weight decay and the flags for itself.
-        learning_rate: the factor lr: a number >= 0, a one-element Tensor, a callable without arguments that returns one
-            of them, or a `schedules.LearningRateSchedule`. The default is that of Keras; the paper and
-            ``torch.optim.Adadelta`` use 1.0.
-        rho: the decay rate of both averages, in [0, 1]: a number, a one-element Tensor or a callable.
-        epsilon: added under both roots: a number >= 0, a one-element Tensor or a callable. None and 0 mean 1e-7, as in
-            Keras.
-        name: the name of the optimizer, as Keras keeps it in its configuration.
-        lr: another name for ``learning_rate``; wins if both are given.
-        decay: the learning rate of step t, counted from 0, is divided by ``1 + decay * t``; a number >= 0 or a
-            one-element Tensor on the CPU.
-        clipvalue: every element of a gradient is clipped to [-clipvalue, clipvalue]; a number >= 0 or None.
-        clipnorm: a gradient whose norm exceeds this is scaled down to it, each by itself; a number >= 0 or None.
-        global_clipnorm: all gradients are scaled together so that their common norm does not exceed this; a number >= 0
-            or None. Not together with ``clipnorm``.
-        gradient_aggregator: called once a step with a list of (gradient, parameter) tuples, and returns the like: to
-            combine gradients between processes, before they are clipped. `distributed.all_reduce_sum` is a ready one.
-        gradient_transformers: callables like the aggregator, called in their order after it. Not together with a clip
-            option.
-        norm_group: a process group, or "world" for the default one, each of whose processes has another part of the
-            parameters, as under ``ZeroRedundancyOptimizer``: the norm of ``global_clipnorm`` is taken over all of them,
-            and all count the step if one of them has gradients. Every process then must make every step. It is not for
-            DDP, where each process has all gradients, nor for DTensors, which know where their parts are.
-        norm_variables: for `clipnorm`, the variables of Keras that are not one to one with parameters: lists of pieces
-            that have one norm together, each a parameter or (parameter, first row, row behind the last).
-        weight_decay: the parameter is decayed by ``weight_decay * lr`` of itself before it is updated, as in Keras 3: a
-            number >= 0, a one-element Tensor or a callable. 0 and None mean none. A parameter without a gradient does
-            not decay; see `exclude_from_weight_decay`.
-        decoupled_weight_decay: False adds ``weight_decay`` times the parameter to its gradient instead, as
-            ``torch.optim.Adadelta`` does. Not together with a clip option, and not for sparse gradients.
-        use_ema: keep a moving average of each parameter that requires a gradient, as Keras 3 does: after every step
-            ``average = ema_momentum * average + (1 - ema_momentum) * param``. It is ``state[param]["average"]``, in the
-            dtype of the arithmetic. See `swap_averages` and `finalize_variable_values`.
-        ema_momentum: in [0, 1]. In the first step it counts as 0: the average begins as the updated parameter.
-        ema_overwrite_frequency: after every so many updates the parameters become their averages; an int >= 1 or None.
-        gradient_accumulation_steps: update once in so many steps, with the mean of their gradients; an int >= 2 or
-            None. The sums are ``state[param]["gradient_accumulator"]``. `iterations` counts updates,
-            ``param_groups[0]["iterations"]``, which schedules see, steps.
-        loss_scale_factor: what gradients are divided by before anything else; a number > 0 or None. See `scale_loss`.
-        master_weights: let a bfloat16 parameter be the upper half of a float32 master, on which the update runs, and
-            keep the lower one in ``state[param]["remainder"]`` (int16). Parameters of float32 and float64 are their
-            own masters. Not for parameters of float16 and complex ones. See `master_params` and `to_bfloat16`.
-        state_dtype: the dtype of ``square_avg`` and ``acc_delta``: ``torch.float32``, ``torch.bfloat16``, or None for
-            that of the parameter. Not for parameters of float64 and complex ones.
-        maximize: ascend instead of descend.
-        foreach: True for PyTorch's multi-tensor operations, False for single-tensor operations, None for the best that
-            applies.
-        fused: True for the compiled kernel, False to do without it, None to use it where it applies.
-        capturable: keep ``iterations`` on the parameters' device, so that ``step()`` can be captured in a CUDA graph.
-        differentiable: let autograd record ``step()``, which then runs single-tensor operations.
+        params (iterable): parameters, named parameters, or dicts that define param groups. A group can have its own
+            ``lr`` (or ``learning_rate``), ``rho``, ``epsilon``, ``weight_decay``, ``decoupled_weight_decay``,
+            ``master_weights``, ``state_dtype``, ``maximize``, ``foreach``, ``fused``, ``capturable`` and
+            ``differentiable``.
+        learning_rate (float, Tensor, Callable or LearningRateSchedule, optional): the factor lr, >= 0. A Tensor has one
+            element. A callable takes no arguments and returns a number or such a Tensor. The default is that of Keras;
+            the paper and ``torch.optim.Adadelta`` use 1.0. (default: 0.001)
+        rho (float, Tensor or Callable, optional): the decay rate of both averages, in [0, 1]. (default: 0.95)
+        epsilon (float, Tensor or Callable, optional): the term under both roots, >= 0. None and 0 mean 1e-7, as in
+            Keras. (default: 1e-7)
+        name (str, optional): the name of the optimizer in its Keras configuration. (default: "Adadelta")
+        lr (float, Tensor, Callable or LearningRateSchedule, optional): another name for ``learning_rate``. It takes
+            precedence if both are given. (default: None)
+        decay (float or Tensor, optional): divides the learning rate of step t, counted from 0, by ``1 + decay * t``. A
+            number >= 0 or a one-element CPU Tensor. (default: 0.0)
+        clipvalue (float, optional): clips every element of a gradient to [-clipvalue, clipvalue]. (default: None)
+        clipnorm (float, optional): scales each gradient with a greater norm down to this norm. (default: None)
+        global_clipnorm (float, optional): scales all gradients together so that their global norm does not exceed this
+            value. It cannot be combined with ``clipnorm``. (default: None)
+        gradient_aggregator (Callable, optional): a function that takes a list of (gradient, parameter) tuples and
+            returns such a list. It is called once a step, before clipping, to combine gradients between processes. See
+            `distributed.all_reduce_sum`. (default: None)
+        gradient_transformers (iterable of Callable, optional): functions of the same form, called in order after the
+            aggregator. They cannot be combined with a clip option. (default: None)
+        norm_group (ProcessGroup or "world", optional): the processes over which ``global_clipnorm`` takes its norm, if
+            each of them has other parameters, as under ``ZeroRedundancyOptimizer``. "world" is the default group. All
+            processes must call every step, and all count it if one of them has a gradient. Do not set it under DDP,
+            where each process has all gradients, or for DTensors, whose norm covers all shards anyway. (default: None)
+        norm_variables (iterable, optional): for ``clipnorm``, the Keras variables that do not correspond to exactly one
+            parameter. Each is a list of pieces that share one norm. A piece is a parameter or a tuple (parameter, first
+            row, row behind the last). (default: None)
+        weight_decay (float, Tensor or Callable, optional): subtracts ``weight_decay * lr * param`` from a parameter
+            before its update, as Keras 3 does. A number >= 0; None means 0. A parameter without a gradient does not
+            decay. See `exclude_from_weight_decay`. (default: None)
+        decoupled_weight_decay (bool, optional): if False, ``weight_decay * param`` is added to the gradient instead, as
+            in ``torch.optim.Adadelta``. False cannot be combined with a clip option or sparse gradients.
+            (default: True)
+        use_ema (bool, optional): keeps a moving average of each parameter that requires a gradient, as Keras 3 does.
+            After every step, ``average = ema_momentum * average + (1 - ema_momentum) * param``. The average is
+            ``state[param]["average"]``, in the opmath dtype. See `swap_averages` and `finalize_variable_values`.
+            (default: False)
+        ema_momentum (float, optional): the momentum of the averages, in [0, 1]. The first step uses 0, so that an
+            average begins as the updated parameter. (default: 0.99)
+        ema_overwrite_frequency (int, optional): overwrites the parameters by their averages after every so many
+            updates, >= 1. (default: None)
+        gradient_accumulation_steps (int, optional): the number of steps, >= 2, whose mean gradient makes one update.
+            The sums are ``state[param]["gradient_accumulator"]``. `iterations` counts updates.
+            ``param_groups[0]["iterations"]``, which schedules receive, counts steps. (default: None)
+        loss_scale_factor (float, optional): divides all gradients before anything else, > 0. See `scale_loss`.
+            (default: None)
+        master_weights (bool, optional): updates a float32 master of each bfloat16 parameter. The parameter is the upper
+            half of the master, and ``state[param]["remainder"]`` (int16) the lower one. float32 and float64 parameters
+            are their own masters; float16 and complex parameters are refused. See `master_params` and `to_bfloat16`.
+            (default: False)
+        state_dtype (torch.dtype, optional): the dtype of ``square_avg`` and ``acc_delta``: ``torch.float32``,
+            ``torch.bfloat16``, or None for the dtype of the parameter. float64 and complex parameters need None.
+            (default: None)
+        maximize (bool, optional): maximizes the objective instead of minimizing it. (default: False)
+        foreach (bool, optional): True runs PyTorch's multi-tensor operations, False single-tensor operations. None
+            chooses the fastest implementation that applies. (default: None)
+        fused (bool, optional): True runs the compiled kernel, False does not. None runs it where it applies.
+            (default: None)
+        capturable (bool, optional): keeps ``iterations`` on the device of the parameters, so that a CUDA graph can
+            capture ``step()``. (default: False)
+        differentiable (bool, optional): lets autograd record ``step()``, which then runs single-tensor operations.
+            (default: False)
 
-    A sparse gradient (``torch.sparse_coo``, as of ``nn.Embedding(..., sparse=True)``) updates the rows that occur in
-    it, and leaves all others of the parameter and its state as they are. Weight decay and averages are of all rows.
+    A sparse gradient (``torch.sparse_coo``, as of ``nn.Embedding(..., sparse=True)``) updates only the rows that occur
+    in it. Weight decay and averages apply to all rows.
 
-    A Python number for ``learning_rate``, ``rho`` or ``decay`` is rounded to float32 first, as Keras does, whatever the
-    dtype of the parameters; a Tensor or NumPy scalar keeps its precision. Other options are not rounded. A callable is
-    called once in each step that updates. Aggregator and transformers see gradients in the opmath dtype and may
-    overwrite them: they are copies. ``.grad`` is never written to.
+    A Python number for ``learning_rate``, ``rho`` or ``decay`` is first rounded to float32, as in Keras, whatever the
+    dtype of the parameters. Tensors, NumPy scalars and the other options keep their precision. A callable is called
+    once in each step that updates. The aggregator and the transformers receive copies of the gradients in the opmath
+    dtype and may overwrite them. ``.grad`` is never written to.
 
     Raises:
-        TypeError: an argument of the wrong type, a parameter that is neither floating-point nor complex.
-        ValueError: a hyperparameter that is negative, nan, infinite or out of range; options that exclude each other; a
-            parameter that is sparse, overlaps itself, or is in two groups; ``clipvalue`` for a complex parameter.
-        RuntimeError: ``foreach`` or ``fused`` was asked for and cannot run, with the reason.
+        TypeError: if an argument has the wrong type, or a parameter is neither floating-point nor complex.
+        ValueError: if a hyperparameter is negative, nan, infinite or out of range; if options exclude each other; if a
+            parameter is sparse, overlaps itself or is in two groups; if ``clipvalue`` is set for a complex parameter.
+        RuntimeError: if ``foreach=True`` or ``fused=True`` cannot run. The message gives the reason.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -224,9 +241,12 @@ class AdadeltaKeras(KerasInterface):
     # ---- Param groups -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, whose missing options are the optimizer's defaults.
+        """Adds a param group. Options that it does not set are the optimizer's defaults.
 
-        Raises what the constructor raises, and then leaves the optimizer as it was.
+        Raises what the constructor raises, and then leaves the optimizer unchanged.
+
+        Args:
+            param_group (dict): the parameters, under the key ``params``, and the options of the group.
         """
         self._sync_groups()  # some may have been removed
         sources: dict[str, Source] = {}
@@ -282,10 +302,13 @@ class AdadeltaKeras(KerasInterface):
     # ---- Checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as a dictionary of Tensors and plain Python values, as of every ``torch.optim`` optimizer.
+        """Returns the state of the optimizer as a dict of Tensors and plain Python values.
 
-        A schedule is in it as its configuration. Of callables, the aggregator and the transformers it holds the names:
-        the optimizer that loads it must have been given them.
+        A schedule is stored as its configuration. Callables, the aggregator and the transformers are stored by name
+        only, and must be given to the optimizer that loads the state dict.
+
+        Raises:
+            RuntimeError: inside `swap_averages`.
         """
         self.check_not_swapped("no state_dict can be taken")
         self._sync_groups()
@@ -295,13 +318,18 @@ class AdadeltaKeras(KerasInterface):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, or a checkpoint of ``torch.optim.Adadelta``.
+        """Loads a state dict of this class or of ``torch.optim.Adadelta``.
 
-        All of it is checked before anything is taken over. What others keep in the state of a parameter comes along:
-        its dtype stays, and Tensors move to the parameter's device.
+        The whole state dict is checked before anything is loaded. State entries that are not the optimizer's own are
+        loaded, too: they keep their dtype, and Tensors move to the parameter's device.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
 
         Raises:
-            ValueError: groups or state do not fit, or something that cannot be saved was not given beforehand.
+            ValueError: if groups or state do not fit, or if the optimizer lacks a callable, aggregator or transformer
+                with which the state was saved.
+            RuntimeError: inside `swap_averages`.
         """
 
         def note(optimizer: Any, state_dict: Any) -> None:
@@ -439,54 +467,55 @@ class AdadeltaKeras(KerasInterface):
 
     learning_rate = _option(
         "learning_rate",
-        """The learning rate of the first param group as it was given: a number, Tensor, callable or schedule.
+        """The learning rate of the first param group, as given (a number, Tensor, callable or schedule).
 
-        Setting it sets all groups, and replaces a schedule.
+        Setting it sets all groups and replaces a schedule.
         """,
     )
     lr = _option("learning_rate", "Another name for `learning_rate`.")
-    rho = _option("rho", "The decay rate of the first param group as it was given. Setting it sets all groups.")
+    rho = _option("rho", "The decay rate of the first param group, as given. Setting it sets all groups.")
     epsilon = _option(
         "epsilon",
-        "The epsilon of the first param group as it was given, 1e-7 for None and 0. Setting it sets all groups.",
+        "The epsilon of the first param group, as given. None and 0 read as 1e-7. Setting it sets all groups.",
     )
     weight_decay = _option(
         "weight_decay",
-        "The weight decay of the first param group as it was given, 0.0 for None. Setting it sets all groups.",
+        "The weight decay of the first param group, as given. None reads as 0.0. Setting it sets all groups.",
     )
     decoupled_weight_decay = _option(
         "decoupled_weight_decay",
-        "Whether weight decay is taken off the parameters, not added to their gradients. Setting it sets all groups.",
+        "Whether weight decay is subtracted from parameters, not added to gradients. Setting it sets all groups.",
     )
-    decay = _option("decay", "The learning rate of step t, counted from 0, is divided by 1 + decay * t. Can be set.")
-    clipvalue = _option("clipvalue", "The largest absolute value of an element of a gradient, or None. Can be set.")
+    decay = _option("decay", "Divides the learning rate of step t, counted from 0, by ``1 + decay * t``. Can be set.")
+    clipvalue = _option("clipvalue", "The largest absolute value of a gradient's elements, or None. Can be set.")
     clipnorm = _option("clipnorm", "The largest norm of each gradient, or None. Can be set.")
     global_clipnorm = _option("global_clipnorm", "The largest norm of all gradients together, or None. Can be set.")
-    use_ema = _option("use_ema", "Whether there are moving averages of the parameters. Can be set.")
-    ema_momentum = _option("ema_momentum", "What a moving average is multiplied by in each step. Can be set.")
+    use_ema = _option("use_ema", "Whether the optimizer keeps moving averages of the parameters. Can be set.")
+    ema_momentum = _option("ema_momentum", "The momentum of the moving averages. Can be set.")
     ema_overwrite_frequency = _option(
-        "ema_overwrite_frequency", "In how many updates parameters become their averages once, or None. Can be set."
+        "ema_overwrite_frequency",
+        "The parameters are overwritten by their averages after every so many updates, or never if None. Can be set.",
     )
     gradient_accumulation_steps = _option(
         "gradient_accumulation_steps",
         """The number of steps whose gradients make one update, or None.
 
-        Can be set when no gradients wait for their update.
+        Can be set unless accumulated gradients wait for their update.
         """,
     )
-    loss_scale_factor = _option("loss_scale_factor", "What gradients are divided by first, or None. Can be set.")
+    loss_scale_factor = _option("loss_scale_factor", "Divides all gradients first, or None. Can be set.")
     master_weights = _option(
         "master_weights",
         """Whether bfloat16 parameters have float32 masters.
 
-        Setting it sets all groups: the masters begin as the parameters, or what they have more than these is dropped.
+        Setting it sets all groups. True initializes the masters from the parameters; False drops the remainders.
         """,
     )
     state_dtype = _option(
         "state_dtype",
         """The dtype of `square_avg` and `acc_delta`, or None for that of the parameters.
 
-        Setting it sets all groups, and converts the state.
+        Setting it sets all groups and converts the state.
         """,
     )
 
@@ -497,7 +526,7 @@ class AdadeltaKeras(KerasInterface):
 
     @property
     def gradient_aggregator(self) -> Callback | None:
-        """What combines the gradients before they are clipped, or None. Can be set."""
+        """The function that combines the gradients before they are clipped, or None. Can be set."""
         return self._callbacks.aggregator
 
     @gradient_aggregator.setter
@@ -506,7 +535,7 @@ class AdadeltaKeras(KerasInterface):
 
     @property
     def gradient_transformers(self) -> list[Callback]:
-        """What changes the gradients after they were aggregated, in this order. Can be set."""
+        """The functions that transform the gradients after the aggregator, in order. Can be set."""
         return self._callbacks.transformers
 
     @gradient_transformers.setter
@@ -521,7 +550,7 @@ class AdadeltaKeras(KerasInterface):
 
     @property
     def norm_group(self) -> Any:
-        """The process group over which the norm of `global_clipnorm` is taken, "world", or None. Can be set."""
+        """The process group over which `global_clipnorm` takes its norm, "world", or None. Can be set."""
         return None if self._norm_group is None else self._norm_group.given
 
     @norm_group.setter
@@ -534,16 +563,18 @@ class AdadeltaKeras(KerasInterface):
     def exclude_from_weight_decay(
         self, var_list: Iterable[Tensor] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
-        """Excludes parameters from weight decay, and no others: a later call replaces an earlier one.
+        """Excludes parameters from weight decay. A later call replaces the exclusions of an earlier one.
 
         Args:
-            var_list: parameters.
-            var_names: regular expressions, which are searched in the names of the parameters. These are known if the
-                optimizer was given ``model.named_parameters()``.
+            var_list (iterable of Tensor, optional): the parameters to exclude. (default: None)
+            var_names (iterable of str, optional): regular expressions. A parameter is excluded if one of them is found
+                in its name. They need an optimizer that was constructed with ``model.named_parameters()``.
+                (default: None)
 
         Raises:
-            TypeError: an argument is of another type.
-            ValueError: a step was taken already; a parameter is none of the optimizer's; parameters have no names.
+            TypeError: if an argument has the wrong type.
+            ValueError: if a step was taken already, if a parameter is not one of the optimizer's, or if names are
+                needed and missing.
         """
         if int(self.iterations) or any(map(has_state, self.state.values())):
             raise ValueError(
@@ -561,7 +592,7 @@ class AdadeltaKeras(KerasInterface):
 
     @property
     def norm_variables(self) -> list[list[tuple[Tensor, int, int]]] | None:
-        """The variables of Keras that are not one to one with parameters, or None if all are. Can be set."""
+        """The Keras variables that do not correspond to exactly one parameter, or None. Can be set."""
         return norm_variables.given_in(self.param_groups)
 
     @norm_variables.setter
@@ -570,9 +601,9 @@ class AdadeltaKeras(KerasInterface):
 
     @property
     def iterations(self) -> int:
-        """The number of updates, which is that of the steps taken unless gradients are accumulated.
+        """The number of updates. Without gradient accumulation, it is the number of steps.
 
-        Can be set to an int >= 0 when no gradients wait for their update.
+        Can be set to an int >= 0, unless accumulated gradients wait for their update.
         """
         return int(self.param_groups[0]["iterations"]) // accumulation.steps_of(self.param_groups[0])
 
@@ -582,7 +613,7 @@ class AdadeltaKeras(KerasInterface):
         self.set_calls(options.checked_iterations(value) * accumulation.steps_of(self.param_groups[0]))
 
     def set_calls(self, value: int) -> None:
-        """Sets how many times `step` was called, of which ``gradient_accumulation_steps`` make an iteration."""
+        """Sets the number of calls of `step`, ``gradient_accumulation_steps`` times that of updates."""
         counts = [options.iterations_for(group, value) for group in self.param_groups]
         for group, count in zip(self.param_groups, counts, strict=True):
             group["iterations"] = count
@@ -597,10 +628,10 @@ class AdadeltaKeras(KerasInterface):
     # ---- Masters ------------------------------------------------------------------------------------------------
 
     def master_params(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter with its master: what the update sees of it.
+        """Yields each parameter with its master, the tensor that the update sees.
 
-        With ``master_weights=True`` that of a bfloat16 parameter is a new float32 Tensor. Else it is the parameter
-        itself, detached.
+        With ``master_weights=True``, the master of a bfloat16 parameter is a new float32 Tensor. All other parameters
+        are their own masters, and are yielded detached.
 
         Example:
             >>> param = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
@@ -619,16 +650,16 @@ class AdadeltaKeras(KerasInterface):
                 yield param, master if is_whole else master.float()
 
     def set_master(self, param: Tensor, value: Tensor) -> None:
-        """Gives a parameter other values, which its master keeps in float32 if it has one.
+        """Sets a parameter and its master, which keeps the value in float32, from one Tensor.
 
         Args:
-            param: one of the optimizer's parameters.
-            value: of its shape, in any dtype.
+            param (Tensor): a parameter of the optimizer.
+            value (Tensor): the new value, in the shape of the parameter and any dtype.
 
         Raises:
-            KeyError: it is none of them.
-            ValueError: the shapes differ, or one of both is a DTensor.
-            RuntimeError: inside of `swap_averages`.
+            KeyError: if `param` is not a parameter of the optimizer.
+            ValueError: if the shapes differ, or if only one of the two is a DTensor.
+            RuntimeError: inside `swap_averages`.
         """
         self.check_not_swapped("no master can be set")
         group = precision.group_of(self.param_groups, param)
@@ -645,7 +676,7 @@ class AdadeltaKeras(KerasInterface):
         )
 
     def initial_state(self, param: Tensor, key: str) -> Tensor:
-        """What a step begins with, where a parameter has no state by this key yet."""
+        """Returns the value with which a step begins if the parameter has no state under this key yet."""
         group = precision.group_of(self.param_groups, param)
         if key == averages.KEY:
             return averages.new_average(param, precision.remainder_in(group, param, self.state))
@@ -663,16 +694,19 @@ class AdadeltaKeras(KerasInterface):
         ]
 
     def finalize_variable_values(self, var_list: Iterable[Tensor] | None = None) -> None:
-        """Sets parameters to their averages, as Keras' `fit` does in the end. Without `use_ema` it does nothing.
+        """Overwrites parameters with their averages, as Keras' `fit` does at its end. Does nothing without `use_ema`.
 
-        Under FSDP2 call ``model.reshard()`` afterwards, for a model may have kept its unsharded parameters.
+        Under FSDP2, call ``model.reshard()`` afterwards: the model may still hold its unsharded parameters.
 
         Args:
-            var_list: these parameters only; None for all. One without an average is left as it is.
+            var_list (iterable of Tensor, optional): the parameters to overwrite, or None for all. Parameters without an
+                average stay unchanged. (default: None)
 
         Raises:
-            TypeError, ValueError: `var_list` is no list of the optimizer's parameters.
-            RuntimeError: inside of `swap_averages`; or under ZeRO, which would have to tell other processes.
+            TypeError: if `var_list` is not a list of Tensors.
+            ValueError: if `var_list` has a Tensor that is not a parameter of the optimizer.
+            RuntimeError: inside `swap_averages`, and under ZeroRedundancyOptimizer, whose other processes would not see
+                the change.
         """
         wanted = None if var_list is None else exclusions.known_ids(self.param_groups, var_list)
         if not self.use_ema:
@@ -684,15 +718,16 @@ class AdadeltaKeras(KerasInterface):
 
     @contextmanager
     def swap_averages(self) -> Iterator[None]:
-        """A context in which parameters and averages have changed places, to evaluate a model with its averages.
+        """Returns a context manager that swaps parameters and averages, to evaluate a model with its averages.
 
-        Afterwards, and after an exception too, both are what they were, to the bit. No step can be taken inside, and
-        nothing saved or loaded. Under FSDP2 call ``model.reshard()`` at the beginning and the end of the context, for a
-        model may have kept its unsharded parameters.
+        On exit, also after an exception, both are restored to the bit. Inside, no step can be taken and nothing can be
+        saved or loaded. Under FSDP2, call ``model.reshard()`` at the beginning and at the end of the context: the model
+        may still hold its unsharded parameters.
 
         Raises:
             ValueError: without `use_ema`.
-            RuntimeError: inside of another; or under ZeRO, which would have to tell other processes.
+            RuntimeError: inside another `swap_averages`, and under ZeroRedundancyOptimizer, whose other processes would
+                not see the change.
 
         Example:
             >>> param = torch.nn.Parameter(torch.ones(3))
@@ -722,7 +757,7 @@ class AdadeltaKeras(KerasInterface):
             self._are_swapped = False
 
     def check_not_swapped(self, what: str) -> None:
-        """Raises RuntimeError inside of `swap_averages`."""
+        """Raises RuntimeError inside `swap_averages`."""
         if self._are_swapped:
             raise RuntimeError(f"{what} inside of swap_averages: the parameters are the averages now. Leave it first")
 
@@ -735,7 +770,7 @@ class AdadeltaKeras(KerasInterface):
             )
 
     def scale_loss(self, loss: Any) -> Any:
-        """``loss * loss_scale_factor``, or the loss where there is none."""
+        """Returns ``loss * loss_scale_factor``, or the loss unchanged if `loss_scale_factor` is None."""
         return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
 
     # ---- The step -----------------------------------------------------------------------------------------------
@@ -747,21 +782,25 @@ class AdadeltaKeras(KerasInterface):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every parameter that has a gradient, once, and counts the step in `iterations`.
+        """Performs a single optimization step.
 
-        Without any gradient nothing happens and nothing is counted. A step that raises changes nothing; only if it is
-        interrupted, or memory runs out, amid its writes, the exception's message says that it is partial.
+        Every parameter that has a gradient is updated, and `iterations` advances. If no parameter has a gradient,
+        nothing happens and the step is not counted. A step that raises changes nothing, unless it is interrupted or
+        runs out of memory during its writes. The message then says that the step is partial.
 
         Args:
-            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
+            closure (Callable, optional): a closure that reevaluates the model and returns the loss. It is called once,
+                with gradients enabled. (default: None)
 
         Returns:
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient or a state does not fit its parameter, or an explicit choice cannot run.
-            IndexError: a sparse gradient has an index that its parameter has not.
-            ValueError, TypeError: a param group holds an invalid hyperparameter.
+            RuntimeError: if a gradient or a state does not fit its parameter, if ``foreach=True`` or ``fused=True``
+                cannot run, or inside `swap_averages`.
+            IndexError: if an index of a sparse gradient is out of range.
+            ValueError: if a hyperparameter in a param group is out of range.
+            TypeError: if a hyperparameter in a param group has the wrong type.
         """
         loss = None
         if closure is not None:
@@ -784,7 +823,7 @@ class AdadeltaKeras(KerasInterface):
             torch._C._set_grad_enabled(grad_enabled)
 
     def step_request(self) -> StepRequest:
-        """All that a step depends on, for `step/`."""
+        """Returns all that a step depends on, for `step/`."""
         if self._are_swapped:
             self.check_not_swapped("no step can be taken")
         return StepRequest(
@@ -833,7 +872,7 @@ class AdadeltaKeras(KerasInterface):
 
     @torch._disable_dynamo
     def untraced_step(self) -> None:
-        """What `torch.compile` calls, after a break of the graph, where the step cannot be traced."""
+        """Takes a step that `torch.compile` cannot trace, after a graph break."""
         self._take_step()
 
     def _init_group(self, *arguments: Any) -> int:

@@ -1,4 +1,4 @@
-"""What the rooms of a step say to each other: a batch is what one call of a backend updates."""
+"""The data that `step/` and `backends/` exchange. A Batch is what one call of a backend updates."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ STATE_DTYPES: Final = (None, torch.float32, torch.bfloat16)
 
 
 def new_state_of(param: Tensor, state_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The state that the first step with a gradient makes."""
+    """Returns the state that the first step with a gradient creates."""
     dtype = state_dtype or param.dtype
     return {key: torch.zeros_like(param, dtype=dtype) for key in STATE_KEYS}
 
 
 def has_state(state: Any) -> bool:
-    """Whether a parameter has state of this optimizer; others may keep theirs beside it."""
+    """Whether a parameter has state of this optimizer. Other owners may keep entries beside it."""
     return isinstance(state, dict) and any(key in state for key in STATE_KEYS)
 
 
@@ -39,7 +39,7 @@ class Backend(Enum):
 
 
 class Segment(NamedTuple):
-    """Consecutive parameters of a batch with the same hyperparameters, which are rounded where Keras rounds them."""
+    """Consecutive parameters of a batch with the same hyperparameters, rounded as Keras rounds them."""
 
     size: int
     lr: Value
@@ -59,16 +59,19 @@ class Segment(NamedTuple):
 
 
 class GradientOptions(NamedTuple):
-    """What becomes of the gradients of a batch before the update.
+    """What is applied to the gradients of a batch before the update.
 
     Args:
-        clipvalue: the largest absolute value of an element, or None.
-        clipnorm: the largest norm of a gradient by itself, or None.
-        square_sums: with `clipnorm`, the sum of squares of each gradient: float64, one a parameter.
-        factor: for `global_clipnorm`, what the gradients are multiplied by.
-        grad_scale: what a fused update divides the gradients by first: a float32 Tensor, or None.
-        loss_scale_factor: what gradients are divided by then.
-        found_inf: a fused update writes nothing if this float32 Tensor is not zero.
+        clipvalue (float, optional): the largest absolute value of an element. (default: None)
+        clipnorm (float, optional): the largest norm of each gradient. (default: None)
+        square_sums (Tensor, optional): with `clipnorm`, the sum of squares of each gradient, in float64.
+            (default: None)
+        factor (float or Tensor, optional): multiplies the gradients, for `global_clipnorm`. (default: 1.0)
+        grad_scale (Tensor, optional): a float32 Tensor by which a fused update divides the gradients first.
+            (default: None)
+        found_inf (Tensor, optional): a float32 Tensor. If it is not zero, a fused update writes nothing.
+            (default: None)
+        loss_scale_factor (float, optional): divides the gradients after `grad_scale`. (default: 1.0)
     """
 
     clipvalue: float | None = None
@@ -84,7 +87,7 @@ NO_OPTIONS: Final = GradientOptions()
 
 
 class Refusal(NamedTuple):
-    """Why a compiled op refused a batch, before it wrote anything."""
+    """The reason why a compiled op refused a batch. Nothing was written."""
 
     message: str
     param: int | None  # which parameter of the batch is to blame, if one is
@@ -107,7 +110,9 @@ Lists = tuple[list[Any], ...]
 
 @dataclass(slots=True)
 class Batch:
-    """Parameters of one device that one call updates, with gradients and state; entry i belongs to parameter i."""
+    """Parameters of one device that one call updates, with gradients and state. Entry i of each list belongs to
+    parameter i.
+    """
 
     backend: Backend
     is_sparse: bool  # the layout of the gradients
@@ -128,7 +133,7 @@ class Batch:
 
     @property
     def lists(self) -> Lists:
-        """What the update is computed on."""
+        """The lists that the update is computed on."""
         none = [None] * len(self.params)
         optional = (self.averages or none, self.remainders or none)
         return self.params, self.grads, self.square_avgs, self.acc_deltas, *optional
@@ -140,7 +145,7 @@ class Batch:
 
     @property
     def rows(self) -> "Iterator[Batch]":
-        """The same as batches of one parameter each."""
+        """The same update as batches of one parameter each."""
         sums = self.gradient_options.square_sums
         for index, segment in enumerate(self.segment_of_rows):
             row = slice(index, index + 1)
@@ -161,5 +166,7 @@ class Batch:
 
     @property
     def owners(self) -> Lists:
-        """What the user knows."""
+        """The lists with the tensors that the user knows: DTensors instead of local tensors, parameters instead of
+        rows.
+        """
         return self.lists if self.wholes is None else self.wholes

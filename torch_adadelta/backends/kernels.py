@@ -1,8 +1,8 @@
-"""The compiled ops: loading them, typed wrappers, and their fake implementations for tracing.
+"""The compiled ops: loading, typed wrappers, and fake implementations for tracing.
 
-The libraries are plain C++ behind LibTorch's stable ABI, without a Python symbol: `_C` holds the schemas and the CPU
-kernels, `_C_cuda` the CUDA kernels. They are loaded once, on import, the second where PyTorch has CUDA. Where that
-fails, `load_error` and `cuda_load_error` say why, and functional.py does the work.
+The libraries are plain C++ behind LibTorch's stable ABI, without a Python symbol. `_C` holds the schemas and the CPU
+kernels, `_C_cuda` the CUDA kernels. Both are loaded once, on import; `_C_cuda` only if PyTorch has CUDA. If loading
+fails, `load_error` or `cuda_load_error` holds the reason, and functional.py computes the updates.
 """
 
 import os
@@ -73,7 +73,7 @@ has_kernel_for: Final[Callable[[Tensor], bool]] = (
 
 
 def why_no_kernel(device_type: str) -> str:
-    """Why `has_kernel_for` is false for tensors of this type of device."""
+    """Returns why `has_kernel_for` is false for tensors of this device type."""
     errors = {"cpu": load_error, "cuda": cuda_load_error}
     return str(errors.get(device_type) or f"there are kernels for cpu and cuda parameters, not for {device_type}")
 
@@ -82,7 +82,7 @@ _warned: Final[set[str]] = set()
 
 
 def warn_not_loaded(device_type: str) -> None:
-    """Warns, once in a process for each type of device, that the Python paths run for want of a library."""
+    """Warns, once in a process for each device type, that the Python paths run because a library is not loaded."""
     if device_type not in _warned:
         _warned.add(device_type)
         library = {"cpu": "compiled library", "cuda": "CUDA library"}[device_type]
@@ -132,16 +132,16 @@ def option_arguments(options: GradientOptions) -> tuple[Any, ...]:
 
 
 def update(batch: Batch, *, check_only: bool = False) -> Refusal | None:
-    """Updates a batch in place, in one pass over memory, or says why it cannot be, before anything is written.
+    """Updates a batch in place, in one pass over memory. Returns a Refusal, before anything is written, if it cannot.
 
-    Hyperparameters are cast to the opmath dtype; a Tensor has one element, on the parameters' device. Gradients are
-    divided by `grad_scale` and `loss_scale_factor` and clipped in the opmath dtype, before `maximize` negates them.
-    Nothing is written if `found_inf` is not zero. Of sparse gradients, only the rows that occur are read or written;
-    averages are left to `functional.average`.
+    Hyperparameters are cast to the opmath dtype. A Tensor has one element, on the parameters' device. Gradients are
+    divided by `grad_scale` and `loss_scale_factor`, clipped in the opmath dtype, and negated for `maximize`, in this
+    order. If `found_inf` is not zero, nothing is written. For sparse gradients, only the rows that occur are read or
+    written; `functional.average` updates the averages.
 
     Args:
-        batch: what to update.
-        check_only: look for a refusal, and write nothing; for dense gradients.
+        batch (Batch): what to update.
+        check_only (bool, optional): only looks for a refusal, and writes nothing. For dense gradients. (default: False)
     """
     if not batch.params:  # the dispatcher finds no kernel without a tensor
         return None
@@ -179,7 +179,7 @@ def square_sums(
     grad_scale: Tensor | None = None,
     loss_scale_factor: float = 1.0,
 ) -> Tensor | Refusal:
-    """The sum of the squares of each gradient, as a float64 tensor [number of parameters] on the parameters' device.
+    """Returns the sum of squares of each gradient: float64, of shape [number of parameters], on the parameters' device.
 
     A gradient is cast to the opmath dtype T of its parameter (float64 for all if `in_double`), divided by `grad_scale`
     and `loss_scale_factor`, clamped to [-clipvalue, clipvalue], and squared. The squares are rounded to T and summed in
@@ -195,9 +195,10 @@ def square_sums(
 
 
 def first_invalid_indices(batch: Batch) -> Tensor | Refusal:
-    """The first entry of each sparse gradient whose index is out of range, or -1: int64 [number of parameters].
+    """Returns the first entry of each sparse gradient whose index is out of range, or -1: int64, [number of
+    parameters].
 
-    A refusal where `update` would refuse the lists for another reason.
+    Returns a Refusal if `update` would refuse the lists for another reason.
     """
     indices = [grad._indices() for grad in batch.grads]
     values = [grad._values() for grad in batch.grads]
@@ -241,14 +242,22 @@ def cached_accumulators(square_avgs: list[Tensor], acc_deltas: list[Tensor]) -> 
 
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels use: one of `CPU_CAPABILITIES`."""
+    """Returns the instruction set that the CPU kernels use: "default", "AVX2", "AVX512" or "AVX512_BF16"."""
     return CPU_CAPABILITIES[torch.ops.torch_adadelta.cpu_capability.default()]
 
 
 def set_cpu_capability(name: str) -> str:
-    """Chooses another instruction set, for tests and benchmarks, and returns the one before. All give the same bits.
+    """Sets the instruction set that the CPU kernels use, for tests and benchmarks. All give the same bits.
 
-    Raises RuntimeError if the processor does not have it.
+    Args:
+        name (str): one of the values of `cpu_capability`.
+
+    Returns:
+        The previous instruction set.
+
+    Raises:
+        ValueError: if there is no instruction set of this name.
+        RuntimeError: if the processor does not have it.
     """
     index = torch.ops.torch_adadelta.set_cpu_capability.default(CPU_CAPABILITIES.index(name))
     return CPU_CAPABILITIES[index]
