@@ -306,6 +306,8 @@ class _RateDecay(_KerasSchedule):
 class ExponentialDecay(_RateDecay):
     """Multiplies the learning rate by `decay_rate` every `decay_steps` steps.
 
+    The learning rate of a step is::
+
         initial_learning_rate * decay_rate ** (step / decay_steps)
 
     Args:
@@ -399,6 +401,8 @@ class PiecewiseConstantDecay(_KerasSchedule):
 class PolynomialDecay(_KerasSchedule):
     """Decays from one learning rate to another, along a line or another power.
 
+    The learning rate of a step is::
+
         t = min(step, decay_steps)
         (initial_learning_rate - end_learning_rate) * (1 - t / decay_steps) ** power + end_learning_rate
 
@@ -457,6 +461,8 @@ class PolynomialDecay(_KerasSchedule):
 class InverseTimeDecay(_RateDecay):
     """Divides the learning rate by a number that grows with the step.
 
+    The learning rate of a step is::
+
         initial_learning_rate / (1 + decay_rate * step / decay_steps)
 
     Args:
@@ -493,6 +499,8 @@ class InverseTimeDecay(_RateDecay):
 
 class CosineDecay(_KerasSchedule):
     """Decays along half a cosine to `alpha` times the learning rate, after an optional linear warm-up.
+
+    The learning rate of a step is::
 
         t = min(step, decay_steps)
         initial_learning_rate * ((1 - alpha) * 0.5 * (1 + cos(pi * t / decay_steps)) + alpha)
@@ -563,7 +571,8 @@ class CosineDecay(_KerasSchedule):
 class CosineDecayRestarts(_KerasSchedule):
     """Decays along half a cosine in each period. Each period has its own length and initial learning rate.
 
-        period i lasts first_decay_steps * t_mul ** i steps; in it, with x from 0 to 1,
+    Period i lasts ``first_decay_steps * t_mul ** i`` steps. In it, with x from 0 to 1, the learning rate is::
+
         initial_learning_rate * ((1 - alpha) * 0.5 * m_mul ** i * (1 + cos(pi * x)) + alpha)
 
     If `t_mul` is not 1, i is the quotient of two logarithms, rounded down, as in Keras. In float32 it may fall on the
@@ -635,6 +644,8 @@ class CosineDecayRestarts(_KerasSchedule):
 class LinearCosineDecay(_KerasSchedule):
     """Decays along a line multiplied by a cosine.
 
+    The learning rate of a step is::
+
         t = min(step, decay_steps)
         linear = (decay_steps - t) / decay_steps
         cosine = 0.5 * (1 + cos(pi * 2 * num_periods * t / decay_steps))
@@ -692,6 +703,8 @@ class LinearCosineDecay(_KerasSchedule):
 
 class NoisyLinearCosineDecay(LinearCosineDecay):
     """Decays along a line with noise, multiplied by a cosine.
+
+    The learning rate of a step is::
 
         t = min(step, decay_steps)
         linear = (decay_steps - t) / decay_steps
@@ -818,7 +831,8 @@ def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
         schedule (LearningRateSchedule): a schedule of this package, or your own with `get_config`.
 
     Returns:
-        {"class_name": the name of its class, "config": its arguments, as plain Python values}.
+        A dictionary with the name of its class under ``"class_name"``, and its arguments under ``"config"``, as plain
+        Python values.
 
     Raises:
         TypeError: `schedule` is not a LearningRateSchedule.
