@@ -129,7 +129,8 @@ def whole_batch(batch: Tensor) -> Tensor:
     return batch
 
 
-def sharded_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+def sharded_model(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """The model after `fully_shard` with these options."""
     model = Sum(dtype)
-    fully_shard(model)
+    fully_shard(model, **options)
     return model

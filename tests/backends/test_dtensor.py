@@ -1,4 +1,4 @@
-"""Parameters that are DTensors: FSDP2 and distributed checkpointing, in processes on gloo."""
+"""Parameters that are DTensors: FSDP2, alone and with tensor parallelism, in processes on gloo."""
 
 from typing import Any
 
@@ -24,7 +24,9 @@ from exact_training import (
 from processes import Processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from torch_adadelta import AdadeltaKeras
 from torch_adadelta.backends import dtensor
@@ -37,10 +39,13 @@ pytestmark = pytest.mark.xdist_group("processes")
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
-def train_fsdp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def train_fsdp(
+    all_options: dict[str, dict[str, Any]], mesh_shape: tuple[int, ...], policy: MixedPrecisionPolicy
+) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "parts")[-len(mesh_shape) :])
     results = {}
     for name, options in all_options.items():
-        model = sharded_model(dtype_for(options))
+        model = sharded_model(dtype_for(options), mesh=mesh, mp_policy=policy)
         optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
         train(model, optimizer, range(STEPS), shard_of)
         is_stepped = all(dtensor.is_dtensor(s) for state in optimizer.state.values() for s in state.values())
@@ -48,14 +53,155 @@ def train_fsdp(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def test_fsdp2_trains_as_one_process_does(processes: Processes) -> None:
-    """To the bit, norms included; with rows that do not divide evenly, and processes without any of a parameter."""
-    for results in processes.run(train_fsdp, OPTIONS):
+def check_fsdp(processes: Processes, mesh_shape: tuple[int, ...], policy: MixedPrecisionPolicy) -> None:
+    for results in processes.run(train_fsdp, OPTIONS, mesh_shape, policy):
         for name, (ours, iterations, are_dtensors) in results.items():
             expected, count = alone(OPTIONS[name])
             assert_same(ours, expected, name)
             assert iterations == count
             assert are_dtensors
+
+
+IN_BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def test_fsdp2_trains_as_one_process_does(processes: Processes) -> None:
+    """To the bit, norms included; with rows that do not divide evenly, and processes without any of a parameter."""
+    check_fsdp(processes, (processes.world_size,), MixedPrecisionPolicy())
+
+
+def test_fsdp2_with_mixed_precision_trains_as_one_process_does(two: Processes) -> None:
+    """These gradients are exact in bfloat16, too. Parameters, gradients and state stay in the parameters' dtype."""
+    check_fsdp(two, (2,), IN_BFLOAT16)
+
+
+@pytest.mark.parametrize("policy", [MixedPrecisionPolicy(), IN_BFLOAT16], ids=["float32", "bfloat16"])
+def test_hybrid_sharding_trains_as_one_process_does(four: Processes, policy: MixedPrecisionPolicy) -> None:
+    """Two replicas, each sharded over two processes: a square is in one sum of norms, not in two."""
+    check_fsdp(four, (2, 2), policy)
+
+
+def accumulate_without_sync() -> tuple[dict[str, Tensor], int]:
+    """Updates from two batches each, whose sum FSDP2 keeps until it reduces it."""
+    model: Any = sharded_model()
+    optimizer = AdadeltaKeras(model.parameters(), 1.0, global_clipnorm=5.0)
+    for step in range(STEPS):
+        model.set_requires_gradient_sync(step % 2 == 1)
+        optimizer.zero_grad()
+        (model(shard_of(data(step))) / 2).backward()
+        optimizer.step()  # does nothing where there is no gradient yet
+    return everything(model, optimizer), optimizer.iterations
+
+
+def test_fsdp2_may_keep_the_sum_of_gradients(two: Processes) -> None:
+    expected, count = alone({"gradient_accumulation_steps": 2, "global_clipnorm": 5.0})
+    for ours, iterations in two.run(accumulate_without_sync):
+        assert_same(ours, {name: expected[name] for name in expected if not name.endswith("gradient_accumulator")})
+        assert iterations == count
+
+
+# ---- Tensor parallelism with FSDP2 ----------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Layers whose losses are linear in their parameters, so that gradients are exact; `scale` has no tensor parallelism."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.column = nn.Linear(5, 6, dtype=dtype)
+        self.row = nn.Linear(4, 3, dtype=dtype)
+        self.table = nn.Embedding(8, 3, dtype=dtype)
+        self.scale = nn.Parameter(torch.ones(5, dtype=dtype))
+        for param in self.parameters():
+            nn.init.ones_(param)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, x = x.long() + 4, x.to(self.scale.dtype)
+        signs = torch.tensor([1.0, -1.0, 2.0, -2.0, 1.0, 1.0], dtype=x.dtype)
+        return (
+            (self.column(x) * signs).sum()
+            + (self.row(x[:, :4]) * signs[:3]).sum()
+            + (self.table(rows) * signs[:3]).sum()
+            + (x * self.scale).sum()
+        )
+
+
+class Block(nn.Module):
+    """A block as of a transformer, on sequences of 4 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norm = nn.LayerNorm(5, dtype=torch.float64)
+        self.column = nn.Linear(5, 8, dtype=torch.float64)
+        self.row = nn.Linear(8, 5, dtype=torch.float64)
+        for param in self.parameters():
+            nn.init.normal_(param, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x + self.row(torch.tanh(self.column(self.norm(x))))) ** 2).sum()
+
+
+PLANS: dict[type[nn.Module], dict[str, Any]] = {
+    Heads: {
+        "column": ColwiseParallel(output_layouts=Replicate()),
+        "row": RowwiseParallel(input_layouts=Replicate()),
+        "table": RowwiseParallel(input_layouts=Replicate()),
+    },
+    Block: {
+        "norm": SequenceParallel(),
+        "column": ColwiseParallel(input_layouts=Shard(1)),
+        "row": RowwiseParallel(output_layouts=Shard(1)),
+    },
+}
+
+
+def train_in_two_ways(model: nn.Module, options: dict[str, Any], batches: list[Tensor], mesh: Any) -> Any:
+    """Tensor parallelism over one dimension of a mesh and FSDP2 over the other; without a mesh one process."""
+    copies = 1
+    if mesh is not None:
+        copies, parts = mesh["data"].size(), mesh["tensor"].size()
+        parallelize_module(model, mesh["tensor"], PLANS[type(model)])
+        fully_shard(model, mesh=mesh["data"])
+        batches = [batch.chunk(copies)[mesh.get_local_rank("data")] for batch in batches]
+        if isinstance(model, Block):
+            batches = [batch.chunk(parts, dim=1)[mesh.get_local_rank("tensor")] for batch in batches]
+    optimizer = AdadeltaKeras(model.parameters(), **{"learning_rate": 1.0, **options})
+    for batch in batches:
+        optimizer.zero_grad()
+        (copies * model(batch)).backward()
+        optimizer.step()
+    return everything(model, optimizer), optimizer.iterations
+
+
+def batches_of_sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(6, 4, 5, dtype=torch.float64, generator=generator) for _ in range(STEPS)]
+
+
+def train_tensor_parallel(all_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    results: dict[str, Any] = {
+        name: train_in_two_ways(Heads(dtype_for(options)), options, list(map(data, range(STEPS))), mesh)
+        for name, options in all_options.items()
+    }
+    return {**results, "block": train_in_two_ways(Block(), {"global_clipnorm": 0.5}, batches_of_sequences(), mesh)}
+
+
+def test_tensor_parallelism_with_fsdp2_trains_as_one_process_does(four: Processes) -> None:
+    """To the bit where gradients are exact, norms included. A block of a transformer differs in its matrix products."""
+    expected = {
+        name: train_in_two_ways(Heads(dtype_for(options)), options, list(map(data, range(STEPS))), None)
+        for name, options in OPTIONS.items()
+    }
+    block = train_in_two_ways(Block(), {"global_clipnorm": 0.5}, batches_of_sequences(), None)
+    for results in four.run(train_tensor_parallel, OPTIONS):
+        assert results["block"][1] == block[1]
+        torch.testing.assert_close(results.pop("block")[0], block[0], rtol=1e-11, atol=1e-15)
+        assert results.keys() == expected.keys()
+        for name, (ours, iterations) in results.items():
+            assert_same(ours, expected[name][0], name)
+            assert iterations == expected[name][1]
 
 
 PLACEMENTS = ([Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()], [Replicate(), Replicate()])
@@ -90,12 +236,10 @@ def train_on_two_dimensions(options: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     "options", [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}, {"state_dtype": torch.bfloat16}], ids=str
 )
-def test_a_mesh_of_two_dimensions(options: dict[str, float]) -> None:
-    four = Processes(4)
+def test_a_mesh_of_two_dimensions(four: Processes, options: dict[str, float]) -> None:
     for pairs in four.run(train_on_two_dimensions, options):
         for ours, expected in pairs:
             assert_same_bits(ours, expected)
-    assert set(four.close()) <= {0}
 
 
 def test_the_choice_for_dtensors_is_that_for_plain_tensors() -> None:
