@@ -25,6 +25,7 @@ from exact_training import (
     train,
 )
 from processes import Processes
+from test_distributed import Calls
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -82,6 +83,23 @@ def test_fsdp2_with_mixed_precision_trains_as_one_process_does(two: Processes) -
 def test_hybrid_sharding_trains_as_one_process_does(four: Processes, policy: MixedPrecisionPolicy) -> None:
     """Two replicas, each sharded over two processes: a square is in one sum of norms, not in two."""
     check_fsdp(four, (2, 2), policy)
+
+
+def sums_of_a_step(options: dict[str, Any]) -> list[int]:
+    """How many numbers each call of the backend adds up over the processes."""
+    model = sharded_model()
+    optimizer = AdadeltaKeras(model.parameters(), 1.0, **options)
+    train(model, optimizer, range(1), shard_of)
+    with Calls() as calls:
+        optimizer.step()
+    return calls.numels
+
+
+def test_a_step_calls_other_processes_for_norms_only(two: Processes) -> None:
+    """Two numbers for each of the four parameters, and two more: docs/scaling.md counts on it."""
+    assert two.run(sums_of_a_step, {"clipvalue": 1.0}) == [[]] * 2
+    for name in ("clipnorm", "global_clipnorm"):
+        assert two.run(sums_of_a_step, {name: 1.0}) == [[2 * 4 + 2]] * 2
 
 
 def accumulate_without_sync() -> tuple[dict[str, Tensor], int]:
