@@ -2,9 +2,9 @@
 
 Each process holds a part of every parameter, of its gradient and of its state, and sees a part of every batch. The loss
 is that of one process which sees the whole batch, but for the order in which gradients are added. With `--checkpoint`
-it is saved after each epoch, and a later run goes on after the last one, in as many processes as it likes. The digits
-are those of scikit-learn: nothing is downloaded. Run it, where torch_adadelta is installed with its extra "examples",
-with
+model and optimizer are saved after each epoch, and a later run goes on after the last one, in any number of processes.
+The digits are those of scikit-learn: nothing is downloaded. Run it, where torch_adadelta is installed with its extra
+"examples", with
 
     torchrun --standalone --nproc-per-node 2 examples/train_fsdp.py
 
