@@ -52,6 +52,14 @@ def three() -> Iterator[Processes]:
     assert set(processes.close()) <= {0}
 
 
+@pytest.fixture(scope="session")
+def four() -> Iterator[Processes]:
+    """Four processes, as `two`."""
+    processes = Processes(4)
+    yield processes
+    assert set(processes.close()) <= {0}
+
+
 @pytest.fixture(params=["two", "three"])
 def processes(request: pytest.FixtureRequest) -> Processes:
     """Two processes, and three."""

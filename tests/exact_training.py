@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from cases import assert_same_bits
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from torch_adadelta import AdadeltaKeras, schedules
 from torch_adadelta.backends import dtensor, kernels
@@ -129,7 +132,54 @@ def whole_batch(batch: Tensor) -> Tensor:
     return batch
 
 
-def sharded_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+def sharded_model(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """The model after `fully_shard` with these options."""
     model = Sum(dtype)
-    fully_shard(model)
+    fully_shard(model, **options)
     return model
+
+
+class Heads(nn.Module):
+    """Layers for tensor parallelism, and `scale` without it. The loss is linear in each parameter."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.column = nn.Linear(5, 6, dtype=dtype)
+        self.row = nn.Linear(4, 3, dtype=dtype)
+        self.table = nn.Embedding(8, 3, dtype=dtype)
+        self.scale = nn.Parameter(torch.ones(5, dtype=dtype))
+        for param in self.parameters():
+            nn.init.ones_(param)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, x = x.long() + 4, x.to(self.scale.dtype)
+        factors = torch.tensor([1.0, -1.0, 2.0, -2.0, 1.0, 1.0], dtype=x.dtype)
+        return (
+            (self.column(x) * factors).sum()
+            + (self.row(x[:, :4]) * factors[:3]).sum()
+            + (self.table(rows) * factors[:3]).sum()
+            + (x * self.scale).sum()
+        )
+
+
+HEADS_PLAN = {
+    "column": ColwiseParallel(output_layouts=Replicate()),
+    "row": RowwiseParallel(input_layouts=Replicate()),
+    "table": RowwiseParallel(input_layouts=Replicate()),
+}
+
+
+def parallel(model: nn.Module, plan: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The loss of a model and the part of a batch that it sees, on one process or all.
+
+    Four processes share the model by FSDP2 and, two by two, by tensor parallelism; fewer by FSDP2 alone.
+    """
+    if not dist.is_initialized():
+        return model, whole_batch
+    if dist.get_world_size() < 4:
+        fully_shard(model)
+        return lambda x: dist.get_world_size() * model(x), shard_of
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
+    return lambda x: 2 * model(x), lambda batch: batch.chunk(2)[mesh.get_local_rank("data")]

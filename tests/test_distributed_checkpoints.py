@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from exact_training import (
+    HEADS_PLAN,
     STEPS,
+    Heads,
     Model,
     alone,
     assert_same,
     dtype_for,
     everything,
+    parallel,
     shard_of,
     sharded_model,
     train,
@@ -79,6 +82,37 @@ def test_checkpoints_load_onto_another_number_of_processes(
     assert two.run(save_checkpoint, str(tmp_path), options, 2, flattened) == [2, 2]
     results = three.run(continue_checkpoint, str(tmp_path), options, range(2, 4), flattened)
     results.append(continue_checkpoint(str(tmp_path), options, range(2, 4), flattened))
+    for ours, iterations in results:
+        assert iterations == count
+        assert_same(ours, expected)
+
+
+def train_heads(folder: str, options: dict[str, Any], load: bool, steps: range) -> tuple[dict[str, Any], int]:
+    """Some steps, after a checkpoint or before one."""
+    model = Heads(dtype_for(options))
+    loss, of = parallel(model, HEADS_PLAN)
+    optimizer = AdadeltaKeras(model.parameters(), **options)
+    if load:
+        loaded = state_dicts(model, optimizer, False)
+        dcp.load(loaded, checkpoint_id=folder)
+        model.load_state_dict(loaded["model"])
+        set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
+    train(loss, optimizer, steps, of)
+    if not load:
+        dcp.save(state_dicts(model, optimizer, False), checkpoint_id=folder)
+    return everything(model, optimizer), optimizer.iterations
+
+
+@pytest.mark.parametrize("options", [SAVED, MASTERS], ids=["schedule", "masters"])
+def test_checkpoints_of_tensor_parallelism_load_with_and_without_it(
+    two: Processes, four: Processes, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    expected, count = train_heads(str(tmp_path / "alone"), options, False, range(4))
+    folder = str(tmp_path / "four")
+    four.run(train_heads, folder, options, False, range(2))
+    results = [*four.run(train_heads, folder, options, True, range(2, 4))]
+    results += two.run(train_heads, folder, options, True, range(2, 4))
+    results.append(train_heads(folder, options, True, range(2, 4)))
     for ours, iterations in results:
         assert iterations == count
         assert_same(ours, expected)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_adadelta import AdadeltaKeras, schedules, to_bfloat16
-from torch_adadelta.distributed import NormGroup
+from torch_adadelta.distributed import NormGroup, all_reduce_sum
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -52,6 +52,48 @@ def test_ddp_trains_as_one_process_does(two: Processes) -> None:
             expected, count = alone(OPTIONS[name])
             assert_same(ours, expected, name)
             assert iterations == count
+
+
+def accumulate(how: str) -> tuple[dict[str, Tensor], int]:
+    """Updates from two batches each, in the ways that docs/frameworks.md tells of."""
+    options: dict[str, Any] = {"learning_rate": 1.0, "global_clipnorm": 5.0}
+    if how != "no_sync":
+        options["gradient_accumulation_steps"] = 2
+    if how == "aggregator":
+        options["gradient_aggregator"] = all_reduce_sum
+    model = Model() if how == "aggregator" else DistributedDataParallel(Sum())
+    optimizer = AdadeltaKeras(model.parameters(), **options)
+    if how == "no_sync":
+        for step in range(0, STEPS, 2):
+            optimizer.zero_grad()
+            with model.no_sync():
+                (model(shard_of(data(step))) / 2).backward()
+            (model(shard_of(data(step + 1))) / 2).backward()
+            optimizer.step()
+    elif how == "both":
+        with model.no_sync():
+            train(model, optimizer, range(1), shard_of)
+        train(model, optimizer, range(1, 2), shard_of)
+    else:
+        train(model, optimizer, range(STEPS), shard_of)
+    return without_sums(everything(model, optimizer)), optimizer.iterations
+
+
+def without_sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("gradient_accumulator")}
+
+
+@pytest.mark.parametrize("how", ["no_sync", "optimizer", "aggregator"])
+def test_ways_to_accumulate_gradients(two: Processes, how: str) -> None:
+    expected, count = alone({"gradient_accumulation_steps": 2, "global_clipnorm": 5.0})
+    for ours, iterations in two.run(accumulate, how):
+        assert_same(ours, without_sums(expected))
+        assert iterations == count
+
+
+def test_no_sync_beside_the_accumulation_of_the_optimizer_is_not_one_of_them(two: Processes) -> None:
+    (one, _), (other, _) = two.run(accumulate, "both")
+    assert not torch.equal(one["five"], other["five"])
 
 
 def convert_wrapped() -> list[str]:
