@@ -336,6 +336,7 @@ def looked_at() -> dict[str, Any]:
     aligned = dtensor.aligned([param, plain, copies], [partial, plain, copies])
     on_grid = distribute_tensor(torch.ones(4, 4), grid, [Shard(0), Replicate()])
     both = distribute_tensor(torch.ones(4, 4), grid, [Shard(0), Shard(1)])
+    made: Any = dtensor.from_local(param, dtensor.local(rows) * 2)
     return {
         "is_dtensor": [dtensor.is_dtensor(x) for x in (rows, param, plain, torch.ones(1).as_subclass(Looks), None)],
         "has_dtensor": [dtensor.has_dtensor(xs) for xs in ([plain, rows], [plain], [])],
@@ -349,6 +350,7 @@ def looked_at() -> dict[str, Any]:
         "waited for": [type(dtensor.local(waiting)) is Tensor, dtensor.local(waiting).tolist()],
         "waited for in a list": [type(x) for x in dtensor.local_tensors([waiting, plain])] == [Tensor, Tensor],
         "local_tensors": [x.tolist() for x in dtensor.local_tensors([param, plain])],
+        "made": [tuple(made.shape), made.stride(), made.placements == rows.placements, dtensor.local(made).tolist()],
         "redistributed": dtensor.local(late).tolist(),
         "aligned": [dtensor.local(aligned[0]).tolist(), aligned[1] is plain, aligned[2] is copies],
         "distributed alike": [
@@ -377,6 +379,7 @@ def test_what_a_process_has_of_a_tensor(two: Processes) -> None:
             "waited for": [True, [3.0, 3.0]],
             "waited for in a list": True,
             "local_tensors": [parts[rank], [0.0, 1.0, 2.0]],
+            "made": [(3, 2), (2, 1), True, [[2 * x for x in row] for row in parts[rank]]],
             "redistributed": parts[rank],
             "aligned": [[[3.0, 3.0]] * len(parts[rank]), True, True],
             "distributed alike": [True, False, False, False, True, True, False],

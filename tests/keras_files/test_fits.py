@@ -26,3 +26,12 @@ def test_layers_of_the_same_shapes_may_differ_by_their_configuration() -> None:
     modules, _ = torch_layers_of(nn.GRU(3, 3, bias=False))
     fits = Fits(layers, modules)
     assert [len(fits.options(layer, modules[0])) for layer in layers] == [1, 0]
+
+
+def test_modules_of_the_same_shapes_may_differ_by_their_heads() -> None:
+    shapes = {f"{part}/kernel": (4, 2, 2) for part in ("query", "key", "value")} | {"output/kernel": (2, 2, 4)}
+    weights = {role: np.ones(shape) for role, shape in shapes.items()}
+    layer = layer_of("a", "MultiHeadAttention", {}, weights)
+    modules, _ = torch_layers_of(nn.ModuleList([nn.MultiheadAttention(4, heads, bias=False) for heads in (1, 2)]))
+    fits = Fits([layer], modules)
+    assert [len(fits.options(layer, module)) for module in modules] == [0, 1]

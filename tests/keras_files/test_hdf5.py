@@ -202,6 +202,15 @@ def test_texts() -> None:
     assert file.attribute_list("nothing", "a") is None
 
 
+@pytest.mark.parametrize("text", ["[]", "[1, 2, 3]"])
+def test_a_text_of_fixed_length_gets_the_length_that_it_needs(text: str) -> None:
+    def fill(file: Any) -> None:
+        file.attrs.create("a", b"[1, 2]", dtype=h5py.string_dtype("ascii", 6))
+        hdf5.set_text(file, "a", text)
+
+    assert opened(fill).root_text("a") == text
+
+
 def test_an_attribute_larger_than_the_file_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as filled:

@@ -44,6 +44,9 @@ def test_the_modules_of_a_model() -> None:
     tied = nn.RNN(3, 3, bias=False)
     tied.weight_hh_l0 = tied.weight_ih_l0
     assert set(torch_layers_of(Net(tied=tied))[0][0].tensors) == {"weight_ih", "weight_hh"}
+    table, output = nn.Embedding(3, 2), nn.Linear(2, 3)  # which has a bias of its own
+    output.weight = table.weight
+    assert [torch_layer.path for torch_layer in torch_layers_of(Net(table=table, out=output))[0]] == ["table", "out"]
     one, two = nn.PReLU(), nn.PReLU()
     two.weight = one.weight
     assert list(torch_layers_of(Net(one=one, two=two))[1]) == ["one.weight"]

@@ -121,10 +121,11 @@ def test_gradients_in_another_order(path: Path) -> None:  # noqa: F811
     twin = AdadeltaKeras([Parameter(torch.ones(3)) for _ in range(3)], 1.0, global_clipnorm=0.5, **path.options)
     grads = [gradients((3,), torch.float32, 1, seed=k)[0] for k in range(6)]
     optimizer.apply_gradients([(grads[0], params[2]), (grads[1], params[0]), (grads[2], params[2])])
-    optimizer.apply_gradients([(grads[3], params[2]), (grads[4], params[0])])
-    means = [((grads[0] + grads[2]) + grads[3]) / 2, (grads[1] + grads[4]) / 2]
+    optimizer.apply_gradients([(grads[3], params[2]), (grads[4], params[0]), (grads[5], params[2])])
+    means = [(((grads[0] + grads[2]) + grads[3]) + grads[5]) / 2, (grads[1] + grads[4]) / 2]
     own = twin.param_groups[0]["params"]
     twin.apply_gradients([(means[0], own[2]), (means[1], own[0])])
+    assert_same_bits(optimizer.state[params[2]]["square_avg"], twin.state[own[2]]["square_avg"])
     for param, other in zip(params, own, strict=True):
         assert_same_bits(param, other.detach())
 
