@@ -67,7 +67,7 @@ check_address() {
   cd "$package"
   LD_PRELOAD="${preloaded[*]}" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-    PYTHONPATH=$PWD "$PYTHON" -m pytest -q -p no:cacheprovider -k "not int32" "${tests[@]}"
+    PYTHONPATH=$PWD GOMP_SPINCOUNT=0 "$PYTHON" -m pytest -q -n auto -p no:cacheprovider -k "not int32" "${tests[@]}"
   cd - >/dev/null
 }
 
