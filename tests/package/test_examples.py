@@ -20,22 +20,35 @@ def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
 
-def test_train_digits_learns_and_draws(tmp_path: Path) -> None:
-    main = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))["main"]
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("float64", 1e-13)])
+def test_train_digits_has_the_losses_of_keras_and_draws_them(
+    dtype: str, most: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))
     picture = tmp_path / "curves.png"
-    result = main(["--epochs", "4", "--output", str(picture)])
-    assert result.keras.accuracy > 0.9
-    assert result.torch.accuracy > 0.9
-    assert len(result.keras.losses) == len(result.torch.losses) == 4 * result.batches_per_epoch
+    result = module["main"](["--epochs", "4", "--device", "cpu", "--dtype", dtype, "--output", str(picture)])
+    assert "A step of AdadeltaKeras is " in capsys.readouterr().out
+    assert len(result.keras.losses) == 4 * result.batches_per_epoch
+    assert result.keras.losses[-1] < result.keras.losses[0] / 5
+    for run in result.ours.values():
+        assert len(run.losses) == len(result.keras.losses)
+        assert max(module["distances"](run, result)) < 1e-5
+        assert run.accuracy > 0.9
+    assert max(module["distances"](result.ours["AdadeltaKeras"], result)) < most
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_train_digits_fails_below_its_bar(tmp_path: Path) -> None:
-    script = str(ROOT / "examples" / "train_digits.py")
-    command = [sys.executable, script, "--epochs", "1", "--learning-rate", "0.001", "--output", str(tmp_path / "p.png")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "97" in result.stdout + result.stderr
+def test_train_digits_fails_where_the_losses_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_digits
+
+    arguments = ["--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "curves.png")]
+    with monkeypatch.context() as changed:
+        changed.setattr(train_digits, "RHO", 0.9)
+        with pytest.raises(SystemExit, match=r"The losses of AdadeltaKeras are .* from those of Keras, above 1e-04"):
+            train_digits.main(arguments)
+    monkeypatch.setattr(train_digits, "SEED", 1)
+    with pytest.raises(SystemExit, match="was recorded with other images, weights or batches"):
+        train_digits.main(arguments)
 
 
 def test_train_recommender_learns_and_draws(tmp_path: Path) -> None:
@@ -155,6 +168,8 @@ assert seen == {dtypes}, seen
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
+        ("train_digits", ["--dtype", "bfloat16"], "--dtype: bfloat16: Keras was recorded .* Use float32 or float64$"),
+        ("train_digits", ["--epochs", "21"], "--epochs: must be at most 20, which are recorded, got 21$"),
         ("train_bfloat16", ["--dtype", "float16"], "--dtype: float16: .* Use float32 or float64$"),
         ("train_amp", ["--dtype", "float64"], "--dtype: float64: .* Use bfloat16 or float16$"),
         ("train_recommender", ["--dtype", "float16"], "--dtype: float16: .* Use float32 or float64 or bfloat16$"),
