@@ -1,7 +1,6 @@
 """What the examples share, not one itself: handwritten digits, options of the command line, how pictures look."""
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,14 +58,6 @@ def load_tensors(device: torch.device, dtype: torch.dtype, shape: Sequence[int] 
     return Digits(
         train_images.to(dtype).reshape(-1, *shape), train_labels, test_images.to(dtype).reshape(-1, *shape), test_labels
     )
-
-
-def batches(count: int, batch_size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The indices of an epoch's batches in a random order, which PyTorch's seed determines on every device alike.
-
-    Their sizes differ by one at most: a remainder of a few images would make a noisy last batch.
-    """
-    return torch.randperm(count).to(device).tensor_split(math.ceil(count / batch_size))
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------

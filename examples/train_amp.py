@@ -46,7 +46,7 @@ def train(epochs: int, batch_size: int, seed: int, device: torch.device, dtype: 
     seconds: list[float] = []
     for _ in range(epochs):
         losses.append([])
-        for indices in common.batches(len(labels), batch_size, device):
+        for indices in torch.randperm(len(labels)).to(device).split(batch_size):
             start = time.perf_counter()
             optimizer.zero_grad()
             with autocast:
