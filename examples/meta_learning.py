@@ -5,13 +5,14 @@ from an initialisation that is learned too. The loss on other points of the sine
 these steps, with `differentiable=True`, with respect to the initialisation and to the learning rates; torch.optim.Adam
 follows these gradients. In the end the net fits a sine that it has never seen much better than from where it began.
 
-    python examples/meta_learning.py [--steps 300] [--inner-steps 5] [--seed 0]
+    python examples/meta_learning.py [--steps 300] [--inner-steps 5] [--seed 0] [--device cuda] [--dtype float64]
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 
+import common
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,7 +20,7 @@ from torch.func import functional_call
 from torch_adadelta import AdadeltaKeras
 
 
-def sine_tasks(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sine_tasks(count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Points to adapt to and points to be judged by: x and y of each, [count, 10, 1]."""
     amplitude = torch.rand(count, 1, 1, generator=generator) * 4.9 + 0.1
     phase = torch.rand(count, 1, 1, generator=generator) * math.pi
@@ -50,7 +51,7 @@ def mean_loss(
     net: nn.Module,
     start: dict[str, Tensor],
     log_rates: dict[str, Tensor],
-    tasks: tuple[Tensor, Tensor, Tensor, Tensor],
+    tasks: tuple[Tensor, ...],
     steps: int,
 ) -> Tensor:
     losses = []
@@ -67,20 +68,29 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--inner-steps", type=int, default=5, help="steps of Adadelta for each task")
     parser.add_argument("--tasks", type=int, default=8, help="tasks in each step of the outer loop")
     parser.add_argument("--seed", type=int, default=0)
+    common.add_device(
+        parser, ("float32", "float64"), why="a derivative through several steps needs more than 16 bits", of="the net"
+    )
     args = parser.parse_args(arguments)
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    net.to(args.device, args.dtype)
     start = {name: param.detach().clone().requires_grad_() for name, param in net.named_parameters()}
-    log_rates = {name: torch.tensor(math.log(0.1), requires_grad=True) for name in start}
-    unseen = sine_tasks(50, generator)
+    like = {"device": args.device, "dtype": args.dtype}
+    log_rates = {name: torch.tensor(math.log(0.1), requires_grad=True, **like) for name in start}
+
+    def tasks(count: int) -> tuple[Tensor, ...]:
+        return tuple(points.to(**like) for points in sine_tasks(count, generator))
+
+    unseen = tasks(50)
 
     outer = torch.optim.Adam([*start.values(), *log_rates.values()], lr=5e-3)
     before = mean_loss(net, start, log_rates, unseen, args.inner_steps).item()
     for step in range(1, args.steps + 1):
         outer.zero_grad()
-        loss = mean_loss(net, start, log_rates, sine_tasks(args.tasks, generator), args.inner_steps)
+        loss = mean_loss(net, start, log_rates, tasks(args.tasks), args.inner_steps)
         loss.backward()
         outer.step()
         if step % max(1, args.steps // 10) == 0:

@@ -7,8 +7,9 @@ product in different orders, and TensorFlow approximates a reciprocal square roo
 difference in the formula, everything runs in float64 too. There the distance must shrink to the rounding noise of
 float64; a difference in the formula would stay.
 
-It prints both loss curves, the distances of losses, parameters and accumulators, and the accuracies. Where
-torch_adadelta is installed with its extras "parity" and "examples", run it with
+It prints both loss curves, the distances of losses, parameters and accumulators, and the accuracies. `--device` is that
+of PyTorch; Keras trains on the CPU. Where torch_adadelta is installed with its extras "parity" and "examples", run it
+with
 
     python examples/port_from_keras.py --plot output/port_from_keras.png
 """
@@ -148,10 +149,10 @@ def train_keras(setting: Setting, dtype: str) -> Run:
     return Run(losses, model.get_weights(), slots("accum_grad"), slots("accum_var"), accuracy)
 
 
-def train_torch(setting: Setting, dtype: str) -> Run:
+def train_torch(setting: Setting, dtype: str, device: torch.device) -> Run:
     """Its port."""
-    images, labels = torch.from_numpy(setting.digits.train_images), torch.from_numpy(setting.digits.train_labels)
-    model = build_torch_model(dtype)
+    images, labels, test_images, test_labels = (torch.from_numpy(array).to(device) for array in setting.digits)
+    model = build_torch_model(dtype).to(device)
     params = list(model.parameters())
     with torch.no_grad():
         for param, array in zip(params, transposed(setting.initial_weights), strict=True):
@@ -168,12 +169,10 @@ def train_torch(setting: Setting, dtype: str) -> Run:
         losses.append(loss.item())
 
     def slots(name: str) -> list[Array]:
-        return transposed(optimizer.get_slot(param, name).numpy() for param in params)
+        return transposed(optimizer.get_slot(param, name).cpu().numpy() for param in params)
 
-    with torch.no_grad():
-        predicted = model(torch.from_numpy(setting.digits.test_images)).argmax(dim=1).numpy()
-    accuracy = float((predicted == setting.digits.test_labels).mean())
-    weights = transposed(param.detach().numpy() for param in params)
+    accuracy = common.accuracy(model, test_images, test_labels)
+    weights = transposed(param.detach().cpu().numpy() for param in params)
     return Run(losses, weights, slots("accum_grad"), slots("accum_var"), accuracy)
 
 
@@ -201,17 +200,31 @@ def compare(keras: Run, ours: Run) -> Comparison:
 
 
 def train(
-    epochs: int = 5, batch_size: int = 32, learning_rate: float = 1.0, clipnorm: float = 0.5, seed: int = 0
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    clipnorm: float,
+    seed: int,
+    device: torch.device,
+    dtypes: Sequence[str],
 ) -> Result:
-    """Trains with both frameworks, in float32 and in float64, from the same weights and with the same batches.
+    """Trains with both frameworks, in each dtype, from the same weights and with the same batches.
 
-    The batches of an epoch have the same size, give or take one image.
+    The batches of an epoch have the same size, give or take one image. Keras trains on the CPU.
     """
     with common.one_thread():
-        return _train(epochs, batch_size, learning_rate, clipnorm, seed)
+        return _train(epochs, batch_size, learning_rate, clipnorm, seed, device, dtypes)
 
 
-def _train(epochs: int, batch_size: int, learning_rate: float, clipnorm: float, seed: int) -> Result:
+def _train(
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    clipnorm: float,
+    seed: int,
+    device: torch.device,
+    dtypes: Sequence[str],
+) -> Result:
     tf_keras.utils.set_random_seed(seed)
     initial_weights = build_keras_model("float32").get_weights()
     rng = np.random.default_rng(seed)
@@ -219,10 +232,10 @@ def _train(epochs: int, batch_size: int, learning_rate: float, clipnorm: float, 
     batches_per_epoch = -(-count // batch_size)
     batches = [indices for _ in range(epochs) for indices in np.array_split(rng.permutation(count), batches_per_epoch)]
     by_dtype = {}
-    for dtype in ("float32", "float64"):
+    for dtype in dtypes:
         weights = [array.astype(dtype) for array in initial_weights]
         setting = Setting(common.load(dtype), weights, batches, learning_rate, clipnorm)
-        by_dtype[dtype] = compare(train_keras(setting, dtype), train_torch(setting, dtype))
+        by_dtype[dtype] = compare(train_keras(setting, dtype), train_torch(setting, dtype, device))
     return Result(by_dtype, batches_per_epoch)
 
 
@@ -230,29 +243,29 @@ def _train(epochs: int, batch_size: int, learning_rate: float, clipnorm: float, 
 
 
 def report(result: Result) -> None:
-    """Prints the loss curves of float32, all distances, and the accuracies."""
-    single, double = result.by_dtype["float32"], result.by_dtype["float64"]
+    """Prints the loss curves of the first dtype, all distances, and the accuracies."""
     console, n = Console(), result.batches_per_epoch
+    (name, first), comparisons = next(iter(result.by_dtype.items())), result.by_dtype.values()
 
-    curves = Table(title="Mean training loss (float32), and the largest relative distance of a batch")
-    for heading in ("epoch", "tf_keras", "PyTorch", "distance, float32", "distance, float64"):
+    curves = Table(title=f"Mean training loss ({name}), and the largest relative distance of a batch")
+    for heading in ("epoch", "tf_keras", "PyTorch", *(f"distance, {dtype}" for dtype in result.by_dtype)):
         curves.add_column(heading, justify="right")
-    all_means = [common.epoch_means(run.losses, n) for run in (single.keras, single.torch)]
+    all_means = [common.epoch_means(run.losses, n) for run in (first.keras, first.torch)]
     for epoch, means in enumerate(zip(*all_means, strict=True)):
-        largest = (max(comparison.losses[epoch * n : (epoch + 1) * n]) for comparison in (single, double))
+        largest = (max(comparison.losses[epoch * n : (epoch + 1) * n]) for comparison in comparisons)
         curves.add_row(str(epoch + 1), *(f"{mean:.9f}" for mean in means), *(f"{d:.1e}" for d in largest))
     console.print(curves)
 
     distances = Table(title="Relative distances after the last step")
     distances.add_column("PyTorch from tf_keras")
-    for heading in ("float32", "float64"):
+    for heading in result.by_dtype:
         distances.add_column(heading, justify="right")
     for label, field in (
         ("parameters", "weights"),
         ("square_avg = accum_grad", "accum_grad"),
         ("acc_delta = accum_var", "accum_var"),
     ):
-        distances.add_row(label, *(f"{getattr(comparison, field):.1e}" for comparison in (single, double)))
+        distances.add_row(label, *(f"{getattr(comparison, field):.1e}" for comparison in comparisons))
     console.print(distances)
     print(
         "Expected is rounding noise: a few times 6e-08 in float32, a few times 1e-16 in float64. A difference in the\n"
@@ -269,11 +282,11 @@ def plot(result: Result, path: Path) -> None:
     n = result.batches_per_epoch
     figure = common.new_figure(9, 7)
     above, below = figure.subplots(2, sharex=True)
-    single = result.by_dtype["float32"]
-    epochs = [(i + 0.5) / n for i in range(len(single.losses))]
-    above.plot(epochs, single.keras.losses, color=_COLOURS["tf_keras"], linewidth=3, alpha=0.5, label="tf_keras")
-    above.plot(epochs, single.torch.losses, color=_COLOURS["PyTorch"], linewidth=0.8, label="PyTorch, AdadeltaKeras")
-    above.set_ylabel("training loss of a batch (float32)")
+    name, first = next(iter(result.by_dtype.items()))
+    epochs = [(i + 0.5) / n for i in range(len(first.losses))]
+    above.plot(epochs, first.keras.losses, color=_COLOURS["tf_keras"], linewidth=3, alpha=0.5, label="tf_keras")
+    above.plot(epochs, first.torch.losses, color=_COLOURS["PyTorch"], linewidth=0.8, label="PyTorch, AdadeltaKeras")
+    above.set_ylabel(f"training loss of a batch ({name})")
     above.set_title("The same training in tf_keras and PyTorch: same weights, batches, schedule and clipnorm")
     for dtype, comparison in result.by_dtype.items():
         # A logarithmic axis has no place for losses that agree in every bit: nan leaves them out.
@@ -283,7 +296,7 @@ def plot(result: Result, path: Path) -> None:
         below.axhline(unit, color=_COLOURS[dtype], linestyle=":", label=f"rounding unit of {dtype}, {unit:.0e}")
     below.set_yscale("log")
     below.set_ylabel("relative distance of the losses")
-    common.count_epochs(below, len(single.losses) / n)
+    common.count_epochs(below, len(first.losses) / n)
     for axes in (above, below):
         axes.legend(loc="best")
     common.save(figure, path)
@@ -297,6 +310,12 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         epochs=5,
         batch_size=32,
     )
+    common.add_device(
+        parser,
+        ("float32", "float64"),
+        why="in 16 bits Keras rounds after every operation, and the port after every step",
+        of="the curves; distances are those of float64 too",
+    )
     parser.add_argument(
         "--learning-rate", type=float, default=1.0, help="of the first step; the last has a tenth of it"
     )
@@ -304,7 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     parser.add_argument("--plot", type=common.picture, metavar="PNG", help="draw the loss curves and their distance")
     options = parser.parse_args(arguments)
 
-    result = train(options.epochs, options.batch_size, options.learning_rate, options.clipnorm, options.seed)
+    dtypes = ("float32", "float64") if options.dtype is torch.float32 else ("float64",)
+    settings = (options.epochs, options.batch_size, options.learning_rate, options.clipnorm, options.seed)
+    result = train(*settings, options.device, dtypes)
     report(result)
     if options.plot is not None:
         plot(result, options.plot)

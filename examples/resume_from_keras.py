@@ -6,8 +6,8 @@ After half of the epochs the job is saved to one .h5 file, as ``model.save`` wri
 what a perfect hand-over looks like, Keras finishes it too; and to see what the state is worth, PyTorch also finishes it
 with the weights alone, as one would without torch_adadelta.keras.
 
-It prints where each weight went, and the losses of all three, and draws them. Where torch_adadelta is installed with
-its extras "keras", "parity" and "examples", run it with
+It prints where each weight went, and the losses of all three, and draws them. `--device` is that of PyTorch. Where
+torch_adadelta is installed with its extras "keras", "parity" and "examples", run it with
 
     python examples/resume_from_keras.py --plot output/resume_from_keras.png
 """
@@ -55,7 +55,7 @@ class Result(NamedTuple):
 
 def load() -> Digits:
     """The digits, as images of shape (n, 8, 8, 1) as Keras has them."""
-    digits = common.load()
+    digits = common.load(keras.config.floatx())
     return digits._replace(
         train_images=digits.train_images.reshape(-1, 8, 8, 1), test_images=digits.test_images.reshape(-1, 8, 8, 1)
     )
@@ -113,10 +113,16 @@ def train_keras(model: Any, digits: Digits, batches: list[Array]) -> list[float]
     ]
 
 
+def as_tensors(digits: Digits, model: nn.Module) -> Digits:
+    """The digits where the model is, as images of shape (n, 1, 8, 8) as PyTorch has them."""
+    device = next(model.parameters()).device
+    train_images, train_labels, test_images, test_labels = (torch.from_numpy(array).to(device) for array in digits)
+    return Digits(train_images.permute(0, 3, 1, 2), train_labels, test_images.permute(0, 3, 1, 2), test_labels)
+
+
 def train_torch(model: nn.Module, optimizer: AdadeltaKeras, digits: Digits, batches: list[Array]) -> list[float]:
     """The same loop in PyTorch."""
-    images = torch.from_numpy(digits.train_images).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(digits.train_labels)
+    images, labels, _, _ = as_tensors(digits, model)
     losses = []
     for indices in track(batches, "PyTorch", transient=True):
         optimizer.zero_grad()
@@ -127,9 +133,9 @@ def train_torch(model: nn.Module, optimizer: AdadeltaKeras, digits: Digits, batc
     return losses
 
 
-def resume(path: Path, with_state: bool) -> tuple[nn.Module, AdadeltaKeras, Report]:
+def resume(path: Path, with_state: bool, device: torch.device) -> tuple[nn.Module, AdadeltaKeras, Report]:
     """The job in a file of Keras, in PyTorch: a model and an optimizer to go on with."""
-    model = build_torch_model()
+    model = build_torch_model().to(device, getattr(torch, keras.config.floatx()))
     optimizer = AdadeltaKeras(model.named_parameters())
     report = load_keras(path, optimizer, model, weights=True)
     if not with_state:
@@ -139,12 +145,11 @@ def resume(path: Path, with_state: bool) -> tuple[nn.Module, AdadeltaKeras, Repo
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
     """The share of the test images that the model tells right."""
-    with torch.no_grad():
-        predicted = model(torch.from_numpy(digits.test_images).permute(0, 3, 1, 2)).argmax(dim=1).numpy()
-    return float((predicted == digits.test_labels).mean())
+    _, _, images, labels = as_tensors(digits, model)
+    return common.accuracy(model, images, labels)
 
 
-def train(epochs: int = 10, batch_size: int = 32, learning_rate: float = 1.0, seed: int = 0) -> Result:
+def train(epochs: int, batch_size: int, learning_rate: float, seed: int, device: torch.device) -> Result:
     """Trains half of the epochs in Keras, and the rest three times."""
     keras.utils.set_random_seed(seed)
     digits = load()
@@ -162,7 +167,7 @@ def train(epochs: int = 10, batch_size: int = 32, learning_rate: float = 1.0, se
         path = Path(directory) / "job.h5"
         model.save(str(path))
         for name, with_state in (("PyTorch", True), ("PyTorch, weights only", False)):
-            torch_model, optimizer, report = resume(path, with_state)
+            torch_model, optimizer, report = resume(path, with_state, device)
             after[name] = train_torch(torch_model, optimizer, digits, second)
             accuracies[name] = accuracy(torch_model, digits)
     after = {"Keras": train_keras(model, digits, second), **after}
@@ -229,12 +234,20 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         batch_size=32,
         least_epochs=2,
     )
+    common.add_device(
+        parser,
+        ("float32", "float64"),
+        why="in 16 bits Keras rounds after every operation, and PyTorch after every step",
+        of="both models",
+    )
     parser.add_argument(
         "--learning-rate", type=float, default=1.0, help="of the first step; the last has a tenth of it"
     )
     parser.add_argument("--plot", type=common.picture, metavar="PNG", help="draw the losses there")
     options = parser.parse_args(arguments)
-    result = train(options.epochs, options.batch_size, options.learning_rate, options.seed)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU in whole float32, as on the CPU
+    keras.config.set_floatx(common.name_of(options.dtype))
+    result = train(options.epochs, options.batch_size, options.learning_rate, options.seed, options.device)
     show(result)
     if options.plot is not None:
         plot(result, options.plot)

@@ -6,7 +6,7 @@ With `master_weights=True` the optimizer keeps what the weights lack of their fl
 as in float32. It prints the loss over all training images, which are those of scikit-learn: nothing is downloaded. Run
 it, where torch_adadelta is installed with its extra "examples", with
 
-    python examples/train_bfloat16.py
+    python examples/train_bfloat16.py [--device cuda]
 """
 
 import sys
@@ -36,6 +36,8 @@ WAYS: Final = {
     "bfloat16, masters, float32 state": Way(torch.bfloat16, {"master_weights": True, "state_dtype": torch.float32}),
 }
 
+_CPU: Final = torch.device("cpu")
+
 
 class Result(NamedTuple):
     """What came of one training."""
@@ -49,14 +51,19 @@ def build_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def train(way: Way, epochs: int = 40, batch_size: int = 32, learning_rate: float = 0.1, seed: int = 0) -> Result:
+def train(
+    way: Way,
+    epochs: int = 40,
+    batch_size: int = 32,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+    device: torch.device = _CPU,
+) -> Result:
     """Trains one net, on one thread. The seed determines its first weights and the batches, whatever the way."""
-    digits = common.load()
-    images, test_images = (torch.from_numpy(x).to(way.dtype) for x in (digits.train_images, digits.test_images))
-    labels, test_labels = torch.from_numpy(digits.train_labels), torch.from_numpy(digits.test_labels)
+    images, labels, test_images, test_labels = common.load_tensors(device, way.dtype)
     with common.one_thread():
         torch.manual_seed(seed)
-        model = build_model()
+        model = build_model().to(device)
         has_masters = "master_weights" in way.options
         if not has_masters:
             model.to(way.dtype)
@@ -70,19 +77,17 @@ def train(way: Way, epochs: int = 40, batch_size: int = 32, learning_rate: float
 
         losses = [loss_of_all()]
         for _ in range(epochs):
-            for indices in torch.randperm(len(labels)).split(batch_size):
+            for indices in torch.randperm(len(labels)).to(device).split(batch_size):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(images[indices]).float(), labels[indices]).backward()
                 optimizer.step()
             losses.append(loss_of_all())
-        with torch.no_grad():
-            accuracy = (model(test_images).argmax(dim=1) == test_labels).double().mean().item()
-    return Result(losses, accuracy)
+        return Result(losses, common.accuracy(model, test_images, test_labels))
 
 
 def report(results: dict[str, Result]) -> None:
     """Prints the losses side by side."""
-    epochs = len(results["float32"].losses) - 1
+    epochs = len(results["bfloat16"].losses) - 1
     shown = sorted({0, epochs // 4, epochs // 2, epochs})
     table = Table()
     table.add_column("training in", no_wrap=True)
@@ -95,17 +100,26 @@ def report(results: dict[str, Result]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
-    """Runs the example as the command line says, and returns what came of it, by the names of `WAYS`."""
+    """Runs the example as the command line says, and returns what came of it, by the names of the ways."""
     parser = common.parser(
         "Train a small net on handwritten digits in float32, and in bfloat16 with and without float32 masters.",
         epochs=40,
         batch_size=32,
     )
+    common.add_device(
+        parser,
+        ("float32", "float64"),
+        why="the example trains in bfloat16 anyway, and float16 has no masters",
+        of="the training that bfloat16 is compared with",
+    )
     parser.add_argument("--learning-rate", type=float, default=0.1)
     options = parser.parse_args(arguments)
+    ways = {common.name_of(options.dtype): Way(options.dtype, {})} | {
+        key: way for key, way in WAYS.items() if key != "float32"
+    }
     results = {
-        name: train(way, options.epochs, options.batch_size, options.learning_rate, options.seed)
-        for name, way in WAYS.items()
+        name: train(way, options.epochs, options.batch_size, options.learning_rate, options.seed, options.device)
+        for name, way in ways.items()
     }
     report(results)
     return results

@@ -25,6 +25,7 @@ os.environ["KERAS_BACKEND"] = "torch"  # must be set before Keras is imported
 import common
 import keras
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -55,16 +56,19 @@ class Result(NamedTuple):
 class _Timer(keras.callbacks.Callback):
     """Times the calls of the optimizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.device = device
         self.ns: list[int] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
         apply = self.model.optimizer.apply
 
         def timed(*arguments: Any) -> None:
+            common.synchronize(self.device)
             start = time.perf_counter_ns()
             apply(*arguments)
+            common.synchronize(self.device)
             self.ns.append(time.perf_counter_ns() - start)
 
         self.model.optimizer.apply = timed
@@ -85,7 +89,7 @@ def build_model(optimizer: Any, seed: int) -> Any:
 
 def fit(model: Any, epochs: int, batch_size: int, seed: int, timer: _Timer | None = None) -> list[float]:
     """Trains for some epochs, in an order that the seed gives; returns the loss of each."""
-    digits = common.load()
+    digits = common.load(keras.config.floatx())
     rng = np.random.default_rng(seed)
     losses = []
     for _ in range(epochs):
@@ -102,16 +106,16 @@ def fit(model: Any, epochs: int, batch_size: int, seed: int, timer: _Timer | Non
     return losses
 
 
-def train(epochs: int = 10, batch_size: int = 32, learning_rate: float = 1.0, seed: int = 0) -> Result:
+def train(epochs: int, batch_size: int, learning_rate: float, seed: int, device: torch.device) -> Result:
     """Trains with both optimizers, then saves, loads and trains on."""
-    with common.one_thread():
-        digits = common.load()
+    with common.one_thread(), keras.device(str(device)):
+        digits = common.load(keras.config.floatx())
         runs, models = [], []
         for name, cls in (
             ("torch_adadelta.keras3.Adadelta", keras3.Adadelta),
             ("keras.optimizers.Adadelta", keras.optimizers.Adadelta),
         ):
-            model, timer = build_model(cls(learning_rate), seed), _Timer()
+            model, timer = build_model(cls(learning_rate), seed), _Timer(device)
             losses = fit(model, epochs, batch_size, seed, timer)
             accuracy = model.evaluate(digits.test_images, digits.test_labels, verbose=0)[1]
             runs.append(Run(name, losses, accuracy, statistics.median(timer.ns) / 1000))
@@ -142,8 +146,8 @@ def report(result: Result) -> None:
         table.add_row(run.name, *figures)
     Console().print(table)
     print(f"Largest relative distance of the losses of an epoch: {distance(result):.1e}")
-    bits = "the same bits" if result.resumed == result.expected else "other numbers"
-    print(f"Saved, loaded and trained on: {bits} as without ({result.resumed[-1]:.7f})")
+    bits = "the same bits as" if result.resumed == result.expected else "other numbers than"
+    print(f"Saved, loaded and trained on: {bits} without ({result.resumed[-1]:.7f})")
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
@@ -153,9 +157,16 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         epochs=10,
         batch_size=32,
     )
+    common.add_device(
+        parser,
+        ("float32", "float64"),
+        why="in 16 bits Keras rounds after every operation, and the fused update after every step",
+        of="both models",
+    )
     parser.add_argument("--learning-rate", type=float, default=1.0, help="of both optimizers")
     options = parser.parse_args(arguments)
-    result = train(options.epochs, options.batch_size, options.learning_rate, options.seed)
+    keras.config.set_floatx(common.name_of(options.dtype))
+    result = train(options.epochs, options.batch_size, options.learning_rate, options.seed, options.device)
     report(result)
     return result
 

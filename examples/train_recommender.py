@@ -12,7 +12,7 @@ table holds. The losses differ, too: a dense gradient lets the accumulators of r
 It prints error and time, and draws both to output/train_recommender.png. On one machine, the seed determines the
 errors. Run it, where torch_adadelta is installed with its extra "examples", with
 
-    python examples/train_recommender.py
+    python examples/train_recommender.py [--device cuda] [--dtype bfloat16]
 """
 
 import statistics
@@ -60,7 +60,8 @@ class Data(NamedTuple):
 
     def error_of_means(self) -> float:
         """The root mean square error of predicting the mean rating of each item."""
-        sums = torch.zeros(ITEMS).index_add_(0, self.train.items, self.train.values)
+        values = self.train.values.double()
+        sums = values.new_zeros(ITEMS).index_add_(0, self.train.items, values)
         means = sums / torch.bincount(self.train.items, minlength=ITEMS)
         return float((means[self.hidden.items] - self.hidden.values).square().mean().sqrt())
 
@@ -101,11 +102,11 @@ class Recommender(nn.Module):
         return (ids * 2654435761) % self.table.num_embeddings  # Knuth's multiplicative hash
 
 
-def load() -> Data:
+def load(device: torch.device, dtype: torch.dtype) -> Data:
     """The ratings, a fifth of them hidden, always the same."""
     images, _ = load_digits(return_X_y=True)
-    values = torch.as_tensor(images, dtype=torch.float32).reshape(-1)
-    numbers = torch.randperm(len(values), generator=torch.Generator().manual_seed(common.SPLIT_SEED))
+    values = torch.as_tensor(images, dtype=dtype, device=device).reshape(-1)
+    numbers = torch.randperm(len(values), generator=torch.Generator().manual_seed(common.SPLIT_SEED)).to(device)
     cut = len(numbers) // 5
 
     def ratings(numbers: Tensor) -> Ratings:
@@ -117,7 +118,7 @@ def load() -> Data:
 @torch.no_grad()
 def error(model: Recommender, ratings: Ratings) -> float:
     """The root mean square error of a model's predictions."""
-    return float((model(ratings.people, ratings.items) - ratings.values).square().mean().sqrt())
+    return float((model(ratings.people, ratings.items) - ratings.values).double().square().mean().sqrt())
 
 
 def train(
@@ -125,20 +126,25 @@ def train(
 ) -> Run:
     """Trains one recommender."""
     torch.manual_seed(seed)
-    model = Recommender(rows, width, float(data.train.values.mean()), is_sparse=is_sparse)
+    device, dtype = data.train.values.device, data.train.values.dtype
+    mean = data.train.values.double().mean().item()
+    model = Recommender(rows, width, mean, is_sparse=is_sparse).to(device, dtype)
     optimizer = AdadeltaKeras(model.parameters(), learning_rate=1.0, epsilon=EPSILON)
     errors, seconds, spent = [error(model, data.hidden)], [0.0], 0.0
     step_ns: list[int] = []
     batch_ns: list[int] = []
     name = "sparse" if is_sparse else "dense"
     for _ in progress.track(range(epochs), description=f"{name} gradients"):
-        for batch in torch.randperm(len(data.train.values)).split(batch_size):
+        for batch in torch.randperm(len(data.train.values)).to(device).split(batch_size):
             people, items, values = (column[batch] for column in data.train)
+            common.synchronize(device)
             start = time.perf_counter_ns()
             optimizer.zero_grad()
             (model(people, items) - values).square().mean().backward()
+            common.synchronize(device)
             before_step = time.perf_counter_ns()
             optimizer.step()
+            common.synchronize(device)
             end = time.perf_counter_ns()
             step_ns.append(end - before_step)
             batch_ns.append(end - start)
@@ -194,12 +200,18 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         batch_size=512,
         data="ratings",
     )
+    common.add_device(
+        parser,
+        ("float32", "float64", "bfloat16"),
+        why="PyTorch does not add up sparse gradients of float16 on the CPU",
+        of="the model and the ratings",
+    )
     parser.add_argument("--rows", type=common.at_least(1), default=2**18, help="of the table")
     parser.add_argument("--width", type=common.at_least(1), default=15, help="of the vectors, without the bias")
     parser.add_argument("--output", type=common.picture, default="output/train_recommender.png", help="the picture")
     options = parser.parse_args(arguments)
 
-    data = load()
+    data = load(options.device, options.dtype)
     with Progress() as progress:
         sparse, dense = (
             train(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -177,14 +178,18 @@ def test_copies_of_a_model() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_has_the_numbers_of_keras() -> None:
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_the_example_has_the_numbers_of_keras(dtype: str, most: float) -> None:
     example = Path(__file__).resolve().parents[1] / "examples" / "train_keras3.py"
     for package in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(package, reason="needs the extra 'examples'")
-    command = [sys.executable, str(example), "--epochs", "3"]
+    command = [sys.executable, str(example), "--epochs", "3", "--device", "cpu", "--dtype", dtype]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert "the same bits as without" in result.stdout
+    distance = re.search(r"Largest relative distance .*: (\S+)", result.stdout)
+    assert distance is not None
+    assert float(distance[1]) < most
 
 
 # ---- Importing ------------------------------------------------------------------------------------------------------

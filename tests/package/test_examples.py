@@ -1,5 +1,6 @@
 """The examples, run as a newcomer runs them, with little data; and the code of the README."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -19,22 +20,35 @@ def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
 
-def test_train_digits_learns_and_draws(tmp_path: Path) -> None:
-    main = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))["main"]
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("float64", 1e-13)])
+def test_train_digits_has_the_losses_of_keras_and_draws_them(
+    dtype: str, most: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = runpy.run_path(str(ROOT / "examples" / "train_digits.py"))
     picture = tmp_path / "curves.png"
-    result = main(["--epochs", "4", "--output", str(picture)])
-    assert result.keras.accuracy > 0.9
-    assert result.torch.accuracy > 0.9
-    assert len(result.keras.losses) == len(result.torch.losses) == 4 * result.batches_per_epoch
+    result = module["main"](["--epochs", "4", "--device", "cpu", "--dtype", dtype, "--output", str(picture)])
+    assert "A step of AdadeltaKeras is " in capsys.readouterr().out
+    assert len(result.keras.losses) == 4 * result.batches_per_epoch
+    assert result.keras.losses[-1] < result.keras.losses[0] / 5
+    for run in result.ours.values():
+        assert len(run.losses) == len(result.keras.losses)
+        assert max(module["distances"](run, result)) < 1e-5
+        assert run.accuracy > 0.9
+    assert max(module["distances"](result.ours["AdadeltaKeras"], result)) < most
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_train_digits_fails_below_its_bar(tmp_path: Path) -> None:
-    script = str(ROOT / "examples" / "train_digits.py")
-    command = [sys.executable, script, "--epochs", "1", "--learning-rate", "0.001", "--output", str(tmp_path / "p.png")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "97" in result.stdout + result.stderr
+def test_train_digits_fails_where_the_losses_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_digits
+
+    arguments = ["--epochs", "1", "--device", "cpu", "--output", str(tmp_path / "curves.png")]
+    with monkeypatch.context() as changed:
+        changed.setattr(train_digits, "RHO", 0.9)
+        with pytest.raises(SystemExit, match=r"The losses of AdadeltaKeras are .* from those of Keras, above 1e-04"):
+            train_digits.main(arguments)
+    monkeypatch.setattr(train_digits, "SEED", 1)
+    with pytest.raises(SystemExit, match="was recorded with other images, weights or batches"):
+        train_digits.main(arguments)
 
 
 def test_train_recommender_learns_and_draws(tmp_path: Path) -> None:
@@ -97,6 +111,83 @@ def test_train_bfloat16_prints_the_losses_of_every_way(capsys: pytest.CaptureFix
     assert results["bfloat16"].losses[0] == pytest.approx(start, rel=1e-3)
     assert results["bfloat16"].losses[-1] - end > 0.2 * (start - end)
     assert results["bfloat16, masters"].losses[-1] - end < 0.02 * (start - end)
+
+
+def test_train_cuda_graph_says_where_it_runs_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "train_cuda_graph.py"))["main"]
+    runs = main(["--device", "cpu", "--epochs", "4", "--batch-size", "128"])
+    assert list(runs) == ["one by one"]
+    assert "no CUDA graphs on the CPU" in capsys.readouterr().out
+    assert len(runs["one by one"].losses) == 4 * (1347 // 128)
+    assert runs["one by one"].losses[-1] < runs["one by one"].losses[0] / 2
+
+
+def test_train_amp_follows_float32_and_skips_what_is_not_finite() -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "train_amp.py"))["main"]
+    runs = main(["--device", "cpu", "--epochs", "2"])
+    assert runs["float32"].skipped == runs["bfloat16"].skipped == 0
+    assert runs["bfloat16"].losses != runs["float32"].losses
+    assert runs["bfloat16"].losses == pytest.approx(runs["float32"].losses, rel=0.1)
+    # With this scale gradients overflow: each such step is skipped, and halves it.
+    runs = main(["--device", "cpu", "--epochs", "1", "--batch-size", "64", "--dtype", "float16", "--scale", "1e9"])
+    assert runs["float32"].skipped == 0
+    assert 0 < runs["float16"].skipped < 22
+
+
+# Short runs on the CPU, and the dtypes of the parameters that their optimizers step. test_keras3_models.py runs that of Keras 3.
+IN_FLOAT64 = {
+    "meta_learning": (["--steps", "2", "--tasks", "2"], {"torch.float64"}),
+    "port_from_keras": (["--epochs", "1"], {"torch.float64"}),
+    "resume_from_keras": (["--epochs", "2"], {"torch.float64"}),
+    "train_bfloat16": (["--epochs", "1"], {"torch.float64", "torch.bfloat16"}),
+    "train_cuda_graph": (["--epochs", "4", "--batch-size", "256"], {"torch.float64"}),
+    "train_recommender": (["--epochs", "1", "--rows", "1024"], {"torch.float64"}),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLOAT64)
+def test_examples_train_in_the_dtype_that_is_asked_for(name: str, tmp_path: Path) -> None:
+    """In a process of its own, which keeps Keras' floatx."""
+    if name.endswith("_from_keras"):
+        pytest.importorskip("tf_keras", reason="needs the extra 'parity'")
+    arguments, dtypes = IN_FLOAT64[name]
+    program = f"""
+from torch.optim.optimizer import register_optimizer_step_post_hook
+seen = set()
+register_optimizer_step_post_hook(lambda o, *_: seen.update(str(p.dtype) for g in o.param_groups for p in g["params"]))
+import {name}
+{name}.main({[*arguments, "--device", "cpu", "--dtype", "float64"]})
+assert seen == {dtypes}, seen
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "examples")))}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train_digits", ["--dtype", "bfloat16"], "--dtype: bfloat16: Keras was recorded .* Use float32 or float64$"),
+        ("train_digits", ["--epochs", "21"], "--epochs: must be at most 20, which are recorded, got 21$"),
+        ("train_bfloat16", ["--dtype", "float16"], "--dtype: float16: .* Use float32 or float64$"),
+        ("train_amp", ["--dtype", "float64"], "--dtype: float64: .* Use bfloat16 or float16$"),
+        ("train_recommender", ["--dtype", "float16"], "--dtype: float16: .* Use float32 or float64 or bfloat16$"),
+        ("meta_learning", ["--dtype", "bfloat16"], "--dtype: bfloat16: .* Use float32 or float64$"),
+        ("train_cuda_graph", ["--dtype", "int8"], "--dtype: int8: not a dtype of a model. Use float32 or .*float16$"),
+        ("train_cuda_graph", ["--device", "cuda:99"], "--device: cuda:99: PyTorch finds \\d+ CUDA devices here. Use "),
+        ("train_cuda_graph", ["--device", "mps"], "--device: mps: .* Use cpu or cuda$"),
+        ("train_cuda_graph", ["--device", "gpu"], "--device: gpu: .* Use cpu, cuda or cuda:N$"),
+    ],
+)
+def test_what_an_example_cannot_do_is_refused(
+    name: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err.strip())
 
 
 def test_meta_learning_learns() -> None:

@@ -190,7 +190,7 @@ for name, value in {
 # What takes storages apart or makes sparse tensors, which PyTorch can only do on devices that it was built for, and what
 # starts a new process.
 BEYOND_MODULES = ("test_gpu_sparse",)
-BEYOND = ("test_checkpoints_move_between_devices", "test_deepcopy", "test_diagnostics")
+BEYOND = ("test_checkpoints_move_between_devices", "test_deepcopy", "test_diagnostics", "test_train_recommender")
 
 # One test in so many: a prime, so that every value of every parameter has its turn.
 SAMPLE = int(os.environ.get("FAKE_CUDA_SAMPLE", "1"))
