@@ -1,4 +1,4 @@
-# make demo · test · test-slow · bench · lint · docs · sanitize · wheel: each from nothing. They make .venv and install what they need into it.
+# make demo · test · test-slow · bench · lint · docs · sanitize · wheel · release: each from nothing. They make .venv and install what they need into it.
 
 # Another PyTorch: make test TORCH=torch==2.10.0
 TORCH ?= torch==2.13.0
@@ -15,7 +15,7 @@ CPP_FILES = $(shell find csrc tests/csrc -type f \
 # compiles nothing.
 INSTALLED := $(VENV)/.$(subst =,_,$(TORCH))
 
-.PHONY: demo test test-slow prepare-test nightly bench lint format docs sanitize coverage wheel matrix clean
+.PHONY: demo test test-slow prepare-test nightly bench lint format docs sanitize coverage wheel release matrix clean
 
 demo: $(INSTALLED)-examples
 	$(VENV)/bin/python examples/train_digits.py
@@ -23,7 +23,7 @@ demo: $(INSTALLED)-examples
 # Workers wait for each other's threads asleep: threads that spin would take the processors from them.
 PYTEST = GOMP_SPINCOUNT=0 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup
 
-FOR_TEST := $(INSTALLED)-test-keras-parity-examples-frameworks
+FOR_TEST := $(INSTALLED)-test-keras-parity-examples-frameworks-wheel
 test: $(FOR_TEST)
 	$(PYTEST) -m "not slow"
 
@@ -69,14 +69,13 @@ sanitize: $(INSTALLED)-test
 coverage: $(INSTALLED)-test-keras-coverage
 	PYTHON="$(abspath $(VENV))/bin/python" scripts/coverage.sh
 
-# One file for every PyTorch from 2.10 and every Python from 3.10, tagged for the oldest glibc that its symbols allow.
+# One file for every PyTorch from 2.10 and every Python from 3.10, with the CUDA library where there is an nvcc.
 wheel: $(INSTALLED)-wheel
-	rm -rf build dist
-	$(VENV)/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
-	$(VENV)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel dist/*.tar.gz
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --wheel-dir dist --exclude 'libtorch*' \
-		--exclude 'libc10*' build/wheel/*.whl
-	$(VENV)/bin/python scripts/check_wheel.py dist/*.whl
+	PYTHON="$(abspath $(VENV))/bin/python" scripts/build_wheel.sh
+
+# Wheel, sdist and SHA256SUMS of the tag that is checked out, each of the two installed in a fresh environment.
+release: $(INSTALLED)-wheel
+	PYTHON="$(abspath $(VENV))/bin/python" TORCH="$(TORCH)" scripts/release.sh
 
 # The wheel's tests on one PyTorch and Python after another; the script says which, and how to choose.
 matrix: wheel

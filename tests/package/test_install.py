@@ -1,19 +1,24 @@
 """Building and installing, as users do it, and what the package says of itself where the library is missing."""
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import expecttest
 import numpy as np
 import pytest
 from compilers import compile_flags
 from reference.oracle import Oracle
+
+from torch_adadelta.backends import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,27 +53,24 @@ def run(*command: str, check: bool = True, **environment: str) -> subprocess.Com
     return result
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def copy_tree(folder: Path) -> Path:
     """A copy of what a checkout holds, so that building leaves nothing in it."""
-    copy = tmp_path / "tree"
+    copy = folder / "tree"
     ignored = shutil.ignore_patterns(".*", "*.so", "build", "dist", "*.egg-info", "__pycache__", "output")
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
 
 
-def build_wheel(tree: Path, source: Path | None = None, **environment: str) -> tuple[Path, str]:
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return copy_tree(tmp_path)
+
+
+def build_wheel(tree: Path, **environment: str) -> tuple[Path, str]:
     pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index")
-    result = run(*pip, "--wheel-dir", str(tree / "wheels"), str(source or tree), **environment)
+    result = run(*pip, "--wheel-dir", str(tree / "wheels"), str(tree), **environment)
     (wheel,) = (tree / "wheels").iterdir()
     return wheel, result.stdout + result.stderr
-
-
-def build_sdist(tree: Path) -> Path:
-    code = "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta; build_meta.build_sdist('sdist')"
-    run(sys.executable, "-c", code, str(tree))
-    (sdist,) = (tree / "sdist").iterdir()
-    return sdist
 
 
 def unpack(wheel: Path) -> dict[str, str]:
@@ -86,23 +88,54 @@ def without_numbers(text: str) -> str:
     return re.sub(r"(CPU kernels +)\w+", r"\1<instruction set>", text)
 
 
-def test_wheel_fits_any_python_and_holds_the_library(tree: Path) -> None:
+NVCC = shutil.which("nvcc")
+
+
+class Built(NamedTuple):
+    """What scripts/build_wheel.sh has built, and the environment of a Python that is to import it."""
+
+    sdist: Path
+    wheel: Path
+    environment: dict[str, str]
+
+
+# Compiled once, by the worker that runs all that looks at it.
+of_the_build = pytest.mark.xdist_group("build_wheel")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc, the compiler of the CUDA toolkit")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    if importlib.util.find_spec("auditwheel") is None or sys.platform != "linux":
+        pytest.skip('needs Linux and the extra "wheel"')
+    tree = copy_tree(tmp_path_factory.mktemp("built"))
+    cuda = "0" if NVCC is None else "1"
+    environment = {"PYTHON": sys.executable, "TORCH_ADADELTA_CUDA": cuda, "TORCH_CUDA_ARCH_LIST": ""}
+    run(str(tree / "scripts" / "build_wheel.sh"), **environment)
+    (sdist,), (wheel,) = (tree / "dist").glob("*.tar.gz"), (tree / "dist").glob("*.whl")
+    return Built(sdist, wheel, unpack(wheel))
+
+
+def libraries(built: Built) -> list[Path]:
+    return sorted(Path(built.environment["PYTHONPATH"]).rglob("*.so"))
+
+
+@of_the_build
+def test_wheel_fits_any_python_and_holds_the_library(built: Built) -> None:
     """Built from an sdist, which must hold all that it takes."""
-    sdist = build_sdist(tree)
-    with tarfile.open(sdist) as archive:
+    with tarfile.open(built.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*.*")} <= held
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= held
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "torch_adadelta/py.typed"} <= held
-    wheel, _ = build_wheel(tree, sdist)
-    assert re.fullmatch(r"torch_adadelta-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
-    names = set(zipfile.ZipFile(wheel).namelist())
+    assert re.fullmatch(r"torch_adadelta-[\d.]+-py3-none-manylinux_2_28_\w+\.whl", built.wheel.name)
+    names = set(zipfile.ZipFile(built.wheel).namelist())
     assert {"torch_adadelta/_C.so", "torch_adadelta/py.typed", "torch_adadelta/__main__.py"} <= names
-    assert not any(name.startswith(("tests", "csrc", "examples", "benchmarks")) for name in names)
-    environment = unpack(wheel)
+    assert ("torch_adadelta/_C_cuda.so" in names) == (NVCC is not None)
+    assert not any(name.startswith(("tests", "csrc", "examples", "benchmarks", "scripts")) for name in names)
 
     class TestDiagnostics(expecttest.TestCase):
         def runTest(self) -> None:
-            page = run(sys.executable, "-m", "torch_adadelta", **environment).stdout
+            page = run(sys.executable, "-m", "torch_adadelta", **built.environment).stdout
             self.assertExpectedInline(
                 without_numbers(page),
                 """\
@@ -121,20 +154,59 @@ One step of each path on cpu, of every real dtype, with masters and state of oth
             )
 
     TestDiagnostics().runTest()
-    printed = run(sys.executable, "-c", STEP, **environment).stdout.splitlines()
+    printed = run(sys.executable, "-c", STEP, **built.environment).stdout.splitlines()
     assert printed[1] == "[]"
     assert len(printed) == 2
 
 
-NVCC = shutil.which("nvcc")
+@of_the_build
+def test_the_wheel_asks_for_no_newer_system_than_pytorch_does(built: Built) -> None:
+    """And takes from the system what must be there once only: what throws and catches exceptions."""
+    for library in libraries(built):
+        symbols = run("readelf", "--wide", "--dyn-syms", str(library)).stdout
+        asked: dict[str, set[tuple[int, ...]]] = {}
+        for of, number in re.findall(r" UND \S+@([A-Z]+)_([\d.]+)", symbols):
+            asked.setdefault(of, set()).add(tuple(map(int, number.split("."))))
+        assert max(asked["GLIBC"]) <= (2, 28), library
+        assert max(asked["GLIBCXX"]) <= (3, 4, 24), library
+        assert max(asked["CXXABI"]) <= (1, 3, 11), library
+        for name in ("__cxa_throw", "__cxa_begin_catch", "_Unwind_Resume"):
+            assert f" UND {name}@" in symbols, library
+        # What was linked in stays inside.
+        assert not re.search(
+            r"(?:GLOBAL|WEAK|UNIQUE) +DEFAULT +\d+ (?:_ZNSt7__cxx1118basic_stringstream|cuda)", symbols
+        )
+        assert ".debug_" not in run("readelf", "--wide", "--sections", str(library)).stdout
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc, the compiler of the CUDA toolkit")
-def test_the_cuda_library_is_built_for_every_architecture(tree: Path) -> None:
+@of_the_build
+def test_the_wheel_finds_the_processor_and_its_errors_arrive(built: Built) -> None:
+    """What libgcc knows of the processor, and exceptions, go through what the wheel is linked with."""
+    code = """
+import ctypes, torch, torch_adadelta
+from torch_adadelta.backends import kernels
+print(kernels.cpu_capability())
+for _ in range(3):
+    try:
+        torch.ops.torch_adadelta.set_cpu_capability(99)
+    except RuntimeError as error:
+        print(error)
+print(ctypes.CDLL("libstdc++.so.6")._ZSt19uncaught_exceptionsv())
+"""
+    capability, *errors, uncaught = run(sys.executable, "-c", code, **built.environment).stdout.splitlines()
+    if kernels.is_loaded:
+        assert capability == kernels.cpu_capability()
+    assert len(errors) == 3
+    for error in errors:
+        assert re.match(r"torch_adadelta refuses the call: this processor has .+, got 99$", error)
+    assert uncaught == "0"
+
+
+@of_the_build
+@needs_nvcc
+def test_the_cuda_library_is_built_for_every_architecture(built: Built) -> None:
     """Compiled and linked, which needs neither a GPU nor a PyTorch that knows CUDA. It is loaded only by one that does."""
-    wheel, _ = build_wheel(tree, TORCH_ADADELTA_CUDA="1", TORCH_CUDA_ARCH_LIST="")
-    assert {"torch_adadelta/_C.so", "torch_adadelta/_C_cuda.so"} <= set(zipfile.ZipFile(wheel).namelist())
-    library = Path(unpack(wheel)["PYTHONPATH"]) / "torch_adadelta" / "_C_cuda.so"
+    (library,) = (path for path in libraries(built) if path.name == "_C_cuda.so")
     dynamic = run("readelf", "--wide", "--dynamic", str(library)).stdout
     needed = set(re.findall(r"NEEDED.*\[(\w+)", dynamic))
     # By libtorch the loader finds the libraries of CUDA that came with PyTorch; it does not find others.
@@ -149,6 +221,33 @@ def test_the_cuda_library_is_built_for_every_architecture(tree: Path) -> None:
     known = sorted(int(number) for number in re.findall(r"sm_(\d+)$", listed, re.MULTILINE) if int(number) >= 75)
     firsts = [number for i, number in enumerate(known) if i == 0 or known[i - 1] // 10 != number // 10]
     assert ",".join(str(10 * number) for number in firsts).encode() in library.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("tag", "change", "refusal"),
+    [
+        ("v0.0.1", False, "and the tags of this commit are: v0.0.1; check out v"),
+        (None, False, "and the tags of this commit are: none; check out v"),
+        ("v{version}", True, "the tree is not that of the commit: commit, stash or remove\n?? new.txt"),
+    ],
+    ids=["another tag", "no tag", "a change"],
+)
+def test_no_release_of_another_state(tree: Path, tag: str | None, change: bool, refusal: str) -> None:
+    """scripts/release.sh compiles nothing then, and leaves dist/ alone."""
+    version = runpy.run_path(str(ROOT / "torch_adadelta" / "version.py"))["__version__"]
+    git = ("git", "-C", str(tree), "-c", "user.name=Ada", "-c", "user.email=ada@example.org")
+    run(*git, "init", "--quiet")
+    run(*git, "add", "--all")
+    run(*git, "commit", "--quiet", "--message", "All")
+    if tag is not None:
+        run(*git, "tag", tag.format(version=version))
+    if change:
+        (tree / "new.txt").touch()
+    result = run(str(tree / "scripts" / "release.sh"), check=False)
+    assert result.returncode == 1
+    assert "no release: " in result.stderr
+    assert refusal in result.stderr
+    assert not (tree / "dist").exists()
 
 
 def test_a_cuda_build_without_a_compiler_says_what_is_missing(tree: Path) -> None:
