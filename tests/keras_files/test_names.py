@@ -215,9 +215,10 @@ def test_a_scope_that_is_open_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_in_a_submodel_the_order_tells_where_names_do_not(tmp_path: Path) -> None:
-    """In TensorFlow 1 a weight of a layer conv may be called as its neighbour, conv_1."""
-    inner = sequential(("conv", "Dense", {}), ("conv_1", "Dense", {}))
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_in_a_submodel_the_order_tells_where_names_do_not(is_frozen: bool, tmp_path: Path) -> None:
+    """In TensorFlow 1 a weight of a layer conv may be called as its neighbour, conv_1. Frozen weights come last."""
+    inner = sequential(("conv", "Dense", {"trainable": not is_frozen}), ("conv_1", "Dense", {}))
     model = {"class_name": "Sequential", "config": {"name": "m", "layers": [inner]}}
     weights = {f"{name}/kernel": np.full((2, 2), value) for name, value in (("conv_1", 1.0), ("conv_1_1", 2.0))}
     path = write_h5(tmp_path / "m.h5", {"sequential": weights}, model)
@@ -225,7 +226,8 @@ def test_in_a_submodel_the_order_tells_where_names_do_not(tmp_path: Path) -> Non
         group = file["model_weights/sequential"]
         for name in ("conv_1", "conv_1_1"):
             group[f"{name}/kernel:0"] = group[f"sequential/{name}/kernel:0"][()]
-        group.attrs["weight_names"] = [b"conv_1/kernel:0", b"conv_1_1/kernel:0"]
+        in_order = [b"conv_1/kernel:0", b"conv_1_1/kernel:0"]
+        group.attrs["weight_names"] = in_order[::-1] if is_frozen else in_order
         for name in ("conv_1", "conv_1_1"):
             for slot in ("accum_grad", "accum_var"):
                 renamed(f"Adadelta/sequential/{name}/kernel/{slot}:0", f"training/Adadelta/{name}/kernel/{slot}:0")(

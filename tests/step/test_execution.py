@@ -365,6 +365,18 @@ def test_a_batch_that_its_op_refuses_after_it_was_checked(
     assert optimizer.iterations == steps_before + 1
 
 
+@pytest.mark.skipif(not kernels.is_loaded, reason="the compiled library is not installed")
+def test_averages_that_a_refused_step_began_are_all_that_goes() -> None:
+    """The accumulators that were there before stay."""
+    optimizer = made([FUSED])
+    optimizer.use_ema = True
+    optimizer.state[params_of(optimizer)[0]]["square_avg"] = torch.zeros(7)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 has shape \(3, 2\), but its state square_avg"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
 def test_counts_are_levelled() -> None:
     """Where nothing has to be asked of a device."""
     tensor = torch.tensor(4)

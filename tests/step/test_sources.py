@@ -123,7 +123,7 @@ def test_what_stays_in_a_group_depends_on_no_order(path: Path, decay: float) -> 
 )
 def test_what_a_schedule_returns(value: Any, expected: Any) -> None:
     if isinstance(expected, float):
-        assert at_step(lambda step: value, 3, F32) == expected
+        assert [at_step(lambda step: value, 3, T) for T in (F32, F64)] == [expected, expected]
         return
     with pytest.raises(expected, match=r"the schedule Counting returned"):
         at_step(Counting(value), 3, F32)
