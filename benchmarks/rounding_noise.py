@@ -26,6 +26,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from report import Table
 
 from torch_adadelta import AdadeltaKeras, __version__
 from torch_adadelta.backends import kernels
@@ -214,9 +215,6 @@ def versions() -> str:
 
 def main() -> None:
     """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(description="How far float32 Adadelta is from the truth.")
     parser.add_argument("--elements", type=int, default=500, help="for each gradient scale (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="at least 1 (default: %(default)s)")
@@ -227,19 +225,16 @@ def main() -> None:
 
     at = sorted({1, min(10, arguments.steps), arguments.steps})
     results = measure(arguments.elements, at, arguments.seed)
-    table = Table(title=f"Rounding noise in float32, max / mean of {arguments.elements * len(SCALES)} elements")
-    table.add_column("implementation")
     units = {"square_avg": "ulp", "acc_delta": "ulp", "path": "2^-24"}
-    for quantity, t in columns(at):
-        table.add_column(f"{quantity}\nt={t}\n{units[quantity]}", justify="right")
+    header = ["implementation", *(f"{quantity}, t={t}, {units[quantity]}" for quantity, t in columns(at))]
+    rows = []
     for result in results:
         noise = [result.noise[column] for column in columns(at)]
-        table.add_row(result.name, *(f"{n.max:.2f} / {n.mean:.2f}" for n in noise))
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    console.print(f"gradient scales {SCALES[0]:.0e} to {SCALES[-1]:.0e}, {arguments.elements} elements each, p0 = 0")
-    console.print("learning_rate, rho, epsilon =", *HYPERPARAMETERS, f"; seed {arguments.seed}")
-    console.print(versions())
+        rows.append([result.name, *(f"{n.max:.2f} / {n.mean:.2f}" for n in noise)])
+    scales = f"gradient scales {SCALES[0]:.0e} to {SCALES[-1]:.0e}, {arguments.elements} elements each, p0 = 0"
+    values = f"learning_rate, rho, epsilon = {HYPERPARAMETERS}; seed {arguments.seed}"
+    title = f"Rounding noise in float32, max / mean of {arguments.elements * len(SCALES)} elements"
+    print(Table(title, header, rows, (scales, values, versions())).section())
 
 
 if __name__ == "__main__":
