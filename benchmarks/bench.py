@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from unittest.mock import patch
 
 import implementations as impl
 import torch
@@ -36,7 +37,7 @@ import workloads
 from report import facts_text, fill_in, rows_of, tables_of, target_cells, write_markdown
 from results import LITTLE_MEMORY, Record, Results, judged
 from timing import MOST_CUDA_CALLS, STEP, Run, interleave, machine
-from workers import Worker, Workers, environment
+from workers import Worker, Workers
 from workloads import Workload
 
 from torch_adadelta.backends import kernels
@@ -52,6 +53,7 @@ PARTS: Final = {
 }
 # What the figures are of.
 FULL, PART, QUICK = "a full run", "a part of a run", "a quick run, whose figures mean little"
+RUNS_FOR_DOCS: Final = 3
 
 # Whose memory is measured on the CPU, and on what.
 MEMORY: Final = (impl.FUSED, impl.TORCH_FOREACH, impl.TORCH_FOR_LOOP, impl.ADAM)
@@ -72,7 +74,7 @@ class Bench:
     with_compile: bool
 
     def measure(self, part: str, workload: Workload, entries: Sequence[Entry], left_out: Mapping[str, str]) -> Record:
-        """Times implementations, and measures the memory that ours take on a impl.CUDA device."""
+        """Times implementations, and measures the memory that ours take on a CUDA device."""
         print(f"measuring {part}, {workload.name} ...", file=sys.stderr)
         used: dict[str, Worker] = {}
         builders = {}
@@ -201,15 +203,16 @@ def run(options: argparse.Namespace) -> Results:
         # What a compiler kept from an earlier run would hide how long it takes.
         with (
             tempfile.TemporaryDirectory() as cache,
-            environment(TORCHINDUCTOR_CACHE_DIR=cache),
+            patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
             Workers(options.threads) as workers,
         ):
             bench = Bench(options.device, workers, options.rounds, options.quick, options.compile)
             for record in (record for part in parts for record in bench.part(part, selected)):
                 print_lines(record)
                 results.add(record)
-                results = results._replace(runs=number, seconds=time.perf_counter() - start)
+                results = results._replace(runs=number - 1, seconds=time.perf_counter() - start)
                 results.write(options.output / "bench.json")  # so that nothing is lost if the run is
+        results = results._replace(runs=number)
     return results
 
 
@@ -278,8 +281,9 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if min(options.threads, options.rounds or 1, 1 if options.runs is None else options.runs) < 1:
         parser.error("--threads, --rounds and --runs must be at least 1")
     is_part = bool(options.quick or options.workload or options.part)
-    if options.docs and (is_part or options.device != "cpu"):
-        parser.error("--docs needs full runs on the CPU: leave out --quick, --workload, --part and --device")
+    is_less = is_part or options.device != "cpu" or (options.runs or RUNS_FOR_DOCS) < RUNS_FOR_DOCS
+    if options.docs and is_less and not options.source:
+        parser.error("--docs needs three full runs on the CPU: leave out --quick, --workload, --part, --device, --runs")
     known = [workload.name for workload in all_workloads(options.device, quick=options.quick)]
     if unknown := set(options.workload or ()) - set(known):
         parser.error(f"--workload {min(unknown)}: choose from {', '.join(known)}")
@@ -287,7 +291,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--part {min(unknown)}: --device {options.device} has {', '.join(PARTS[options.device])}")
     if options.compile is None:
         options.compile = options.device == "cpu" and not options.quick
-    options.runs = options.runs or (3 if options.docs else 1)
+    options.runs = options.runs or (RUNS_FOR_DOCS if options.docs else 1)
     name = "bench" if options.device == "cpu" else "bench-cuda"
     options.output = options.output or ROOT / "output" / (f"{name}-part" if is_part else name)
     return options
@@ -298,15 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(arguments)
     if not options.source and options.device == "cuda":
         if not torch.cuda.is_available():
-            sys.exit("--device cuda needs a impl.CUDA device")
+            sys.exit("--device cuda needs a CUDA device")
         if not kernels.is_cuda_loaded:
-            sys.exit(f"the impl.CUDA library is missing: {kernels.cuda_load_error}")
+            sys.exit(f"the CUDA library is missing: {kernels.cuda_load_error}")
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results.read(options.source) if options.source else run(options)
     results.write(options.output / "bench.json")
     write_report(results, options.output)
-    if options.docs and results.options != FULL:
-        sys.exit(f"{options.source} is of {results.options}: --docs needs full runs on the CPU")
+    if options.docs and (results.options != FULL or "GPU" in results.machine or results.runs < RUNS_FOR_DOCS):
+        sys.exit(f"{options.source} has {results.runs} × {results.options}: --docs needs three full runs on the CPU")
     if options.docs:
         write_docs(results, ROOT)
     print(f"{results.options}, {results.seconds:.0f} s: {options.output}")

@@ -125,13 +125,8 @@ def torch_adadelta(tensors: Tensors, *, foreach: bool) -> Step:
 
 def torch_compiled(tensors: Tensors) -> Step:
     """PyTorch's optimizer under torch.compile; it compiles in its first call."""
-    optimizer_step = torch_adadelta(tensors, foreach=True)
-
-    @torch.compile(fullgraph=False)
-    def step() -> None:
-        optimizer_step()
-
-    return step
+    step = torch_adadelta(tensors, foreach=True)
+    return torch.compile(lambda: step(), fullgraph=False)
 
 
 def torch_adam(tensors: Tensors) -> Step:
@@ -141,11 +136,6 @@ def torch_adam(tensors: Tensors) -> Step:
         step = torch.zeros((), device=param.device)
         optimizer.state[param] = {"step": step, "exp_avg": grad.clone(), "exp_avg_sq": grad.square()}
     return optimizer.step
-
-
-def torch_adagrad(tensors: Tensors) -> Step:
-    """PyTorch's fused Adagrad, which has one state less to move."""
-    return torch.optim.Adagrad(tensors.params, lr=LR, fused=True).step
 
 
 def pytorch_optimizer(tensors: Tensors) -> Step:
@@ -163,11 +153,6 @@ def torch_sparse_adam(tensors: Tensors) -> Step:
     state = {"step": 0, "exp_avg": tensors.square_avgs[0], "exp_avg_sq": tensors.acc_deltas[0]}
     optimizer.state[tensors.params[0]] = state
     return by_other_rows(optimizer, tensors)
-
-
-def torch_sparse_adagrad(tensors: Tensors) -> Step:
-    """PyTorch's Adagrad, which takes sparse gradients in its for-loop."""
-    return by_other_rows(torch.optim.Adagrad(tensors.params, lr=LR), tensors)
 
 
 def add(tensors: Tensors) -> Step:
@@ -262,8 +247,7 @@ def optax(tensors: Tensors) -> Step:
     held = [params, state]
 
     def step() -> None:
-        held[:] = compiled(*held, grads)
-        jax.block_until_ready(held)
+        held[:] = jax.block_until_ready(compiled(*held, grads))
 
     return step
 
@@ -272,13 +256,11 @@ def optax(tensors: Tensors) -> Step:
 
 OURS: Final = "AdadeltaKeras"
 THEIRS: Final = "torch.optim.Adadelta"
-MAKERS: Final[dict[str, Callable[[Tensors], Optimizer]]] = {
+Maker = Callable[[Tensors], Optimizer]
+MAKERS: Final[dict[str, Maker]] = {
     OURS: lambda tensors: AdadeltaKeras(tensors.params, LR, RHO, EPSILON),
     THEIRS: lambda tensors: torch.optim.Adadelta(tensors.params, lr=LR, rho=RHO, eps=EPSILON),
 }
-
-# Each takes what makes an optimizer of tensors.
-Maker = Callable[[Tensors], Optimizer]
 
 
 def giving_back(tensors: Tensors) -> Step:
@@ -302,22 +284,17 @@ def first_step(make: Maker, tensors: Tensors) -> Step:
     return step
 
 
+def zero_grad(make: Maker, tensors: Tensors) -> Step:
+    """Takes the gradients, which must be given back for the next time."""
+    optimizer, give_back = make(tensors), giving_back(tensors)
+    return lambda: (optimizer.zero_grad(), give_back())
+
+
 def after_a_step(make: Maker, tensors: Tensors) -> Optimizer:
     """An optimizer with state."""
     optimizer = make(tensors)
     optimizer.step()
     return optimizer
-
-
-def zero_grad(make: Maker, tensors: Tensors) -> Step:
-    """Takes the gradients, which must be given back for the next time."""
-    optimizer, give_back = make(tensors), giving_back(tensors)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        give_back()
-
-    return step
 
 
 OPERATIONS: Final[dict[str, Callable[[Maker, Tensors], Step]]] = {
@@ -339,11 +316,9 @@ BATCH_SIZE: Final = 32
 
 def epochs(make: Callable[[Any], Optimizer] | None, _: Tensors) -> Step:
     """An epoch of examples/train_digits.py, from the same weights at every call."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-    try:
-        import train_digits
-    finally:
-        del sys.path[0]
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+    import train_digits
+
     digits = train_digits.load()
     torch.manual_seed(0)
     model = train_digits.build_model()
@@ -387,7 +362,7 @@ _TORCH: Final[dict[str, Builder]] = {
     REPLAY: replay,
     EMPTY: lambda tensors: EmptyStep(tensors.params).step,
     ADAM: torch_adam,
-    ADAGRAD: torch_adagrad,
+    ADAGRAD: lambda tensors: torch.optim.Adagrad(tensors.params, lr=LR, fused=True).step,
     TORCH_COMPILED: torch_compiled,
     TORCH_FOREACH: partial(torch_adadelta, foreach=True),
     TORCH_FOR_LOOP: partial(torch_adadelta, foreach=False),
@@ -395,7 +370,7 @@ _TORCH: Final[dict[str, Builder]] = {
     FOR_LOOP: partial(keras_like, foreach=False),
     PYTORCH_OPTIMIZER: pytorch_optimizer,
     SPARSE_ADAM: torch_sparse_adam,
-    SPARSE_ADAGRAD: torch_sparse_adagrad,
+    SPARSE_ADAGRAD: lambda tensors: by_other_rows(torch.optim.Adagrad(tensors.params, lr=LR), tensors),
     FUSED + DENSE: fused,
     TORCH_FOREACH + DENSE: partial(torch_adadelta, foreach=True),
 }

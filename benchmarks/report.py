@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import implementations as impl
 from results import MOST_DISTURBANCE, Record, Results, Verdict, judged
-from timing import COLD, HOST, STEP, Run, Spread
+from timing import COLD, HOST, STEP, Spread
 
 
 class Table(NamedTuple):
@@ -125,7 +125,8 @@ def matrix(title: str, records: Sequence[Record], names: Iterable[str]) -> Table
     ]
     reasons: dict[str, list[str]] = {}
     for record in records:
-        for name, reason in record.absent.items():
+        for name in record.absent.keys() & set(names):
+            reason = record.absent[name]
             reasons.setdefault(f"{name}: {reason}", []).append(record.name)
     notes = busy_notes(records) + [f"{reason} ({', '.join(where)})" for reason, where in reasons.items()]
     header = ["one step", *(f"{record.name}, cold" if kind == COLD else record.name for record, kind in columns)]
@@ -203,21 +204,6 @@ def memory_table(records: Sequence[Record]) -> Table | None:
     return Table("Extra memory during a step", header, rows, notes) if rows else None
 
 
-def curve_table(title: str, records: Sequence[Record], what: str) -> Table | None:
-    """The points of a picture: one row a workload, one column an implementation."""
-    names = list(dict.fromkeys(name for record in records for name in record.names))
-    rows = [
-        [
-            f"{getattr(record, what):,}{', cold' if kind == COLD else ''}",
-            *(seconds_text(record.spread(n, kind).median) if record.has(n, kind) else "-" for n in names),
-        ]
-        for record in records
-        for kind in (STEP, COLD)
-        if any(record.has(name, kind) for name in names)
-    ]
-    return Table(title, (what, *names), rows, busy_notes(records)) if rows else None
-
-
 def setup_table(records: Sequence[Record]) -> Table | None:
     """Importing and building."""
     rows = [[name, spread_text(record.spread(name))] for record in records for name in record.names]
@@ -267,21 +253,29 @@ def readme_table(results: Results) -> Table | None:
     return Table("Speed", header, rows, busy_notes(records)) if rows else None
 
 
+# Workloads that grow.
+CURVES: Final = {
+    "elements": "One tensor of more and more elements",
+    "tensors": "More and more tensors of 16 elements",
+    "sparse": "1,000 rows of a table, float32, other rows each time",
+}
+
+
 def tables_of(results: Results) -> dict[str, Table]:
     """All tables that sum up a run, by name."""
-    steps, rows = results.of("steps"), results.of("sparse")
+    steps = results.of("steps")
     optimizers = [name for name in impl.ORDER if name not in ASIDE]
     tables: dict[str, Table | None] = {}
     for dtype in dict.fromkeys(record.dtype for record in steps):
         of_dtype = [record for record in steps if record.dtype == dtype]
         tables[f"steps-{dtype}"] = matrix(f"A whole step, {dtype}", of_dtype, optimizers)
     clipped = [record for record in steps if any(map(record.has, impl.CLIPPED))]
-    tables["clipping"] = matrix("A step that clips", [without_absent(r) for r in clipped], (impl.FUSED, *impl.CLIPPED))
+    tables["clipping"] = matrix("A step that clips", clipped, (impl.FUSED, *impl.CLIPPED))
     tables["limits"] = limits_table(results)
     tables["compiling"] = first_call_table(results)
-    tables["elements"] = curve_table("One tensor of more and more elements", results.of("elements"), "elements")
-    tables["tensors"] = curve_table("More and more tensors of 16 elements", results.of("tensors"), "tensors")
-    tables["sparse"] = matrix("1,000 rows of a table, float32, other rows each time", rows, impl.ORDER)
+    for part, title in CURVES.items():
+        names = dict.fromkeys(name for record in results.of(part) for name in record.names)
+        tables[part] = matrix(title, results.of(part), names)
     tables["threads"] = threads_table(results.of("threads"))
     tables["training"] = next(map(record_table, results.of("training")), None)
     tables |= {f"operations-{record.name}": operations_table(record) for record in results.of("operations")}
@@ -289,11 +283,6 @@ def tables_of(results: Results) -> dict[str, Table]:
     tables["memory"] = memory_table(results.of("memory"))
     tables["targets"] = targets_table(results)
     return {name: table for name, table in tables.items() if table}
-
-
-def without_absent(record: Record) -> Record:
-    """A record for a table in which the others are not missed."""
-    return record._replace(runs=[Run(**{**run._asdict(), "absent": {}}) for run in record.runs])
 
 
 # ---- Where they go --------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ them becomes a RuntimeError with its text here.
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import implementations
 import torch
@@ -108,7 +109,8 @@ class Worker:
         self.process = spawn.Process(target=serve, args=(theirs, family, threads), daemon=True)
         # Some systems put two of OpenMP's threads on one core and leave them there. Where OpenMP binds its threads, it
         # binds the main one, and so those of other frameworks, to one core.
-        with environment(OMP_PROC_BIND="true" if family in ("torch", "keras") and threads > 1 else "false"):
+        binds = "true" if family in ("torch", "keras") and threads > 1 else "false"
+        with patch.dict(os.environ, OMP_PROC_BIND=binds):
             self.process.start()
         theirs.close()
 
@@ -151,21 +153,6 @@ class Worker:
             self.process.join(10)
         if self.process.is_alive():
             self.process.terminate()
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for a while, for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class Workers:

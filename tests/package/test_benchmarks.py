@@ -209,7 +209,8 @@ def test_tables_go_where_a_page_asks_for_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--docs", "--quick"], "--docs needs full runs on the CPU"),
+        (["--docs", "--quick"], "--docs needs three full runs on the CPU"),
+        (["--docs", "--runs", "2"], "--docs needs three full runs on the CPU"),
         (["--runs", "0"], "must be at least 1"),
         (["--workload", "1x64M"], "--workload 1x64M: choose from 1x16M"),
         (["--device", "cuda", "--part", "training"], "--device cuda has steps, sparse"),
