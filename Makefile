@@ -8,8 +8,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-CPP_FILES = $(shell find csrc tests/csrc -type f \
-  -not -name "*.json" -not -name "*.py") benchmarks/handover.c
+CPP_FILES = $(shell find csrc tests/csrc -type f -not -name "*.json" -not -name "*.py")
 
 # A stamp for each PyTorch, with the package itself, compiled and editable; and one for each set of extras besides, which
 # compiles nothing.
@@ -40,7 +39,7 @@ nightly: $(INSTALLED)-test
 	TORCH_ADADELTA_EXAMPLES=$(EXAMPLES) $(VENV)/bin/python -m pytest -k stateful_long tests/fuzz/test_optimizer_stateful.py
 	$(VENV)/bin/python scripts/long_run.py
 
-# Some 14 minutes; BENCH=--quick takes one, BENCH=--docs puts the figures into the documentation.
+# Some 15 minutes; BENCH=--quick takes one, BENCH=--docs makes three runs and puts their medians into the documentation.
 BENCH ?=
 bench: $(INSTALLED)-bench-parity
 	$(VENV)/bin/python benchmarks/bench.py $(BENCH)

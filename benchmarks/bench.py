@@ -1,17 +1,21 @@
-"""How fast everything is, beside its peers: `make bench`, or
+"""How fast everything is, beside its baselines: `make bench`, or
 
-    python benchmarks/bench.py [--quick] [--part NAME]... [--workload NAME]... [--rounds N] [--threads N]
-                               [--no-compile] [--update] [--output FOLDER] [--docs]
+    python benchmarks/bench.py [--device cuda] [--quick] [--runs N] [--part NAME]... [--workload NAME]... [--rounds N]
+                               [--threads N] [--compile] [--output FOLDER] [--docs]
     python benchmarks/bench.py --from output/bench/bench.json [--docs]
 
-Contenders take turns, so that all of them see the machine's good and bad moments; each framework has a process of its
-own. What a step works on stays as it is: see `workloads.Tensors`. What fits into the caches is measured there. A peer
-that is not installed is named as absent.
+Implementations take turns, so that all of them see the machine's good and bad moments; each framework has a process of
+its own. What a step works on stays as it is: see `workloads.Tensors`. What fits into the caches is measured there, and
+after other work has used them, as a forward and a backward pass do. Baselines that are not installed are named.
 
-It writes tables (report.md), pictures, and every single figure (bench.json) to the folder. `--update` measures a part
-again, where the machine was disturbed, and keeps the rest. `--from` makes tables and pictures from such figures and
-measures nothing. `--docs` puts them into the README, docs/performance.md and docs/sparse.md. The exit status does not
-depend on the figures.
+With `--device cuda` each turn is a number of steps between two CUDA events, so that a step lasts as long as the slower
+of host and device. That needs nothing beyond torch and torch_adadelta; tables need tabulate, pictures matplotlib.
+
+It prints every figure as it is measured, and writes all of them (bench.json), tables (report.md) and pictures to the
+folder. `--runs` measures all of it several times, one after the other; each figure of a table is the median of the
+runs. `--from` makes tables and pictures from such figures and measures nothing. `--docs` measures three times, and puts
+tables and pictures into the README, docs/performance.md and docs/sparse.md. The exit status does not depend on the
+figures.
 """
 
 import argparse
@@ -21,144 +25,144 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from unittest.mock import patch
 
-import contenders
-import shapes
+import implementations as impl
 import torch
-from contenders import ADAM, ADD, FUSED, OPTAX, TF_GRAPH, TORCH_COMPILED, TORCH_FOR_LOOP, TORCH_FOREACH
-from measure import handover, interleave, machine
-from report import fill_in, record_table, show, tables_of, write_markdown
-from results import Memory, Record, Results
-from rich.console import Console
-from workers import Worker, Workers, environment
-from workloads import QUICK, WORKLOADS, Tensors, Workload, by_elements, by_rows, by_tensors, by_threads, many
+import workloads
+from report import facts_text, fill_in, rows_of, tables_of, target_cells, write_markdown
+from results import LITTLE_MEMORY, Record, Results, judged
+from timing import MOST_CUDA_CALLS, STEP, Run, interleave, machine
+from workers import Worker, Workers
+from workloads import Workload
+
+from torch_adadelta.backends import kernels
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
 # Whose tables `--docs` fills in.
-PAGES: Final = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "sparse.md")
+PAGES: Final = ("README.md", "docs/performance.md", "docs/sparse.md")
 
-PARTS: Final = ("steps", "elements", "tensors", "threads", "sparse", "operations", "training", "memory", "setup")
+PARTS: Final = {
+    "cpu": ("steps", "elements", "tensors", "threads", "sparse", "operations", "training", "memory", "setup"),
+    "cuda": ("steps", "sparse"),
+}
+# What the figures are of.
+FULL, PART, QUICK = "a full run", "a part of a run", "a quick run, whose figures mean little"
+RUNS_FOR_DOCS: Final = 3
+
+# Whose memory is measured on the CPU, and on what.
+MEMORY: Final = (impl.FUSED, impl.TORCH_FOREACH, impl.TORCH_FOR_LOOP, impl.ADAM)
+MEMORY_WORKLOADS: Final = ("1x16M", "1000x16", "1x256K")
+
+# What to call it here, the implementation, and its threads.
+Entry = tuple[str, str, int | None]
 
 
+@dataclass
 class Bench:
-    """A run: what was asked for, and the workers that it is done by."""
+    """What was asked for, and the workers that it is done by."""
 
-    def __init__(self, workers: Workers, console: Console, *, rounds: int | None, quick: bool) -> None:
-        self.workers = workers
-        self.console = console
-        self.rounds = rounds
-        self.quick = quick
-        handover()  # once, for the first compiles something
+    device: str
+    workers: Workers
+    rounds: int | None
+    quick: bool
+    with_compile: bool
 
-    def measure(
-        self,
-        workload: Workload,
-        method: str,
-        names: Sequence[str | tuple[str, str, int]],
-        *arguments: Workload,
-        left_out: dict[str, str] | None = None,
-    ) -> Record:
-        """Times contenders that a method of `workers.Stage` builds.
-
-        `names`: contenders, or (what to call it here, contender, threads).
-        """
-        print(f"measuring {workload.name} ...", file=sys.stderr)
+    def measure(self, part: str, workload: Workload, entries: Sequence[Entry], left_out: Mapping[str, str]) -> Record:
+        """Times implementations, and measures the memory that ours take on a CUDA device."""
+        print(f"measuring {part}, {workload.name} ...", file=sys.stderr)
+        used: dict[str, Worker] = {}
         builders = {}
-        used: list[Worker] = []
-        for entry in names:
-            shown, name, threads = (entry, entry, workload.threads) if isinstance(entry, str) else entry
-            worker = self.workers.of(contenders.FAMILIES.get(name, "torch"), threads)
-            used.append(worker)
-            builders[shown] = worker.builder(method, *arguments, name)
-        timings = interleave(
+        for shown, name, threads in entries:
+            family = impl.CUDA if self.device == "cuda" else impl.FAMILIES.get(name, "torch")
+            used[shown] = self.workers.of("torch" if part in impl.OTHER else family, threads or workload.threads)
+            builders[shown] = used[shown].builder(part, workload, name)
+        run = interleave(
             builders,
             budget=workload.budget,
             turn=workload.turn,
             fits_cache=workload.fits_cache,
             rounds=self.rounds,
+            most_calls=MOST_CUDA_CALLS if self.device == "cuda" else sys.maxsize,
             busy=self.workers.seconds,
-            handover=handover,
         )
-        abnormal = sum(worker.call("abnormal") for worker in dict.fromkeys(used) if worker.process.is_alive())
+        try:
+            ours = [name for name in LITTLE_MEMORY if name in run.seconds and self.device == "cuda"]
+            run = run._replace(memory={name: used[name].call("extra_memory", name) for name in ours})
+            counts = [worker.call("abnormal") for worker in dict.fromkeys(used.values()) if worker.process.is_alive()]
+            run = run._replace(abnormal=sum(counts))
+        except RuntimeError as error:
+            run.absent["memory, or abnormal numbers"] = str(error)
         self.workers.clear()
-        return Record.of(workload, timings, left_out, abnormal)
+        return Record.of(part, workload, run._replace(absent={**left_out, **run.absent}))
 
-    def steps(self, workloads: Sequence[Workload], *, with_compile: bool) -> Iterator[Record]:
-        """Whole steps of all who can make them."""
-        for workload in workloads:
-            names, left_out = contenders.field_of(workload, with_compile=with_compile)
-            record = self.measure(workload, "build_step", names, workload, left_out=left_out)
-            show(self.console, record_table(record))
-            yield record
-
-    def curve(self, workloads: Sequence[Workload], names: Sequence[str]) -> Iterator[Record]:
-        """The same contenders on workloads that grow, ours also with one thread."""
-        entries: list[str | tuple[str, str, int]] = [*names]
-        if self.workers.threads > 1:
-            entries.insert(1, (f"{FUSED}, 1 thread", FUSED, 1))
-        for workload in workloads:
-            yield self.measure(workload, "build_step", entries, workload)
-
-    def threads(self) -> Iterator[Record]:
-        """Fused steps with one thread, and with twice as many each time, up to all."""
+    def entries(self, part: str, workload: Workload) -> tuple[list[Entry], dict[str, str]]:
+        """Who is measured on a workload, and who is left out, and why."""
+        left_out: dict[str, str] = {}
         most = self.workers.threads
-        counts = sorted({most, *(2**k for k in range(most.bit_length()) if 2**k <= most)})
-        entries = [(f"{n} thread{'s' if n > 1 else ''}", FUSED, n) for n in counts]
-        for workload in by_threads(quick=self.quick):
-            yield self.measure(workload, "build_step", entries, workload)
+        if part == "threads":  # one, and twice as many each time, up to all
+            counts = sorted({most, *(2**k for k in range(most.bit_length()) if 2**k <= most)})
+            return [(f"{n} thread{'s' if n > 1 else ''}", impl.FUSED, n) for n in counts], left_out
+        if part in ("steps", "sparse"):
+            names, left_out = impl.field_of(workload, self.device, with_compile=self.with_compile)
+        else:
+            names = list(impl.CURVES.get(part) or impl.OTHER[part])
+        entries: list[Entry] = [(name, name, None) for name in names]
+        if part in impl.CURVES and most > 1:
+            entries.insert(1, (f"{impl.FUSED}, 1 thread", impl.FUSED, 1))
+        return entries, left_out
 
-    def operations(self) -> Iterator[Record]:
-        """Everything but the step."""
-        workloads = (
-            [Workload("100x16", many(100, 16), budget=0.5)]
-            if self.quick
-            else [
-                Workload("1000x16", many(1000, 16), budget=6),
-                Workload("resnet50", tuple(shapes.resnet50()), budget=8, fits_cache=False),
-            ]
-        )
-        names = list(contenders.operations(Tensors([], [], [], [])))
-        for workload in workloads:
-            yield self.measure(workload, "build_operation", names, workload)
+    def part(self, part: str, selected: Sequence[Workload]) -> Iterator[Record]:
+        """The records of a part of the benchmark."""
+        if part == "setup":
+            yield Record.of(part, Workload("setup", ()), setup(quick=self.quick))
+        elif part == "memory":
+            self.workers.close()  # each takes memory
+            for workload in selected:
+                if workload.name in MEMORY_WORKLOADS:
+                    yield Record.of(part, workload, self.memory(workload))
+        else:
+            for workload in selected if part == "steps" else workloads.OF_PART[part](quick=self.quick):
+                yield self.measure(part, workload, *self.entries(part, workload))
 
-    def training(self) -> Iterator[Record]:
-        """Epochs of the example on handwritten digits, with one thread, as it has."""
-        workload = Workload(
-            "digits",
-            ((1, 32, 3, 3), (32,), (32, 64, 3, 3), (64,), (1024, 128), (128,), (128, 10), (10,)),
-            budget=1 if self.quick else 12,
-            turn=0.05,
-            fits_cache=False,
-            threads=1,
-        )
-        yield self.measure(workload, "build_training", list(contenders.training()))
-
-    def memory(self, workloads: Sequence[Workload]) -> Memory:
+    def memory(self, workload: Workload) -> Run:
         """What steps take beyond what they have before, each in a process of its own."""
-        memory: Memory = {}
-        for workload in workloads:
-            print(f"measuring memory of {workload.name} ...", file=sys.stderr)
-            memory[workload.name] = {}
-            for name in (FUSED, TORCH_FOREACH) if self.quick else (FUSED, ADAM, TORCH_FOREACH, TORCH_FOR_LOOP):
-                worker = Worker("torch", self.workers.threads)
-                try:
-                    # Threads and whatever else is set up once in a process.
-                    small = Workload("", many(1, 2**18), workload.dtype)
-                    worker.call("build_step", small, name)
-                    worker.call("time", name, 1)
+        print(f"measuring memory, {workload.name} ...", file=sys.stderr)
+        run = Run({}, {}, {}, {})
+        for name in MEMORY[: 2 if self.quick else None]:
+            worker = Worker("torch", self.workers.threads)
+            try:
+                # The first is for threads, and whatever else is set up once in a process.
+                for each in (Workload("", workloads.many(1, 2**18), workload.dtype), workload):
                     worker.call("clear")
-                    worker.call("build_step", workload, name)
+                    worker.call("build", "steps", each, name)
                     worker.call("time", name, 1)
-                    memory[workload.name][name] = worker.call("extra_memory", name)
-                except RuntimeError as error:
-                    memory[workload.name][name] = str(error)
-                finally:
-                    worker.close()
-        return memory
+                run.memory[name] = worker.call("extra_memory", name)
+            except RuntimeError as error:
+                run.absent[name] = str(error)
+            finally:
+                worker.close()
+        return run
+
+
+def setup(*, quick: bool) -> Run:
+    """What importing and building take."""
+    print("measuring imports and the build ...", file=sys.stderr)
+    repeats = 1 if quick else 5
+    seconds = {
+        "import torch_adadelta, beyond torch": {STEP: import_seconds("torch_adadelta", "torch", repeats)},
+        "import torch": {STEP: import_seconds("torch", "sys", repeats)},
+    }
+    built = "left out" if quick else build_seconds()
+    name = "building the compiled library"
+    if isinstance(built, str):
+        return Run(seconds, {}, {name: built}, {})
+    return Run({**seconds, name: {STEP: [built]}}, {}, {}, {})
 
 
 def import_seconds(package: str, after: str, repeats: int) -> list[float]:
@@ -176,131 +180,140 @@ def import_seconds(package: str, after: str, repeats: int) -> list[float]:
 
 def build_seconds() -> float | str:
     """How long the compiled library takes to build from nothing, or why that is unknown."""
-    if not (ROOT / "setup.py").exists():
-        return "there is no setup.py"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "setup.py", "build_ext", "--force", "--build-temp", f"{folder}/temp"]
+        command += ["--build-lib", f"{folder}/lib"]
         start = time.perf_counter()
-        result = subprocess.run(
-            [*command, "--build-lib", f"{folder}/lib"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
         seconds = time.perf_counter() - start
-        if result.returncode or not list(Path(folder).rglob("*.so")):
-            return "the build failed"
-        return seconds
+        return seconds if result.returncode == 0 and list(Path(folder).rglob("*.so")) else "the build failed"
 
 
-def run(arguments: argparse.Namespace, console: Console) -> Iterator[Results]:
-    """Measures what the command line asks for, and says after each record what there is so far."""
-    quick: bool = arguments.quick
+def run(options: argparse.Namespace) -> Results:
+    """Measures what the command line asks for, and writes after each record what there is so far."""
     start = time.perf_counter()
-    facts = {**machine(), "threads": str(arguments.threads)}
-    for key, value in facts.items():
-        console.print(f"{key:18}{value}", markup=False, highlight=False)
-    console.print()
-
-    selected = [w for w in (QUICK if quick else WORKLOADS) if not arguments.workload or w.name in arguments.workload]
-    parts: set[str] = set(arguments.part or (("steps", "memory") if arguments.workload else PARTS))
-    results = Results.empty(facts, "a quick run, whose figures mean little" if quick else "a full run")
-
-    def so_far() -> Results:
-        return results._replace(seconds=time.perf_counter() - start)
-
-    # What a compiler kept from an earlier run would hide how long it takes.
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        environment(TORCHINDUCTOR_CACHE_DIR=cache),
-        Workers(arguments.threads) as workers,
-    ):
-        bench = Bench(workers, console, rounds=arguments.rounds, quick=quick)
-        by_size = (FUSED, ADD, ADAM, TORCH_FOREACH, TF_GRAPH, OPTAX)
-        by_number = (FUSED, ADAM, TORCH_FOREACH, TORCH_FOR_LOOP)
-        for part, records, measured in (
-            ("steps", results.steps, bench.steps(selected, with_compile=arguments.compile)),
-            ("elements", results.by_elements, bench.curve(by_elements(quick=quick), by_size)),
-            ("tensors", results.by_tensors, bench.curve(by_tensors(quick=quick), by_number)),
-            ("threads", results.by_threads, bench.threads()),
-            ("sparse", results.by_rows, bench.steps(by_rows(quick=quick), with_compile=False)),
-            ("operations", results.operations, bench.operations()),
-            ("training", results.training, bench.training()),
+    facts = {**machine(options.device), "threads": str(options.threads)}
+    print(facts_text(facts), end="\n\n", flush=True)
+    known = all_workloads(options.device, quick=options.quick)
+    selected = [workload for workload in known if not options.workload or workload.name in options.workload]
+    parts = options.part or [p for p in PARTS[options.device] if not options.workload or p in ("steps", "memory")]
+    kind = QUICK if options.quick else PART if options.part or options.workload else FULL
+    results = Results(facts, kind, 0, 0.0, [])
+    for number in range(1, options.runs + 1):
+        # What a compiler kept from an earlier run would hide how long it takes.
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+            Workers(options.threads) as workers,
         ):
-            for record in measured if part in parts else ():
-                records.append(record)
-                yield so_far()
-    if "memory" in parts:
-        # Without workers beside: each takes memory.
-        results.memory.update(bench.memory([w for w in selected if w.name in ("1x16M", "1000x16", "1x256K")]))
-        yield so_far()
-    if "setup" in parts:
-        print("measuring imports and the build ...", file=sys.stderr)
-        repeats = 1 if quick else 5
-        results.imports["torch_adadelta, beyond torch"] = import_seconds("torch_adadelta", "torch", repeats)
-        results.imports["torch"] = import_seconds("torch", "sys", repeats)
-        if not quick:
-            results = results._replace(build=build_seconds())
-        yield so_far()
+            bench = Bench(options.device, workers, options.rounds, options.quick, options.compile)
+            for record in (record for part in parts for record in bench.part(part, selected)):
+                print_lines(record)
+                results.add(record)
+                results = results._replace(runs=number - 1, seconds=time.perf_counter() - start)
+                results.write(options.output / "bench.json")  # so that nothing is lost if the run is
+        results = results._replace(runs=number)
+    return results
 
 
-def main(arguments: Sequence[str] | None = None) -> Results:
-    """Measures, prints and writes what the command line asks for."""
-    from pictures import draw_all  # matplotlib, which no worker needs
+def print_lines(record: Record) -> None:
+    """Prints what a run measured of a workload, without the help of any package."""
+    print(f"{record.part}, {record.name}: {record.title}")
+    for row in rows_of(record):
+        facts = (f"{column} {text}" for column, text in row.items() if text and column != "implementation")
+        print(f"  {row['implementation']}: {', '.join(facts)}")
+    for name, count in record.memory.items():
+        print(f"  {name}: extra memory {count:,} B")
+    for name, reason in record.absent.items():
+        print(f"  {name}: absent: {reason}")
+    print(flush=True)
 
+
+def all_workloads(device: str, *, quick: bool) -> Sequence[Workload]:
+    """What steps are measured on."""
+    if device == "cuda":
+        return workloads.of_cuda(quick=quick)
+    return workloads.QUICK if quick else workloads.WORKLOADS
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Prints and writes tables, and draws pictures, if that can be done here."""
+    try:
+        import tabulate  # noqa: F401
+        from pictures import draw_all
+    except ModuleNotFoundError as error:
+        for verdict in judged(results):
+            print(" · ".join(target_cells(verdict)))
+        print(f"{error.name} is not installed: `--from {folder / 'bench.json'}` makes tables and pictures where it is")
+        return
+    for table in tables_of(results).values():
+        print(table.section())
+    write_markdown(folder / "report.md", results)
+    draw_all(results, folder)
+
+
+def write_docs(results: Results, root: Path) -> None:
+    """Puts tables and pictures into the pages of a source tree."""
+    from pictures import draw_all
+
+    draw_all(results, root / "docs" / "images")
+    for page in PAGES:
+        fill_in(root / page, results)
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    names = [workload.name for workload in (*WORKLOADS, *QUICK)]
+    parser.add_argument("--device", choices=PARTS, default="cpu", help="what to measure on (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a minute, with little of everything")
-    parser.add_argument(
-        "--workload",
-        action="append",
-        choices=names,
-        metavar="NAME",
-        help=f"only steps on this one, and their memory; repeatable: {', '.join(names)}",
-    )
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; repeatable")
+    parser.add_argument("--runs", type=int, help="measure everything so many times (default: 1, with --docs 3)")
+    parser.add_argument("--workload", action="append", metavar="NAME", help="only steps on this one; repeatable")
+    parser.add_argument("--part", action="append", choices=PARTS["cpu"], help="only this part; repeatable")
     parser.add_argument("--rounds", type=int, help="rounds of each workload; by default as many as some seconds allow")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s")
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help=f"{TORCH_COMPILED}, too: minutes (default: unless --quick)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="where to write (default: output/bench; if it is not all that is measured, and not to --update that, "
-        "output/bench-part)",
-    )
+    compiles = f"{impl.TORCH_COMPILED}, too: minutes (default: on the CPU, unless --quick)"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiles)
+    output = "where to write (default: output/bench; if it is not all that is measured, output/bench-part)"
+    parser.add_argument("--output", type=Path, help=output)
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON", help="figures to show instead of measuring")
-    parser.add_argument("--update", action="store_true", help="keep what else the folder's bench.json has")
     parser.add_argument("--docs", action="store_true", help="put tables and pictures into README.md and docs/")
     options = parser.parse_args(arguments)
-    if options.threads < 1 or (options.rounds is not None and options.rounds < 1):
-        parser.error("--threads and --rounds must be at least 1")
+    if min(options.threads, options.rounds or 1, 1 if options.runs is None else options.runs) < 1:
+        parser.error("--threads, --rounds and --runs must be at least 1")
+    is_part = bool(options.quick or options.workload or options.part)
+    is_less = is_part or options.device != "cpu" or (options.runs or RUNS_FOR_DOCS) < RUNS_FOR_DOCS
+    if options.docs and is_less and not options.source:
+        parser.error("--docs needs three full runs on the CPU: leave out --quick, --workload, --part, --device, --runs")
+    known = [workload.name for workload in all_workloads(options.device, quick=options.quick)]
+    if unknown := set(options.workload or ()) - set(known):
+        parser.error(f"--workload {min(unknown)}: choose from {', '.join(known)}")
+    if unknown := set(options.part or ()) - set(PARTS[options.device]):
+        parser.error(f"--part {min(unknown)}: --device {options.device} has {', '.join(PARTS[options.device])}")
     if options.compile is None:
-        options.compile = not options.quick
-    if options.output is None:
-        is_part = (options.quick or options.workload or options.part) and not options.update
-        options.output = ROOT / "output" / ("bench-part" if is_part else "bench")
+        options.compile = options.device == "cpu" and not options.quick
+    options.runs = options.runs or (RUNS_FOR_DOCS if options.docs else 1)
+    name = "bench" if options.device == "cpu" else "bench-cuda"
+    options.output = options.output or ROOT / "output" / (f"{name}-part" if is_part else name)
+    return options
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints and writes what the command line asks for."""
+    options = read_options(arguments)
+    if not options.source and options.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("--device cuda needs a CUDA device")
+        if not kernels.is_cuda_loaded:
+            sys.exit(f"the CUDA library is missing: {kernels.cuda_load_error}")
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.source:
-        results = Results.read(options.source)
-    else:
-        before = Results.read(options.output / "bench.json") if options.update else None
-        for measured in run(options, console):
-            results = before.updated(measured) if before else measured
-            results.write(options.output / "bench.json")  # so that nothing is lost if the run is
-    for table in tables_of(results).values():
-        show(console, table)
+    results = Results.read(options.source) if options.source else run(options)
     results.write(options.output / "bench.json")
-    write_markdown(options.output / "report.md", results)
-    files = [options.output / "bench.json", options.output / "report.md", *draw_all(results, options.output)]
+    write_report(results, options.output)
+    if options.docs and (results.options != FULL or "GPU" in results.machine or results.runs < RUNS_FOR_DOCS):
+        sys.exit(f"{options.source} has {results.runs} × {results.options}: --docs needs three full runs on the CPU")
     if options.docs:
-        draw_all(results, ROOT / "docs" / "images")
-        for page in PAGES:
-            fill_in(page, results)
-    print(f"{results.options}, {results.seconds:.0f} s: {', '.join(map(str, files))}")
-    return results
+        write_docs(results, ROOT)
+    print(f"{results.options}, {results.seconds:.0f} s: {options.output}")
 
 
 if __name__ == "__main__":

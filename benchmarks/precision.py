@@ -3,7 +3,7 @@
 - losses: the distance from a float32 training after 1000 steps on the same gradients. They are recorded from float32
   trainings of the net of examples/train_bfloat16.py, with some seeds for each learning rate, and rounded to bfloat16.
   All start from the same bfloat16 weights. The distance is that of all parameters, as the training knows them (the
-  masters, where there are some), as a share of the way that float32 went from there. Others: see precision_peers.py.
+  masters, where there are some), as a share of the way that float32 went from there. Others: precision_baselines.py.
 - digits: that example with several seeds; figures and a picture of all of them.
 - times: a whole step of each combination; figures and a picture.
 
@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from measure import Timings, interleave, machine, timer
-from pictures import duration_axis
-from precision_peers import PEERS
-from report import Table, busy_notes, facts_text, put_blocks, seconds_text, show
+from pictures import duration_axis, save
+from precision_baselines import BASELINES
+from report import Table, busy_notes, facts_text, put_blocks, seconds_text
 from results import Record
-from rich.console import Console
+from timing import COLD, interleave, machine, timer
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from workloads import Workload, many, one
@@ -144,12 +143,12 @@ def measure_losses(learning_rates: Sequence[float], seeds: int, steps: int) -> d
                     trained.step(grad)
                 ends[name] = trained.masters()[0].numpy()
                 losses.setdefault(name, Loss(trained.bytes_kept(), trained.bytes_moved(), {}))
-            for make in PEERS:
-                peer = make(recording.start.numpy())
+            for make in BASELINES:
+                baseline = make(recording.start.numpy())
                 for grad in recording.grads:
-                    peer.step(grad.numpy(), by)
-                ends[peer.name] = peer.master
-                losses.setdefault(peer.name, Loss(peer.bytes_kept, peer.bytes_moved, {}))
+                    baseline.step(grad.numpy(), by)
+                ends[baseline.name] = baseline.master
+                losses.setdefault(baseline.name, Loss(baseline.bytes_kept, baseline.bytes_moved, {}))
             way = np.linalg.norm(ends[FLOAT32].astype(np.float64) - recording.start.numpy())
             for name, end in ends.items():
                 distance = np.linalg.norm(end.astype(np.float64) - ends[FLOAT32])
@@ -267,8 +266,7 @@ QUICK: Final = (Workload("1x256K", one(2**18), budget=0.3), Workload("100x16", m
 class Timed(NamedTuple):
     """The steps of all combinations on one workload."""
 
-    workload: Workload
-    timings: Timings
+    record: Record
     bytes_moved: dict[str, int]  # an element
 
 
@@ -277,54 +275,50 @@ def time_steps(workload: Workload) -> Timed:
     # A period is enough: numbers of one size take one time.
     numbers = torch.empty(2**20).uniform_(0.1, 1, generator=torch.Generator().manual_seed(0))
     starts = [numbers.repeat(-(-numel // len(numbers)))[:numel] for (numel,) in workload.shapes]
-    contenders, moved = {}, {}
+    implementations, moved = {}, {}
     for name, combination in COMBINATIONS.items():
         trained = Trained(combination, starts, 1e-3)
         trained.step(*starts)
         moved[name] = trained.bytes_moved()
-        contenders[name] = partial(timer, trained.step)
-    timings = interleave(contenders, budget=workload.budget, turn=workload.turn, fits_cache=workload.fits_cache)
-    return Timed(workload, timings, moved)
+        implementations[name] = partial(timer, trained.step)
+    run = interleave(implementations, budget=workload.budget, turn=workload.turn, fits_cache=workload.fits_cache)
+    return Timed(Record.of("times", workload, run), moved)
 
 
 def times_table(measured: Sequence[Timed]) -> Table:
     """One row a combination of each workload."""
     rows = []
-    for workload, timings, moved in measured:
-        for name in timings.seconds:
-            spread, ratio = timings.spread(name), timings.ratio(name, FLOAT32)
-            quartiles = f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+    for record, moved in measured:
+        for name in record.names:
+            ratio = "{:.2f} ({:.2f}-{:.2f})".format(*record.ratio(name, FLOAT32))
             share = f"{moved[name] / moved[FLOAT32]:.2f}"
-            rows.append((workload.name, name, seconds_text(spread.median), quartiles, share))
-    notes = busy_notes(Record.of(workload, timings) for workload, timings, _ in measured)
-    return Table("A whole step", ("parameters", "", "time", "time / float32's", "bytes / float32's"), rows, notes)
+            cold = seconds_text(record.spread(name, COLD).median) if record.has(name, COLD) else "-"
+            rows.append((record.name, name, seconds_text(record.spread(name).median), cold, ratio, share))
+    header = ("parameters", "", "time", "cold caches", "time / float32's", "bytes / float32's")
+    return Table("A whole step", header, rows, busy_notes(record for record, _ in measured))
 
 
 def draw_times(measured: Sequence[Timed], facts: dict[str, str], path: Path) -> None:
     """A bar a combination, and what the bytes that it moves would take at the rate of float32."""
     figure = Figure(figsize=(5.2 * len(measured), 3.6), dpi=110, layout="constrained")
-    for axes, (workload, timings, moved) in zip(
-        figure.subplots(1, len(measured), squeeze=False).flat, measured, strict=True
-    ):
-        names = list(timings.seconds)[::-1]
-        medians = [timings.spread(name).median for name in names]
+    grid = figure.subplots(1, len(measured), squeeze=False)
+    for axes, (record, moved) in zip(grid.flat, measured, strict=True):
+        names = record.names[::-1]
+        medians = [record.spread(name).median for name in names]
         axes.barh(names, medians, color=[_COLOURS.get(name, common.PINK) for name in names], height=0.7)
-        floors = [timings.spread(FLOAT32).median * moved[name] / moved[FLOAT32] for name in names]
+        floors = [record.spread(FLOAT32).median * moved[name] / moved[FLOAT32] for name in names]
         (mark,) = axes.plot(floors, names, "|", color="black", markersize=16, markeredgewidth=1.5)
         for name, seconds, floor in zip(names, medians, floors, strict=True):
             axes.text(max(seconds, floor), name, f"  {seconds_text(seconds)}", va="center", ha="left", fontsize=8)
         axes.set_xlim(0, 1.25 * max(medians))
         duration_axis(axes.xaxis)
-        axes.set_title(workload.title.rpartition(",")[0], fontsize=9)
+        axes.set_title(record.title.rpartition(",")[0], fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
     for axes in figure.axes[1:]:
         axes.set_yticklabels([])
     meaning = "its bytes, at the rate of float32's step"
     figure.legend([mark], [meaning], fontsize=8, frameon=False, loc="outside upper right")
-    about = f"{facts['processor']}, {facts['threads']} threads, {facts['instruction set']}; torch {facts['torch']}"
-    figure.supxlabel(f"{about}; {facts['date']}; medians of interleaved runs", fontsize=7.5, color="#555555")
-    figure.savefig(path)
+    save(figure, facts, path)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -357,9 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Table]:
         measured = [time_steps(workload) for workload in (QUICK if options.quick else WORKLOADS)]
         tables["times"] = times_table(measured)
         draw_times(measured, facts, folder / "precision_times.png")
-    console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables.values():
-        show(console, table)
+        print(table.section())
     print(facts_text(facts))
     if options.docs:
         blocks = {name: table.markdown() for name, table in tables.items()}

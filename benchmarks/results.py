@@ -1,28 +1,15 @@
-"""What a run has measured: records that go to JSON and come back, and the bars that they are held to."""
+"""What has been measured: records that go to JSON and come back, and the targets that they are held to."""
 
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
+import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, NamedTuple
 
-from contenders import (
-    ADAM,
-    ADD,
-    ADD_TENSORS,
-    CLIPNORM,
-    DENSE,
-    EMPTY,
-    FOR_LOOP,
-    FUSED,
-    FUSED_FLOAT32,
-    GLOBAL_CLIPNORM,
-    STEP_TENSORS,
-    TORCH_COMPILED,
-    TORCH_FOR_LOOP,
-    TORCH_FOREACH,
-)
-from measure import Spread, Timings, write_json
+import implementations as impl
+from timing import COLD, STEP, Run, Spread
 from workloads import Workload
 
 # The share of the processors in other hands above which figures are not to be trusted.
@@ -30,8 +17,9 @@ MOST_DISTURBANCE: Final = 0.05
 
 
 class Record(NamedTuple):
-    """A workload and the timings of its contenders."""
+    """A workload in a part of the benchmark, and what each run measured. A figure is the median of the runs'."""
 
+    part: str
     name: str
     title: str
     tensors: int
@@ -39,126 +27,118 @@ class Record(NamedTuple):
     dtype: str
     item_size: int
     limit: str
-    timings: Timings
-    left_out: dict[str, str]
-    abnormal: int = 0  # infinite, nan or subnormal numbers after the run
+    runs: list[Run]
 
     @classmethod
-    def of(
-        cls, workload: Workload, timings: Timings, left_out: Mapping[str, str] | None = None, abnormal: int = 0
-    ) -> "Record":
-        """What is known of a workload, with its timings."""
-        return cls(
-            workload.name,
-            workload.title,
-            len(workload.shapes),
-            workload.numel,
-            workload.dtype_name,
-            workload.dtype.itemsize,
-            workload.limit,
-            timings,
-            dict(left_out or {}),
-            abnormal,
-        )
+    def of(cls, part: str, workload: Workload, run: Run) -> "Record":
+        """What is known of a workload, with its first run."""
+        size = workload.dtype.itemsize
+        facts = len(workload.shapes), workload.numel, workload.dtype_name, size, workload.limit
+        return cls(part, workload.name, workload.title, *facts, [run])
 
     @property
-    def default(self) -> str | None:
-        """What AdadeltaKeras does when it is told nothing, if it was measured."""
-        return next((name for name in (FUSED, FOR_LOOP) if name in self.timings.seconds), None)
+    def names(self) -> list[str]:
+        """Who was measured."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.seconds))
 
     @property
-    def is_disturbed(self) -> bool:
-        """Whether others used the machine meanwhile."""
-        return (self.timings.disturbance or 0) > MOST_DISTURBANCE
+    def absent(self) -> dict[str, str]:
+        """Who was not, in one run at least, and why."""
+        return {name: reason for run in self.runs for name, reason in run.absent.items()}
 
-    def bytes_of(self, tensors: int) -> int:
-        """What must be moved where each element has this many tensors read or written."""
-        return tensors * self.elements * self.item_size
+    @property
+    def disturbance(self) -> float | None:
+        """The largest of the runs."""
+        return max((run.disturbance for run in self.runs if run.disturbance is not None), default=None)
+
+    def has(self, name: str, kind: str = STEP) -> bool:
+        """Whether there is a figure."""
+        return any(kind in run.seconds.get(name, {}) for run in self.runs)
+
+    def spread(self, name: str, kind: str = STEP) -> Spread:
+        """The seconds of one call."""
+        return self._median(lambda run: run.seconds[name][kind])
+
+    def ratio(self, name: str, other: str, kind: str = STEP) -> Spread:
+        """How many times as long `name` takes as `other`, over the rounds that both took part in."""
+        return self._median(lambda run: [a / b for a, b in _pairs(run, name, other, kind)])
+
+    def difference(self, name: str, other: str, kind: str = STEP) -> Spread:
+        """How many seconds longer `name` takes than `other`, over the rounds that both took part in."""
+        return self._median(lambda run: [a - b for a, b in _pairs(run, name, other, kind)])
+
+    def first(self, name: str) -> float:
+        """The seconds of the very first call."""
+        return median(run.first[name] for run in self.runs if name in run.first)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """The extra bytes during a step."""
+        names = dict.fromkeys(name for run in self.runs for name in run.memory)
+        return {name: round(median(run.memory[name] for run in self.runs if name in run.memory)) for name in names}
+
+    def rate(self, name: str) -> float | None:
+        """Bytes a second that must have been moved, or None if that is unknown, or the caches hold them."""
+        is_known = name in impl.TENSORS_MOVED and self.part == "steps" and self.has(name)
+        if not is_known or self.elements < FEWEST_ELEMENTS_IN_MEMORY:
+            return None
+        return impl.TENSORS_MOVED[name] * self.elements * self.item_size / self.spread(name).median
+
+    def _median(self, values: Callable[[Run], list[float]]) -> Spread:
+        spreads = []
+        for run in self.runs:
+            with suppress(KeyError):  # absent in this run
+                spreads.append(Spread.of(values(run)))
+        if not spreads:
+            raise KeyError(f"{self.name} has no such figure")
+        return Spread(*map(median, zip(*spreads, strict=True)))
 
 
-PIECES: Final = "put together from several runs"
+def _pairs(run: Run, name: str, other: str, kind: str) -> zip:
+    return zip(run.seconds[name][kind], run.seconds[other][kind], strict=False)
 
-Memory = dict[str, dict[str, int | str]]  # workload → contender → bytes, or why there is no figure
+
+# With fewer, the caches hold much of what a step moves.
+FEWEST_ELEMENTS_IN_MEMORY: Final = 2**23
 
 
 class Results(NamedTuple):
-    """All of a run. Durations are seconds."""
+    """All that was measured. Durations are seconds."""
 
     machine: dict[str, str]
     options: str
+    runs: int
     seconds: float
-    steps: list[Record]
-    by_elements: list[Record]
-    by_tensors: list[Record]
-    by_threads: list[Record]
-    by_rows: list[Record]
-    operations: list[Record]
-    training: list[Record]
-    memory: Memory
-    imports: dict[str, list[float]]
-    build: float | str  # or why it was not measured
+    records: list[Record]
 
-    @classmethod
-    def empty(cls, machine: dict[str, str], options: str) -> "Results":
-        """Before anything is measured."""
-        return cls(machine, options, 0.0, [], [], [], [], [], [], [], {}, {}, "left out")
+    def add(self, record: Record) -> None:
+        """Adds a run of a workload."""
+        for known in self.of(record.part):
+            if known.name == record.name:
+                known.runs.extend(record.runs)
+                return
+        self.records.append(record)
 
-    def updated(self, newer: "Results") -> "Results":
-        """These results, where newer ones of the same machine and versions do not replace them.
-
-        Raises:
-            ValueError: the newer ones are of another machine, or of other versions.
-        """
-        changed = [key for key, value in self.machine.items() if key != "date" and newer.machine.get(key) != value]
-        if changed:
-            raise ValueError(f"what is to be updated was measured with another {', '.join(changed)}")
-        parts: dict[str, Any] = {
-            "machine": newer.machine,
-            "options": PIECES if self.seconds else newer.options,
-            "seconds": self.seconds + newer.seconds,
-            "memory": self.memory | newer.memory,
-            "imports": self.imports | newer.imports,
-        }
-        for name in self._fields:
-            records = getattr(self, name)
-            if isinstance(records, list):
-                by_name = {record.name: record for record in (*records, *getattr(newer, name))}
-                parts[name] = list(by_name.values())
-        if not isinstance(newer.build, str):
-            parts["build"] = newer.build
-        return self._replace(**parts)
-
-    def step(self, name: str) -> Record | None:
-        """The record of a workload."""
-        return next((record for record in (*self.steps, *self.by_rows) if record.name == name), None)
+    def of(self, *parts: str) -> list[Record]:
+        """The records of some parts."""
+        return [record for record in self.records if record.part in parts]
 
     def memory_rate(self) -> float | None:
-        """Bytes a second that `a.add_(b, alpha=c)` moved, out of cache."""
-        for record in self.steps:
-            if ADD in record.timings.seconds and record.item_size == 4:
-                return record.bytes_of(ADD_TENSORS) / record.timings.spread(ADD).median
-        return None
+        """Bytes a second that `a.add_(b, alpha=c)` or a device copy moved, out of cache."""
+        return next((rate for r in self.of("steps") for name in (impl.ADD, impl.COPY) if (rate := r.rate(name))), None)
 
     def write(self, path: Path) -> None:
-        """Writes everything as JSON, each turn of each contender included, and the summaries and bars besides."""
-        data = _plain(self)
-        for part in data.values():
-            for record in part if isinstance(part, list) else ():
-                timings = Timings(**record["timings"])
-                record["summary"] = {name: timings.spread(name)._asdict() for name in timings.seconds}
-        data["bars"] = [verdict._asdict() for verdict in verdicts(self)]
-        write_json(path, data)
+        """Writes everything as JSON, every turn included, and what became of the targets besides."""
+        data = {**_plain(self), "targets": [verdict._asdict() for verdict in judged(self)]}
+        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Results":
         """Reads what `write` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
-        del data["bars"]
-        for part in data.values():
-            for position, record in enumerate(part) if isinstance(part, list) else ():
-                del record["summary"]
-                part[position] = Record(**{**record, "timings": Timings(**record["timings"])})
-        return cls(**data)
+        del data["targets"]
+        records = [Record(**{**r, "runs": [Run(**run) for run in r["runs"]]}) for r in data.pop("records")]
+        return cls(**data, records=records)
 
 
 def _plain(value: Any) -> Any:
@@ -168,131 +148,124 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-# ---- Bars -----------------------------------------------------------------------------------------------------------
+# ---- Targets --------------------------------------------------------------------------------------------------------
 
 
-def better_torch(timings: Timings) -> str:
-    """The faster path of torch.optim.Adadelta."""
-    return min(TORCH_FOREACH, TORCH_FOR_LOOP, key=lambda name: timings.spread(name).median)
+# Of a record, and of STEP or COLD. A KeyError says that there is no such figure.
+Measured = Callable[[Record, str], Spread]
 
 
-def against_torch(timings: Timings) -> Spread:
-    """By what factor the step is faster than the better path of torch.optim.Adadelta."""
-    return timings.ratio(better_torch(timings), FUSED)
+class Target(NamedTuple):
+    """What the steps of some workloads must reach: a factor, or seconds."""
 
-
-def against_probe(timings: Timings) -> Spread:
-    """The step as a multiple of the time that its bytes would take at the rate of the bandwidth probe."""
-    bytes_ratio = STEP_TENSORS / ADD_TENSORS
-    return Spread(*(value / bytes_ratio for value in timings.ratio(FUSED, ADD)))
-
-
-def ratio(name: str, other: str, timings: Timings) -> Spread:
-    """How many times as long one takes as the other."""
-    return timings.ratio(name, other)
-
-
-class Bar(NamedTuple):
-    """What the time of a workload's step must reach: a factor, or seconds."""
-
-    workload: str
+    workload: str  # a regular expression
     what: str
-    bar: float
+    limit: float
     at_least: bool
-    measured: Callable[[Timings], Spread]
-    is_factor: bool = True
+    measured: Measured
+    unit: str = "x"
+    # What depends on where the host of a virtual machine has put its processors is a figure, and no verdict.
+    is_judged: bool = True
 
 
-BARS: Final = (
-    Bar("1x16M", "speed against torch.optim.Adadelta's better path", 9, True, against_torch),
-    Bar("1x16M", "time against 28 bytes an element at the rate of add_", 1.15, False, against_probe),
-    Bar("1x16M", "time with clipnorm against the unclipped step", 1.25, False, partial(ratio, CLIPNORM, FUSED)),
-    Bar(
-        "1x16M",
-        "time with global_clipnorm against the unclipped step",
-        1.25,
-        False,
-        partial(ratio, GLOBAL_CLIPNORM, FUSED),
-    ),
-    Bar("200x4096", "speed against torch.optim.Adadelta's better path", 20, True, against_torch),
-    Bar("1000x16", "speed against torch.optim.Adadelta's better path", 14, True, against_torch),
-    Bar("1000x16", "speed against torch's fused Adam", 4, True, partial(ratio, ADAM, FUSED)),
-    Bar(
-        "1x16",
-        "time beyond an empty step",
-        10e-6,
-        False,
-        lambda timings: timings.difference(FUSED, EMPTY),
-        is_factor=False,
-    ),
-    Bar("1x32K, 1 thread", "speed against torch.compile's kernel", 0.9, True, partial(ratio, TORCH_COMPILED, FUSED)),
-    Bar(
-        "1000000x64",
-        "speed with a sparse gradient of 1,000 rows against a dense one",
-        100,
-        True,
-        partial(ratio, FUSED + DENSE, FUSED),
-    ),
-    Bar("1x16M-bfloat16", "speed against float32", 1.6, True, partial(ratio, FUSED_FLOAT32, FUSED)),
+def _to_fused(name: str, scale: float = 1.0) -> Measured:
+    """How many times as long one takes as the fused step."""
+    return lambda record, kind: Spread(*(scale * value for value in record.ratio(name, impl.FUSED, kind)))
+
+
+def _share_of(probe: str) -> Measured:
+    """The bytes a second of the fused step, as a share of a probe's."""
+    return _to_fused(probe, impl.STEP_TENSORS / impl.TENSORS_MOVED[probe])
+
+
+def _better_torch(record: Record, kind: str) -> Spread:
+    better = min(impl.TORCH_FOREACH, impl.TORCH_FOR_LOOP, key=lambda name: record.spread(name, kind).median)
+    return record.ratio(better, impl.FUSED, kind)
+
+
+def _beyond_empty(record: Record, kind: str) -> Spread:
+    return record.difference(impl.FUSED, impl.EMPTY, kind)
+
+
+_TORCH: Final = "speed against torch.optim.Adadelta's better path"
+_FOREACH: Final = "speed against torch.optim.Adadelta, foreach"
+_ADAM: Final = "speed against torch's fused Adam"
+_CLIPNORM: Final = "time with clipnorm against the unclipped step"
+_GLOBAL: Final = "time with global_clipnorm against the unclipped step"
+_BFLOAT16: Final = "speed against float32"
+
+ON_CPU: Final = (
+    Target("1x16M", _TORCH, 9, True, _better_torch, is_judged=False),
+    Target("1x16M", "bytes a second against those of add_", 0.87, True, _share_of(impl.ADD)),
+    Target("1x16M", _CLIPNORM, 1.25, False, _to_fused(impl.CLIPNORM), is_judged=False),
+    Target("1x16M", _GLOBAL, 1.25, False, _to_fused(impl.GLOBAL_CLIPNORM), is_judged=False),
+    Target("1x16M-bfloat16", _BFLOAT16, 1.6, True, _to_fused(impl.FUSED_FLOAT32), is_judged=False),
+    Target("200x4096", _TORCH, 20, True, _better_torch),
+    Target("1000x16", _TORCH, 14, True, _better_torch),
+    Target("1000x16", _ADAM, 4, True, _to_fused(impl.ADAM)),
+    Target("1x16", "time beyond an empty step", 1e-5, False, _beyond_empty, "s"),
+    Target("1x32K, 1 thread", "speed against torch.compile's kernel", 0.9, True, _to_fused(impl.TORCH_COMPILED)),
+)
+_LARGE: Final = "1x(64M|1G)(-bfloat16)?"
+_SMALL: Final = "1000x16(-bfloat16)?"
+ON_CUDA: Final = (
+    Target(_LARGE, "bytes a second against those of a device copy", 0.92, True, _share_of(impl.COPY)),
+    Target(_LARGE, _FOREACH, 3.4, True, _to_fused(impl.TORCH_FOREACH)),
+    Target(_LARGE, "speed against torch.compile", 1, True, _to_fused(impl.TORCH_COMPILED)),
+    Target(_LARGE, _CLIPNORM, 1.25, False, _to_fused(impl.CLIPNORM)),
+    Target(_LARGE, _GLOBAL, 1.25, False, _to_fused(impl.GLOBAL_CLIPNORM)),
+    Target("1x(64M|1G)-bfloat16", _BFLOAT16, 1.7, True, _to_fused(impl.FUSED_FLOAT32)),
+    Target(_SMALL, _FOREACH, 5, True, _to_fused(impl.TORCH_FOREACH)),
+    Target(_SMALL, _ADAM, 2, True, _to_fused(impl.ADAM)),
+    Target(_SMALL, "a graph replay", 1e-5, False, lambda record, kind: record.spread(impl.REPLAY, kind), "s"),
+)
+ON_BOTH: Final = (
+    Target("1000000x64", "speed against a step by a dense gradient", 100, True, _to_fused(impl.FUSED + impl.DENSE)),
 )
 
 
+# Whose steps must take less than 1 MB, and 64 bytes a tensor.
+LITTLE_MEMORY: Final = (impl.FUSED, impl.CLIPNORM, impl.GLOBAL_CLIPNORM)
+
+
 class Verdict(NamedTuple):
-    """A bar and what was measured: a spread, bytes, or why there is no figure."""
+    """A target, and what was measured."""
 
     workload: str
     what: str
-    bar: float
+    limit: float
     at_least: bool
     unit: str  # "x", "s" or "B"
-    measured: Spread | int | str
-    is_met: bool | None
+    measured: Spread | None
+    cold: Spread | None  # with cold caches: a figure, and no verdict
+    result: str  # "pass", "fail", "a figure" or "not measured"
 
 
-def verdicts(results: Results) -> list[Verdict]:
-    """What became of the bars of the workloads that were run."""
-    return verdicts_on_time(results) + verdicts_on_memory(results)
+def judged(results: Results) -> list[Verdict]:
+    """What became of the targets of the workloads that were run."""
+    verdicts = []
+    for target in (*(ON_CUDA if "GPU" in results.machine else ON_CPU), *ON_BOTH):
+        for record in results.of("steps", "sparse"):
+            if not re.fullmatch(target.workload, record.name):
+                continue
+            head = record.name, target.what, target.limit, target.at_least, target.unit
+            found: dict[str, Spread | None] = {STEP: None, COLD: None}
+            for kind in found:
+                with suppress(KeyError):
+                    found[kind] = target.measured(record, kind)
+            result = _result(found[STEP], target.limit, target.at_least, is_judged=target.is_judged)
+            verdicts.append(Verdict(*head, found[STEP], found[COLD], result))
+    for record in results.records:
+        for name in LITTLE_MEMORY:
+            if name in record.memory:
+                limit, extra = 10**6 + 64 * record.tensors, Spread.of([record.memory[name]])
+                head = record.name, f"extra memory: {name}", limit, False, "B"
+                verdicts.append(Verdict(*head, extra, None, _result(extra, limit, False)))
+    return verdicts
 
 
-def verdicts_by_handover(record: Record, results: Results) -> list[tuple[Timings, list[Verdict]]]:
-    """The rounds of a workload with short handovers, and those with long ones, each with what became of its bars.
-
-    Nothing, unless it had both.
-    """
-    return [
-        (part, verdicts_on_time(results._replace(steps=[record._replace(timings=part)], by_rows=[])))
-        for part in record.timings.by_handover()
-    ]
-
-
-def verdicts_on_time(results: Results) -> list[Verdict]:
-    """What became of the bars on time."""
-    judged = []
-    for bar in BARS:
-        record = results.step(bar.workload)
-        if record is None:
-            continue
-        unit = "x" if bar.is_factor else "s"
-        try:
-            spread: Spread | str = bar.measured(record.timings)
-        except KeyError as missing:
-            judged.append(
-                Verdict(bar.workload, bar.what, bar.bar, bar.at_least, unit, f"{missing.args[0]}: absent", None)
-            )
-            continue
-        assert isinstance(spread, Spread)
-        is_met = spread.median >= bar.bar if bar.at_least else spread.median <= bar.bar
-        judged.append(Verdict(bar.workload, bar.what, bar.bar, bar.at_least, unit, spread, is_met))
-    return judged
-
-
-def verdicts_on_memory(results: Results) -> list[Verdict]:
-    """What became of the bars on memory."""
-    judged = []
-    for name, by_contender in results.memory.items():
-        record = results.step(name)
-        extra = by_contender.get(FUSED, "not measured")
-        most = 10**6 + 64 * (record.tensors if record else 0)
-        met = extra < most if isinstance(extra, int) else None
-        judged.append(Verdict(name, "extra memory during a fused step", most, False, "B", extra, met))
-    return judged
+def _result(measured: Spread | None, limit: float, at_least: bool, *, is_judged: bool = True) -> str:
+    if measured is None:
+        return "not measured"
+    is_met = measured.median >= limit if at_least else measured.median <= limit
+    return "a figure" if not is_judged else "pass" if is_met else "fail"

@@ -16,7 +16,6 @@ A maximum grows with the number of elements, and the largest of all is a matter 
 import argparse
 import importlib.util
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,8 +25,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from report import Table, facts_text
+from timing import machine
 
-from torch_adadelta import AdadeltaKeras, __version__
+from torch_adadelta import AdadeltaKeras
 from torch_adadelta.backends import kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -118,10 +119,6 @@ def _tensorflow_stepper(elements: int) -> Stepper:
     return step
 
 
-def _adadelta_keras(flags: dict[str, Any], params: list[torch.Tensor]) -> AdadeltaKeras:
-    return AdadeltaKeras(params, *HYPERPARAMETERS, **flags)
-
-
 def our_paths() -> dict[str, dict[str, Any]]:
     """The implementations that this installation has, by name, each as the flags that choose it."""
     paths: dict[str, dict[str, Any]] = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
@@ -134,9 +131,9 @@ def implementations() -> dict[str, Callable[[int], Stepper]]:
     if importlib.util.find_spec("tf_keras"):
         found[TENSORFLOW] = _tensorflow_stepper
     found[ORACLE] = _oracle_stepper
-    for name, flags in our_paths().items():
-        found[name] = partial(_torch_stepper, partial(_adadelta_keras, flags))
     lr, rho, eps = HYPERPARAMETERS
+    for name, flags in our_paths().items():
+        found[name] = partial(_torch_stepper, partial(AdadeltaKeras, lr=lr, rho=rho, epsilon=eps, **flags))
     found[TORCH] = partial(_torch_stepper, partial(torch.optim.Adadelta, lr=lr, rho=rho, eps=eps))
     return found
 
@@ -202,21 +199,8 @@ def columns(at: Sequence[int]) -> list[tuple[str, int]]:
     ]
 
 
-def versions() -> str:
-    """What was measured, and on what."""
-    found = [f"torch_adadelta {__version__}", f"torch {torch.__version__}", f"numpy {np.__version__}"]
-    for package in ("tensorflow", "tf_keras"):
-        if package in sys.modules:
-            found.append(f"{package} {sys.modules[package].__version__}")
-    kernel = kernels.cpu_capability() if kernels.is_loaded else "no compiled library"
-    return ", ".join([*found, f"Python {platform.python_version()}", f"{platform.machine()} ({kernel})"])
-
-
 def main() -> None:
     """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(description="How far float32 Adadelta is from the truth.")
     parser.add_argument("--elements", type=int, default=500, help="for each gradient scale (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="at least 1 (default: %(default)s)")
@@ -227,19 +211,16 @@ def main() -> None:
 
     at = sorted({1, min(10, arguments.steps), arguments.steps})
     results = measure(arguments.elements, at, arguments.seed)
-    table = Table(title=f"Rounding noise in float32, max / mean of {arguments.elements * len(SCALES)} elements")
-    table.add_column("implementation")
     units = {"square_avg": "ulp", "acc_delta": "ulp", "path": "2^-24"}
-    for quantity, t in columns(at):
-        table.add_column(f"{quantity}\nt={t}\n{units[quantity]}", justify="right")
+    header = ["implementation", *(f"{quantity}, t={t}, {units[quantity]}" for quantity, t in columns(at))]
+    rows = []
     for result in results:
         noise = [result.noise[column] for column in columns(at)]
-        table.add_row(result.name, *(f"{n.max:.2f} / {n.mean:.2f}" for n in noise))
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    console.print(f"gradient scales {SCALES[0]:.0e} to {SCALES[-1]:.0e}, {arguments.elements} elements each, p0 = 0")
-    console.print("learning_rate, rho, epsilon =", *HYPERPARAMETERS, f"; seed {arguments.seed}")
-    console.print(versions())
+        rows.append([result.name, *(f"{n.max:.2f} / {n.mean:.2f}" for n in noise)])
+    scales = f"gradient scales {SCALES[0]:.0e} to {SCALES[-1]:.0e}, {arguments.elements} elements each, p0 = 0"
+    values = f"learning_rate, rho, epsilon = {HYPERPARAMETERS}; seed {arguments.seed}"
+    title = f"Rounding noise in float32, max / mean of {arguments.elements * len(SCALES)} elements"
+    print(Table(title, header, rows, (scales, values, facts_text(machine()))).section())
 
 
 if __name__ == "__main__":

@@ -43,29 +43,22 @@ def resnet50() -> list[Shape]:
     return [*shapes, *_linear(channels, 1000)]
 
 
+def _transformer(width: int, layers: int) -> list[Shape]:
+    """Blocks of attention and of two linear layers, and a last normalization."""
+    attention = _norm(width) + _linear(width, 3 * width) + _linear(width, width)
+    return (attention + _norm(width) + _linear(width, 4 * width) + _linear(4 * width, width)) * layers + _norm(width)
+
+
 def vit_b16() -> list[Shape]:
     """The 152 parameters of a ViT-B/16 for images of 224 x 224 and 1000 classes (Dosovitskiy et al., 2020)."""
-    width = 768
-    patches = (224 // 16) ** 2
-    shapes: list[Shape] = [(1, 1, width), (1, patches + 1, width), (width, 3, 16, 16), (width,)]
-    for _ in range(12):
-        shapes += _norm(width)
-        shapes += _linear(width, 3 * width) + _linear(width, width)
-        shapes += _norm(width)
-        shapes += _linear(width, 4 * width) + _linear(4 * width, width)
-    return [*shapes, *_norm(width), *_linear(width, 1000)]
+    width, patches = 768, (224 // 16) ** 2
+    embedding: list[Shape] = [(1, 1, width), (1, patches + 1, width), (width, 3, 16, 16), (width,)]
+    return [*embedding, *_transformer(width, 12), *_linear(width, 1000)]
 
 
 def gpt2_small() -> list[Shape]:
     """The 148 parameters of the smallest GPT-2 (Radford et al., 2019)."""
-    width = 768
-    shapes: list[Shape] = [(50257, width), (1024, width)]
-    for _ in range(12):
-        shapes += _norm(width)
-        shapes += _linear(width, 3 * width) + _linear(width, width)
-        shapes += _norm(width)
-        shapes += _linear(width, 4 * width) + _linear(4 * width, width)
-    return [*shapes, *_norm(width)]
+    return [(50257, 768), (1024, 768), *_transformer(768, 12)]
 
 
 def embedding(rows: int) -> list[Shape]:

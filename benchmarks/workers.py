@@ -1,4 +1,4 @@
-"""Processes that contenders run in, and the turns that they are given there.
+"""Processes that implementations run in, and the turns that they are given there.
 
 A worker holds what was built for one workload. It answers calls of `Stage`'s methods; whatever goes wrong in one of
 them becomes a RuntimeError with its text here.
@@ -6,23 +6,24 @@ them becomes a RuntimeError with its text here.
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
-import contenders
+import implementations
 import torch
-from measure import Step, Timer, count_abnormal, extra_memory, memory_field, timer
+from timing import Timer, available_memory, count_abnormal, extra_memory, memory_field, timer
 from workloads import Tensors, Workload
 
-# Bytes that the contenders of one process take at most, as a multiple of what the parameters take: parameters,
+# Bytes that the implementations of one process take at most, as a multiple of what the parameters take: parameters,
 # gradients and states, those of Adam and Adagrad, and the temporaries of multi-tensor operations.
-MOST_COPIES: Final = {"torch": 12, "keras": 12, "tensorflow": 12, "jax": 10}
-MOST_COPIES_OF_TABLE: Final = 6  # with sparse gradients: the contenders of PyTorch share Adadelta's state
+MOST_COPIES: Final = 12
+MOST_COPIES_OF_TABLE: Final = 6  # with sparse gradients: the implementations of PyTorch share Adadelta's state
 
 # A worker that has forgotten everything and still holds more bytes makes way for a new one: the allocators of
 # TensorFlow and JAX keep what they once had, until there is not enough left for others.
@@ -34,48 +35,40 @@ class Stage:
 
     def __init__(self, family: str) -> None:
         self.family = family
+        self.device = "cuda" if family == implementations.CUDA else "cpu"
         self.tensors: dict[Workload, Tensors] = {}
-        self.steps: dict[str, Step] = {}
+        self.steps: dict[str, Callable[[], object]] = {}
 
     def tensors_of(self, workload: Workload) -> Tensors:
         """The tensors of a workload, the same at every call."""
-        if not self.tensors:
-            copies = MOST_COPIES_OF_TABLE if workload.occurring else MOST_COPIES[self.family]
-            needed = copies * workload.numel * workload.dtype.itemsize
-            free = available_memory()
-            if free is not None and needed > free:
-                raise RuntimeError(f"might need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         if workload not in self.tensors:
-            self.tensors[workload] = Tensors.of(workload)
+            copies = MOST_COPIES_OF_TABLE if workload.occurring else MOST_COPIES
+            needed = copies * workload.numel * workload.dtype.itemsize
+            free = available_memory(self.device)
+            if free is not None and needed > free and not self.tensors:
+                raise RuntimeError(f"might need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            self.tensors[workload] = Tensors.of(workload, self.device)
         return self.tensors[workload]
 
-    def build_step(self, workload: Workload, name: str) -> None:
-        """Builds an optimizer of `contenders.STEPS`."""
-        if name == contenders.FUSED_FLOAT32:
+    def build(self, part: str, workload: Workload, name: str) -> None:
+        """Builds one of `implementations`."""
+        if name == implementations.FUSED_FLOAT32:
             workload = workload._replace(dtype=torch.float32)
-        if name.endswith(contenders.DENSE):
+        if name.endswith(implementations.DENSE):
             workload = workload._replace(occurring=0)
-        self.steps[name] = contenders.STEPS[self.family][name](self.tensors_of(workload))
+        self.steps[name] = implementations.builder(part, self.family, name)(self.tensors_of(workload))
 
-    def build_operation(self, workload: Workload, name: str) -> None:
-        """Builds one of `contenders.operations`."""
-        self.steps[name] = contenders.operations(self.tensors_of(workload))[name]()
-
-    def build_training(self, name: str) -> None:
-        """Builds one of `contenders.training`."""
-        self.steps[name] = contenders.training()[name]()
-
-    def time(self, name: str, calls: int) -> float:
-        """The seconds of some calls."""
-        return timer(self.steps[name])(calls)
+    def time(self, name: str, calls: int, warm_up: int = 0, *, cold: bool = False) -> dict[str, float]:
+        """See `timing.Timer`."""
+        return timer(self.steps[name], self.device)(calls, warm_up, cold=cold)
 
     def extra_memory(self, name: str) -> int:
-        """See `measure.extra_memory`."""
-        return extra_memory(self.steps[name])
+        """See `timing.extra_memory`."""
+        return extra_memory(self.steps[name], self.device)
 
     def abnormal(self) -> int:
-        """How many infinite, nan or subnormal numbers parameters and states hold, where contenders write to them."""
-        if self.family != "torch":
+        """How many infinite, nan or subnormal numbers there are in parameters and states that steps write to."""
+        if self.device == "cpu" and self.family != "torch":
             return 0  # they have copies
         lists = (list_ for tensors in self.tensors.values() for list_ in tensors)
         return sum(count_abnormal(tensor) for list_ in lists for tensor in list_)
@@ -87,11 +80,8 @@ class Stage:
         self.steps.clear()
         self.tensors.clear()
         gc.collect()
-
-
-def available_memory() -> int | None:
-    """The bytes that can be had without swapping, or None if unknown."""
-    return memory_field("/proc/meminfo", "MemAvailable")
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def serve(connection: Connection, family: str, threads: int) -> None:
@@ -99,19 +89,19 @@ def serve(connection: Connection, family: str, threads: int) -> None:
     torch.set_num_threads(threads)
     stage = Stage(family)
     while (request := connection.recv()) is not None:
-        method, arguments = request
+        method, arguments, options = request
         answer: tuple[Any, str | None]
         try:
-            answer = getattr(stage, method)(*arguments), None
+            answer = getattr(stage, method)(*arguments, **options), None
         except ModuleNotFoundError as error:
             answer = None, f"{error.name} is not installed"
-        except Exception as error:  # of whatever kind: the run goes on without this contender
+        except Exception as error:  # of whatever kind: the run goes on without this implementation
             answer = None, str(error).strip() or type(error).__name__
         connection.send(answer)
 
 
 class Worker:
-    """A process for the contenders of one family."""
+    """A process for the implementations of one family."""
 
     def __init__(self, family: str, threads: int) -> None:
         spawn = get_context("spawn")
@@ -119,14 +109,15 @@ class Worker:
         self.process = spawn.Process(target=serve, args=(theirs, family, threads), daemon=True)
         # Some systems put two of OpenMP's threads on one core and leave them there. Where OpenMP binds its threads, it
         # binds the main one, and so those of other frameworks, to one core.
-        with environment(OMP_PROC_BIND="true" if family in ("torch", "keras") and threads > 1 else "false"):
+        binds = "true" if family in ("torch", "keras") and threads > 1 else "false"
+        with patch.dict(os.environ, OMP_PROC_BIND=binds):
             self.process.start()
         theirs.close()
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Calls a method of the worker's stage."""
         try:
-            self.connection.send((method, arguments))
+            self.connection.send((method, arguments, options))
             result, error = self.connection.recv()
         except (EOFError, OSError):
             raise RuntimeError("its process has ended") from None
@@ -134,12 +125,12 @@ class Worker:
             raise RuntimeError(error)
         return result
 
-    def builder(self, method: str, *arguments: Any) -> Callable[[], Timer]:
-        """What builds a contender, whose name is the last argument, and makes its timer."""
+    def builder(self, part: str, workload: Workload, name: str) -> Callable[[], Timer]:
+        """What builds an implementation, and makes its timer."""
 
         def build() -> Timer:
-            self.call(method, *arguments)
-            return partial(self.call, "time", arguments[-1])
+            self.call("build", part, workload, name)
+            return partial(self.call, "time", name)
 
         return build
 
@@ -157,26 +148,11 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        if self.process.is_alive():
+        with suppress(OSError):  # it has ended
             self.connection.send(None)
             self.process.join(10)
         if self.process.is_alive():
             self.process.terminate()
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for a while, for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class Workers:
@@ -207,11 +183,14 @@ class Workers:
     def clear(self) -> None:
         """Lets all forget what they built. A worker that has ended, or whose memory stays large, is not used again."""
         for kind, worker in list(self.by_kind.items()):
-            if worker.process.is_alive():
+            try:
                 worker.call("clear")
-            if not worker.process.is_alive() or (worker.resident_memory() or 0) > MOST_KEPT:
-                worker.close()
-                del self.by_kind[kind]
+                if kind[0] == implementations.CUDA or (worker.resident_memory() or 0) <= MOST_KEPT:
+                    continue
+            except RuntimeError:
+                pass
+            worker.close()
+            del self.by_kind[kind]
 
     def close(self) -> None:
         """Ends all."""

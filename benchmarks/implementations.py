@@ -1,27 +1,26 @@
-"""The optimizers that are compared, each as a callable that makes one whole step.
+"""The optimizers that are compared, each as a callable that makes one whole step; and what else is timed.
 
-Each belongs to a family, whose contenders run in a process of their own (workers.py): frameworks bring threads, memory
-pools and ideas of the processor along, and would disturb each other in one. What a family needs is imported there, and
-not before. All of Adadelta have our rho, epsilon and learning rate, and the same gradients and state.
+Each belongs to a family, whose implementations run in a process of their own (workers.py): frameworks bring threads,
+memory pools and ideas of the processor along, and would disturb each other in one. What a family needs is imported
+there, and not before. All of Adadelta have our rho, epsilon and learning rate, and the same gradients and state.
 """
 
 import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
-from measure import Step
+from timing import Step
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from workloads import Tensors, Workload
 
 from torch_adadelta import AdadeltaKeras
-from torch_adadelta.backends import kernels
 
 LR: Final = 1e-3
 RHO: Final = 0.95
@@ -29,6 +28,7 @@ EPSILON: Final = 1e-7
 
 FUSED: Final = "AdadeltaKeras, fused"
 FUSED_FLOAT32: Final = "AdadeltaKeras, fused, float32"
+REPLAY: Final = "AdadeltaKeras, fused, graph replay"
 CLIPVALUE: Final = "AdadeltaKeras, fused, clipvalue"
 CLIPNORM: Final = "AdadeltaKeras, fused, clipnorm"
 GLOBAL_CLIPNORM: Final = "AdadeltaKeras, fused, global_clipnorm"
@@ -50,6 +50,7 @@ SPARSE_ADAGRAD: Final = "torch.optim.Adagrad, for-loop"
 DENSE: Final = ", dense gradient"  # after the name of one that gets a dense gradient of a table
 EMPTY: Final = "an empty Optimizer.step()"
 ADD: Final = "a.add_(b, alpha=c)"
+COPY: Final = "a device copy"
 
 # Never reached, so that the state keeps its fixed point; the work is the same as if it were.
 CLIPPED: Final[dict[str, dict[str, Any]]] = {
@@ -61,7 +62,7 @@ CLIPPED: Final[dict[str, dict[str, Any]]] = {
 # Tensors that must be moved: a step reads the gradient, and reads and writes the parameter and two states; add_ reads
 # both of its tensors and writes one.
 STEP_TENSORS: Final = 7
-ADD_TENSORS: Final = 3
+TENSORS_MOVED: Final = {ADD: 3, COPY: 2, **dict.fromkeys((FUSED, REPLAY, ADAM, TORCH_COMPILED), STEP_TENSORS)}
 
 # ---- PyTorch --------------------------------------------------------------------------------------------------------
 
@@ -84,12 +85,24 @@ def with_state(optimizer: Optimizer, tensors: Tensors, **more: Callable[[], Tens
     return optimizer
 
 
-def keras_like(tensors: Tensors, *, foreach: bool | None = None, **options: Any) -> Step:
-    """Our optimizer: the fused kernel by default, as a user gets it, or one of the Python paths."""
-    if foreach is None and not kernels.is_loaded:
-        raise RuntimeError(f"the compiled library is missing: {kernels.load_error}")
-    optimizer = with_state(AdadeltaKeras(tensors.params, LR, RHO, EPSILON, foreach=foreach, **options), tensors)
+def keras_like(tensors: Tensors, **options: Any) -> Step:
+    """Our optimizer: the fused kernel, or one of the Python paths."""
+    optimizer = with_state(AdadeltaKeras(tensors.params, LR, RHO, EPSILON, **options), tensors)
     return by_other_rows(optimizer, tensors) if tensors.grads[0].is_sparse else optimizer.step
+
+
+fused: Final = partial(keras_like, fused=True)
+
+
+def replay(tensors: Tensors) -> Step:
+    """Our step in a CUDA graph."""
+    step = fused(tensors, capturable=True)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def by_other_rows(optimizer: Optimizer, tensors: Tensors) -> Step:
@@ -104,38 +117,25 @@ def by_other_rows(optimizer: Optimizer, tensors: Tensors) -> Step:
     return step
 
 
-def _zero() -> Tensor:
-    return torch.tensor(0.0)
-
-
 def torch_adadelta(tensors: Tensors, *, foreach: bool) -> Step:
     """PyTorch's optimizer."""
     optimizer = torch.optim.Adadelta(tensors.params, lr=LR, rho=RHO, eps=EPSILON, foreach=foreach)
-    return with_state(optimizer, tensors, step=_zero).step
+    return with_state(optimizer, tensors, step=partial(torch.zeros, ())).step
 
 
 def torch_compiled(tensors: Tensors) -> Step:
     """PyTorch's optimizer under torch.compile; it compiles in its first call."""
-    optimizer_step = torch_adadelta(tensors, foreach=True)
-
-    @torch.compile(fullgraph=False)
-    def step() -> None:
-        optimizer_step()
-
-    return step
+    step = torch_adadelta(tensors, foreach=True)
+    return torch.compile(lambda: step(), fullgraph=False)
 
 
 def torch_adam(tensors: Tensors) -> Step:
     """PyTorch's fused Adam, which moves as many bytes as Adadelta."""
     optimizer = torch.optim.Adam(tensors.params, lr=LR, fused=True)
     for param, grad, _, _ in zip(*tensors, strict=True):
-        optimizer.state[param] = {"step": _zero(), "exp_avg": grad.clone(), "exp_avg_sq": grad.square()}
+        step = torch.zeros((), device=param.device)
+        optimizer.state[param] = {"step": step, "exp_avg": grad.clone(), "exp_avg_sq": grad.square()}
     return optimizer.step
-
-
-def torch_adagrad(tensors: Tensors) -> Step:
-    """PyTorch's fused Adagrad, which has one state less to move."""
-    return torch.optim.Adagrad(tensors.params, lr=LR, fused=True).step
 
 
 def pytorch_optimizer(tensors: Tensors) -> Step:
@@ -155,16 +155,17 @@ def torch_sparse_adam(tensors: Tensors) -> Step:
     return by_other_rows(optimizer, tensors)
 
 
-def torch_sparse_adagrad(tensors: Tensors) -> Step:
-    """PyTorch's Adagrad, which takes sparse gradients in its for-loop."""
-    return by_other_rows(torch.optim.Adagrad(tensors.params, lr=LR), tensors)
-
-
 def add(tensors: Tensors) -> Step:
-    """The bandwidth probe."""
+    """What memory can do, read and written."""
     (b,) = tensors.grads
     a = b.clone()
     return lambda: a.add_(b, alpha=LR)
+
+
+def copy(tensors: Tensors) -> Step:
+    """What the memory of a CUDA device can do."""
+    (source,) = tensors.grads
+    return partial(torch.empty_like(source).copy_, source)
 
 
 # ---- Other frameworks -----------------------------------------------------------------------------------------------
@@ -246,70 +247,184 @@ def optax(tensors: Tensors) -> Step:
     held = [params, state]
 
     def step() -> None:
-        held[:] = compiled(*held, grads)
-        jax.block_until_ready(held)
+        held[:] = jax.block_until_ready(compiled(*held, grads))
 
     return step
 
 
+# ---- Everything but the step ----------------------------------------------------------------------------------------
+
+OURS: Final = "AdadeltaKeras"
+THEIRS: Final = "torch.optim.Adadelta"
+Maker = Callable[[Tensors], Optimizer]
+MAKERS: Final[dict[str, Maker]] = {
+    OURS: lambda tensors: AdadeltaKeras(tensors.params, LR, RHO, EPSILON),
+    THEIRS: lambda tensors: torch.optim.Adadelta(tensors.params, lr=LR, rho=RHO, eps=EPSILON),
+}
+
+
+def giving_back(tensors: Tensors) -> Step:
+    """Gives the parameters their gradients, which zero_grad has taken."""
+
+    def give_back() -> None:
+        for param, grad in zip(tensors.params, tensors.grads, strict=True):
+            param.grad = grad
+
+    return give_back
+
+
+def first_step(make: Maker, tensors: Tensors) -> Step:
+    """A step that allocates the state."""
+    optimizer = make(tensors)
+
+    def step() -> None:
+        optimizer.state.clear()
+        optimizer.step()
+
+    return step
+
+
+def zero_grad(make: Maker, tensors: Tensors) -> Step:
+    """Takes the gradients, which must be given back for the next time."""
+    optimizer, give_back = make(tensors), giving_back(tensors)
+    return lambda: (optimizer.zero_grad(), give_back())
+
+
+def after_a_step(make: Maker, tensors: Tensors) -> Optimizer:
+    """An optimizer with state."""
+    optimizer = make(tensors)
+    optimizer.step()
+    return optimizer
+
+
+OPERATIONS: Final[dict[str, Callable[[Maker, Tensors], Step]]] = {
+    "construction": partial,
+    "first step": first_step,
+    "state_dict": lambda make, tensors: after_a_step(make, tensors).state_dict,
+    "load_state_dict": lambda make, tensors: partial(
+        make(tensors).load_state_dict, after_a_step(make, tensors).state_dict()
+    ),
+    "zero_grad": zero_grad,
+}
+RESTORING: Final = "giving the gradients back"
+
+# ---- A whole training -----------------------------------------------------------------------------------------------
+
+ALONE: Final = "no optimizer: forward and backward alone"
+BATCH_SIZE: Final = 32
+
+
+def epochs(make: Callable[[Any], Optimizer] | None, _: Tensors) -> Step:
+    """An epoch of a small convolutional net on handwritten digits, from the same weights at every call."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+    import common
+
+    digits = common.load_tensors(torch.device("cpu"), torch.float32, (1, 8, 8))
+    torch.manual_seed(0)
+    model = common.convolutional_net(torch.nn.ReLU, torch.nn.MaxPool2d)
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = make(model.parameters()) if make else None
+    count = len(digits.train_labels)
+    batches = torch.randperm(count).tensor_split(math.ceil(count / BATCH_SIZE))
+
+    def epoch() -> None:
+        model.load_state_dict(initial)
+        for indices in batches:
+            model.zero_grad()
+            output = model(digits.train_images[indices])
+            torch.nn.functional.cross_entropy(output, digits.train_labels[indices]).backward()
+            if optimizer:
+                optimizer.step()
+
+    return epoch
+
+
+TRAINING: Final[dict[str, Callable[[Any], Optimizer] | None]] = {
+    ALONE: None,
+    OURS: lambda params: AdadeltaKeras(params, 1.0),
+    f"{OURS}, clipnorm": lambda params: AdadeltaKeras(params, 1.0, clipnorm=1.0),
+    TORCH_FOREACH: lambda params: torch.optim.Adadelta(params, lr=1.0, foreach=True),
+    TORCH_FOR_LOOP: lambda params: torch.optim.Adadelta(params, lr=1.0, foreach=False),
+    ADAM: lambda params: torch.optim.Adam(params, fused=True),
+}
+
 # ---- All of them ----------------------------------------------------------------------------------------------------
 
-# What makes a step, by the family whose process it runs in.
-STEPS: Final[dict[str, dict[str, Callable[[Tensors], Step]]]] = {
-    # Those whose ratio matters most stand side by side.
-    "torch": {
-        ADD: add,
-        FUSED: keras_like,
-        **{name: partial(keras_like, **options) for name, options in CLIPPED.items()},
-        FUSED_FLOAT32: keras_like,
-        EMPTY: lambda tensors: EmptyStep(tensors.params).step,
-        ADAM: torch_adam,
-        ADAGRAD: torch_adagrad,
-        TORCH_COMPILED: torch_compiled,
-        TORCH_FOREACH: partial(torch_adadelta, foreach=True),
-        TORCH_FOR_LOOP: partial(torch_adadelta, foreach=False),
-        FOREACH: partial(keras_like, foreach=True),
-        FOR_LOOP: partial(keras_like, foreach=False),
-        PYTORCH_OPTIMIZER: pytorch_optimizer,
-        SPARSE_ADAM: torch_sparse_adam,
-        SPARSE_ADAGRAD: torch_sparse_adagrad,
-        FUSED + DENSE: keras_like,
-        TORCH_FOREACH + DENSE: partial(torch_adadelta, foreach=True),
-    },
+Builder = Callable[[Tensors], Step]
+
+# What makes a step, by the family whose process it runs in. Those whose ratio matters most stand side by side.
+_TORCH: Final[dict[str, Builder]] = {
+    ADD: add,
+    COPY: copy,
+    FUSED: fused,
+    **{name: partial(fused, **options) for name, options in CLIPPED.items()},
+    FUSED_FLOAT32: fused,
+    REPLAY: replay,
+    EMPTY: lambda tensors: EmptyStep(tensors.params).step,
+    ADAM: torch_adam,
+    ADAGRAD: lambda tensors: torch.optim.Adagrad(tensors.params, lr=LR, fused=True).step,
+    TORCH_COMPILED: torch_compiled,
+    TORCH_FOREACH: partial(torch_adadelta, foreach=True),
+    TORCH_FOR_LOOP: partial(torch_adadelta, foreach=False),
+    FOREACH: partial(keras_like, foreach=True),
+    FOR_LOOP: partial(keras_like, foreach=False),
+    PYTORCH_OPTIMIZER: pytorch_optimizer,
+    SPARSE_ADAM: torch_sparse_adam,
+    SPARSE_ADAGRAD: lambda tensors: by_other_rows(torch.optim.Adagrad(tensors.params, lr=LR), tensors),
+    FUSED + DENSE: fused,
+    TORCH_FOREACH + DENSE: partial(torch_adadelta, foreach=True),
+}
+CUDA: Final = "cuda"
+_ON_CUDA: Final = (COPY, FUSED, CLIPNORM, GLOBAL_CLIPNORM, FUSED_FLOAT32, REPLAY, ADAM, TORCH_FOREACH, TORCH_COMPILED)
+STEPS: Final[dict[str, dict[str, Builder]]] = {
+    "torch": {name: build for name, build in _TORCH.items() if name not in (COPY, REPLAY)},
     "keras": {KERAS3: partial(keras, fused=True), KERAS: partial(keras, fused=False)},
     "tensorflow": {TF_EAGER: partial(tf_keras, graph=False), TF_GRAPH: partial(tf_keras, graph=True)},
     "jax": {OPTAX: optax},
+    CUDA: {name: _TORCH[name] for name in (*_ON_CUDA, SPARSE_ADAM, FUSED + DENSE)},
+}
+FAMILIES: Final = {name: family for family, names in STEPS.items() for name in names if family != CUDA}
+ORDER: Final = list(dict.fromkeys((*_TORCH, *FAMILIES)))
+
+# Whose times are drawn against the number of elements, or of tensors.
+CURVES: Final = {
+    "elements": (FUSED, ADD, ADAM, TORCH_FOREACH, TF_GRAPH, OPTAX),
+    "tensors": (FUSED, ADAM, TORCH_FOREACH, TORCH_FOR_LOOP),
 }
 
-FAMILIES: Final = {name: family for family, names in STEPS.items() for name in names}
+# Under the operation's name, a colon and the optimizer's.
+OTHER: Final[dict[str, dict[str, Builder]]] = {
+    "operations": {
+        RESTORING: giving_back,
+        **{f"{what}: {whose}": partial(do, make) for what, do in OPERATIONS.items() for whose, make in MAKERS.items()},
+    },
+    "training": {name: partial(epochs, make) for name, make in TRAINING.items()},
+}
+
+
+def builder(part: str, family: str, name: str) -> Builder:
+    """What makes a step, or an operation or an epoch, if these are the part of the benchmark."""
+    return OTHER.get(part, STEPS[family])[name]
+
 
 # Whom sparse gradients are given to, and who is there for their sake.
 ROWS_ONLY: Final = (SPARSE_ADAM, SPARSE_ADAGRAD, FUSED + DENSE, TORCH_FOREACH + DENSE)
-ROWS_FIELD: Final = (FUSED, GLOBAL_CLIPNORM, FOR_LOOP, SPARSE_ADAM, SPARSE_ADAGRAD, TF_EAGER, TF_GRAPH, *ROWS_ONLY[2:])
+ROWS_FIELD: Final = (FUSED, GLOBAL_CLIPNORM, FOR_LOOP, TF_EAGER, TF_GRAPH, *ROWS_ONLY)
 MOST_ROWS_IF_DENSE: Final = 1_000_000
 
 # Where ours runs in Python, a step takes 40 to 70 times as long as the fused one.
 MOST_ELEMENTS_IN_PYTHON: Final = 2**25
 
 
-class Field(NamedTuple):
-    """The contenders of a workload, and who is left out on purpose, and why."""
-
-    names: list[str]
-    left_out: dict[str, str]
-
-
-def field_of(workload: Workload, *, with_compile: bool = True) -> Field:
-    """Everybody who can be compared on a workload."""
+def field_of(workload: Workload, device: str, *, with_compile: bool = True) -> tuple[list[str], dict[str, str]]:
+    """Everybody who can be compared on a workload; and who is left out on purpose, and why."""
     names: list[str] = []
     left_out: dict[str, str] = {}
-    is_one = len(workload.shapes) == 1
-    everybody = ROWS_FIELD if workload.occurring else [name for name in FAMILIES if name not in ROWS_ONLY]
-    for name in everybody:
-        if name.endswith(DENSE) and workload.shapes[0][0] > MOST_ROWS_IF_DENSE:
-            left_out[name] = "too much to move"
+    probes = len(workload.shapes) == 1 and not workload.fits_cache
+    for name in STEPS[CUDA] if device == CUDA else FAMILIES:
+        if name not in ROWS_FIELD if workload.occurring else name in ROWS_ONLY:
             continue
-        if name == ADD and (not is_one or workload.fits_cache):
+        if name in (ADD, COPY) and not probes:
             continue
         if name in CLIPPED and not workload.clips:
             continue
@@ -317,7 +432,9 @@ def field_of(workload: Workload, *, with_compile: bool = True) -> Field:
             continue  # the models are there in float32
         if workload.threads is not None and FAMILIES[name] != "torch":
             continue  # they take their threads from the machine
-        if name in (FOREACH, FOR_LOOP) and not workload.occurring and workload.numel > MOST_ELEMENTS_IN_PYTHON:
+        if name.endswith(DENSE) and workload.shapes[0][0] > MOST_ROWS_IF_DENSE:
+            left_out[name] = "too much to move"
+        elif name in (FOREACH, FOR_LOOP) and not workload.occurring and workload.numel > MOST_ELEMENTS_IN_PYTHON:
             left_out[name] = "a step takes seconds"
         elif name == TORCH_COMPILED and not with_compile:
             left_out[name] = "compiling was not asked for"
@@ -325,120 +442,4 @@ def field_of(workload: Workload, *, with_compile: bool = True) -> Field:
             left_out[name] = "takes long to compile"
         else:
             names.append(name)
-    return Field(names, left_out)
-
-
-# ---- Everything but the step ----------------------------------------------------------------------------------------
-
-OPERATIONS: Final = (
-    "construction",
-    "first step",
-    "state_dict",
-    "load_state_dict",
-    "zero_grad",
-)
-RESTORING: Final = "giving the gradients back"
-
-OURS: Final = "AdadeltaKeras"
-THEIRS: Final = "torch.optim.Adadelta"
-
-
-def operations(tensors: Tensors) -> Mapping[str, Callable[[], Step]]:
-    """What makes each operation of an optimizer's life, under the operation's name, a colon and the optimizer's."""
-    makers: dict[str, Callable[[], Optimizer]] = {
-        OURS: lambda: AdadeltaKeras(tensors.params, LR, RHO, EPSILON),
-        THEIRS: lambda: torch.optim.Adadelta(tensors.params, lr=LR, rho=RHO, eps=EPSILON),
-    }
-
-    def give_back() -> None:
-        for param, grad in zip(tensors.params, tensors.grads, strict=True):
-            param.grad = grad
-
-    def first_step(make: Callable[[], Optimizer]) -> Step:
-        optimizer = make()
-
-        def step() -> None:
-            optimizer.state.clear()
-            optimizer.step()
-
-        return step
-
-    def after_a_step(make: Callable[[], Optimizer]) -> Optimizer:
-        optimizer = make()
-        optimizer.step()
-        return optimizer
-
-    def loading(make: Callable[[], Optimizer]) -> Step:
-        saved = after_a_step(make).state_dict()
-        return partial(make().load_state_dict, saved)
-
-    def zero_grad(make: Callable[[], Optimizer]) -> Step:
-        optimizer = make()
-
-        def step() -> None:
-            optimizer.zero_grad()
-            give_back()
-
-        return step
-
-    by_operation: dict[str, Callable[[Callable[[], Optimizer]], Step]] = {
-        "construction": lambda make: make,
-        "first step": first_step,
-        "state_dict": lambda make: after_a_step(make).state_dict,
-        "load_state_dict": loading,
-        "zero_grad": zero_grad,
-    }
-    return {
-        RESTORING: lambda: give_back,
-        **{
-            f"{operation}: {optimizer}": partial(by_operation[operation], make)
-            for operation in OPERATIONS
-            for optimizer, make in makers.items()
-        },
-    }
-
-
-# ---- A whole training -----------------------------------------------------------------------------------------------
-
-ALONE: Final = "no optimizer: forward and backward alone"
-
-BATCH_SIZE: Final = 32
-
-
-def training() -> Mapping[str, Callable[[], Step]]:
-    """An epoch of a small convolutional net for each optimizer, from the same weights at every call."""
-
-    def epoch_of(make: Callable[[Any], Optimizer] | None) -> Step:
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-        try:
-            import common
-        finally:
-            del sys.path[0]
-        digits = common.load_tensors(torch.device("cpu"), torch.float32, (1, 8, 8))
-        torch.manual_seed(0)
-        model = common.convolutional_net(torch.nn.ReLU, torch.nn.MaxPool2d)
-        initial = {name: value.clone() for name, value in model.state_dict().items()}
-        optimizer = make(model.parameters()) if make else None
-        count = len(digits.train_labels)
-        batches = torch.randperm(count).tensor_split(math.ceil(count / BATCH_SIZE))
-
-        def epoch() -> None:
-            model.load_state_dict(initial)
-            for indices in batches:
-                model.zero_grad()
-                output = model(digits.train_images[indices])
-                torch.nn.functional.cross_entropy(output, digits.train_labels[indices]).backward()
-                if optimizer:
-                    optimizer.step()
-
-        return epoch
-
-    makers: dict[str, Callable[[Any], Optimizer] | None] = {
-        ALONE: None,
-        OURS: lambda params: AdadeltaKeras(params, 1.0),
-        f"{OURS}, clipnorm": lambda params: AdadeltaKeras(params, 1.0, clipnorm=1.0),
-        TORCH_FOREACH: lambda params: torch.optim.Adadelta(params, lr=1.0, foreach=True),
-        TORCH_FOR_LOOP: lambda params: torch.optim.Adadelta(params, lr=1.0, foreach=False),
-        ADAM: lambda params: torch.optim.Adam(params, fused=True),
-    }
-    return {name: partial(epoch_of, make) for name, make in makers.items()}
+    return names, left_out

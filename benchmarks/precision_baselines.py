@@ -19,7 +19,7 @@ from reference.oracle import Coefficients, Updated, update
 Array = npt.NDArray[Any]
 
 
-class Peer:
+class Baseline:
     """A parameter and its state between two steps."""
 
     name: ClassVar[str]
@@ -50,7 +50,7 @@ class Peer:
         return round_to_bfloat16(x)
 
 
-class StochasticRounding(Peer):
+class StochasticRounding(Baseline):
     """torchao, `bf16_stochastic_round=True` (torchao/optim/quant_utils.py, `_fp32_to_bf16_sr`).
 
     A parameter is rounded away from zero with the probability that its lower 16 bits are of 2**16, else towards zero.
@@ -70,7 +70,7 @@ class StochasticRounding(Peer):
         self.p = ((bits + noise) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-class Kahan(Peer):
+class Kahan(Baseline):
     """Zamirai et al., Revisiting BFloat16 Training (arXiv 2010.06192), in the form of optimi's documentation.
 
     With the compensation c in bfloat16, every operation rounded to it: u = c - lr * d;  p' = p + u;  c = u + (p - p').
@@ -95,7 +95,7 @@ class Kahan(Peer):
         self.p = p
 
 
-class Float32Copy(Peer):
+class Float32Copy(Baseline):
     """Micikevicius et al., Mixed Precision Training (arXiv 1710.03740): a float32 copy of the weights; float32 state.
 
     A step reads and writes the copy and the state, and writes the bfloat16 weights.
@@ -120,7 +120,7 @@ class Float32Copy(Peer):
         return x
 
 
-class FlashOptimMasters(Peer):
+class FlashOptimMasters(Baseline):
     """Gonzalez Ortiz et al., FlashOptim (arXiv 2602.23349, Algorithm 1; databricks/flashoptim), with `quantize=False`.
 
     Masters of 24 bits: what the nearest bfloat16 lacks, in 127ths of half a unit in its last place, as int8.
@@ -174,4 +174,4 @@ class FlashOptim(FlashOptimMasters):
         return (kept * kept).reshape(-1)[: x.size]
 
 
-PEERS: Final[tuple[type[Peer], ...]] = (StochasticRounding, Kahan, Float32Copy, FlashOptimMasters, FlashOptim)
+BASELINES: Final[tuple[type[Baseline], ...]] = (StochasticRounding, Kahan, Float32Copy, FlashOptimMasters, FlashOptim)
