@@ -15,6 +15,7 @@ from cases import (
     assert_like_oracle,
     dtype_name,
     segment,
+    segments,
 )
 from op_cases import (
     CLIPS,
@@ -288,6 +289,13 @@ def test_values_that_are_not_contiguous() -> None:
     assert_refused(
         adadelta.sparse_adadelta_, lists, [], *OWN, error="parameter 1: the values of its gradient are not contiguous"
     )
+
+
+@pytest.mark.parametrize("weight_decay", [0.01, torch.tensor(0.01), torch.tensor(0.0)], ids=repr)
+def test_weight_decay_of_rows(weight_decay: float | Tensor) -> None:
+    own = segments(segment(1, *HYPERPARAMETERS), segment(1, *HYPERPARAMETERS, weight_decay=weight_decay))
+    error = "the call: weight_decay is for whole parameters, not for the rows of sparse gradients"
+    assert_refused(adadelta.sparse_adadelta_, sparse_lists(TABLES[:2]), [], *own, error=error)
 
 
 def test_the_first_index_out_of_range() -> None:

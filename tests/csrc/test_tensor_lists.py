@@ -13,6 +13,7 @@ from op_cases import (
     Lists,
     adadelta,
     assert_refused,
+    assert_same_lists,
     dense,
     dense_lists,
     kept_lists,
@@ -392,3 +393,48 @@ def test_state_and_remainders_are_those_of_their_segment() -> None:
     lists = kept_lists([5, 6], bf16, Kept(has_masters=True))
     error = "parameter 1: it has a remainder, but has_masters is 0"
     assert_refused(adadelta.adadelta_, lists, *segments(*masters), error=error)
+
+
+# ---- Accumulators that are known ------------------------------------------------------------------------------------
+
+
+def strided(*sizes_and_strides: tuple[int, ...]) -> Callable[[Tensor], Any]:
+    return lambda x: x.set_(x.untyped_storage(), 0, *sizes_and_strides)
+
+
+def reinterpreted(x: Tensor) -> None:
+    x.data = x.view(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (Tensor.t_, None),
+        (strided((3, 4), (4, 1)), "its tensors differ in shape"),
+        (strided((16,), (1,)), "its tensors differ in shape"),
+        (reinterpreted, "its (square_avg|acc_delta) has a dtype that the kernels do not know"),
+    ],
+    ids=["strides", "sizes", "dimensions", "dtype"],
+)
+@pytest.mark.parametrize("which", [2, 3])
+def test_a_cached_accumulator_that_changes_in_its_memory(
+    which: int, change: Callable[[Tensor], Any], error: str | None
+) -> None:
+    cached, plain = dense_lists([(4, 4)] * 3), dense_lists([(4, 4)] * 3)
+    number = adadelta.cache_accumulators(*cached[2:])
+    adadelta.adadelta_.cached(*cached[:2], number, *OWN)
+    dense(*plain, *OWN)
+    address = cached[which][1].data_ptr()
+    change(cached[which][1])
+    assert cached[which][1].data_ptr() == address
+    if error is None:
+        change(plain[which][1])
+        adadelta.adadelta_.cached(*cached[:2], number, *OWN)
+        dense(*plain, *OWN)
+        assert_same_lists(cached, plain)
+    else:
+        call = adadelta.adadelta_.cached
+        assert_refused(
+            lambda *lists, **options: call(*lists[:2], number, *OWN, **options), cached, error=f"parameter 1: {error}"
+        )
+    adadelta.drop_accumulators(number)
