@@ -242,8 +242,8 @@ def write_report(results: Results, folder: Path) -> None:
         import tabulate  # noqa: F401
         from pictures import draw_all
     except ModuleNotFoundError as error:
-        for verdict in judged(results):
-            print(" · ".join(target_cells(verdict)))
+        for outcome in judged(results):
+            print(" · ".join(target_cells(outcome)))
         print(f"{error.name} is not installed: `--from {folder / 'bench.json'}` makes tables and pictures where it is")
         return
     for table in tables_of(results).values():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import implementations as impl
-from results import MOST_DISTURBANCE, Record, Results, Verdict, judged
+from results import MOST_DISTURBANCE, Outcome, Record, Results, judged
 from timing import COLD, HOST, STEP, Spread
 
 
@@ -211,24 +211,24 @@ def setup_table(records: Sequence[Record]) -> Table | None:
     return Table("Importing and building", ("what", "time"), rows) if rows else None
 
 
-def target_cells(verdict: Verdict) -> list[str]:
+def target_cells(outcome: Outcome) -> list[str]:
     """A row of the table of targets."""
     texts: dict[str, Callable[..., str]] = {"x": "{:.3g} x".format, "s": seconds_text, "B": bytes_text}
-    text = texts[verdict.unit]
+    text = texts[outcome.unit]
 
     def measured(spread: Spread | None) -> str:
-        if spread is None or verdict.unit == "B":
+        if spread is None or outcome.unit == "B":
             return text(spread.median) if spread else "-"
-        ends = seconds_text(*spread[1:]) if verdict.unit == "s" else "{:.3g}-{:.3g}".format(*spread[1:])
+        ends = seconds_text(*spread[1:]) if outcome.unit == "s" else "{:.3g}-{:.3g}".format(*spread[1:])
         return f"{text(spread.median)} ({ends})"
 
-    target = f"{'≥' if verdict.at_least else '≤'} {text(verdict.limit)}"
-    return [verdict.workload, verdict.what, target, measured(verdict.measured), measured(verdict.cold), verdict.result]
+    target = f"{'≥' if outcome.at_least else '≤'} {text(outcome.limit)}"
+    return [outcome.workload, outcome.what, target, measured(outcome.measured), measured(outcome.cold), outcome.result]
 
 
 def targets_table(results: Results) -> Table | None:
     """One row a target and workload."""
-    rows = [target_cells(verdict) for verdict in judged(results)]
+    rows = [target_cells(outcome) for outcome in judged(results)]
     header = ("workload", "what", "target", "measured (quartiles)", "cold caches", "result")
     return Table("Targets", header, rows, busy_notes(results.of("steps", "sparse"))) if rows else None
 

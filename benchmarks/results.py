@@ -129,7 +129,7 @@ class Results(NamedTuple):
 
     def write(self, path: Path) -> None:
         """Writes everything as JSON, every turn included, and what became of the targets besides."""
-        data = {**_plain(self), "targets": [verdict._asdict() for verdict in judged(self)]}
+        data = {**_plain(self), "targets": [outcome._asdict() for outcome in judged(self)]}
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -164,7 +164,7 @@ class Target(NamedTuple):
     at_least: bool
     measured: Measured
     unit: str = "x"
-    # What depends on where the host of a virtual machine has put its processors is a figure, and no verdict.
+    # What depends on where the host of a virtual machine has put its processors is a figure, and neither pass nor fail.
     is_judged: bool = True
 
 
@@ -228,7 +228,7 @@ ON_BOTH: Final = (
 LITTLE_MEMORY: Final = (impl.FUSED, impl.CLIPNORM, impl.GLOBAL_CLIPNORM)
 
 
-class Verdict(NamedTuple):
+class Outcome(NamedTuple):
     """A target, and what was measured."""
 
     workload: str
@@ -237,13 +237,13 @@ class Verdict(NamedTuple):
     at_least: bool
     unit: str  # "x", "s" or "B"
     measured: Spread | None
-    cold: Spread | None  # with cold caches: a figure, and no verdict
+    cold: Spread | None  # with cold caches: a figure, and neither pass nor fail
     result: str  # "pass", "fail", "a figure" or "not measured"
 
 
-def judged(results: Results) -> list[Verdict]:
+def judged(results: Results) -> list[Outcome]:
     """What became of the targets of the workloads that were run."""
-    verdicts = []
+    outcomes = []
     for target in (*(ON_CUDA if "GPU" in results.machine else ON_CPU), *ON_BOTH):
         for record in results.of("steps", "sparse"):
             if not re.fullmatch(target.workload, record.name):
@@ -254,14 +254,14 @@ def judged(results: Results) -> list[Verdict]:
                 with suppress(KeyError):
                     found[kind] = target.measured(record, kind)
             result = _result(found[STEP], target.limit, target.at_least, is_judged=target.is_judged)
-            verdicts.append(Verdict(*head, found[STEP], found[COLD], result))
+            outcomes.append(Outcome(*head, found[STEP], found[COLD], result))
     for record in results.records:
         for name in LITTLE_MEMORY:
             if name in record.memory:
                 limit, extra = 10**6 + 64 * record.tensors, Spread.of([record.memory[name]])
                 head = record.name, f"extra memory: {name}", limit, False, "B"
-                verdicts.append(Verdict(*head, extra, None, _result(extra, limit, False)))
-    return verdicts
+                outcomes.append(Outcome(*head, extra, None, _result(extra, limit, False)))
+    return outcomes
 
 
 def _result(measured: Spread | None, limit: float, at_least: bool, *, is_judged: bool = True) -> str:

@@ -183,13 +183,13 @@ def test_what_was_measured_comes_back_from_json(tmp_path: Path) -> None:
     results.write(tmp_path / "bench.json")
     assert Results.read(tmp_path / "bench.json") == results
 
-    by_what = {(verdict.workload, verdict.what): verdict.result for verdict in judged(results)}
+    by_what = {(outcome.workload, outcome.what): outcome.result for outcome in judged(results)}
     assert by_what["1000x16", "speed against torch's fused Adam"] == "pass"  # 6, and 4 are asked for
     assert by_what["1000x16", "speed against torch.optim.Adadelta's better path"] == "not measured"
     assert by_what["1000x16", "extra memory: AdadeltaKeras, fused"] == "fail"
     assert by_what["1x16M", "time with clipnorm against the unclipped step"] == "a figure"  # whatever it is
     on_cuda = judged(results._replace(machine={"GPU": "a GPU"}))
-    assert "a graph replay" in {verdict.what for verdict in on_cuda}
+    assert "a graph replay" in {outcome.what for outcome in on_cuda}
 
 
 def test_tables_go_where_a_page_asks_for_them(tmp_path: Path) -> None:
