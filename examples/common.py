@@ -3,7 +3,7 @@
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -111,6 +111,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(previous)
+
+
+def no_tf32() -> AbstractContextManager[None]:
+    """Convolutions on a GPU in whole float32, as Keras computed them."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def epoch_means(losses: Sequence[float], batches_per_epoch: int) -> list[float]:

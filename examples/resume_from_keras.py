@@ -245,9 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     )
     parser.add_argument("--plot", type=common.picture, metavar="PNG", help="draw the losses there")
     options = parser.parse_args(arguments)
-    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU in whole float32, as on the CPU
     keras.config.set_floatx(common.name_of(options.dtype))
-    result = train(options.epochs, options.batch_size, options.learning_rate, options.seed, options.device)
+    with common.no_tf32():
+        result = train(options.epochs, options.batch_size, options.learning_rate, options.seed, options.device)
     show(result)
     if options.plot is not None:
         plot(result, options.plot)

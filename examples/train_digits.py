@@ -276,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     parser.add_argument("--output", type=common.picture, default="output/train_digits.png", help="the picture to write")
     options = parser.parse_args(arguments)
 
-    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU in whole float32, as Keras had them
-    result = train(options.epochs, options.device, options.dtype)
+    with common.no_tf32():
+        result = train(options.epochs, options.device, options.dtype)
     dtype = common.name_of(options.dtype)
     report(result)
     path = f"fused kernel ({kernels.cpu_capability()})" if kernels.is_loaded else "no compiled library"

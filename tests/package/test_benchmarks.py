@@ -339,9 +339,14 @@ def test_a_quick_run_measures_draws_and_writes_everything(tmp_path: Path) -> Non
         assert f"### {heading}" in report
 
     # All tables and pictures of the pages, in a copy of them.
+    from report import tables_of
+
     for page in bench.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / page, tmp_path / page)
+        text = (ROOT / page).read_text()
+        if "compiling" not in tables_of(results):  # nothing takes long enough to compile
+            text = text.replace("<!-- bench: compiling -->", "")
+        (tmp_path / page).write_text(text)
     bench.write_docs(results, tmp_path)
     assert "100x16-float16" in (tmp_path / "docs" / "performance.md").read_text()
     for picture in ("implementations.png", "elements.png", "tensors.png", "rows.png", "options.png"):
