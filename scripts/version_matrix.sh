@@ -65,10 +65,10 @@ run_tests() {
 
 # Whether the import in the environment is refused, and in which words.
 refusal() {
-  local said verdict=refused
+  local said result=refused
   said=$("$env/bin/python" -c 'import torch_adadelta' 2>&1 | tail -n 1)
-  [[ $said == "ImportError: torch_adadelta needs PyTorch 2.10 or later"* ]] || verdict="NOT REFUSED"
-  echo "$verdict: $said"
+  [[ $said == "ImportError: torch_adadelta needs PyTorch 2.10 or later"* ]] || result="NOT REFUSED"
+  echo "$result: $said"
 }
 
 for python in $PYTHONS; do
